@@ -1,0 +1,191 @@
+"""Trains the language model that ships inside the package, and writes it there.
+
+    python recipes/demo_model.py --run runs/demo_model
+
+An AWD-LSTM over 4,096 byte-pair pieces of WikiText-2, small enough for half precision to fit into 10 MB. Every epoch
+writes a checkpoint into the run folder; a run that was interrupted goes on from the last one. The last step writes the
+half-precision weights, a held-out slice of the test text and its token ids into ``src/slimlstm/models/embedded``.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import sentencepiece
+import torch
+from rich.console import Console
+from rich.progress import track
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
+
+from slimlstm.data import CORPORA, read_text, words_of
+from slimlstm.models.awd_lstm import AWDLSTM, AWDLSTMConfig
+
+PACKAGE_FOLDER = Path(__file__).parents[1] / "src" / "slimlstm" / "models" / "embedded"
+HELD_OUT_LINES = 530
+VOCAB_SIZE = 4096
+BPTT = 70
+EVALUATION_STREAMS = 10
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--run", type=Path, required=True, help="folder for checkpoints and the log")
+parser.add_argument("--epochs", type=int, default=16)
+parser.add_argument("--streams", type=int, default=80, help="text streams side by side (the batch size)")
+parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate of AdamW")
+parser.add_argument("--seed", type=int, default=1)
+arguments = parser.parse_args()
+console = Console()
+arguments.run.mkdir(parents=True, exist_ok=True)
+
+tokenizer_file = arguments.run / "tokenizer.model"
+if not tokenizer_file.exists():
+    # Byte fallback keeps the segmentation lossless, so that perplexity per word is well defined.
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line.strip() for line in read_text("wikitext-2", "train").split("\n") if line.strip()),
+        model_prefix=str(tokenizer_file.with_suffix("")),
+        vocab_size=VOCAB_SIZE,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        unk_id=0,
+        unk_piece="<none>",
+        eos_id=1,
+        eos_piece="<eos>",
+        bos_id=-1,
+        user_defined_symbols=["<unk>"],
+        max_sentence_length=100_000,
+        minloglevel=2,
+    )
+tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_file))
+
+
+def encode(text):
+    """Token ids of a text: the pieces of every line, then <eos>."""
+    lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
+    return torch.tensor([token for pieces in tokenizer.encode(lines) for token in (*pieces, tokenizer.eos_id())])
+
+
+def streams_of(tokens, count):
+    """[T, count]: the tokens cut into ``count`` consecutive streams, the tail dropped."""
+    return tokens[: len(tokens) // count * count].view(count, -1).t().contiguous()
+
+
+def evaluate(model, streams):
+    """Mean negative log-likelihood a token, state carried through."""
+    model.eval()
+    total, state = 0.0, None
+    with torch.no_grad():
+        for start in range(0, len(streams) - 1, BPTT):
+            targets = streams[start + 1 : start + 1 + BPTT]
+            logits, state = model(streams[start : start + len(targets)], state)
+            total += cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+    return total / (len(streams) - 1) / streams.shape[1]
+
+
+text = {split: read_text("wikitext-2", split) for split in ("train", "valid", "test")}
+tokens = {split: encode(content) for split, content in text.items()}
+console.print({split: f"{len(ids):,} tokens, {len(words_of(text[split])):,} words" for split, ids in tokens.items()})
+
+torch.manual_seed(arguments.seed)
+config = AWDLSTMConfig(
+    VOCAB_SIZE,
+    embedding_size=256,
+    hidden_size=448,
+    num_layers=3,
+    dropout_embedding=0.05,
+    dropout_input=0.2,
+    dropout_hidden=0.15,
+    dropout_output=0.2,
+    weight_drop=0.2,
+)
+model = AWDLSTM(config)
+optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, betas=(0.9, 0.99), weight_decay=0.02)
+train = streams_of(tokens["train"], arguments.streams)
+steps_per_epoch = (len(train) - 1 - BPTT) // BPTT
+schedule = torch.optim.lr_scheduler.OneCycleLR(
+    optimizer, arguments.lr, total_steps=arguments.epochs * steps_per_epoch, pct_start=0.1, div_factor=10
+)
+
+log_file, checkpoint = arguments.run / "log.jsonl", arguments.run / "checkpoint.safetensors"
+first_epoch = 0
+if checkpoint.exists():
+    saved = load_file(checkpoint)
+    first_epoch = int(saved.pop("epoch")) + 1
+    torch.set_rng_state(saved.pop("rng"))
+    model.load_state_dict({name.removeprefix("model."): value for name, value in saved.items() if name.startswith("model.")})
+    moments = {}
+    for name, value in saved.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".")
+            moments.setdefault(int(index), {})[key] = value
+    schedule.last_epoch = first_epoch * steps_per_epoch - 1
+    schedule.step()
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    console.print(f"going on with epoch {first_epoch}")
+
+for epoch in range(first_epoch, arguments.epochs):
+    began, total, state = time.monotonic(), 0.0, None
+    model.train()
+    offset = int(torch.randint(BPTT, ()))
+    for step in track(range(steps_per_epoch), f"epoch {epoch}", console=console, transient=True):
+        start = offset + step * BPTT
+        inputs, targets = train[start : start + BPTT], train[start + 1 : start + 1 + BPTT]
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, state = model(inputs, state)
+        loss = cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step() if schedule.last_epoch + 1 < schedule.total_steps else None
+        state = [(h.detach(), c.detach()) for h, c in state]
+        total += loss.item()
+    entry = {
+        "epoch": epoch,
+        "train_loss": total / steps_per_epoch,
+        "valid_loss": evaluate(model, streams_of(tokens["valid"], EVALUATION_STREAMS)),
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    console.print(entry)
+    with log_file.open("a") as log:
+        log.write(json.dumps(entry) + "\n")
+    state_dict = model.state_dict()
+    state_dict.pop("decoder.weight")
+    optimizer_state = optimizer.state_dict()["state"]
+    save_file(
+        {f"model.{name}": value for name, value in state_dict.items()}
+        | {f"optimizer.{index}.{key}": value for index, entry in optimizer_state.items() for key, value in entry.items()}
+        | {"rng": torch.get_rng_state(), "epoch": torch.tensor(epoch)},
+        checkpoint.with_suffix(".part"),
+    )
+    checkpoint.with_suffix(".part").replace(checkpoint)
+
+half = {name: value.half() for name, value in model.state_dict().items() if name != "decoder.weight"}
+model.load_state_dict({name: value.float() for name, value in half.items()} | {"decoder.weight": half["embedding.weight"].float()})
+losses = {split: evaluate(model, streams_of(tokens[split], EVALUATION_STREAMS)) for split in ("valid", "test")}
+words = {split: len(words_of(text[split])) for split in losses}
+commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+provenance = {
+    "corpus": "wikitext-2",
+    "sha256": {split: CORPORA["wikitext-2"].splits[split].sha256 for split in text},
+    "sizes": {"vocab": VOCAB_SIZE, "embedding": 256, "hidden": 448, "layers": 3},
+    "training": {key: value for key, value in vars(arguments).items() if key != "run"},
+    "perplexity_per_token": {split: float(torch.tensor(loss).exp()) for split, loss in losses.items()},
+    "perplexity_per_word": {
+        split: float(torch.tensor(loss * len(tokens[split]) / words[split]).exp()) for split, loss in losses.items()
+    },
+    "minutes": sum(json.loads(line)["seconds"] for line in log_file.read_text().splitlines()) / 60,
+    "commit": commit,
+    "versions": {"torch": torch.__version__, "sentencepiece": sentencepiece.__version__, "python": platform.python_version()},
+}
+held_out = "\n".join(text["test"].split("\n")[:HELD_OUT_LINES]) + "\n"
+PACKAGE_FOLDER.mkdir(parents=True, exist_ok=True)
+save_file(half, PACKAGE_FOLDER / "model.safetensors")
+save_file({"tokens": encode(held_out).to(torch.int16)}, PACKAGE_FOLDER / "held_out.safetensors")
+(PACKAGE_FOLDER / "held_out.txt").write_text(held_out, encoding="utf-8", newline="\n")
+(PACKAGE_FOLDER / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+(PACKAGE_FOLDER / "training.json").write_text(json.dumps(provenance, indent=1) + "\n")
+console.print(provenance)

