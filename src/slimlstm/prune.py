@@ -1,0 +1,67 @@
+"""Magnitude masks, the paper's baseline: the largest weights stay, the others are zero for good."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from slimlstm.errors import SlimLSTMError
+
+
+class Mask(nn.Module):
+    """A parametrization that multiplies a weight with a 0/1 mask of the same shape, also while it is trained."""
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.mask
+
+
+def magnitude_mask(matrix: Tensor, kept: int) -> Tensor:
+    """A boolean mask that keeps the ``kept`` entries of largest magnitude; of equal ones, the first in row order.
+
+    Raises:
+        SlimLSTMError: ``kept`` is not in [1, number of entries].
+    """
+    size = matrix.numel()
+    if not 1 <= kept <= size:
+        raise SlimLSTMError(f"between 1 and {size} weights of a {list(matrix.shape)} matrix can be kept, not {kept}")
+    magnitudes = matrix.detach().abs().flatten()
+    threshold = magnitudes.kthvalue(size - kept + 1).values
+    above = magnitudes > threshold
+    ties = magnitudes == threshold
+    ties &= ties.cumsum(0) <= kept - above.sum()
+    return (above | ties).view(matrix.shape)
+
+
+def kept_by_rank(shape: tuple[int, int], rank: int) -> int:
+    """How many weights the factors of rank r of an m x n matrix hold: r (m + n), at most m n."""
+    m, n = shape
+    return min(rank * (m + n), m * n)
+
+
+def apply_mask(module: nn.Module, name: str, mask: Tensor) -> None:
+    """Lets ``module`` see its parameter ``name`` only through ``mask``, from now on and through any training.
+
+    The weights themselves stay in ``module.parametrizations[name].original``; a mask that is already there is replaced.
+    """
+    present = mask_of(module, name)
+    if present is not None:
+        present.mask = mask
+    else:
+        parametrize.register_parametrization(module, name, Mask(mask))
+
+
+def mask_of(module: nn.Module, name: str) -> Mask | None:
+    """The mask of ``module``'s parameter ``name``, or None where it has none."""
+    if not parametrize.is_parametrized(module, name):
+        return None
+    stack = cast(nn.ModuleDict, module.parametrizations)[name]
+    return next((entry for entry in cast(nn.ModuleList, stack) if isinstance(entry, Mask)), None)
