@@ -115,7 +115,9 @@ if checkpoint.exists():
     saved = load_file(checkpoint)
     first_epoch = int(saved.pop("epoch")) + 1
     torch.set_rng_state(saved.pop("rng"))
-    model.load_state_dict({name.removeprefix("model."): value for name, value in saved.items() if name.startswith("model.")})
+    model.load_state_dict(
+        {name.removeprefix("model."): value for name, value in saved.items() if name.startswith("model.")}
+    )
     moments = {}
     for name, value in saved.items():
         if name.startswith("optimizer."):
@@ -157,14 +159,20 @@ for epoch in range(first_epoch, arguments.epochs):
     optimizer_state = optimizer.state_dict()["state"]
     save_file(
         {f"model.{name}": value for name, value in state_dict.items()}
-        | {f"optimizer.{index}.{key}": value for index, entry in optimizer_state.items() for key, value in entry.items()}
+        | {
+            f"optimizer.{index}.{key}": value
+            for index, entry in optimizer_state.items()
+            for key, value in entry.items()
+        }
         | {"rng": torch.get_rng_state(), "epoch": torch.tensor(epoch)},
         checkpoint.with_suffix(".part"),
     )
     checkpoint.with_suffix(".part").replace(checkpoint)
 
 half = {name: value.half() for name, value in model.state_dict().items() if name != "decoder.weight"}
-model.load_state_dict({name: value.float() for name, value in half.items()} | {"decoder.weight": half["embedding.weight"].float()})
+model.load_state_dict(
+    {name: value.float() for name, value in half.items()} | {"decoder.weight": half["embedding.weight"].float()}
+)
 losses = {split: evaluate(model, streams_of(tokens[split], EVALUATION_STREAMS)) for split in ("valid", "test")}
 words = {split: len(words_of(text[split])) for split in losses}
 commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
@@ -179,7 +187,11 @@ provenance = {
     },
     "minutes": sum(json.loads(line)["seconds"] for line in log_file.read_text().splitlines()) / 60,
     "commit": commit,
-    "versions": {"torch": torch.__version__, "sentencepiece": sentencepiece.__version__, "python": platform.python_version()},
+    "versions": {
+        "torch": torch.__version__,
+        "sentencepiece": sentencepiece.__version__,
+        "python": platform.python_version(),
+    },
 }
 held_out = "\n".join(text["test"].split("\n")[:HELD_OUT_LINES]) + "\n"
 PACKAGE_FOLDER.mkdir(parents=True, exist_ok=True)

@@ -188,7 +188,9 @@ class Vocabulary:
         ids = [self._ids.get(word, unknown) for word in words]
         known = [index for index in ids if index is not None]
         if len(known) != len(ids):
-            raise SlimLSTMError(f"the text has {len(ids) - len(known)} words outside the vocabulary, which has no {UNKNOWN}")
+            raise SlimLSTMError(
+                f"the text has {len(ids) - len(known)} words outside the vocabulary, which has no {UNKNOWN}"
+            )
         return torch.tensor(known, dtype=torch.int64)
 
 

@@ -135,7 +135,7 @@ def check_matrix(matrix: Tensor) -> None:
 def check_rank(matrix: Tensor, rank: int) -> None:
     """Raises :class:`SlimLSTMError` unless ``rank`` is an int in [1, min(m, n)]."""
     m, n = matrix.shape
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(m, n):
+    if type(rank) is not int or not 1 <= rank <= min(m, n):
         raise SlimLSTMError(f"the rank of a {m} x {n} matrix has to be an int from 1 to {min(m, n)}, not {rank!r}")
 
 

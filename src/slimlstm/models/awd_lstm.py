@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -94,7 +93,7 @@ class AWDLSTM(nn.Module):
         rate = self.config.weight_drop
         if not self.training or rate == 0.0 or not isinstance(lstm, nn.LSTM):
             return lstm(x, state)
-        dropped = {"weight_hh_l0": dropout(lstm.weight_hh_l0, rate)}
+        dropped = {"weight_hh_l0": dropout(getattr(lstm, "weight_hh_l0"), rate)}
         return functional_call(lstm, dropped, (x, state))
 
 

@@ -1,0 +1,59 @@
+"""hh rebuilt as U V once per call, then PyTorch's own LSTM: training, GPUs, large batches.
+
+The input product stays factored: x Vᵀ is a thinner input, for which U is the input matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad
+
+from slimlstm.ops.weights import Direction, LayerOutput, Matrix
+
+
+def layer(
+    x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, directions: Sequence[Direction]
+) -> LayerOutput:
+    """One layer over x [T, B, I], or over packed x [N, I] with ``batch_sizes`` [T]; h0 [D, B, P], c0 [D, B, H]."""
+    x, ih = _thin_input(x, [weights.ih for weights in directions])
+    parameters = [
+        tensor
+        for matrix, weights in zip(ih, directions, strict=True)
+        for tensor in (matrix, rebuilt(weights.hh), weights.bias_ih, weights.bias_hh, weights.hr)
+        if tensor is not None
+    ]
+    has_biases, bidirectional = directions[0].bias_ih is not None, len(directions) == 2
+    # cuDNN keeps what its backward pass needs only in training mode.
+    train = torch.is_grad_enabled()
+    if batch_sizes is None:
+        result = torch.lstm(x, [h0, c0], parameters, has_biases, 1, 0.0, train, bidirectional, False)
+    else:
+        result = torch.lstm(x, batch_sizes, [h0, c0], parameters, has_biases, 1, 0.0, train, bidirectional)
+    return LayerOutput(*result)
+
+
+def rebuilt(matrix: Matrix) -> Tensor:
+    """W, or U V."""
+    return matrix if isinstance(matrix, Tensor) else matrix[0] @ matrix[1]
+
+
+def _thin_input(x: Tensor, matrices: list[Matrix]) -> tuple[Tensor, list[Tensor]]:
+    """An input and dense input matrices [4H, ·] with the same products as x with ``matrices``.
+
+    Two directions share one input, so their thin inputs are laid side by side, each matrix being zero on the other's.
+    Where one direction is dense, or two thin inputs are wider than x, the factors are multiplied instead.
+    """
+    if any(isinstance(matrix, Tensor) for matrix in matrices):
+        return x, [rebuilt(matrix) for matrix in matrices]
+    factors = [matrix for matrix in matrices if not isinstance(matrix, Tensor)]
+    ranks = [v.shape[0] for _, v in factors]
+    if sum(ranks) > x.shape[-1]:
+        return x, [rebuilt(matrix) for matrix in matrices]
+    thin = linear(x, torch.cat([v for _, v in factors]))
+    before = [sum(ranks[:index]) for index in range(len(ranks))]
+    return thin, [
+        pad(u, (start, sum(ranks) - start - rank)) for (u, _), start, rank in zip(factors, before, ranks, strict=True)
+    ]

@@ -1,0 +1,72 @@
+"""The recurrence as a plain loop over time: the definition of correct, and the fastest plain PyTorch for few steps.
+
+(i, f, g, o) = (σ, σ, tanh, σ)(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh);  c_t = f ⊙ c_{t-1} + i ⊙ g;  h_t = W_hr (o ⊙ tanh c_t),
+with W_hr left out where there is no projection. Factors are applied one after the other: W x = U (V x).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from slimlstm.ops.weights import Direction, LayerOutput, Matrix
+
+
+def product(x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b for x [..., n] and W [m, n] or its factors."""
+    if isinstance(matrix, Tensor):
+        return linear(x, matrix, bias)
+    u, v = matrix
+    return linear(linear(x, v), u, bias)
+
+
+def step(gates: Tensor, c: Tensor, hr: Tensor | None) -> tuple[Tensor, Tensor]:
+    """h [B, P] and c [B, H] after one step, from the gates' pre-activations [B, 4H] and the last c [B, H]."""
+    i, f, g, o = gates.chunk(4, dim=-1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    h = o.sigmoid() * c.tanh()
+    return h if hr is None else linear(h, hr), c
+
+
+def cell(x: Tensor, h: Tensor, c: Tensor, weights: Direction) -> tuple[Tensor, Tensor]:
+    """One step from x [B, I], h [B, P] and c [B, H]: the next h and c."""
+    gates = product(x, weights.ih, weights.bias_ih) + product(h, weights.hh, weights.bias_hh)
+    return step(gates, c, weights.hr)
+
+
+def layer(
+    x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, directions: Sequence[Direction]
+) -> LayerOutput:
+    """One layer over x [T, B, I], or over packed x [N, I] with ``batch_sizes`` [T]; h0 [D, B, P], c0 [D, B, H]."""
+    sizes = [x.shape[1]] * x.shape[0] if batch_sizes is None else [int(size) for size in batch_sizes]
+    packed = x.flatten(0, 1) if batch_sizes is None else x
+    parts = [
+        _direction(packed, sizes, h0[index], c0[index], weights, reverse=index == 1)
+        for index, weights in enumerate(directions)
+    ]
+    output = torch.cat([part[0] for part in parts], dim=-1)
+    if batch_sizes is None:
+        output = output.view(*x.shape[:2], -1)
+    return LayerOutput(output, torch.stack([part[1] for part in parts]), torch.stack([part[2] for part in parts]))
+
+
+def _direction(
+    packed: Tensor, sizes: list[int], h: Tensor, c: Tensor, weights: Direction, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One direction over packed x [N, I]: output [N, P] and the last h [B, P], c [B, H] of every sequence.
+
+    Sequences are sorted by length, longest first. Forward, those that have ended leave their states behind; backward,
+    those that have not begun wait with their first states.
+    """
+    gates_of_x = product(packed, weights.ih, weights.bias_ih).split(sizes)
+    outputs: list[Tensor] = []
+    for gates in reversed(gates_of_x) if reverse else gates_of_x:
+        active = len(gates)
+        recurrent = product(h[:active], weights.hh, weights.bias_hh)
+        new_h, new_c = step(gates + recurrent, c[:active], weights.hr)
+        outputs.append(new_h)
+        h, c = torch.cat([new_h, h[active:]]), torch.cat([new_c, c[active:]])
+    return torch.cat(outputs[::-1] if reverse else outputs), h, c
