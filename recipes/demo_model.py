@@ -159,11 +159,7 @@ for epoch in range(first_epoch, arguments.epochs):
     optimizer_state = optimizer.state_dict()["state"]
     save_file(
         {f"model.{name}": value for name, value in state_dict.items()}
-        | {
-            f"optimizer.{index}.{key}": value
-            for index, entry in optimizer_state.items()
-            for key, value in entry.items()
-        }
+        | {f"optimizer.{index}.{key}": value for index, entry in optimizer_state.items() for key, value in entry.items()}
         | {"rng": torch.get_rng_state(), "epoch": torch.tensor(epoch)},
         checkpoint.with_suffix(".part"),
     )

@@ -52,9 +52,7 @@ class FactoredModule(nn.Module):
             raise SlimLSTMError(f"there is no matrix {name!r} to factor; there are {', '.join(self.matrix_shapes)}")
         m, n = self.matrix_shapes[name]
         if u.ndim != 2 or v.ndim != 2 or u.shape[0] != m or v.shape[1] != n or u.shape[1] != v.shape[0]:
-            raise SlimLSTMError(
-                f"factors of {list(u.shape)} and {list(v.shape)} do not make {name}, which is {m} x {n}"
-            )
+            raise SlimLSTMError(f"factors of {list(u.shape)} and {list(v.shape)} do not make {name}, which is {m} x {n}")
         if nn.utils.parametrize.is_parametrized(self, name):
             nn.utils.parametrize.remove_parametrizations(self, name)
         if hasattr(self, name):
@@ -313,9 +311,7 @@ class LowRankLSTMCell(FactoredModule):
         self.reset_parameters()
 
     @classmethod
-    def from_dense(
-        cls, cell: nn.LSTMCell, factors: Mapping[str, tuple[Tensor, Tensor]] | None = None
-    ) -> LowRankLSTMCell:
+    def from_dense(cls, cell: nn.LSTMCell, factors: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> LowRankLSTMCell:
         """The same cell with the matrices named in ``factors`` replaced; see :meth:`LowRankLSTM.from_dense`."""
         module = cls(cell.input_size, cell.hidden_size, cell.bias, device="meta")
         module._take_over(cell, factors)

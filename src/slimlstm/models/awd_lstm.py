@@ -6,6 +6,7 @@ Dimensions: T time steps, B streams, E embedding size, H hidden size, V vocabula
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ class AWDLSTM(nn.Module):
         self.config = config
         sizes = [config.embedding_size, *[config.hidden_size] * (config.num_layers - 1), config.embedding_size]
         self.embedding = nn.Embedding(config.vocab_size, config.embedding_size)
-        self.lstms = nn.ModuleList(nn.LSTM(n, m) for n, m in zip(sizes[:-1], sizes[1:], strict=True))
+        self.lstms = nn.ModuleList(nn.LSTM(n, m) for n, m in pairwise(sizes))
         self.decoder = nn.Linear(config.embedding_size, config.vocab_size)
         self.decoder.weight = self.embedding.weight
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)

@@ -14,9 +14,7 @@ from torch.nn.functional import linear, pad
 from slimlstm.ops.weights import Direction, LayerOutput, Matrix
 
 
-def layer(
-    x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, directions: Sequence[Direction]
-) -> LayerOutput:
+def layer(x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, directions: Sequence[Direction]) -> LayerOutput:
     """One layer over x [T, B, I], or over packed x [N, I] with ``batch_sizes`` [T]; h0 [D, B, P], c0 [D, B, H]."""
     x, ih = _thin_input(x, [weights.ih for weights in directions])
     parameters = [

@@ -1,7 +1,10 @@
 """The recurrence as a plain loop over time: the definition of correct, and the fastest plain PyTorch for few steps.
 
-(i, f, g, o) = (σ, σ, tanh, σ)(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh);  c_t = f ⊙ c_{t-1} + i ⊙ g;  h_t = W_hr (o ⊙ tanh c_t),
-with W_hr left out where there is no projection. Factors are applied one after the other: W x = U (V x).
+(i, f, g, o) = (σ, σ, tanh, σ)(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)
+c_t = f ⊙ c_{t-1} + i ⊙ g
+h_t = W_hr (o ⊙ tanh c_t)
+
+W_hr is left out where there is no projection. Factors are applied one after the other: W x = U (V x).
 """
 
 from __future__ import annotations
@@ -37,9 +40,7 @@ def cell(x: Tensor, h: Tensor, c: Tensor, weights: Direction) -> tuple[Tensor, T
     return step(gates, c, weights.hr)
 
 
-def layer(
-    x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, directions: Sequence[Direction]
-) -> LayerOutput:
+def layer(x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, directions: Sequence[Direction]) -> LayerOutput:
     """One layer over x [T, B, I], or over packed x [N, I] with ``batch_sizes`` [T]; h0 [D, B, P], c0 [D, B, H]."""
     sizes = [x.shape[1]] * x.shape[0] if batch_sizes is None else [int(size) for size in batch_sizes]
     packed = x.flatten(0, 1) if batch_sizes is None else x
