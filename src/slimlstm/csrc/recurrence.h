@@ -1,0 +1,447 @@
+// The recurrence of one direction of a layer, written once for every instruction set: each includes its ``Simd`` and
+// then this file. Everything is in an unnamed namespace, so that the linker cannot put code for one instruction set in
+// the place of another's.
+//
+// G = ceil(H / L) groups of hidden units. A team shares the groups out among its members; a member computes the gates,
+// the cells and the outputs of its own groups, so that one barrier a step is enough:
+//     hh dense     all of h has to be there before the next step: a barrier after each step, h in two buffers
+//     hh = U V     V h is a sum over hidden units: each member adds up its own, a barrier, everybody adds the parts
+//     projection   hr m is such a sum likewise, after which everybody has all of h
+#pragma once
+
+#include "kernel.h"
+
+namespace {
+
+using slimlstm::Panels;
+using slimlstm::Task;
+using slimlstm::Team;
+using slimlstm::Weights;
+
+constexpr ptrdiff_t L = Simd::lanes;
+constexpr ptrdiff_t panel_vectors = 4;
+using F = Simd::F;
+
+#define SLIMLSTM_INLINE inline __attribute__((always_inline))
+#define SLIMLSTM_UNROLL _Pragma("GCC unroll 8")
+
+SLIMLSTM_INLINE ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+SLIMLSTM_INLINE ptrdiff_t larger(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
+SLIMLSTM_INLINE ptrdiff_t ceiling(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b; }
+
+inline void copy(float* to, const float* from, ptrdiff_t count) {
+    for (ptrdiff_t k = 0; k < count; ++k) to[k] = from[k];
+}
+
+// ---- elementwise ----
+
+// e^v for |v| <= 43, relative error below 1.2e-6; beyond, the value at the bound, where a sigmoid is 0 or 1 to 2e-19.
+// 2^f is a polynomial on [-1/2, 1/2] fitted to the smallest relative error, 9.1e-8.
+SLIMLSTM_INLINE F exponential(F v) {
+    v = Simd::at_most(62.0f, Simd::at_least(-62.0f, Simd::mul(v, Simd::all(1.44269504f))));
+    F whole = Simd::round(v), f = Simd::sub(v, whole);
+    F sum = Simd::all(0.00132647261f);
+    sum = Simd::fma(sum, f, Simd::all(0.00967151299f));
+    sum = Simd::fma(sum, f, Simd::all(0.0555073358f));
+    sum = Simd::fma(sum, f, Simd::all(0.240222424f));
+    sum = Simd::fma(sum, f, Simd::all(0.693147004f));
+    sum = Simd::fma(sum, f, Simd::all(1.0f));
+    return Simd::times_power_of_two(sum, whole);
+}
+
+// tanh v = p / q with relative error 3.2e-7; a fraction, so that it can share a division. The quotient of polynomials in
+// v^2 is fitted to the smallest relative error on [-9, 9], 2.1e-8; beyond, tanh is 1 in float32.
+SLIMLSTM_INLINE void tanh_fraction(F v, F& p, F& q) {
+    v = Simd::at_most(9.0f, Simd::at_least(-9.0f, v));
+    F y = Simd::mul(v, v);
+    p = Simd::all(1.33546998e-08f);
+    p = Simd::fma(p, y, Simd::all(2.06091566e-05f));
+    p = Simd::fma(p, y, Simd::all(0.00349559490f));
+    p = Simd::fma(p, y, Simd::all(0.133810322f));
+    p = Simd::fma(p, y, Simd::all(0.99999998f));
+    p = Simd::mul(p, v);
+    q = Simd::all(7.77658738e-07f);
+    q = Simd::fma(q, y, Simd::all(0.000328564426f));
+    q = Simd::fma(q, y, Simd::all(0.0258770105f));
+    q = Simd::fma(q, y, Simd::all(0.467143478f));
+    q = Simd::fma(q, y, Simd::all(1.0f));
+}
+
+// One over a sigmoid: 1 + e^-v.
+SLIMLSTM_INLINE F inverse_sigmoid(F v) {
+    return Simd::add(Simd::all(1.0f), exponential(Simd::sub(Simd::zero(), v)));
+}
+
+// One step of L cells: c = σ(f) c + σ(i) tanh(g); the result is h = σ(o) tanh(c).
+SLIMLSTM_INLINE F cell(F i, F f, F g, F o, F& c) {
+    F p, q;
+    tanh_fraction(g, p, q);
+    F input = Simd::mul(p, Simd::reciprocal(Simd::mul(q, inverse_sigmoid(i))));
+    c = Simd::fma(c, Simd::reciprocal(inverse_sigmoid(f)), input);
+    tanh_fraction(c, p, q);
+    return Simd::mul(p, Simd::reciprocal(Simd::mul(q, inverse_sigmoid(o))));
+}
+
+// ---- products ----
+
+// sums[m][w] = the products of inputs [from, to) of row a[m] with the W vectors of a panel.
+template <int W, int M>
+SLIMLSTM_INLINE void products(const float* panel, ptrdiff_t from, ptrdiff_t to, const float* const* a, F (&sums)[M][W]) {
+    // A sum that waits for itself takes one multiply-add per latency; eight at a time hide it.
+    constexpr int S = W * M >= 8 ? 1 : W * M >= 4 ? 2 : W * M >= 2 ? 4 : 8;
+    F parts[S][M][W];
+    SLIMLSTM_UNROLL for (int s = 0; s < S; ++s)
+        SLIMLSTM_UNROLL for (int m = 0; m < M; ++m)
+            SLIMLSTM_UNROLL for (int w = 0; w < W; ++w) parts[s][m][w] = Simd::zero();
+    panel += from * W * L;
+    ptrdiff_t k = from;
+    for (; k + S <= to; k += S, panel += S * W * L) {
+        SLIMLSTM_UNROLL for (int s = 0; s < S; ++s) {
+            F weights[W];
+            SLIMLSTM_UNROLL for (int w = 0; w < W; ++w) weights[w] = Simd::load(panel + (s * W + w) * L);
+            SLIMLSTM_UNROLL for (int m = 0; m < M; ++m) {
+                F input = Simd::all(a[m][k + s]);
+                SLIMLSTM_UNROLL for (int w = 0; w < W; ++w)
+                    parts[s][m][w] = Simd::fma(input, weights[w], parts[s][m][w]);
+            }
+        }
+    }
+    for (; k < to; ++k, panel += W * L)
+        SLIMLSTM_UNROLL for (int m = 0; m < M; ++m) {
+            F input = Simd::all(a[m][k]);
+            SLIMLSTM_UNROLL for (int w = 0; w < W; ++w)
+                parts[0][m][w] = Simd::fma(input, Simd::load(panel + w * L), parts[0][m][w]);
+        }
+    SLIMLSTM_UNROLL for (int m = 0; m < M; ++m)
+        SLIMLSTM_UNROLL for (int w = 0; w < W; ++w) {
+            sums[m][w] = parts[0][m][w];
+            SLIMLSTM_UNROLL for (int s = 1; s < S; ++s) sums[m][w] = Simd::add(sums[m][w], parts[s][m][w]);
+        }
+}
+
+// What a product is taken of: rows of floats, and which inputs of them count.
+struct Operand {
+    const float* const* rows;
+    ptrdiff_t count;
+    ptrdiff_t from, to;
+};
+
+template <int W, int M, class Take>
+void block(const float* panel, ptrdiff_t vector, const Operand& a, ptrdiff_t row, const Take& take) {
+    F sums[M][W];
+    products<W, M>(panel, a.from, a.to, a.rows + row, sums);
+    take.template operator()<W, M>(vector, row, sums);
+}
+
+template <int W, int M, class Take>
+SLIMLSTM_INLINE void block_of(int m, const float* panel, ptrdiff_t vector, const Operand& a, ptrdiff_t row,
+                              const Take& take) {
+    if constexpr (M > 1)
+        if (m < M) return block_of<W, M - 1>(m, panel, vector, a, row, take);
+    block<W, M>(panel, vector, a, row, take);
+}
+
+template <int W, class Take>
+void panel_by_rows(const float* panel, ptrdiff_t vector, const Operand& a, const Take& take) {
+    for (ptrdiff_t row = 0, left = a.count; left > 0;) {
+        // Blocks as equal as can be: 7 rows are 4 and 3, not 6 and 1.
+        ptrdiff_t m = ceiling(left, ceiling(left, Simd::max_rows));
+        block_of<W, Simd::max_rows>(static_cast<int>(m), panel, vector, a, row, take);
+        row += m, left -= m;
+    }
+}
+
+// Gives ``take`` the products of ``a`` with the vectors [first, last) of a matrix; ``first`` begins a panel.
+template <class Take>
+SLIMLSTM_INLINE void multiply(const Panels& matrix, ptrdiff_t first, ptrdiff_t last, const Operand& a, const Take& take) {
+    for (ptrdiff_t v = first; v < last; v += panel_vectors) {
+        const float* panel = matrix.data + v * L * matrix.inputs;
+        switch (matrix.vectors - v) {
+            case 1: panel_by_rows<1>(panel, v, a, take); break;
+            case 2: panel_by_rows<2>(panel, v, a, take); break;
+            case 3: panel_by_rows<3>(panel, v, a, take); break;
+            default: panel_by_rows<4>(panel, v, a, take); break;
+        }
+    }
+}
+
+// Writes products to rows ``stride`` apart, plus a bias where there is one.
+struct Write {
+    float* to;
+    ptrdiff_t stride;
+    const float* bias;
+
+    template <int W, int M>
+    SLIMLSTM_INLINE void operator()(ptrdiff_t vector, ptrdiff_t row, F (&sums)[M][W]) const {
+        SLIMLSTM_UNROLL for (int m = 0; m < M; ++m)
+            SLIMLSTM_UNROLL for (int w = 0; w < W; ++w) {
+                ptrdiff_t at = (vector + w) * L;
+                F sum = bias ? Simd::add(sums[m][w], Simd::load(bias + at)) : sums[m][w];
+                Simd::store(to + (row + m) * stride + at, sum);
+            }
+    }
+};
+
+// Turns the recurrent products of a panel into new cells and new h, without their ever being stored.
+struct Cells {
+    const float* gates;  // those of the input, row by row
+    float *c, *h;        // [rows, stride]
+    float* output;       // null where h is projected first
+    ptrdiff_t gates_stride, c_stride, h_stride, output_stride, hidden_size;
+
+    template <int W, int M>
+    SLIMLSTM_INLINE void operator()(ptrdiff_t vector, ptrdiff_t row, F (&sums)[M][W]) const {
+        if constexpr (W == panel_vectors) {
+            ptrdiff_t unit = vector / panel_vectors * L;
+            SLIMLSTM_UNROLL for (int m = 0; m < M; ++m) {
+                const float* gate = gates + (row + m) * gates_stride + vector * L;
+                float* cells = c + (row + m) * c_stride + unit;
+                F state = Simd::load(cells);
+                F i = Simd::add(sums[m][0], Simd::load(gate));
+                F f = Simd::add(sums[m][1], Simd::load(gate + L));
+                F g = Simd::add(sums[m][2], Simd::load(gate + 2 * L));
+                F o = Simd::add(sums[m][3], Simd::load(gate + 3 * L));
+                F next = cell(i, f, g, o, state);
+                Simd::store(cells, state);
+                Simd::store(h + (row + m) * h_stride + unit, next);
+                if (!output) continue;
+                float* out = output + (row + m) * output_stride + unit;
+                if (hidden_size - unit >= L)
+                    Simd::store(out, next);
+                else
+                    Simd::store_first(out, next, hidden_size - unit);
+            }
+        }
+    }
+};
+
+// ---- workspace ----
+
+// How a workspace is laid out; with base null, only how large it is.
+struct Buffers {
+    ptrdiff_t chunk;          // rows of input whose gates are held at once
+    ptrdiff_t units, thin_stride, z_stride, h_stride, part_stride;
+    float* gates;             // [chunk, 4 units]
+    float* thin;              // [chunk, thin_stride]: V x
+    float* c;                 // [batch, units]
+    float* h[2];              // [batch, h_stride]; with a projection, every member has its own
+    float* m;                 // [batch, units]: what is projected
+    float* z;                 // [batch, z_stride], every member its own: V h
+    float* parts[2];          // [team, batch, part_stride]: partial sums, of even and odd steps
+    const float** rows;       // [chunk or batch], every member its own
+    size_t size;              // in floats
+
+    Buffers(const Task& task, float* base, int team, int member) {
+        const Weights& w = *task.weights;
+        ptrdiff_t batch = task.last_row - task.first_row;
+        units = ceiling(w.hidden_size, L) * L;
+        // About a megabyte of gates, but enough rows to make the reading of the input weights worth it.
+        chunk = larger(batch, smaller(task.steps * batch, larger(48, (1 << 18) / (4 * units))));
+        thin_stride = w.ih_v.vectors * L;
+        z_stride = w.hh_v.vectors * L;
+        h_stride = ceiling(w.output_size, L) * L;
+        const bool projected = w.hr.data, factored = w.hh_v.data;
+        part_stride = projected ? h_stride : z_stride;
+        size_t used = 0;
+        auto take = [&](ptrdiff_t count, int copies, int which) {
+            size_t rounded = static_cast<size_t>(ceiling(count, 16) * 16);
+            float* begin = base ? base + used + rounded * static_cast<size_t>(which) : nullptr;
+            used += rounded * static_cast<size_t>(copies);
+            return begin;
+        };
+        gates = take(chunk * 4 * units, 1, 0);
+        thin = take(chunk * thin_stride, 1, 0);
+        c = take(batch * units, 1, 0);
+        h[0] = h[1] = projected ? take(batch * h_stride, team, member) : take(batch * h_stride, 1, 0);
+        if (!projected && !factored) h[1] = take(batch * h_stride, 1, 0);
+        m = projected ? take(batch * units, 1, 0) : nullptr;
+        z = take(batch * z_stride, team, member);
+        for (float*& part : parts) part = team > 1 ? take(team * batch * part_stride, 1, 0) : nullptr;
+        constexpr ptrdiff_t floats = (sizeof(float*)) / sizeof(float);
+        rows = reinterpret_cast<const float**>(take(larger(chunk, batch) * floats, team, member));
+        size = used;
+    }
+};
+
+// ---- the loop over time ----
+
+// One member's share of a task.
+struct Run {
+    const Task& task;
+    const Weights& w;
+    const Team& team;
+    const int member;
+    Buffers b;
+    const ptrdiff_t batch;
+    ptrdiff_t first_unit, last_unit;  // the member's own
+    ptrdiff_t before = 0;             // sequences in the last step
+    int read = 0, parity = 0;
+
+    Run(const Task& task, float* workspace, const Team& team, int member)
+        : task(task), w(*task.weights), team(team), member(member), b(task, workspace, team.size, member),
+          batch(task.last_row - task.first_row) {
+        ptrdiff_t groups = b.units / L;
+        first_unit = groups * member / team.size * L;
+        last_unit = groups * (member + 1) / team.size * L;
+    }
+
+    void wait() const {
+        if (team.size > 1) team.barrier(team.self);
+    }
+
+    ptrdiff_t size_at(ptrdiff_t step) const { return task.sizes ? task.sizes[step] : task.batch; }
+
+    // How many of this task's own sequences there are at a step of the input.
+    ptrdiff_t active_at(ptrdiff_t step) const {
+        return larger(0, smaller(size_at(step), task.last_row) - task.first_row);
+    }
+
+    void run() {
+        ptrdiff_t begin = task.reverse ? task.rows : 0;  // the first row of the next step
+        for (ptrdiff_t done = 0; done < task.steps;) {
+            ptrdiff_t rows = 0, end = done, row = begin;
+            for (; end < task.steps; ++end) {
+                ptrdiff_t step = task.reverse ? task.steps - 1 - end : end;
+                ptrdiff_t active = active_at(step), size = size_at(step);
+                if (rows + active > b.chunk) break;
+                if (task.reverse) row -= size;
+                for (ptrdiff_t k = 0; k < active; ++k)
+                    b.rows[rows + k] = task.x + (row + task.first_row + k) * task.x_stride;
+                if (!task.reverse) row += size;
+                rows += active;
+            }
+            input_gates(rows);
+            for (ptrdiff_t at = 0; done < end; ++done) {
+                ptrdiff_t step = task.reverse ? task.steps - 1 - done : done;
+                ptrdiff_t active = active_at(step), size = size_at(step);
+                if (task.reverse) begin -= size;
+                bool last = done + 1 == task.steps;
+                ptrdiff_t after = last ? 0 : active_at(task.reverse ? step - 1 : step + 1);
+                enter(active);
+                advance(active, b.gates + at * 4 * b.units, task.output + (begin + task.first_row) * task.output_stride);
+                leave(smaller(after, active), active);
+                if (!task.reverse) begin += size;
+                at += active;
+            }
+        }
+    }
+
+    // W_ih x + b for the rows of a chunk: the member's own gates.
+    void input_gates(ptrdiff_t rows) {
+        Operand a{b.rows, rows, 0, w.input_size};
+        if (w.ih_v.data) {
+            ptrdiff_t from = rows * member / team.size, to = rows * (member + 1) / team.size;
+            multiply(w.ih_v, 0, w.ih_v.vectors, Operand{b.rows + from, to - from, 0, w.input_size},
+                     Write{b.thin + from * b.thin_stride, b.thin_stride, nullptr});
+            wait();
+            a = rows_of(b.thin, b.thin_stride, rows, w.ih.inputs);
+        }
+        multiply(w.ih, first_unit / L * 4, last_unit / L * 4, a, Write{b.gates, 4 * b.units, w.bias});
+    }
+
+    Operand rows_of(const float* first, ptrdiff_t stride, ptrdiff_t count, ptrdiff_t inputs) {
+        for (ptrdiff_t k = 0; k < count; ++k) b.rows[k] = first + k * stride;
+        return Operand{b.rows, count, 0, inputs};
+    }
+
+    // Gives the sequences that begin at this step their first states.
+    void enter(ptrdiff_t active) {
+        if (active <= before) {
+            before = active;
+            return;
+        }
+        for (ptrdiff_t k = before; k < active; ++k) {
+            ptrdiff_t row = task.first_row + k, own = smaller(last_unit, w.hidden_size) - first_unit;
+            copy(b.c + k * b.units + first_unit, task.c0 + row * w.hidden_size + first_unit, own);
+            for (ptrdiff_t unit = larger(w.hidden_size, first_unit); unit < last_unit; ++unit)
+                b.c[k * b.units + unit] = 0.0f;
+            const float* h0 = task.h0 + row * w.output_size;
+            float* h = b.h[read] + k * b.h_stride;
+            if (w.hr.data)
+                copy(h, h0, w.output_size);
+            else
+                copy(h + first_unit, h0 + first_unit, own);
+        }
+        before = active;
+        // Of a dense hh everybody reads all of h.
+        if (!w.hh_v.data && !w.hr.data) wait();
+    }
+
+    // Hands over the last states of the sequences [from, to).
+    void leave(ptrdiff_t from, ptrdiff_t to) {
+        for (ptrdiff_t k = from; k < to; ++k) {
+            ptrdiff_t row = task.first_row + k, own = smaller(last_unit, w.hidden_size) - first_unit;
+            copy(task.c + row * w.hidden_size + first_unit, b.c + k * b.units + first_unit, own);
+            const float* h = b.h[read] + k * b.h_stride;
+            float* to_h = task.h + row * w.output_size;
+            if (!w.hr.data)
+                copy(to_h + first_unit, h + first_unit, own);
+            else if (member == 0)
+                copy(to_h, h, w.output_size);
+        }
+    }
+
+    // One step of the sequences [0, active).
+    void advance(ptrdiff_t active, const float* gates, float* output) {
+        const bool projected = w.hr.data;
+        Operand a = w.hh_v.data ? thin_state(active) : rows_of(b.h[read], b.h_stride, active, w.output_size);
+        int write = read ^ 1;
+        float* to = projected ? b.m : b.h[write];
+        ptrdiff_t stride = projected ? b.units : b.h_stride;
+        multiply(w.hh, first_unit / L * 4, last_unit / L * 4, a,
+                 Cells{gates, b.c, to, projected ? nullptr : output, 4 * b.units, b.units, stride, task.output_stride,
+                       w.hidden_size});
+        if (projected)
+            project(active, output);
+        else
+            read = write;
+        if (!projected && !w.hh_v.data) wait();
+    }
+
+    // V h.
+    Operand thin_state(ptrdiff_t active) {
+        if (w.hr.data) {
+            multiply(w.hh_v, 0, w.hh_v.vectors, rows_of(b.h[0], b.h_stride, active, w.output_size),
+                     Write{b.z, b.z_stride, nullptr});
+        } else {
+            Operand own = rows_of(b.h[0], b.h_stride, active, w.hidden_size);
+            sum_over_members(w.hh_v, own, b.z, b.z_stride);
+        }
+        return rows_of(b.z, b.z_stride, active, w.hh.inputs);
+    }
+
+    void project(ptrdiff_t active, float* output) {
+        Operand own = rows_of(b.m, b.units, active, w.hidden_size);
+        sum_over_members(w.hr, own, b.h[0], b.h_stride);
+        if (member != 0) return;
+        for (ptrdiff_t k = 0; k < active; ++k)
+            copy(output + k * task.output_stride, b.h[0] + k * b.h_stride, w.output_size);
+    }
+
+    // matrix · a, where each member has computed its own hidden units of ``a``.
+    void sum_over_members(const Panels& matrix, Operand a, float* to, ptrdiff_t stride) {
+        a.from = first_unit;
+        a.to = smaller(last_unit, w.hidden_size);
+        if (team.size == 1) return multiply(matrix, 0, matrix.vectors, a, Write{to, stride, nullptr});
+        ptrdiff_t size = batch * b.part_stride;
+        float* parts = b.parts[parity];
+        parity ^= 1;
+        multiply(matrix, 0, matrix.vectors, a, Write{parts + member * size, b.part_stride, nullptr});
+        wait();
+        for (ptrdiff_t k = 0; k < a.count; ++k)
+            for (ptrdiff_t at = 0; at < stride; at += L) {
+                const float* part = parts + k * b.part_stride + at;
+                F sum = Simd::load(part);
+                for (int other = 1; other < team.size; ++other) sum = Simd::add(sum, Simd::load(part + other * size));
+                Simd::store(to + k * stride + at, sum);
+            }
+    }
+};
+
+size_t workspace(const Task& task, int team_size) { return Buffers(task, nullptr, team_size, 0).size; }
+
+void run(const Task& task, float* workspace, const Team& team, int member) {
+    Run(task, workspace, team, member).run();
+}
+
+}  // namespace

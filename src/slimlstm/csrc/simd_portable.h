@@ -1,0 +1,48 @@
+// Four lanes in the vector language of GCC and Clang: SSE on x86, NEON on ARM, whatever there is elsewhere.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+struct Simd {
+    static constexpr ptrdiff_t lanes = 4;
+    static constexpr int max_rows = 2;
+    typedef float F __attribute__((vector_size(16)));
+    typedef int32_t I __attribute__((vector_size(16)));
+
+    static F zero() { return F{}; }
+    static F all(float value) { return F{value, value, value, value}; }
+    static F load(const float* from) {
+        F v;
+        std::memcpy(&v, from, sizeof v);
+        return v;
+    }
+    static void store(float* to, F v) { std::memcpy(to, &v, sizeof v); }
+    static void store_first(float* to, F v, ptrdiff_t count) {
+        for (ptrdiff_t lane = 0; lane < count; ++lane) to[lane] = v[lane];
+    }
+    static F add(F a, F b) { return a + b; }
+    static F sub(F a, F b) { return a - b; }
+    static F mul(F a, F b) { return a * b; }
+    static F fma(F a, F b, F c) { return a * b + c; }
+    // Comparisons with NaN are false, so that both keep a NaN in ``v``.
+    static F at_most(float limit, F v) { return all(limit) < v ? all(limit) : v; }
+    static F at_least(float limit, F v) { return all(limit) > v ? all(limit) : v; }
+    // Adding 1.5 * 2^23 pushes the fraction out of the significand.
+    static F round(F v) {
+        const F magic = all(12582912.0f);
+        return (v + magic) - magic;
+    }
+    static F times_power_of_two(F v, F exponent) {
+        I bits = (__builtin_convertvector(exponent, I) + 127) << 23;
+        F power;
+        std::memcpy(&power, &bits, sizeof power);
+        return v * power;
+    }
+    static F reciprocal(F v) { return 1.0f / v; }
+};
+
+}  // namespace
