@@ -16,7 +16,6 @@ from torch.nn.utils.rnn import PackedSequence
 
 from slimlstm import ops
 from slimlstm.errors import SlimLSTMError
-from slimlstm.ops import reference
 from slimlstm.ops.dense import rebuilt
 from slimlstm.ops.weights import Direction, Matrix
 
@@ -345,7 +344,10 @@ class LowRankLSTMCell(FactoredModule):
             getattr(self, "bias_hh") if self.bias else None,
             None,
         )
-        return reference.cell(input, *hx, weights)
+        if input.ndim == 2:
+            return ops.cell(input, *hx, weights)
+        h, c = ops.cell(input[None], hx[0][None], hx[1][None], weights)
+        return h[0], c[0]
 
 
 def lstm_arguments(lstm: nn.LSTM | LowRankLSTM) -> dict[str, Any]:

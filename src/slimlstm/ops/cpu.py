@@ -12,6 +12,7 @@ Weights are packed for the kernel once and packed again only when they changed. 
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import weakref
@@ -25,11 +26,11 @@ from slimlstm.errors import SlimLSTMError
 from slimlstm.ops.weights import Direction, LayerOutput
 
 try:
-    from slimlstm import _kernel as kernel  # pyright: ignore[reportAttributeAccessIssue]
+    from slimlstm.ops import _kernel as kernel
 
     missing = None
 except ImportError as error:
-    kernel: Any = None
+    kernel = None
     missing = (
         f"the compiled kernel is not there ({error}); to have it, install a C++17 compiler and then slimlstm from source, "
         "pip install --force-reinstall --no-binary slimlstm slimlstm"
@@ -38,7 +39,6 @@ except ImportError as error:
 THOROUGH = 32
 """Calls of so many rows (steps times sequences) or more compare all weights with what was packed."""
 
-_logger = logging.getLogger("slimlstm")
 _plain = (Tensor, nn.Parameter)
 
 
@@ -57,6 +57,12 @@ def instruction_set() -> str:
     return wanted
 
 
+@functools.cache
+def tell_missing() -> None:
+    """Logs once why there is no kernel."""
+    logging.getLogger("slimlstm").warning("running PyTorch's operators, which are slower: %s", missing)
+
+
 class _Packed:
     """The packed weights of a layer, and what they were packed from."""
 
@@ -73,7 +79,7 @@ class _Packed:
         self.memory = [tensor.detach() for tensor in tensors]
         self.counted = not any(tensor.is_inference() for tensor in tensors)
         self.state = _state(tensors) if self.counted else []
-        aliases = [None if tensor is None else tensor.detach() for tensor in _flat(directions)]
+        aliases = [None if tensor is None else tensor.detach() for tensor in flat(directions)]
         self.layer = kernel.Layer(instruction_set(), [aliases[at : at + 7] for at in range(0, len(aliases), 7)])
 
 
@@ -85,14 +91,14 @@ def forget() -> None:
     _cache.clear()
 
 
-def _flat(directions: Sequence[Direction]) -> list[Tensor | None]:
+def flat(directions: Sequence[Direction]) -> list[Tensor | None]:
     """The weights of the directions in the kernel's order: ih V and U, hh V and U, biases, projection."""
-    flat: list[Tensor | None] = []
+    found: list[Tensor | None] = []
     for ih, hh, bias_ih, bias_hh, hr in directions:
         ih_u, ih_v = ih if isinstance(ih, tuple) else (ih, None)
         hh_u, hh_v = hh if isinstance(hh, tuple) else (hh, None)
-        flat += (ih_v, ih_u, hh_v, hh_u, bias_ih, bias_hh, hr)
-    return flat
+        found += (ih_v, ih_u, hh_v, hh_u, bias_ih, bias_hh, hr)
+    return found
 
 
 def _state(tensors: list[Tensor]) -> list[int]:
@@ -101,10 +107,10 @@ def _state(tensors: list[Tensor]) -> list[int]:
 
 
 def _packed(directions: Sequence[Direction], anew: bool = False) -> _Packed:
-    flat = _flat(directions)
-    key = tuple(map(id, flat))
+    present = flat(directions)
+    key = tuple(map(id, present))
     found = None if anew else _cache.get(key)
-    tensors = [tensor for tensor in flat if tensor is not None]
+    tensors = [tensor for tensor in present if tensor is not None]
     if found is not None and found.counted and _state(tensors) != found.state:
         found = None
     if found is None:
@@ -125,7 +131,7 @@ def obstacle(x: Tensor, states: Sequence[Tensor], directions: Sequence[Direction
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:  # pyright: ignore
         return "the call is being traced"
     if torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, *states, *_flat(directions))
+        tensor is not None and tensor.requires_grad for tensor in (x, *states, *flat(directions))
     ):
         return "gradients are wanted"
     return None
