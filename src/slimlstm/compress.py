@@ -56,7 +56,10 @@ def compress_(model: nn.Module, config: LowRank | Prune | Plan, *, progress: Pro
     plan = make_plan(config, [site for host in hosts for site in host.sites()])
     chosen = [(host, site) for host in hosts for site in host.sites() if site.key in plan.sites]
     results = _solve(plan, chosen, progress)
-    reports = [_site_report(host, site, plan.sites[site.key], results[site.key]) for host, site in chosen]
+    reports = [
+        site_report(site, plan.sites[site.key], results[site.key], host.stored(site.name).element_size())
+        for host, site in chosen
+    ]
     model_before, lstm_before = size([model], hosts), size([host.module for host in hosts], hosts)
     notes: list[str] = []
     for host in hosts:
@@ -149,12 +152,13 @@ def _solve(plan: Plan, chosen: list[tuple[Host, Site]], progress: Progress | Non
     return results
 
 
-def _site_report(host: Host, site: Site, plan: SitePlan, result: Compressed) -> SiteReport:
-    (m, n), itemsize = site.shape, host.matrix(site.name).element_size()
-    stored = site.rank * (m + n) if site.rank is not None else m * n
+def site_report(site: Site, plan: SitePlan, result: Compressed, itemsize: int) -> SiteReport:
+    """What ``result`` means for a site whose numbers take ``itemsize`` bytes each."""
+    m, n = site.shape
     rank = plan.rank if result.factors is not None else site.rank
-    stored_after = stored if rank is None else rank * (m + n)
-    after = plan.kept if result.mask is not None and plan.kept else rank * (m + n) if rank is not None else site.parameters
+    after = site.parameters if rank is None else rank * (m + n)
+    if result.mask is not None:
+        after = int(result.mask.sum())
     return SiteReport(
         key=site.key,
         shape=site.shape,
@@ -163,10 +167,15 @@ def _site_report(host: Host, site: Site, plan: SitePlan, result: Compressed) -> 
         break_even_rank=break_even_rank(site.shape),
         parameters_before=site.parameters,
         parameters_after=after,
-        bytes_before=stored * itemsize,
-        bytes_after=stored_after * itemsize,
+        bytes_before=_stored(site.shape, site.rank) * itemsize,
+        bytes_after=_stored(site.shape, rank) * itemsize,
         relative_error=result.relative_error,
         iterations=result.iterations,
         converged=result.converged,
         note=plan.note,
     )
+
+
+def _stored(shape: tuple[int, int], rank: int | None) -> int:
+    m, n = shape
+    return m * n if rank is None else rank * (m + n)
