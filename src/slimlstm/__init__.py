@@ -1,0 +1,31 @@
+"""Makes trained LSTMs small and fast by low-rank factorisation.
+
+import slimlstm as sl
+
+report = sl.compress_(model, sl.LowRank(rank=64, target="hh"))
+print(report)
+sl.save(model, "small/")
+model = sl.load("small/", fresh_dense_model)
+"""
+
+from slimlstm.compress import compress_
+from slimlstm.errors import SlimLSTMError
+from slimlstm.nn import LowRankLSTM, LowRankLSTMCell
+from slimlstm.persist import load, save
+from slimlstm.plan import LowRank, Plan, Prune
+from slimlstm.report import Report
+from slimlstm.sites import find_sites
+
+__all__ = [
+    "LowRank",
+    "LowRankLSTM",
+    "LowRankLSTMCell",
+    "Plan",
+    "Prune",
+    "Report",
+    "SlimLSTMError",
+    "compress_",
+    "find_sites",
+    "load",
+    "save",
+]

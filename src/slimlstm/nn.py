@@ -20,6 +20,8 @@ from slimlstm.ops.dense import rebuilt
 from slimlstm.ops.weights import Direction, Matrix
 
 State = tuple[Tensor, Tensor]
+Provenance = dict[str, str]
+"""Where the numbers of a compressed matrix come from: the ``method`` and the ``source_sha256`` of the dense matrix."""
 Input = TypeVar("Input", Tensor, PackedSequence)
 
 
@@ -28,6 +30,8 @@ class FactoredModule(nn.Module):
 
     matrix_shapes: dict[str, tuple[int, int]]
     """The recurrent matrices that may be factored, and their shapes."""
+    provenance: dict[str, Provenance]
+    """Where the factors come from, by matrix; filled in by those who compress and save."""
 
     def matrix(self, name: str) -> Matrix:
         """The matrix ``name`` as it is kept: W, or (U, V). Masks and other parametrizations are applied."""
@@ -154,13 +158,8 @@ class LowRankLSTM(FactoredModule):
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
         self.bidirectional, self.proj_size, self.backend = bidirectional, proj_size, backend
-        self.matrix_shapes = {}
-        outputs = proj_size or hidden_size
-        for layer in range(num_layers):
-            inputs = input_size if layer == 0 else outputs * self._directions
-            for suffix in self._suffixes(layer):
-                self.matrix_shapes[f"weight_ih{suffix}"] = (4 * hidden_size, inputs)
-                self.matrix_shapes[f"weight_hh{suffix}"] = (4 * hidden_size, outputs)
+        self.matrix_shapes = lstm_matrix_shapes(**lstm_arguments(self))
+        self.provenance = {}
         ranks = ranks or {}
         self._check_ranks(ranks)
         for layer in range(num_layers):
@@ -297,10 +296,7 @@ class LowRankLSTMCell(FactoredModule):
         if min(input_size, hidden_size) < 1:
             raise SlimLSTMError(f"sizes have to be at least 1, not {input_size} and {hidden_size}")
         self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bias
-        self.matrix_shapes = {
-            "weight_ih": (4 * hidden_size, input_size),
-            "weight_hh": (4 * hidden_size, hidden_size),
-        }
+        self.matrix_shapes, self.provenance = cell_matrix_shapes(input_size, hidden_size), {}
         ranks = ranks or {}
         self._check_ranks(ranks)
         for name, shape in self.matrix_shapes.items():
@@ -350,7 +346,26 @@ class LowRankLSTMCell(FactoredModule):
         return h[0], c[0]
 
 
-def lstm_arguments(lstm: nn.LSTM | LowRankLSTM) -> dict[str, Any]:
+def lstm_matrix_shapes(
+    input_size: int, hidden_size: int, num_layers: int, bidirectional: bool, proj_size: int, **_: Any
+) -> dict[str, tuple[int, int]]:
+    """Names and shapes of the recurrent matrices of an ``nn.LSTM``: ih [4H, I], hh [4H, P]."""
+    shapes: dict[str, tuple[int, int]] = {}
+    outputs, endings = proj_size or hidden_size, ("", "_reverse") if bidirectional else ("",)
+    for layer in range(num_layers):
+        inputs = input_size if layer == 0 else outputs * len(endings)
+        for ending in endings:
+            shapes[f"weight_ih_l{layer}{ending}"] = (4 * hidden_size, inputs)
+            shapes[f"weight_hh_l{layer}{ending}"] = (4 * hidden_size, outputs)
+    return shapes
+
+
+def cell_matrix_shapes(input_size: int, hidden_size: int) -> dict[str, tuple[int, int]]:
+    """Names and shapes of the recurrent matrices of an ``nn.LSTMCell``."""
+    return {"weight_ih": (4 * hidden_size, input_size), "weight_hh": (4 * hidden_size, hidden_size)}
+
+
+def lstm_arguments(lstm: nn.RNNBase | LowRankLSTM) -> dict[str, Any]:
     """What an ``nn.LSTM`` like this one is made with, device and dtype aside."""
     names: Sequence[str] = (
         "input_size",

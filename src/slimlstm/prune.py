@@ -11,13 +11,18 @@ from slimlstm.errors import SlimLSTMError
 
 
 class Mask(nn.Module):
-    """A parametrization that multiplies a weight with a 0/1 mask of the same shape, also while it is trained."""
+    """A parametrization that multiplies a weight with a 0/1 mask of the same shape, also while it is trained.
+
+    ``provenance`` says where the mask comes from; those who compress and save fill it in.
+    """
 
     mask: Tensor
+    provenance: dict[str, str]
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
         self.register_buffer("mask", mask)
+        self.provenance = {}
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight * self.mask

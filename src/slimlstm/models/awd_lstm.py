@@ -5,11 +5,13 @@ Dimensions: T time steps, B streams, E embedding size, H hidden size, V vocabula
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -98,26 +100,36 @@ class AWDLSTM(nn.Module):
         return functional_call(lstm, dropped, (x, state))
 
 
+def config_of(tensors: Mapping[str, Tensor]) -> AWDLSTMConfig:
+    """The sizes of the AWD-LSTM that these tensors belong to, dense or compressed; dropout rates are the published ones.
+
+    Raises:
+        SlimLSTMError: they do not belong to an AWD-LSTM.
+    """
+    try:
+        vocab_size, embedding_size = tensors["embedding.weight"].shape
+        layers = sum(name.endswith(".bias_hh_l0") for name in tensors)
+        return AWDLSTMConfig(vocab_size, embedding_size, len(tensors["lstms.0.bias_hh_l0"]) // 4, layers)
+    except (KeyError, ValueError) as error:
+        raise SlimLSTMError(f"these are not the tensors of an AWD-LSTM: {error}") from error
+
+
 def load_awd_lstm(folder: str | Path) -> AWDLSTM:
     """The AWD-LSTM of ``model.safetensors`` in ``folder``, in float32 and evaluation mode.
 
-    Sizes are read off the tensors; dropout rates are the published ones. Names are PyTorch's: ``embedding.weight`` [V, E],
-    ``lstms.{i}.weight_ih_l0`` and so on, ``decoder.bias`` [V].
+    Names are PyTorch's: ``embedding.weight`` [V, E], ``lstms.{i}.weight_ih_l0`` and so on, ``decoder.bias`` [V].
 
     Raises:
-        SlimLSTMError: the file is missing or does not hold such a model.
+        SlimLSTMError: the file is missing, damaged, or does not hold such a model.
     """
     path = Path(folder) / "model.safetensors"
     if not path.is_file():
         raise SlimLSTMError(f"no model.safetensors in {folder}; give the folder of an AWD-LSTM checkpoint")
     try:
         state = {name: tensor.float() for name, tensor in load_file(path).items()}
-        vocab_size, embedding_size = state["embedding.weight"].shape
-        layers = sum(name.endswith(".weight_hh_l0") for name in state)
-        hidden = state["lstms.0.weight_hh_l0"].shape[1]
-        model = AWDLSTM(AWDLSTMConfig(vocab_size, embedding_size, hidden, layers))
+        model = AWDLSTM(config_of(state))
         state.setdefault("decoder.weight", state["embedding.weight"])
         model.load_state_dict(state)
-    except Exception as error:
+    except (SafetensorError, RuntimeError, SlimLSTMError) as error:
         raise SlimLSTMError(f"{path} does not hold an AWD-LSTM: {error}") from error
     return model.eval()

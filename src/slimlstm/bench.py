@@ -1,0 +1,37 @@
+"""Latency, measured side by side: the machine's moods fall on all candidates alike, and only ratios are told."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+from slimlstm.errors import SlimLSTMError
+
+
+def interleaved_seconds(calls: Mapping[str, Callable[[], object]], *, repeats: int = 15) -> dict[str, list[float]]:
+    """Wall-clock seconds of every call, ``repeats`` times each, taking turns; without gradients, after one warm-up round.
+
+    Raises:
+        SlimLSTMError: no call, or ``repeats`` below 1.
+    """
+    if not calls or repeats < 1:
+        raise SlimLSTMError(f"{len(calls)} calls cannot be timed {repeats} times")
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.no_grad():
+        for call in calls.values():
+            call()
+        for _ in range(repeats):
+            for name, call in calls.items():
+                began = time.perf_counter()
+                call()
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def median_ratios(seconds: Mapping[str, list[float]], baseline: str) -> dict[str, float]:
+    """Median time of ``baseline`` over that of every call: above 1 is faster than the baseline."""
+    reference = statistics.median(seconds[baseline])
+    return {name: reference / statistics.median(times) for name, times in seconds.items()}

@@ -1,0 +1,261 @@
+"""LSTMs in weight files, without the code of their models: ``.safetensors``, ``.pt`` / ``.pth``, ``.onnx``, saved folders.
+
+Names and gate order are PyTorch's; ONNX's order i, o, f, c is converted here.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from slimlstm.compress import compress_matrix, site_report
+from slimlstm.errors import SlimLSTMError
+from slimlstm.persist import CONFIG, read_folder, site_entry, write_folder
+from slimlstm.plan import DENSE, LowRank, Plan, Prune, make_plan
+from slimlstm.report import Report, Total
+from slimlstm.sites import SITE_NAME, Site
+
+Tensors = dict[str, Tensor]
+Progress = Any
+
+_PARAMETRIZED = re.compile(r"(?:(.*)\.)?parametrizations\.(weight_[^.]*)\.original")
+_ONNX_GATES = (0, 2, 3, 1)
+_ONNX_SHAPING = {"Cast", "Concat", "Constant", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
+
+
+def read_tensors(path: Path) -> Tensors:
+    """All tensors of a weight file, by name, on the CPU.
+
+    A checkpoint that keeps its state dict inside another dictionary is unpacked. Of an ONNX file, the weights of its LSTM
+    nodes, nested graphs included, under the names that ``nn.LSTM`` gives them.
+
+    Raises:
+        SlimLSTMError: the file is missing, damaged, of another kind, or holds more than data.
+    """
+    if path.is_dir():
+        if (path / CONFIG).exists():
+            return read_folder(path)[1]
+        raise SlimLSTMError(f"{path} is a folder without {CONFIG}; name a weight file, or a folder that slimlstm saved")
+    if not path.is_file():
+        raise SlimLSTMError(f"there is no file {path}")
+    readers = {".safetensors": _read_safetensors, ".pt": _read_torch, ".pth": _read_torch, ".bin": _read_torch}
+    reader = {**readers, ".ckpt": _read_torch, ".onnx": _read_onnx}.get(path.suffix.lower())
+    if reader is None:
+        raise SlimLSTMError(f"{path} ends in {path.suffix or 'nothing'}; .safetensors, .pt, .pth and .onnx can be read")
+    return reader(path)
+
+
+def find_matrices(tensors: Mapping[str, Tensor]) -> dict[Site, tuple[str, ...]]:
+    """The recurrent matrices among named tensors, and the names of the tensors that each is kept in.
+
+    That is one name, or two for factors. What belongs to a GRU or a plain RNN, by the shapes, is left out.
+    """
+    found: dict[tuple[str, str], tuple[str, ...]] = {}
+    for name in tensors:
+        for canonical, kept_in in _as_matrix(name, tensors):
+            module, _, weight = canonical.rpartition(".")
+            # A weight-drop LSTM may hold both the raw weight and what was last made of it.
+            if SITE_NAME.fullmatch(weight) and ((module, weight) not in found or name.endswith("_raw")):
+                found[module, weight] = kept_in
+    return {
+        Site(module, weight, _shape(kept_in, tensors), _rank(kept_in, tensors)): kept_in
+        for (module, weight), kept_in in found.items()
+        if _is_lstm(module, weight, found, tensors)
+    }
+
+
+def matrix_of(names: tuple[str, ...], tensors: Mapping[str, Tensor]) -> Tensor:
+    """The matrix [m, n] that is kept in the named tensors: one, or two factors."""
+    return tensors[names[0]] if len(names) == 1 else tensors[names[0]] @ tensors[names[1]]
+
+
+def compress_file(path: Path, config: LowRank | Prune | Plan, folder: Path, progress: Progress = None) -> Report:
+    """``compress_`` at the level of weights: reads a file, writes a folder that :func:`slimlstm.load` reads.
+
+    Raises:
+        SlimLSTMError: as :func:`read_tensors`, ``compress_`` and ``save``. Nothing is written then.
+    """
+    tensors = read_tensors(path)
+    matrices = find_matrices(tensors)
+    if not matrices:
+        raise SlimLSTMError(f"{path} holds no weights of an LSTM, by names (weight_hh_l0) and shapes ([4H, H])")
+    plan = make_plan(config, list(matrices))
+    state, entries, reports = dict(tensors), dict[str, dict[str, Any]](), list[Any]()
+    chosen = [(site, names) for site, names in matrices.items() if site.key in plan.sites]
+    for index, (site, names) in enumerate(chosen):
+        if progress is not None:
+            progress(site.key, index / len(chosen))
+        action, matrix = plan.sites[site.key], matrix_of(names, tensors)
+        try:
+            result = compress_matrix(matrix, action)
+        except SlimLSTMError as error:
+            raise SlimLSTMError(f"{site.key}: {error}") from error
+        reports.append(site_report(site, action, result, matrix.element_size()))
+        if action.method == DENSE:
+            continue
+        for name in names:
+            state.pop(name)
+        state.pop(site.key, None)
+        provenance = {"method": action.method, "source_sha256": result.source_sha256}
+        after = Site(site.module, site.name, site.shape, action.rank, action.kept)
+        entries[site.key] = site_entry(after, provenance, matrix.dtype)
+        state.update(_stored_as(site, matrix, result.factors, result.mask))
+    if not entries:
+        raise SlimLSTMError("nothing would get smaller: " + "; ".join(f"{report.key}: {report.note}" for report in reports))
+    write_folder(folder, state, entries)
+    total = Total.between(_size(tensors.values()), _size(state.values()))
+    before = sum(report.parameters_before for report in reports), sum(report.bytes_before for report in reports)
+    after = sum(report.parameters_after for report in reports), sum(report.bytes_after for report in reports)
+    return Report(reports, plan, Total.between(before, after), total)
+
+
+def _stored_as(site: Site, matrix: Tensor, factors: Any, mask: Tensor | None) -> Tensors:
+    """The names and tensors that the compressed module's ``state_dict`` has for one matrix."""
+    if factors is not None:
+        return {f"{site.key}_u": factors[0].detach(), f"{site.key}_v": factors[1].detach()}
+    assert mask is not None  # noqa: S101 (a plan that is not dense gives one of the two)
+    prefix = f"{site.module}." if site.module else ""
+    place = f"{prefix}parametrizations.{site.name}"
+    return {f"{place}.original": matrix, f"{place}.0.mask": mask}
+
+
+def _as_matrix(name: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The canonical name of the matrix that a tensor is, or is the first factor of, and the tensors it is kept in."""
+    match = _PARAMETRIZED.fullmatch(name)
+    if match:
+        yield ".".join(part for part in match.groups() if part), (name,)
+    elif name.endswith("_u") and f"{name[:-2]}_v" in tensors:
+        yield name[:-2], (name, f"{name[:-2]}_v")
+    else:
+        yield name.removesuffix("_raw"), (name,)
+
+
+def _shape(names: tuple[str, ...], tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    first, last = tensors[names[0]].shape, tensors[names[-1]].shape
+    return (first[0], last[1]) if len(first) == 2 and len(last) == 2 else (0, 0)
+
+
+def _rank(names: tuple[str, ...], tensors: Mapping[str, Tensor]) -> int | None:
+    return tensors[names[0]].shape[1] if len(names) == 2 else None
+
+
+def _is_lstm(
+    module: str, weight: str, found: Mapping[tuple[str, str], tuple[str, ...]], tensors: Mapping[str, Tensor]
+) -> bool:
+    """Whether ih and hh of this layer are both there and have 4H rows, H being hh's columns or those of its projection."""
+    suffix = weight[len("weight_ih") :]
+    ih, hh = found.get((module, f"weight_ih{suffix}")), found.get((module, f"weight_hh{suffix}"))
+    if ih is None or hh is None:
+        return False
+    (rows, inputs), (hh_rows, outputs) = _shape(ih, tensors), _shape(hh, tensors)
+    projection = tensors.get(f"{module}.weight_hr{suffix}" if module else f"weight_hr{suffix}")
+    hidden = outputs if projection is None else projection.shape[-1]
+    return inputs > 0 and rows == hh_rows == 4 * hidden
+
+
+def _size(tensors: Iterable[Tensor]) -> tuple[int, int]:
+    """Numbers and bytes of the floating-point tensors; masks are no parameters."""
+    unique = {tensor.data_ptr(): tensor for tensor in tensors if tensor.is_floating_point()}.values()
+    return sum(tensor.numel() for tensor in unique), sum(tensor.numel() * tensor.element_size() for tensor in unique)
+
+
+def _read_safetensors(path: Path) -> Tensors:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise SlimLSTMError(f"{path} is no intact safetensors file: {error}") from error
+
+
+def _read_torch(path: Path) -> Tensors:
+    try:
+        content: object = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise SlimLSTMError(
+            f"{path} holds pickled code, which is not run here; load it where its code is and save "
+            f"model.state_dict() instead ({str(error).splitlines()[0]})"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise SlimLSTMError(f"{path} is no intact PyTorch checkpoint: {str(error).splitlines()[0]}") from error
+    candidates = list(_state_dicts(content, ""))
+    with_lstm = [(prefix, state) for prefix, state in candidates if find_matrices(state)] or candidates
+    if len(with_lstm) == 1:
+        return with_lstm[0][1]
+    return {prefix + name: tensor for prefix, state in with_lstm for name, tensor in state.items()}
+
+
+def _state_dicts(content: object, prefix: str) -> Iterator[tuple[str, Tensors]]:
+    """The dictionaries of tensors in a checkpoint, with the path that leads to each."""
+    if not isinstance(content, Mapping):
+        return
+    items = {str(key): value for key, value in cast(Mapping[object, object], content).items()}
+    tensors = {key: value for key, value in items.items() if isinstance(value, Tensor)}
+    if tensors:
+        yield prefix, tensors
+    for key, value in items.items():
+        yield from _state_dicts(value, f"{prefix}{key}.")
+
+
+def _read_onnx(path: Path) -> Tensors:
+    try:
+        import onnx
+    except ImportError as error:
+        raise SlimLSTMError("reading ONNX files takes onnx: pip install 'slimlstm[onnx]'") from error
+    try:
+        model = onnx.load(path)
+    except Exception as error:  # protobuf and onnx raise classes of several libraries
+        raise SlimLSTMError(f"{path} is no intact ONNX file: {error}") from error
+    tensors: Tensors = {}
+    for node, constants in _onnx_lstms(model.graph, {}, {entry.domain: entry.version for entry in model.opset_import}):
+        weights = [torch.from_numpy(constants[name].copy()) if name in constants else None for name in node.input[1:4]]
+        weights += [None] * (3 - len(weights))
+        name = node.name or node.output[0]
+        if weights[0] is None or weights[1] is None:
+            continue
+        direction = next((attribute.s.decode() for attribute in node.attribute if attribute.name == "direction"), "forward")
+        endings = {"forward": [""], "reverse": ["_reverse"], "bidirectional": ["", "_reverse"]}[direction]
+        for index, ending in enumerate(endings):
+            tensors.update(_onnx_direction(f"{name}.", f"_l0{ending}", [w if w is None else w[index] for w in weights]))
+    return tensors
+
+
+def _onnx_direction(prefix: str, suffix: str, weights: list[Tensor | None]) -> Tensors:
+    """W [4H, I], R [4H, H] and B [8H] of one direction of an ONNX LSTM, as PyTorch would name and order them."""
+    w, r, b = weights
+    assert w is not None and r is not None  # noqa: S101 (the caller left others out)
+    named = {"weight_ih": w, "weight_hh": r}
+    if b is not None:
+        named["bias_ih"], named["bias_hh"] = b.chunk(2)
+    return {
+        f"{prefix}{kind}{suffix}": torch.cat([tensor.chunk(4)[gate] for gate in _ONNX_GATES])
+        for kind, tensor in named.items()
+    }
+
+
+def _onnx_lstms(graph: Any, outer: Mapping[str, Any], opsets: Mapping[str, int]) -> Iterator[tuple[Any, Mapping[str, Any]]]:
+    """Every LSTM node of an ONNX graph and of the graphs inside its nodes, with the constant arrays that it can see.
+
+    Exporters cut and reorder PyTorch's weights by nodes; what these make of constants is worked out here.
+    """
+    from onnx import numpy_helper
+    from onnx.reference import ReferenceEvaluator
+
+    constants = dict(outer)
+    constants.update((tensor.name, numpy_helper.to_array(tensor)) for tensor in graph.initializer)
+    for node in graph.node:
+        if node.op_type in _ONNX_SHAPING and all(name in constants for name in node.input if name):
+            evaluator = ReferenceEvaluator(node, opsets=dict(opsets))
+            results = evaluator.run(None, {name: constants[name] for name in node.input if name})
+            constants.update(zip(node.output, results, strict=True))
+        if node.op_type == "LSTM":
+            yield node, constants
+        for attribute in node.attribute:
+            for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                yield from _onnx_lstms(inner, constants, opsets)

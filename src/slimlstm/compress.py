@@ -1,0 +1,181 @@
+"""``compress_``: a model and a configuration in, the same model with smaller matrices and a report out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from slimlstm.errors import SlimLSTMError
+from slimlstm.factorize import SOLVERS, check_matrix, relative_error
+from slimlstm.plan import DENSE, PRUNE, LowRank, Plan, Prune, SitePlan, make_plan
+from slimlstm.prune import magnitude_mask
+from slimlstm.rank import break_even_rank
+from slimlstm.report import Report, SiteReport, Total
+from slimlstm.sites import Host, Site, find_hosts, replace
+
+Progress = Callable[[str, float], None]
+"""Called with a site's key and the fraction of the whole work that is done."""
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What stands for one matrix [m, n]: factors (U, V) or a mask, neither where it stays as it is; how it was found."""
+
+    factors: tuple[nn.Parameter, nn.Parameter] | None = None
+    mask: Tensor | None = None
+    relative_error: float = 0.0
+    iterations: int = 0
+    converged: bool = True
+    source_sha256: str = ""
+
+
+def compress_(model: nn.Module, config: LowRank | Prune | Plan, *, progress: Progress | None = None) -> Report:
+    """Compresses the LSTMs of ``model`` in place, without training.
+
+    Works on ``nn.LSTM`` and ``nn.LSTMCell`` anywhere in the module tree; a shared module or matrix is compressed once and
+    stays shared. Factored modules become :class:`slimlstm.LowRankLSTM` or ``LowRankLSTMCell``; pruned ones stay what
+    they are. Weight drop and other parametrizations of a compressed module end, which the report notes. A matrix whose
+    factors would be no smaller stays dense. Optimisers made before do not know the factors: make them anew.
+
+    Args:
+        model: any module; a bare ``nn.LSTM`` goes through :meth:`LowRankLSTM.from_dense` first.
+        config: what to do, as a rule (``LowRank``, ``Prune``) or site by site (``Plan``, such as a report's).
+        progress: called with a site's key and the fraction done, now and then.
+
+    Returns:
+        Per site and in total: parameters and bytes before and after, relative errors.
+
+    Raises:
+        SlimLSTMError: no site is meant, a site cannot be compressed, or a matrix holds NaN. Nothing has changed then.
+    """
+    hosts = find_hosts(model)
+    plan = make_plan(config, [site for host in hosts for site in host.sites()])
+    chosen = [(host, site) for host in hosts for site in host.sites() if site.key in plan.sites]
+    results = _solve(plan, chosen, progress)
+    reports = [
+        site_report(site, plan.sites[site.key], results[site.key], host.stored(site.name).element_size())
+        for host, site in chosen
+    ]
+    model_before, lstm_before = size([model], hosts), size([host.module for host in hosts], hosts)
+    notes: list[str] = []
+    for host in hosts:
+        compressed = {site.name: results[site.key] for owner, site in chosen if owner is host}
+        changed = {name: result for name, result in compressed.items() if result.source_sha256}
+        if not changed:
+            continue
+        notes += host.notes
+        methods = {site.name: plan.sites[site.key].method for owner, site in chosen if owner is host}
+        replace(
+            model,
+            host,
+            {name: result.factors for name, result in changed.items() if result.factors is not None},
+            {name: result.mask for name, result in changed.items() if result.mask is not None},
+            {name: {"method": methods[name], "source_sha256": result.source_sha256} for name, result in changed.items()},
+        )
+    hosts = find_hosts(model)
+    return Report(
+        reports,
+        plan,
+        Total.between(lstm_before, size([host.module for host in hosts], hosts)),
+        Total.between(model_before, size([model], hosts)),
+        notes,
+    )
+
+
+def compress_matrix(matrix: Tensor, plan: SitePlan, on_fraction: Callable[[float], None] | None = None) -> Compressed:
+    """Carries out one site's plan on its matrix [m, n]; the matrix itself is not changed.
+
+    Raises:
+        SlimLSTMError: the matrix is empty or holds NaN or infinite numbers, or the rank does not fit.
+    """
+    if plan.method == DENSE:
+        return Compressed()
+    check_matrix(matrix)
+    source = sha256_of(matrix)
+    if plan.method == PRUNE:
+        mask = magnitude_mask(matrix, plan.kept or 0)
+        return Compressed(mask=mask, relative_error=relative_error(matrix, matrix * mask), source_sha256=source)
+
+    def on_iteration(done: int, most: int) -> None:
+        if on_fraction is not None:
+            on_fraction(done / most)
+
+    found = SOLVERS[plan.method](matrix, plan.rank or 0, on_iteration)
+    factors = nn.Parameter(found.u), nn.Parameter(found.v)
+    return Compressed(factors, None, found.residual, found.iterations, found.converged, source)
+
+
+def sha256_of(tensor: Tensor) -> str:
+    """The SHA-256 of a tensor's numbers, row by row, in its own dtype (little-endian)."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def size(modules: Iterable[nn.Module], hosts: list[Host]) -> tuple[int, int]:
+    """Parameters and their bytes in ``modules``, shared ones once; weights that a mask zeroes are no parameters."""
+    parameters = {id(parameter): parameter for module in modules for parameter in module.parameters()}
+    masked = {
+        host.identity(site.name): site.shape[0] * site.shape[1] - site.kept
+        for host in hosts
+        for site in host.sites()
+        if site.kept is not None
+    }
+    count = sum(parameter.numel() - masked.get(key, 0) for key, parameter in parameters.items())
+    return count, sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
+
+
+def _solve(plan: Plan, chosen: list[tuple[Host, Site]], progress: Progress | None) -> dict[str, Compressed]:
+    results: dict[str, Compressed] = {}
+    shared: dict[tuple[int, SitePlan], Compressed] = {}
+    for index, (host, site) in enumerate(chosen):
+
+        def on_fraction(fraction: float, index: int = index, key: str = site.key) -> None:
+            if progress is not None:
+                progress(key, (index + fraction) / len(chosen))
+
+        on_fraction(0.0)
+        action = plan.sites[site.key]
+        known = (host.identity(site.name), action)
+        if known not in shared:
+            try:
+                shared[known] = compress_matrix(host.matrix(site.name), action, on_fraction)
+            except SlimLSTMError as error:
+                raise SlimLSTMError(f"{site.key}: {error}") from error
+        results[site.key] = shared[known]
+        for factor in results[site.key].factors or ():
+            factor.requires_grad_(host.stored(site.name).requires_grad)
+        on_fraction(1.0)
+    return results
+
+
+def site_report(site: Site, plan: SitePlan, result: Compressed, itemsize: int) -> SiteReport:
+    """What ``result`` means for a site whose numbers take ``itemsize`` bytes each."""
+    m, n = site.shape
+    rank = plan.rank if result.factors is not None else site.rank
+    after = site.parameters if rank is None else rank * (m + n)
+    if result.mask is not None:
+        after = int(result.mask.sum())
+    return SiteReport(
+        key=site.key,
+        shape=site.shape,
+        method=plan.method,
+        rank=rank,
+        break_even_rank=break_even_rank(site.shape),
+        parameters_before=site.parameters,
+        parameters_after=after,
+        bytes_before=_stored(site.shape, site.rank) * itemsize,
+        bytes_after=_stored(site.shape, rank) * itemsize,
+        relative_error=result.relative_error,
+        iterations=result.iterations,
+        converged=result.converged,
+        note=plan.note,
+    )
+
+
+def _stored(shape: tuple[int, int], rank: int | None) -> int:
+    m, n = shape
+    return m * n if rank is None else rank * (m + n)

@@ -1,0 +1,113 @@
+"""What compression did: per site and in total, to print and to keep."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from slimlstm.plan import Plan
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What happened to one site.
+
+    ``relative_error`` is ‖W - W'‖_F / ‖W‖_F. Of a pruned matrix, ``parameters_after`` counts the weights that are left;
+    ``bytes_after`` counts what is stored, and a mask saves nothing there. ``iterations`` and ``converged`` are of the
+    solver.
+    """
+
+    key: str
+    shape: tuple[int, int]
+    method: str
+    rank: int | None
+    break_even_rank: float
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    relative_error: float
+    iterations: int = 0
+    converged: bool = True
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Total:
+    """Parameters and bytes before and after, of the LSTMs with their biases or of the whole model, shared ones once."""
+
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+
+    @classmethod
+    def between(cls, before: tuple[int, int], after: tuple[int, int]) -> Total:
+        """From (parameters, bytes) before and after."""
+        return cls(before[0], after[0], before[1], after[1])
+
+    def __str__(self) -> str:
+        return (
+            f"{self.parameters_before:,} -> {self.parameters_after:,} parameters, "
+            f"{self.bytes_before:,} -> {self.bytes_after:,} bytes ({self.bytes_after / max(self.bytes_before, 1):.1%})"
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``compress_`` did. Print it, keep ``to_dict()``, or do the same again with ``plan``."""
+
+    sites: list[SiteReport]
+    plan: Plan
+    lstm: Total
+    model: Total
+    notes: list[str] = field(default_factory=list[str])
+
+    def __rich__(self) -> Table:
+        table = Table(title="Compressed sites", title_justify="left", caption_justify="left")
+        table.add_column("site", overflow="fold")
+        table.add_column("method")
+        for heading in ("shape", "rank", "break-even", "parameters", "bytes", "error"):
+            table.add_column(heading, justify="right")
+        for site in self.sites:
+            table.add_row(
+                site.key,
+                site.method,
+                f"{site.shape[0]} x {site.shape[1]}",
+                "" if site.rank is None else str(site.rank),
+                f"{site.break_even_rank:.1f}",
+                f"{site.parameters_before:,} -> {site.parameters_after:,}",
+                f"{site.bytes_before:,} -> {site.bytes_after:,}",
+                f"{site.relative_error:.4f}",
+            )
+        notes = [f"{site.key}: {site.note}" for site in self.sites if site.note]
+        table.caption = "\n".join([f"LSTM:  {self.lstm}", f"model: {self.model}", *notes, *self.notes])
+        return table
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=160, color_system=None)
+        console.print(self)
+        assert isinstance(console.file, io.StringIO)  # noqa: S101 (made above)
+        return console.file.getvalue().rstrip()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON types."""
+        sites = [{**asdict(site), "shape": list(site.shape)} for site in self.sites]
+        return {**asdict(self), "sites": sites, "plan": self.plan.to_dict()}
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Report:
+        """The report that :meth:`to_dict` gave."""
+        entries: list[dict[str, Any]] = data["sites"]
+        sites = [replace(SiteReport(**entry), shape=(entry["shape"][0], entry["shape"][1])) for entry in entries]
+        lstm, model = Total(**data["lstm"]), Total(**data["model"])
+        return cls(sites, Plan.from_dict(data["plan"]), lstm, model, data["notes"])

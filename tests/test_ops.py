@@ -1,0 +1,166 @@
+"""Every backend against PyTorch's own LSTM, and the choice between them.
+
+Dimensions: T time steps, B sequences, H hidden size, r rank; see also ``helpers``.
+"""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from helpers import (
+    BACKENDS,
+    EXACT,
+    Problem,
+    assert_near,
+    assert_same,
+    factor_gradients,
+    factors_of,
+    problems,
+    replaced,
+    with_gradients,
+)
+from hypothesis import given, settings
+
+from slimlstm import ops
+from slimlstm.errors import SlimLSTMError
+from slimlstm.nn import LowRankLSTM
+from slimlstm.ops.weights import Direction
+
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+# A problem has many sides: fewer examples meet hardly any bidirectional packed input with states.
+thorough = settings(max_examples=150)
+
+
+def low_rank(problem: Problem, backend: str, dtype: torch.dtype = torch.float64) -> LowRankLSTM:
+    lstm = problem.lstm(dtype)
+    module = LowRankLSTM.from_dense(lstm, factors_of(lstm, problem.ranks))
+    module.backend = backend
+    return module
+
+
+@every_backend
+@thorough
+@given(problem=problems(full_rank=True))
+def test_full_rank_is_the_original(backend, problem):
+    lstm, inputs = problem.lstm(), problem.inputs()
+    expected = factor_gradients(with_gradients(lstm, inputs, problem.call), factors_of(lstm, problem.ranks))
+    assert_same(with_gradients(low_rank(problem, backend), inputs, problem.call), expected, **EXACT)
+
+
+@every_backend
+@thorough
+@given(problem=problems(full_rank=False))
+def test_low_rank_is_an_lstm_with_the_product_of_the_factors(backend, problem):
+    lstm, inputs = problem.lstm(), problem.inputs()
+    factors = factors_of(lstm, problem.ranks)
+    expected = factor_gradients(with_gradients(replaced(lstm, factors), inputs, problem.call), factors)
+    assert_same(with_gradients(low_rank(problem, backend), inputs, problem.call), expected, **EXACT)
+
+
+@every_backend
+@given(problem=problems(full_rank=False))
+def test_inference_computes_what_training_does(backend, problem):
+    module, inputs = low_rank(problem, backend), problem.inputs()
+    expected = {name: value.detach() for name, value in problem.call(module, inputs).items()}
+    for inference in (torch.no_grad, torch.inference_mode):
+        with inference():
+            assert_same(problem.call(module, inputs), expected, **EXACT)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@given(problem=problems(full_rank=False))
+def test_backends_agree_to_the_precision_of_the_dtype(backend, dtype, problem):
+    module, inputs = low_rank(problem, backend, dtype), problem.inputs(dtype)
+    exact = deepcopy(module).double()
+    exact.backend = "reference"
+    truth = with_gradients(exact, {name: value.double() for name, value in inputs.items()}, problem.call)
+    results = with_gradients(module, inputs, problem.call)
+    assert {value.dtype for value in results.values()} == {dtype}
+    assert_near(results, truth)
+
+
+@every_backend
+def test_an_empty_batch_has_empty_outputs(backend):
+    module = LowRankLSTM(3, 4, ranks={"weight_hh_l0": 2}, backend=backend)
+    output, (h, c) = module(torch.zeros(2, 0, 3))
+    assert (output.shape, h.shape, c.shape) == ((2, 0, 4), (1, 0, 4), (1, 0, 4))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@every_backend
+@given(problem=problems(full_rank=True))
+def test_full_rank_is_the_original_on_a_gpu(backend, problem):
+    lstm, module = problem.lstm(torch.float32), low_rank(problem, backend, torch.float32)
+    inputs = problem.inputs(torch.float32)
+    exact = {name: value.double() for name, value in inputs.items()}
+    truth = factor_gradients(
+        with_gradients(lstm.double(), exact, problem.call),
+        {name: (u.double(), v.double()) for name, (u, v) in factors_of(problem.lstm(torch.float32), problem.ranks).items()},
+    )
+    # TensorFloat-32, which cuDNN uses unasked, keeps 10 bits of what it multiplies.
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        on_gpu = {name: value.cuda() for name, value in inputs.items()}
+        results = with_gradients(module.cuda(), on_gpu, problem.call)
+    assert {value.device.type for value in results.values()} == {"cuda"}
+    assert_near({name: value.cpu() for name, value in results.items()}, truth)
+
+
+def test_an_unknown_backend_is_refused():
+    module = LowRankLSTM(3, 4, backend="magic")
+    with pytest.raises(SlimLSTMError, match="no backend is called 'magic'; there are 'auto', 'reference', 'dense'"):
+        module(torch.zeros(2, 1, 3))
+
+
+def chosen(steps: int, batch: int, hidden: int, rank: int | None, grad: bool = False, packed: bool = False) -> ops.Choice:
+    matrix = (4 * hidden, hidden)
+    hh = torch.zeros(matrix) if rank is None else (torch.zeros(matrix[0], rank), torch.zeros(rank, matrix[1]))
+    if grad:
+        hh[0].requires_grad_()
+    x = torch.zeros(steps * batch, hidden) if packed else torch.zeros(steps, batch, hidden)
+    sizes = torch.full((steps,), batch) if packed else None
+    return ops.choose(x, sizes, [Direction(torch.zeros(matrix), hh, None, None, None)])
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize(
+    ("case", "backend", "reason"),
+    [
+        ({"steps": 1, "batch": 1, "hidden": 256, "rank": None}, "dense", "hh is dense"),
+        ({"steps": 1, "batch": 1, "hidden": 256, "rank": 32, "grad": True}, "dense", "gradients"),
+        ({"steps": 1, "batch": 1, "hidden": 256, "rank": 32}, "reference", "rebuilding hh would cost more"),
+        ({"steps": 1000, "batch": 1, "hidden": 256, "rank": 32}, "dense", "rebuilt once for 1000 steps"),
+        # The activations of a large batch cost the loop more than its thin products save.
+        ({"steps": 50, "batch": 256, "hidden": 256, "rank": 64}, "dense", "rebuilt once for 50 steps"),
+        ({"steps": 200, "batch": 64, "hidden": 64, "rank": 16}, "dense", "rebuilt once for 200 steps"),
+    ],
+    ids=["dense hh", "training", "one step", "long", "large batch", "long, large batch, small H"],
+)
+def test_choice(case, backend, reason, packed):
+    choice = chosen(**case, packed=packed)
+    assert (choice.backend, reason in choice.reason) == (backend, True), choice
+
+
+def test_gradients_count_only_where_they_are_recorded():
+    with torch.no_grad():
+        assert chosen(1, 1, 256, 32, grad=True).backend == "reference"
+
+
+def test_other_devices_get_dense():
+    x, hh = torch.zeros(1, 1, 256, device="meta"), (torch.zeros(1024, 32), torch.zeros(32, 256))
+    assert ops.choose(x, None, [Direction(hh[0], hh, None, None, None)]) == ("dense", "the input is on meta")
+
+
+def test_auto_runs_what_was_chosen(monkeypatch):
+    ran = []
+    for name, backend in ops.BACKENDS.items():
+        monkeypatch.setitem(
+            ops.BACKENDS, name, lambda *args, name=name, backend=backend: ran.append(name) or backend(*args)
+        )
+    module = LowRankLSTM(5, 256, ranks={"weight_hh_l0": 32})
+    with torch.no_grad():
+        module(torch.zeros(1, 1, 5))
+        module(torch.zeros(1000, 1, 5))
+    module(torch.zeros(1, 1, 5))
+    assert ran == ["reference", "dense", "dense"]
