@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -148,7 +149,7 @@ def test_svd_is_as_good_as_any_approximation_of_its_rank(problem):
 def test_more_rank_never_makes_the_svd_worse(matrix):
     residuals = [SOLVERS["svd"](matrix, rank, None).residual for rank in range(1, min(matrix.shape) + 1)]
     allowed = FACTS["svd"].resolution[matrix.dtype] + math.sqrt(len(residuals)) * torch.finfo(matrix.dtype).eps
-    assert all(after <= before + allowed for before, after in zip(residuals, residuals[1:], strict=False))
+    assert all(after <= before + allowed for before, after in pairwise(residuals))
 
 
 @given(problems(dtypes=(torch.float64,), kinds=("normal", "rank-deficient", "negative")))

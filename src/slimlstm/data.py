@@ -8,10 +8,10 @@ way, the content has to have the published SHA-256.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import lzma
 import os
 import tempfile
-import urllib.error
 import urllib.request
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -128,7 +128,10 @@ def read_text(name: str, split: str) -> str:
         raise SlimLSTMError(f"{name} has no split {split!r}; it has {', '.join(map(repr, corpus.splits))}")
     wanted = corpus.splits[split]
     path = _local_copy(corpus, wanted) or _download(corpus, wanted)
-    content = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+    try:
+        content = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+    except (lzma.LZMAError, OSError) as error:
+        raise SlimLSTMError(f"{path} is damaged or cannot be read ({error}); delete it and fetch it again") from error
     _check(content, wanted, str(path))
     return content.decode("utf-8")
 
@@ -168,7 +171,7 @@ class Vocabulary:
         """
         try:
             words = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise SlimLSTMError(f"the vocabulary {path} cannot be read: {error}") from error
         vocabulary = cls(words)
         if len(vocabulary) != len(words):
@@ -204,21 +207,22 @@ def _local_copy(corpus: Corpus, split: Split) -> Path | None:
 
 def _download(corpus: Corpus, split: Split) -> Path:
     target = cache_folder() / corpus.name / split.file
-    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with urllib.request.urlopen(split.url, timeout=30) as reply:  # noqa: S310 (the addresses stand above)
             size = int(reply.headers.get("Content-Length") or 0)
             with wrap_file(reply, total=size, description=split.file, transient=True) as stream:
                 content = stream.read()
-    except (urllib.error.URLError, OSError) as error:
+        _check(content, split, split.url)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            part = Path(scratch) / split.file
+            part.write_bytes(content)
+            part.replace(target)
+    except (http.client.HTTPException, OSError) as error:
         raise SlimLSTMError(
-            f"{split.url} could not be downloaded ({error}); put a copy at {corpus.name}/{split.file} "
+            f"{split.url} could not be downloaded to {target} ({error}); put a copy at {corpus.name}/{split.file} "
             "in a folder of yours and name the folder in SLIMLSTM_DATA"
         ) from error
-    _check(content, split, split.url)
-    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
-        file.write(content)
-    Path(file.name).replace(target)
     return target
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from slimlstm.errors import SlimLSTMError
 
 _DIRECTION_STEPS = 500
-_SMALLEST_ENTRY = 0.02
+_SMALLEST_ENTRY = 0.05
 
 OnIteration = Callable[[int, int], None]
 """Called as ``(iterations done, most iterations)`` while an iterative solver runs."""
@@ -68,8 +68,9 @@ def semi_nmf(
 
     Starts from an SVD that was turned into a semi-NMF without loss (Gillis and Kumar 2015), and then alternates the exact
     least-squares U with multiplicative updates of V, neither of which can raise the error. So the error at rank r is
-    never above that of the SVD at rank r - 1. It stops when an iteration lowers the squared error by less than
-    ``tolerance`` times itself.
+    never above that of the SVD at rank r - 1, up to the rounding of the factors, which in bfloat16 and float16 is much:
+    non-negative rows that stand for signed ones cancel each other out. It stops when an iteration lowers the squared
+    error by less than ``tolerance`` times itself.
 
     Raises:
         SlimLSTMError: as :func:`svd`.
@@ -82,7 +83,7 @@ def semi_nmf(
     total = float(gram.trace())
     v = best = _nonnegative_start(gram, rank)
     best_error, iterations, converged = math.inf, 0, False
-    while not converged and iterations <= max_iterations:
+    while not converged and iterations < max_iterations:
         normal = v @ v.T
         utw = _solve_psd(normal, v @ gram)
         utu = _solve_psd(normal, v @ utw.T)
@@ -95,7 +96,7 @@ def semi_nmf(
         if on_iteration is not None:
             on_iteration(iterations, max_iterations)
     u = _solve_psd(best @ best.T, best @ w.T).T
-    return _result(matrix, u, best, iterations, converged)
+    return _result(matrix, *_balanced(u, best), iterations, converged)
 
 
 SOLVERS: dict[str, Callable[[Tensor, int, OnIteration | None], Factors]] = {"svd": svd, "semi-nmf": semi_nmf}
@@ -205,6 +206,13 @@ def _solve_psd(a: Tensor, b: Tensor) -> Tensor:
     if int(info) == 0 and float(pivots.min()) > 1e-6 * float(pivots.max()):
         return torch.cholesky_solve(b, factor)
     return torch.linalg.pinv(a, hermitian=True) @ b
+
+
+def _balanced(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product with ‖u_i‖ = ‖v_i‖ for every column of U and row of V, as :func:`svd` has it."""
+    left, right = u.norm(dim=0), v.norm(dim=1)
+    scale = torch.where((left > 0) & (right > 0), (left / right).sqrt(), 1.0)
+    return u / scale, scale[:, None] * v
 
 
 def _result(matrix: Tensor, u: Tensor, v: Tensor, iterations: int = 0, converged: bool = True) -> Factors:

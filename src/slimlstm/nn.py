@@ -39,10 +39,14 @@ class FactoredModule(nn.Module):
             return getattr(self, f"{name}_u"), getattr(self, f"{name}_v")
         return getattr(self, name)
 
+    def product(self, name: str) -> Tensor:
+        """The matrix ``name`` [m, n], factors multiplied."""
+        return rebuilt(self.matrix(name))
+
     @property
     def ranks(self) -> dict[str, int]:
         """The rank of every factored matrix, by name."""
-        factors = {name: self._parameters.get(f"{name}_v") for name in self.matrix_shapes}
+        factors = {name: getattr(self, f"{name}_v", None) for name in self.matrix_shapes}
         return {name: len(v) for name, v in factors.items() if v is not None}
 
     def set_factors(self, name: str, u: Tensor, v: Tensor) -> None:
@@ -54,7 +58,7 @@ class FactoredModule(nn.Module):
         if name not in self.matrix_shapes:
             raise SlimLSTMError(f"there is no matrix {name!r} to factor; there are {', '.join(self.matrix_shapes)}")
         m, n = self.matrix_shapes[name]
-        if u.ndim != 2 or v.ndim != 2 or u.shape[0] != m or v.shape[1] != n or u.shape[1] != v.shape[0]:
+        if u.ndim != 2 or v.ndim != 2 or u.shape[0] != m or v.shape[1] != n or not 0 < u.shape[1] == v.shape[0]:
             raise SlimLSTMError(f"factors of {list(u.shape)} and {list(v.shape)} do not make {name}, which is {m} x {n}")
         if nn.utils.parametrize.is_parametrized(self, name):
             nn.utils.parametrize.remove_parametrizations(self, name)
@@ -104,8 +108,7 @@ class FactoredModule(nn.Module):
         """Copies this module's weights into ``dense``, factors multiplied."""
         with torch.no_grad():
             for name, parameter in dense.named_parameters():
-                value = self.matrix(name) if name in self.matrix_shapes else getattr(self, name)
-                parameter.copy_(rebuilt(value))
+                parameter.copy_(self.product(name) if name in self.matrix_shapes else getattr(self, name))
         dense.train(self.training)
 
     def _check_ranks(self, ranks: Mapping[str, int]) -> None:
@@ -229,9 +232,10 @@ class LowRankLSTM(FactoredModule):
                 f"the input has to be [T, B, {self.input_size}] (batch_first: [B, T, {self.input_size}]) or unbatched "
                 f"[T, {self.input_size}], not {list(input.shape)}"
             )
+        batch = () if input.ndim == 2 else (input.shape[0 if self.batch_first else 1],)
+        self._check_states(hx, batch)
         if input.ndim == 2:
             if hx is not None:
-                # Of a state that is not unbatched itself this keeps the wrong shape, for the check to find.
                 hx = hx[0].unsqueeze(1), hx[1].unsqueeze(1)
             output, state = self._run(input[:, None], None, hx)
             return output[:, 0], (state[0][:, 0], state[1][:, 0])
@@ -239,6 +243,9 @@ class LowRankLSTM(FactoredModule):
         return output.transpose(0, 1) if self.batch_first else output, state
 
     def _forward_packed(self, packed: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
+        if packed.data.ndim != 2 or packed.data.shape[-1] != self.input_size:
+            raise SlimLSTMError(f"the input has to be packed [N, {self.input_size}], not {list(packed.data.shape)}")
+        self._check_states(hx, (int(packed.batch_sizes[0]),))
         order, inverse = packed.sorted_indices, packed.unsorted_indices
         if order is not None and hx is not None:
             hx = hx[0].index_select(1, order), hx[1].index_select(1, order)
@@ -261,14 +268,22 @@ class LowRankLSTM(FactoredModule):
             x = last[-1].output
         return x, (torch.cat([result.h for result in last]), torch.cat([result.c for result in last]))
 
+    def _check_states(self, hx: State | None, batch: tuple[int, ...]) -> None:
+        """``batch`` is (B,), or () for unbatched input."""
+        if hx is None:
+            return
+        count = self.num_layers * self._directions
+        sizes = self.proj_size or self.hidden_size, self.hidden_size
+        for name, state, size in zip("hc", hx, sizes, strict=True):
+            shape = (count, *batch, size)
+            if state.shape != shape:
+                raise SlimLSTMError(f"{name}0 has to be {list(shape)} for this input, not {list(state.shape)}")
+
     def _first_states(self, x: Tensor, batch: int, hx: State | None) -> State:
         count = self.num_layers * self._directions
         shapes = (count, batch, self.proj_size or self.hidden_size), (count, batch, self.hidden_size)
         if hx is None:
             return x.new_zeros(shapes[0]), x.new_zeros(shapes[1])
-        for name, state, shape in zip("hc", hx, shapes, strict=True):
-            if state.shape != shape:
-                raise SlimLSTMError(f"{name}0 has to be {list(shape)} for this input, not {list(state.shape)}")
         return hx
 
 

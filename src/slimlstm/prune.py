@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -32,10 +33,12 @@ def magnitude_mask(matrix: Tensor, kept: int) -> Tensor:
     """A boolean mask that keeps the ``kept`` entries of largest magnitude; of equal ones, the first in row order.
 
     Raises:
-        SlimLSTMError: ``kept`` is not in [1, number of entries].
+        SlimLSTMError: ``kept`` is not an int in [1, number of entries], or the matrix holds NaN.
     """
     size = matrix.numel()
-    if not 1 <= kept <= size:
+    if bool(matrix.isnan().any()):
+        raise SlimLSTMError("the matrix holds NaN, which has no magnitude; was training stable?")
+    if type(kept) is not int or not 1 <= kept <= size:
         raise SlimLSTMError(f"between 1 and {size} weights of a {list(matrix.shape)} matrix can be kept, not {kept}")
     magnitudes = matrix.detach().abs().flatten()
     threshold = magnitudes.kthvalue(size - kept + 1).values
@@ -61,6 +64,8 @@ def apply_mask(module: nn.Module, name: str, mask: Tensor) -> None:
         present.mask = mask
     else:
         parametrize.register_parametrization(module, name, Mask(mask))
+        if isinstance(module, nn.RNNBase):
+            _let_copy(module)
 
 
 def mask_of(module: nn.Module, name: str) -> Mask | None:
@@ -69,3 +74,20 @@ def mask_of(module: nn.Module, name: str) -> Mask | None:
         return None
     stack = cast(nn.ModuleDict, module.parametrizations)[name]
     return next((entry for entry in cast(nn.ModuleList, stack) if isinstance(entry, Mask)), None)
+
+
+def _let_copy(module: nn.RNNBase) -> None:
+    """Lets a masked ``nn.LSTM`` be deep-copied after a forward pass too.
+
+    It caches its weights, and those that a mask gave carry a gradient history, which cannot be copied. ``parametrize`` made
+    a class for this very module, so that no other is touched.
+    """
+    kind = cast(Any, type(module))
+    copy = kind.__deepcopy__
+
+    def deepcopy(self: nn.RNNBase, memo: dict[int, Any]) -> nn.RNNBase:
+        with torch.no_grad():
+            self._init_flat_weights()  # pyright: ignore[reportPrivateUsage] (the cache has no public name)
+        return copy(self, memo)
+
+    kind.__deepcopy__ = deepcopy

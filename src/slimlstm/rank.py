@@ -24,7 +24,8 @@ def saves(shape: tuple[int, int], rank: int) -> bool:
 
 def rank_for_fraction(shape: tuple[int, int], keep: float) -> int:
     """The largest rank whose factors hold at most ``keep`` of the m n parameters, at least 1."""
-    return max(1, math.floor(keep * break_even_rank(shape)))
+    # A whole number that rounding put just below itself is meant.
+    return max(1, math.floor(keep * break_even_rank(shape) * (1 + 1e-12)))
 
 
 def rank_for_energy(singular_values: Tensor, energy: float) -> int:

@@ -26,7 +26,6 @@ from slimlstm.nn import (
     lstm_arguments,
     lstm_matrix_shapes,
 )
-from slimlstm.ops.dense import rebuilt
 from slimlstm.prune import Mask, apply_mask, mask_of
 
 SITE_NAME = re.compile(r"weight_(ih|hh)(?:_l(\d+)(_reverse)?)?")
@@ -116,8 +115,8 @@ class Host:
     def matrix(self, name: str) -> Tensor:
         """The matrix [m, n] that inference sees: factors multiplied, masks applied, weight drop left out."""
         with torch.no_grad(), _evaluation_mode(self.module):
-            weight = self.lstm.matrix(name) if isinstance(self.lstm, FactoredModule) else self._weight(name)
-            return rebuilt(weight).detach()
+            lstm = self.lstm
+            return (lstm.product(name) if isinstance(lstm, FactoredModule) else self._weight(name)).detach()
 
     def identity(self, name: str) -> int:
         """Equal for two sites that share one parameter."""

@@ -21,6 +21,8 @@ BACKENDS: dict[str, Callable[[Tensor, Tensor | None, Tensor, Tensor, Sequence[Di
 
 # What the interpreter spends on a step of the loop over time, in multiply-adds that PyTorch does meanwhile.
 _STEP_OVERHEAD = 1_500_000
+# What the loop's unfused activations cost per hidden unit and step, likewise.
+_UNIT_OVERHEAD = 700
 
 
 class Choice(NamedTuple):
@@ -94,7 +96,9 @@ def _choose_without_kernel(x: Tensor, batch_sizes: Tensor | None, directions: Se
     inputs = x.shape[0] * x.shape[1] if batch_sizes is None else x.shape[0]
     rebuild = sum(u.shape[0] * u.shape[1] * v.shape[1] for u, v in factored)
     dense_cost = rebuild + inputs * sum(rows(w) * columns(w) for w in factored)
-    loop_cost = steps * len(factored) * _STEP_OVERHEAD + inputs * sum(u.numel() + v.numel() for u, v in factored)
+    loop_cost = steps * len(factored) * _STEP_OVERHEAD + inputs * sum(
+        u.numel() + v.numel() + _UNIT_OVERHEAD * (len(u) // 4) for u, v in factored
+    )
     if loop_cost < dense_cost:
         return Choice("reference", f"{reason}; rebuilding hh would cost more than {steps} thin steps")
     return Choice("dense", f"{reason}; hh is rebuilt once for {steps} steps")

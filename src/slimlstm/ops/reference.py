@@ -50,7 +50,7 @@ def layer(x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, directi
     ]
     output = torch.cat([part[0] for part in parts], dim=-1)
     if batch_sizes is None:
-        output = output.view(*x.shape[:2], -1)
+        output = output.unflatten(0, x.shape[:2])
     return LayerOutput(output, torch.stack([part[1] for part in parts]), torch.stack([part[2] for part in parts]))
 
 
@@ -63,6 +63,8 @@ def _direction(
     those that have not begun wait with their first states.
     """
     gates_of_x = product(packed, weights.ih, weights.bias_ih).split(sizes)
+    # Under autocast the products are in a lower precision than the states, and so are nn.LSTM's outputs.
+    h, c = h.to(gates_of_x[0].dtype), c.to(gates_of_x[0].dtype)
     outputs: list[Tensor] = []
     for gates in reversed(gates_of_x) if reverse else gates_of_x:
         active = len(gates)

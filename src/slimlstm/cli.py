@@ -1,0 +1,261 @@
+"""The command ``slimlstm``."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from slimlstm import data, demo
+from slimlstm.checkpoint import compress_file, find_matrices, matrix_of, read_tensors
+from slimlstm.errors import SlimLSTMError
+from slimlstm.evaluate import perplexity
+from slimlstm.factorize import SOLVERS, singular_values
+from slimlstm.models import embedded
+from slimlstm.models.awd_lstm import AWDLSTM, config_of, load_awd_lstm
+from slimlstm.persist import CONFIG, load, read_folder
+from slimlstm.plan import PRUNE, LowRank, Prune
+from slimlstm.plots import quality_curves
+from slimlstm.rank import break_even_rank, rank_for_energy
+
+app = typer.Typer(
+    help="Makes trained LSTMs small and fast by low-rank factorisation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+output, messages = Console(), Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+_SKETCH = "▁▂▃▄▅▆▇█"
+
+
+def main() -> None:
+    """Runs the command; what cannot be done is said in one line, with exit status 1."""
+    try:
+        app()
+    except SlimLSTMError as error:
+        messages.print(f"slimlstm: {error}", style="red", highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+@app.command("demo")
+def demo_command(
+    plot: Annotated[Path, typer.Option(help="Where to draw the curves (PNG or PDF).")] = Path("slimlstm-demo.png"),
+    as_json: Json = False,
+) -> None:
+    """Compress the embedded language model by every method, and see what that costs and saves."""
+    began = time.monotonic()
+    with _progress("compressing") as progress:
+        tour = demo.run(progress)
+    draw_tour(tour, plot)
+    heading = (
+        "An AWD-LSTM language model over WikiText-2, compressed without retraining; perplexity per byte-pair token on "
+        "held-out text; parameters and bytes of its LSTMs; speed of the LSTMs against the dense model, batch 1."
+    )
+    _show({**tour.to_dict(), "plot": str(plot)}, as_json, heading, tour, tour.summary(), f"The curves are in {plot}.")
+    if not as_json:
+        messages.print(f"{time.monotonic() - began:.0f} s", style="dim")
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A .safetensors, .pt, .pth or .onnx file.")], as_json: Json = False
+) -> None:
+    """Show the LSTM matrices in a weight file: shapes, break-even ranks, how fast their singular values fall."""
+    tensors = read_tensors(file)
+    matrices = find_matrices(tensors)
+    if not matrices:
+        raise SlimLSTMError(f"{file} holds no weights of an LSTM, by names (weight_hh_l0) and shapes ([4H, H])")
+    entries: list[dict[str, Any]] = []
+    with _progress("singular values") as progress:
+        for index, (site, names) in enumerate(matrices.items()):
+            progress(site.key, index / len(matrices))
+            values = singular_values(matrix_of(names, tensors).float())
+            entries.append(
+                {
+                    "site": site.key,
+                    "shape": list(site.shape),
+                    "rank": site.rank,
+                    "parameters": site.parameters,
+                    "break_even_rank": break_even_rank(site.shape),
+                    "energy_ranks": {str(energy): rank_for_energy(values, energy) for energy in (0.5, 0.9, 0.99)},
+                    "singular_values": [round(value, 6) for value in values.tolist()],
+                }
+            )
+    lstm, total = sum(entry["parameters"] for entry in entries), sum(tensor.numel() for tensor in tensors.values())
+    table = Table()
+    table.add_column("site", overflow="fold")
+    for column in ("shape", "rank", "break-even", "50% energy", "90%", "99%"):
+        table.add_column(column, justify="right")
+    table.add_column("singular values")
+    for entry in entries:
+        shape, energies = entry["shape"], entry["energy_ranks"].values()
+        table.add_row(
+            entry["site"],
+            f"{shape[0]} x {shape[1]}",
+            "full" if entry["rank"] is None else str(entry["rank"]),
+            f"{entry['break_even_rank']:.1f}",
+            *map(str, energies),
+            _sketch(entry["singular_values"]),
+        )
+    share = f"{lstm:,} of {total:,} numbers in the file are in these matrices ({lstm / total:.0%})."
+    _show({"file": str(file), "sites": entries, "parameters": lstm, "total": total}, as_json, table, share)
+
+
+@app.command()
+def compress(
+    file: Annotated[Path, typer.Argument(help="A .safetensors, .pt, .pth or .onnx file.")],
+    folder: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
+    method: Annotated[str, typer.Option(help=f"{', '.join(SOLVERS)} or {PRUNE}.")] = "svd",
+    rank: Annotated[int | None, typer.Option(help="The same rank at every matrix.")] = None,
+    keep: Annotated[float | None, typer.Option(help="The fraction of every matrix's parameters to keep.")] = None,
+    target: Annotated[str, typer.Option(help="hh, ih or both.")] = "both",
+    as_json: Json = False,
+) -> None:
+    """Compress the LSTMs in a weight file; slimlstm.load puts the folder into the model."""
+    amounts: dict[str, Any] = {"rank": rank, "keep": keep, "target": target}
+    config = Prune(**amounts) if method == PRUNE else LowRank(method, **amounts)
+    with _progress("compressing") as progress:
+        report = compress_file(file, config, folder, progress)
+    _show(
+        report.to_dict(),
+        as_json,
+        report,
+        f"Written to {folder}; slimlstm.load({str(folder)!r}, model) puts it into the model.",
+    )
+
+
+@app.command("eval")
+def eval_command(
+    model: Annotated[str, typer.Argument(help="'embedded', the folder of an AWD-LSTM, or one that slimlstm saved.")],
+    text: Annotated[str, typer.Option(help="'held-out', 'ptb', 'wikitext-2' or a text file.")] = "held-out",
+    split: Annotated[str, typer.Option(help="Of ptb and wikitext-2: train, valid or test.")] = "test",
+    vocab: Annotated[
+        Path | None,
+        typer.Option(help="A vocabulary (one word a line) or SentencePiece .model; by default the model's own."),
+    ] = None,
+    streams: Annotated[int, typer.Option(help="How many pieces of the text are read side by side.")] = 10,
+    as_json: Json = False,
+) -> None:
+    """Measure the perplexity of an AWD-LSTM language model, dense or compressed."""
+    network = _language_model(model)
+    tokens, words = _tokens(text, split, _vocabulary(model, vocab))
+    if int(tokens.max()) >= network.config.vocab_size:
+        raise SlimLSTMError(
+            f"the text has ids up to {int(tokens.max())}, the model {network.config.vocab_size} words; check --vocab"
+        )
+    with _progress("reading") as progress:
+        found = perplexity(network, tokens, streams=streams, progress=lambda fraction: progress(text, fraction))
+    parameters = list(network.parameters())
+    result = {
+        "model": model,
+        "text": text,
+        "split": split if text in data.CORPORA else None,
+        "perplexity": found.perplexity,
+        "predictions": found.predictions,
+        "perplexity_per_word": torch.tensor(found.loss * len(tokens) / words).exp().item(),
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "bytes": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+    }
+    table = Table(show_header=False)
+    for key, value in result.items():
+        if value is not None:
+            table.add_row(
+                key.replace("_", " "),
+                f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value,
+            )
+    _show(result, as_json, table)
+
+
+def draw_tour(tour: demo.Tour, path: Path) -> None:
+    """Draws perplexity against the LSTMs' size for every target and method.
+
+    Raises:
+        SlimLSTMError: matplotlib is not installed.
+    """
+    panels = {
+        f"{target} compressed": {
+            method: [
+                (100 * row.parameters / tour.dense.parameters, row.perplexity)
+                for row in (tour.row(method, target, rank) for rank in demo.RANKS)
+            ]
+            for method in demo.METHODS
+        }
+        for target in demo.TARGETS
+    }
+    quality_curves(panels, tour.dense.perplexity, path, x_label="LSTM parameters kept (%)", y_label="perplexity")
+
+
+def _language_model(name: str) -> AWDLSTM:
+    if name == "embedded":
+        return embedded.embedded_model()
+    if (Path(name) / CONFIG).exists():
+        model = AWDLSTM(config_of(read_folder(Path(name))[1]))
+        load(name, model)
+        return model
+    return load_awd_lstm(name)
+
+
+def _vocabulary(model: str, vocab: Path | None) -> Path:
+    if vocab is not None:
+        return vocab
+    beside = Path(model) / "vocab.txt"
+    return beside if beside.is_file() else embedded.TOKENIZER
+
+
+def _tokens(text: str, split: str, vocab: Path) -> tuple[torch.Tensor, int]:
+    """The ids of a text, and how many words it has, line ends counted."""
+    if text == "held-out":
+        content = embedded.held_out_text()
+        if vocab == embedded.TOKENIZER:
+            return embedded.held_out_tokens(), len(data.words_of(content))
+    elif text in data.CORPORA:
+        content = data.read_text(text, split)
+    elif Path(text).is_file():
+        content = Path(text).read_text(encoding="utf-8")
+    else:
+        raise SlimLSTMError(f"{text!r} is neither 'held-out', {', '.join(map(repr, data.CORPORA))}, nor a file")
+    words = data.words_of(content)
+    if vocab.suffix == ".model":
+        return embedded.encode(content, vocab), len(words)
+    return data.Vocabulary.read(vocab).encode(words), len(words)
+
+
+def _sketch(values: list[float], width: int = 24) -> str:
+    """Singular values as bars, largest first, relative to the largest."""
+    picked = [values[index * len(values) // width] for index in range(width)] if len(values) > width else values
+    top = max(values[0], 1e-30)
+    return "".join(_SKETCH[min(int(len(_SKETCH) * value / top), len(_SKETCH) - 1)] for value in picked)
+
+
+def _show(result: dict[str, Any], as_json: bool, *parts: RenderableType) -> None:
+    if as_json:
+        typer.echo(json.dumps(result, indent=1))
+        return
+    for part in parts:
+        output.print(part, highlight=False)
+
+
+@contextmanager
+def _progress(title: str) -> Generator[Callable[[str, float], None]]:
+    """A progress bar on standard error; it is given what is being done and the fraction that is done."""
+    columns = (TextColumn(title), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=messages, transient=True) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda label, fraction: bar.update(task, description=label, completed=fraction)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""The tour: the embedded language model compressed by every method, target and rank, with what that costs and saves."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from slimlstm.bench import interleaved_seconds, median_ratios
+from slimlstm.compress import compress_
+from slimlstm.errors import SlimLSTMError
+from slimlstm.evaluate import perplexity
+from slimlstm.models.awd_lstm import AWDLSTM
+from slimlstm.models.embedded import embedded_model, held_out_tokens
+from slimlstm.nn import LowRankLSTM
+from slimlstm.plan import LowRank, Prune, Target
+
+METHODS = ("svd", "semi-nmf", "prune")
+TARGETS: tuple[Target, ...] = ("hh", "ih", "both")
+RANKS = (10, 25, 50, 100)
+_STREAMS = 20
+_LATENCY_STEPS = 35
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to compress the model.
+
+    ``parameters`` and ``bytes`` are those of the LSTMs. ``change`` is the relative rise in perplexity over the dense model,
+    ``latency_ratio`` how many times faster than the dense model the LSTMs read 35 tokens at batch 1.
+    """
+
+    method: str
+    target: str
+    rank: int | None
+    parameters: int
+    bytes: int
+    perplexity: float
+    change: float
+    latency_ratio: float
+
+
+@dataclass(frozen=True)
+class Tour:
+    """All rows, the dense model's first."""
+
+    rows: list[Row]
+
+    @property
+    def dense(self) -> Row:
+        """The model as it was trained."""
+        return self.rows[0]
+
+    def row(self, method: str, target: str, rank: int) -> Row:
+        """The row of one method, target and rank."""
+        return next(r for r in self.rows if (r.method, r.target, r.rank) == (method, target, rank))
+
+    def summary(self) -> str:
+        """What is to be seen, in two sentences made from the numbers."""
+        rank = RANKS[-2]
+        hh, ih = self.row("svd", "hh", rank), self.row("svd", "ih", rank)
+        pairs = [(self.row("svd", target, r), self.row("prune", target, r)) for target in ("hh", "ih") for r in RANKS]
+        svd_wins = sum(svd.perplexity < prune.perplexity for svd, prune in pairs)
+        return (
+            f"At rank {rank}, SVD of every hh matrix changes perplexity by {hh.change:+.1%} and leaves "
+            f"{hh.parameters / self.dense.parameters:.0%} of the LSTM's parameters, while the same rank at every ih matrix "
+            f"changes it by {ih.change:+.1%} and leaves {ih.parameters / self.dense.parameters:.0%}. "
+            f"Against magnitude pruning with as many weights, SVD is the better one in {svd_wins} of {len(pairs)} cases, "
+            "and it alone makes the stored model smaller."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The tour as JSON types."""
+        return {"rows": [asdict(row) for row in self.rows], "summary": self.summary()}
+
+    def __rich__(self) -> Table:
+        table = Table(caption_justify="left")
+        table.add_column("method")
+        table.add_column("target")
+        for heading in ("rank", "LSTM parameters", "LSTM bytes", "perplexity", "change", "speed"):
+            table.add_column(heading, justify="right")
+        for row in self.rows:
+            table.add_row(
+                row.method,
+                row.target,
+                "" if row.rank is None else str(row.rank),
+                f"{row.parameters:,}",
+                f"{row.bytes:,}",
+                f"{row.perplexity:.2f}",
+                f"{row.change:+.1%}",
+                f"{row.latency_ratio:.2f}x",
+                end_section=row.rank in (None, RANKS[-1]),
+            )
+        return table
+
+
+def run(progress: Callable[[str, float], None] | None = None) -> Tour:
+    """Compresses the embedded model in every way and measures it on the held-out text; takes about a minute.
+
+    Args:
+        progress: called with what is being done and the fraction of all that is done.
+
+    Raises:
+        SlimLSTMError: a compressed model's fast output is not the one that the reference recurrence gives.
+    """
+    dense, tokens = embedded_model(), held_out_tokens()
+    sample = tokens[:_LATENCY_STEPS, None]
+    ways = list(itertools.product(METHODS, TARGETS, RANKS))
+    dense_loss = perplexity(dense, tokens, streams=_STREAMS)
+    size = sum(parameter.numel() for parameter in dense.lstms.parameters())
+    rows = [Row("dense", "", None, size, 4 * size, dense_loss.perplexity, 0.0, 1.0)]
+    for index, (method, target, rank) in enumerate(ways):
+        if progress is not None:
+            progress(f"{method} {target} rank {rank}", index / len(ways))
+        model = copy.deepcopy(dense)
+        config = Prune(rank=rank, target=target) if method == "prune" else LowRank(method, rank=rank, target=target)
+        report = compress_(model, config)
+        found = perplexity(model, tokens, streams=_STREAMS).perplexity
+        rows.append(
+            Row(
+                method,
+                target,
+                rank,
+                report.lstm.parameters_after,
+                report.lstm.bytes_after,
+                found,
+                found / dense_loss.perplexity - 1.0,
+                _latency_ratio(dense, model, sample),
+            )
+        )
+    if progress is not None:
+        progress("done", 1.0)
+    return Tour(rows)
+
+
+def _latency_ratio(dense: AWDLSTM, compressed: AWDLSTM, sample: Tensor) -> float:
+    _check_outputs(compressed, sample)
+    calls = {"dense": lambda: dense.features(sample), "compressed": lambda: compressed.features(sample)}
+    return median_ratios(interleaved_seconds(calls, repeats=9), "dense")["compressed"]
+
+
+def _check_outputs(model: AWDLSTM, sample: Tensor) -> None:
+    """No speed is told of a wrong answer: every backend has to agree with the reference recurrence."""
+    reference = copy.deepcopy(model)
+    for module in reference.modules():
+        if isinstance(module, LowRankLSTM):
+            module.backend = "reference"
+    with torch.no_grad():
+        expected, found = reference.features(sample)[0], model.features(sample)[0]
+    error = float((expected - found).norm() / expected.norm())
+    if not error < 1e-4:
+        raise SlimLSTMError(f"the compressed model's output differs from the reference recurrence's by {error:.1e}")

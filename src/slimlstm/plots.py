@@ -1,0 +1,54 @@
+"""Arrays to figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from slimlstm.errors import SlimLSTMError
+
+Curve = Sequence[tuple[float, float]]
+
+_STYLE = {"svd": ("#0b6e99", "o"), "semi-nmf": ("#d9730d", "s"), "prune": ("#6b6b6b", "^")}
+
+
+def quality_curves(
+    panels: Mapping[str, Mapping[str, Curve]], dense: float, path: Path, *, x_label: str, y_label: str
+) -> None:
+    """Draws quality against size, a panel for every target and a line for every method, and writes a PNG or PDF.
+
+    Args:
+        panels: the title of every panel, and in it the name and the points (x, y) of every line.
+        dense: the dense model's y, drawn as a dashed line.
+        path: where to; the ending says which format.
+
+    Raises:
+        SlimLSTMError: matplotlib is not installed.
+    """
+    figure, axes = _subplots(len(panels))
+    for axis, (title, curves) in zip(axes, panels.items(), strict=True):
+        axis.axhline(dense, color="black", linestyle="--", linewidth=1, label="dense")
+        for name, points in curves.items():
+            color, marker = _STYLE.get(name, (None, "o"))
+            axis.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=5, label=name)
+        axis.set(title=title, xlabel=x_label, yscale="log")
+        axis.grid(True, which="both", alpha=0.25)
+    axes[0].set_ylabel(y_label)
+    axes[-1].legend(frameon=False)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def _subplots(count: int) -> tuple[Any, Sequence[Any]]:
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import ScalarFormatter
+    except ImportError as error:
+        raise SlimLSTMError("drawing takes matplotlib: pip install 'slimlstm[plots]'") from error
+    figure = Figure(figsize=(3.6 * count, 3.4), layout="constrained")
+    axes = figure.subplots(1, count, sharey=True, squeeze=False)[0]
+    for axis in axes:
+        axis.set_yscale("log")
+        for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            which(ScalarFormatter())
+    return figure, list(axes)
