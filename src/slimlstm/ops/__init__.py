@@ -90,8 +90,10 @@ def _are_parameters(directions: Sequence[Direction]) -> bool:
 def _choose_without_kernel(x: Tensor, batch_sizes: Tensor | None, directions: Sequence[Direction], reason: str) -> Choice:
     factored = [weights.hh for weights in directions if not isinstance(weights.hh, Tensor)]
     training = torch.is_grad_enabled() and (x.requires_grad or any(u.requires_grad or v.requires_grad for u, v in factored))
-    if not factored or x.device.type != "cpu" or training:
+    if x.device.type != "cpu" or training:
         return Choice("dense", reason)
+    if not factored:
+        return Choice("dense", f"{reason}; hh is dense")
     steps = x.shape[0] if batch_sizes is None else len(batch_sizes)
     inputs = x.shape[0] * x.shape[1] if batch_sizes is None else x.shape[0]
     rebuild = sum(u.shape[0] * u.shape[1] * v.shape[1] for u, v in factored)

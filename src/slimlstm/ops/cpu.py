@@ -26,11 +26,11 @@ from slimlstm.errors import SlimLSTMError
 from slimlstm.ops.weights import Direction, LayerOutput
 
 try:
-    from slimlstm.ops import _kernel as kernel
+    from slimlstm.ops import _kernel as kernel  # pyright: ignore[reportMissingModuleSource]
 
     missing = None
 except ImportError as error:
-    kernel = None
+    kernel: Any = None
     missing = (
         f"the compiled kernel is not there ({error}); to have it, install a C++17 compiler and then slimlstm from source, "
         "pip install --force-reinstall --no-binary slimlstm slimlstm"
@@ -120,21 +120,24 @@ def _packed(directions: Sequence[Direction], anew: bool = False) -> _Packed:
 
 def obstacle(x: Tensor, states: Sequence[Tensor], directions: Sequence[Direction]) -> str | None:
     """Why the fused kernel cannot run this, or None if it can."""
-    if missing:
-        return missing
+    reason = None
     if not x.is_cpu:
-        return f"the input is on {x.device.type}"
-    if x.dtype != torch.float32:
-        return f"the input is {x.dtype}"
-    if type(x) not in _plain or torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore
-        return "the input is not a plain tensor"
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:  # pyright: ignore
-        return "the call is being traced"
-    if torch.is_grad_enabled() and any(
+        reason = f"the input is on {x.device.type}"
+    elif x.dtype != torch.float32:
+        reason = f"the input is {x.dtype}"
+    elif torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, *states, *flat(directions))
     ):
-        return "gradients are wanted"
-    return None
+        reason = "gradients are wanted"
+    elif torch.is_autocast_enabled("cpu"):
+        reason = "autocast wants another precision"
+    elif type(x) not in _plain or torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore
+        reason = "the input is not a plain tensor"
+    elif torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:  # pyright: ignore
+        reason = "the call is being traced"
+    else:
+        reason = missing
+    return reason
 
 
 def layer(x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, directions: Sequence[Direction]) -> LayerOutput:
