@@ -34,7 +34,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-output, messages = Console(), Console(stderr=True)
+# Where nobody resizes the window, tables get the width they need.
+output = Console(width=None if sys.stdout.isatty() else 160)
+messages = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 _SKETCH = "▁▂▃▄▅▆▇█"
