@@ -25,7 +25,7 @@ from slimlstm.data import CORPORA, read_text, words_of
 from slimlstm.models.awd_lstm import AWDLSTM, AWDLSTMConfig
 
 PACKAGE_FOLDER = Path(__file__).parents[1] / "src" / "slimlstm" / "models" / "embedded"
-HELD_OUT_LINES = 530
+HELD_OUT_LINES = 300
 VOCAB_SIZE = 4096
 BPTT = 70
 EVALUATION_STREAMS = 10
@@ -115,9 +115,8 @@ if checkpoint.exists():
     saved = load_file(checkpoint)
     first_epoch = int(saved.pop("epoch")) + 1
     torch.set_rng_state(saved.pop("rng"))
-    model.load_state_dict(
-        {name.removeprefix("model."): value for name, value in saved.items() if name.startswith("model.")}
-    )
+    weights = {name.removeprefix("model."): value for name, value in saved.items() if name.startswith("model.")}
+    model.load_state_dict(weights | {"decoder.weight": weights["embedding.weight"]})
     moments = {}
     for name, value in saved.items():
         if name.startswith("optimizer."):
@@ -128,6 +127,9 @@ if checkpoint.exists():
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     console.print(f"going on with epoch {first_epoch}")
 
+settings = {name: value for name, value in vars(arguments).items() if name != "run"}
+with log_file.open("a") as log:
+    log.write(json.dumps({"start": first_epoch, **settings}) + "\n")
 for epoch in range(first_epoch, arguments.epochs):
     began, total, state = time.monotonic(), 0.0, None
     model.train()
@@ -171,17 +173,18 @@ model.load_state_dict(
 )
 losses = {split: evaluate(model, streams_of(tokens[split], EVALUATION_STREAMS)) for split in ("valid", "test")}
 words = {split: len(words_of(text[split])) for split in losses}
+history = [json.loads(line) for line in log_file.read_text().splitlines()]
 commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
 provenance = {
     "corpus": "wikitext-2",
     "sha256": {split: CORPORA["wikitext-2"].splits[split].sha256 for split in text},
     "sizes": {"vocab": VOCAB_SIZE, "embedding": 256, "hidden": 448, "layers": 3},
-    "training": {key: value for key, value in vars(arguments).items() if key != "run"},
+    "starts": [entry for entry in history if "start" in entry],
     "perplexity_per_token": {split: float(torch.tensor(loss).exp()) for split, loss in losses.items()},
     "perplexity_per_word": {
         split: float(torch.tensor(loss * len(tokens[split]) / words[split]).exp()) for split, loss in losses.items()
     },
-    "minutes": sum(json.loads(line)["seconds"] for line in log_file.read_text().splitlines()) / 60,
+    "minutes": round(sum(entry.get("seconds", 0.0) for entry in history) / 60),
     "commit": commit,
     "versions": {
         "torch": torch.__version__,

@@ -13,6 +13,7 @@ FACE = "__init__"
 
 ARROWS = {
     "errors": set(),
+    "provenance": set(),
     "data": {"errors"},
     "models": {"errors"},
     "factorize": {"errors"},
@@ -33,7 +34,7 @@ ARROWS = {
     "plots": {"analysis", "errors"},
     "persist": {"nn", "sites", "errors"},
     "export": {"nn", "sites", "errors"},
-    "demo": {"bench", "compress", "evaluate", "models", "nn", "plan", "errors"},
+    "demo": {"bench", "compress", "evaluate", "models", "nn", "plan", "provenance", "errors"},
 }
 """The rooms that each room may import; its own files it always may."""
 ARROWS[FACE] = set(ARROWS)

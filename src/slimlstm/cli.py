@@ -16,7 +16,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from slimlstm import data, demo
+from slimlstm import data, demo, plots
 from slimlstm.checkpoint import compress_file, find_matrices, matrix_of, read_tensors
 from slimlstm.errors import SlimLSTMError
 from slimlstm.evaluate import perplexity
@@ -25,7 +25,6 @@ from slimlstm.models import embedded
 from slimlstm.models.awd_lstm import AWDLSTM, config_of, load_awd_lstm
 from slimlstm.persist import CONFIG, load, read_folder
 from slimlstm.plan import PRUNE, LowRank, Prune
-from slimlstm.plots import quality_curves
 from slimlstm.rank import break_even_rank, rank_for_energy
 
 app = typer.Typer(
@@ -35,7 +34,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-output, messages = Console(), Console(stderr=True)
+# Where nobody resizes the window, tables get the width they need.
+output = Console(width=None if sys.stdout.isatty() else 160)
+messages = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 _SKETCH = "▁▂▃▄▅▆▇█"
@@ -57,6 +58,7 @@ def demo_command(
 ) -> None:
     """Compress the embedded language model by every method, and see what that costs and saves."""
     began = time.monotonic()
+    plots.check_available()
     with _progress("compressing") as progress:
         tour = demo.run(progress)
     draw_tour(tour, plot)
@@ -195,7 +197,7 @@ def draw_tour(tour: demo.Tour, path: Path) -> None:
         }
         for target in demo.TARGETS
     }
-    quality_curves(panels, tour.dense.perplexity, path, x_label="LSTM parameters kept (%)", y_label="perplexity")
+    plots.quality_curves(panels, tour.dense.perplexity, path, x_label="LSTM parameters kept (%)", y_label="perplexity")
 
 
 def _language_model(name: str) -> AWDLSTM:

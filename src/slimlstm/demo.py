@@ -13,13 +13,14 @@ from rich.table import Table
 from torch import Tensor
 
 from slimlstm.bench import interleaved_seconds, median_ratios
-from slimlstm.compress import compress_
+from slimlstm.compress import compress_, sha256_of
 from slimlstm.errors import SlimLSTMError
 from slimlstm.evaluate import perplexity
 from slimlstm.models.awd_lstm import AWDLSTM
 from slimlstm.models.embedded import embedded_model, held_out_tokens
 from slimlstm.nn import LowRankLSTM
 from slimlstm.plan import LowRank, Prune, Target
+from slimlstm.provenance import provenance
 
 METHODS = ("svd", "semi-nmf", "prune")
 TARGETS: tuple[Target, ...] = ("hh", "ih", "both")
@@ -77,7 +78,12 @@ class Tour:
 
     def to_dict(self) -> dict[str, Any]:
         """The tour as JSON types."""
-        return {"rows": [asdict(row) for row in self.rows], "summary": self.summary()}
+        return {
+            "rows": [asdict(row) for row in self.rows],
+            "summary": self.summary(),
+            "data_sha256": sha256_of(held_out_tokens()),
+            "provenance": provenance(),
+        }
 
     def __rich__(self) -> Table:
         table = Table(caption_justify="left")

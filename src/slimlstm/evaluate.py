@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import parametrize
 
 from slimlstm.errors import SlimLSTMError
 
@@ -57,7 +58,8 @@ def perplexity(
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():
+        # No weight changes meanwhile, so that masks and other parametrizations need to be applied only once.
+        with torch.no_grad(), parametrize.cached():
             for start in range(0, length - 1, steps):
                 targets = text[start + 1 : start + 1 + steps]
                 logits, state = model(text[start : start + len(targets)], state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,23 +33,28 @@ def quality_curves(
         for name, points in curves.items():
             color, marker = _STYLE.get(name, (None, "o"))
             axis.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=5, label=name)
-        axis.set(title=title, xlabel=x_label, yscale="log")
+        axis.set(title=title, xlabel=x_label)
         axis.grid(True, which="both", alpha=0.25)
     axes[0].set_ylabel(y_label)
     axes[-1].legend(frameon=False)
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
-def _subplots(count: int) -> tuple[Any, Sequence[Any]]:
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import ScalarFormatter
-    except ImportError as error:
-        raise SlimLSTMError("drawing takes matplotlib: pip install 'slimlstm[plots]'") from error
+def check_available() -> None:
+    """Raises :class:`SlimLSTMError` where matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        raise SlimLSTMError("drawing takes matplotlib: pip install 'slimlstm[plots]'")
+
+
+def _subplots(count: int) -> tuple[Any, list[Any]]:
+    check_available()
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
+
     figure = Figure(figsize=(3.6 * count, 3.4), layout="constrained")
     axes = figure.subplots(1, count, sharey=True, squeeze=False)[0]
     for axis in axes:
         axis.set_yscale("log")
-        for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-            which(ScalarFormatter())
+        for set_formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            set_formatter(ScalarFormatter())
     return figure, list(axes)

@@ -1,0 +1,76 @@
+"""Writes the measured parts of README.md anew, between their markers, from stored results.
+
+    python recipes/readme.py [--check]
+
+``docs/demo.json`` comes from ``slimlstm demo --json``, ``results/ptb_untuned`` from ``recipes/sweep.py``. With ``--check``
+nothing is written; the exit status is 1 where the README does not say what the results say.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RANK = 50
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--check", action="store_true")
+arguments = parser.parse_args()
+
+
+def markdown(header, rows):
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+tour = json.loads((ROOT / "docs" / "demo.json").read_text(encoding="utf-8"))
+made_with = tour["provenance"]
+demo_rows = [
+    [
+        "dense" if row["rank"] is None else f"{row['method']}, {row['target']}",
+        f"{row['parameters'] / 1e6:.2f} M",
+        f"{row['bytes'] / 1e6:.1f} MB",
+        f"{row['perplexity']:.1f}",
+        f"{row['change']:+.1%}",
+        f"{row['latency_ratio']:.1f}x",
+    ]
+    for row in tour["rows"]
+    if row["rank"] in (None, RANK)
+]
+demo_part = "\n\n".join(
+    [
+        markdown(["rank 50", "LSTM parameters", "stored", "perplexity", "change", "speed"], demo_rows),
+        tour["summary"],
+        f"From [`docs/demo.json`](docs/demo.json): perplexity per byte-pair token on held-out WikiText-2 text; speed is "
+        f"the ratio to the dense `nn.LSTM`s at batch 1 and 35 tokens, measured side by side on {made_with['processor']}, "
+        f"{made_with['threads']} threads, PyTorch {made_with['torch']}.",
+    ]
+)
+
+results = [json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "results" / "ptb_untuned").glob("*.json")]
+perplexities = {(result["method"], result["target"], result["rank"]): result["perplexity"] for result in results}
+methods, ranks = ("svd", "semi-nmf", "prune"), sorted({rank for _, _, rank in perplexities if rank})
+columns = [(method, target) for target in ("hh", "ih") for method in methods]
+ptb_part = "\n\n".join(
+    [
+        markdown(
+            ["rank", *(f"{method}, {target}" for method, target in columns)],
+            [[str(rank), *(f"{perplexities[method, target, rank]:.1f}" for method, target in columns)] for rank in ranks],
+        ),
+        "From [`results/ptb_untuned`](results/ptb_untuned): test perplexity, not tuned after compression; the dense model "
+        f"has {perplexities['dense', 'none', 0]:.2f}. It is the paper's architecture, trained for eight epochs only: compare "
+        "columns, not the level with published figures.",
+    ]
+)
+
+readme = ROOT / "README.md"
+text = before = readme.read_text(encoding="utf-8")
+for name, part in (("demo", demo_part), ("ptb", ptb_part)):
+    begin, end = f"<!-- {name}: made by recipes/readme.py -->", f"<!-- {name}: end -->"
+    head, _, rest = text.partition(begin)
+    _, _, tail = rest.partition(end)
+    text = f"{head}{begin}\n{part}\n{end}{tail}"
+if arguments.check:
+    sys.exit(0 if text == before else "README.md is out of date; run `make figures`")
+readme.write_text(text, encoding="utf-8")
