@@ -35,9 +35,16 @@ class FactoredModule(nn.Module):
 
     def matrix(self, name: str) -> Matrix:
         """The matrix ``name`` as it is kept: W, or (U, V). Masks and other parametrizations are applied."""
-        if name in self.ranks:
-            return getattr(self, f"{name}_u"), getattr(self, f"{name}_v")
+        if name in self._parameters:
+            return self._weight(name)
+        if f"{name}_v" in self._parameters or name in self.ranks:
+            return self._weight(f"{name}_u"), self._weight(f"{name}_v")
         return getattr(self, name)
+
+    def _weight(self, name: str) -> Tensor:
+        # Every streamed step asks for every weight, and PyTorch's getattr is slow for parameters.
+        parameter = self._parameters.get(name)
+        return getattr(self, name) if parameter is None else parameter
 
     def product(self, name: str) -> Tensor:
         """The matrix ``name`` [m, n], factors multiplied."""
@@ -219,9 +226,9 @@ class LowRankLSTM(FactoredModule):
         return Direction(
             self.matrix(f"weight_ih{suffix}"),
             self.matrix(f"weight_hh{suffix}"),
-            getattr(self, f"bias_ih{suffix}") if self.bias else None,
-            getattr(self, f"bias_hh{suffix}") if self.bias else None,
-            getattr(self, f"weight_hr{suffix}") if self.proj_size else None,
+            self._weight(f"bias_ih{suffix}") if self.bias else None,
+            self._weight(f"bias_hh{suffix}") if self.bias else None,
+            self._weight(f"weight_hr{suffix}") if self.proj_size else None,
         )
 
     def forward(self, input: Input, hx: State | None = None) -> tuple[Input, State]:
@@ -257,6 +264,10 @@ class LowRankLSTM(FactoredModule):
     def _run(self, x: Tensor, batch_sizes: Tensor | None, hx: State | None) -> tuple[Tensor, State]:
         batch = x.shape[1] if batch_sizes is None else int(batch_sizes[0])
         h0, c0 = self._first_states(x, batch, hx)
+        if self.num_layers == 1:
+            weights = [self.direction(suffix) for suffix in self._suffixes(0)]
+            output, h, c = ops.layer(x, batch_sizes, h0, c0, weights, self.backend)
+            return output, (h, c)
         last: list[ops.LayerOutput] = []
         directions = self._directions
         for layer in range(self.num_layers):
@@ -351,8 +362,8 @@ class LowRankLSTMCell(FactoredModule):
         weights = Direction(
             self.matrix("weight_ih"),
             self.matrix("weight_hh"),
-            getattr(self, "bias_ih") if self.bias else None,
-            getattr(self, "bias_hh") if self.bias else None,
+            self._weight("bias_ih") if self.bias else None,
+            self._weight("bias_hh") if self.bias else None,
             None,
         )
         if input.ndim == 2:

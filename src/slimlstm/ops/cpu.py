@@ -101,9 +101,12 @@ def flat(directions: Sequence[Direction]) -> list[Tensor | None]:
     return found
 
 
+_version_of = Tensor._version.__get__  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+
+
 def _state(tensors: list[Tensor]) -> list[int]:
     """What changes when tensors change in ways that PyTorch knows of."""
-    return [value for tensor in tensors for value in (tensor._version, tensor.data_ptr(), tensor.numel())]  # pyright: ignore[reportPrivateUsage]
+    return [*map(_version_of, tensors), *map(Tensor.data_ptr, tensors), *map(Tensor.numel, tensors)]
 
 
 def _packed(directions: Sequence[Direction], anew: bool = False) -> _Packed:
