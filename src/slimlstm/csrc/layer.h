@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kernel.h"
+#include "pool.h"
 
 namespace slimlstm {
 
@@ -59,12 +60,24 @@ class Layer {
     // Whether the weights still are, as far as can be told cheaply, what was packed.
     bool is_current(bool thoroughly) const;
 
+    // Uses up to so many threads, fewer where fewer are faster. Of a negative number every direction uses as many, whatever
+    // it costs, which is for tests.
     void run(const Call& call, int threads) const;
 
     // About how many multiply-adds a call of so many rows is.
     double work(ptrdiff_t rows) const;
 
   private:
+    // How a call is shared out: over ``threads`` in all and ``each`` for a direction, which take a part of the batch, or
+    // all of it and a part of the hidden units.
+    struct Shares {
+        int threads, each;
+        bool by_rows;
+    };
+    Task task(const Call& call, ptrdiff_t direction) const;
+    Shares share_out(const Call& call, int threads) const;
+    void run_together(const Call& call, const Shares& shares, Crew& crew) const;
+
     struct Sample {
         const float* where;
         uint32_t bits;
