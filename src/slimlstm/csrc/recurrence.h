@@ -217,15 +217,20 @@ struct Cells {
 
 // ---- workspace ----
 
+// A distance between rows of so many floats. Rows a multiple of 4096 bytes apart share a few sets of the cache, and the
+// processor takes a load from one for dependent on a store to another.
+SLIMLSTM_INLINE ptrdiff_t spaced(ptrdiff_t floats) { return floats ? ceiling(floats, 16) * 16 + 16 : 0; }
+
 // How a workspace is laid out; with base null, only how large it is.
 struct Buffers {
     ptrdiff_t chunk;          // rows of input whose gates are held at once
-    ptrdiff_t units, thin_stride, z_stride, h_stride, part_stride;
-    float* gates;             // [chunk, 4 units]
+    ptrdiff_t units;          // those of the last group included that do not exist
+    ptrdiff_t gates_stride, thin_stride, unit_stride, z_stride, h_stride, part_stride;
+    float* gates;             // [chunk, gates_stride]
     float* thin;              // [chunk, thin_stride]: V x
-    float* c;                 // [batch, units]
+    float* c;                 // [batch, unit_stride]
     float* h[2];              // [batch, h_stride]; with a projection, every member has its own
-    float* m;                 // [batch, units]: what is projected
+    float* m;                 // [batch, unit_stride]: what is projected
     float* z;                 // [batch, z_stride], every member its own: V h
     float* parts[2];          // [team, batch, part_stride]: partial sums, of even and odd steps
     const float** rows;       // [chunk or batch], every member its own
@@ -237,9 +242,11 @@ struct Buffers {
         units = ceiling(w.hidden_size, L) * L;
         // About a megabyte of gates, but enough rows to make the reading of the input weights worth it.
         chunk = larger(batch, smaller(task.steps * batch, larger(48, (1 << 18) / (4 * units))));
-        thin_stride = w.ih_v.vectors * L;
-        z_stride = w.hh_v.vectors * L;
-        h_stride = ceiling(w.output_size, L) * L;
+        gates_stride = spaced(4 * units);
+        thin_stride = spaced(w.ih_v.vectors * L);
+        unit_stride = spaced(units);
+        z_stride = spaced(w.hh_v.vectors * L);
+        h_stride = spaced(ceiling(w.output_size, L) * L);
         const bool projected = w.hr.data, factored = w.hh_v.data;
         part_stride = projected ? h_stride : z_stride;
         size_t used = 0;
@@ -249,12 +256,12 @@ struct Buffers {
             used += rounded * static_cast<size_t>(copies);
             return begin;
         };
-        gates = take(chunk * 4 * units, 1, 0);
+        gates = take(chunk * gates_stride, 1, 0);
         thin = take(chunk * thin_stride, 1, 0);
-        c = take(batch * units, 1, 0);
+        c = take(batch * unit_stride, 1, 0);
         h[0] = h[1] = projected ? take(batch * h_stride, team, member) : take(batch * h_stride, 1, 0);
         if (!projected && !factored) h[1] = take(batch * h_stride, 1, 0);
-        m = projected ? take(batch * units, 1, 0) : nullptr;
+        m = projected ? take(batch * unit_stride, 1, 0) : nullptr;
         z = take(batch * z_stride, team, member);
         for (float*& part : parts) part = team > 1 ? take(team * batch * part_stride, 1, 0) : nullptr;
         constexpr ptrdiff_t floats = (sizeof(float*)) / sizeof(float);
@@ -318,7 +325,7 @@ struct Run {
                 bool last = done + 1 == task.steps;
                 ptrdiff_t after = last ? 0 : active_at(task.reverse ? step - 1 : step + 1);
                 enter(active);
-                advance(active, b.gates + at * 4 * b.units, task.output + (begin + task.first_row) * task.output_stride);
+                advance(active, b.gates + at * b.gates_stride, task.output + (begin + task.first_row) * task.output_stride);
                 leave(smaller(after, active), active);
                 if (!task.reverse) begin += size;
                 at += active;
@@ -336,7 +343,7 @@ struct Run {
             wait();
             a = rows_of(b.thin, b.thin_stride, rows, w.ih.inputs);
         }
-        multiply(w.ih, first_unit / L * 4, last_unit / L * 4, a, Write{b.gates, 4 * b.units, w.bias});
+        multiply(w.ih, first_unit / L * 4, last_unit / L * 4, a, Write{b.gates, b.gates_stride, w.bias});
     }
 
     Operand rows_of(const float* first, ptrdiff_t stride, ptrdiff_t count, ptrdiff_t inputs) {
@@ -352,9 +359,9 @@ struct Run {
         }
         for (ptrdiff_t k = before; k < active; ++k) {
             ptrdiff_t row = task.first_row + k, own = smaller(last_unit, w.hidden_size) - first_unit;
-            copy(b.c + k * b.units + first_unit, task.c0 + row * w.hidden_size + first_unit, own);
+            copy(b.c + k * b.unit_stride + first_unit, task.c0 + row * w.hidden_size + first_unit, own);
             for (ptrdiff_t unit = larger(w.hidden_size, first_unit); unit < last_unit; ++unit)
-                b.c[k * b.units + unit] = 0.0f;
+                b.c[k * b.unit_stride + unit] = 0.0f;
             const float* h0 = task.h0 + row * w.output_size;
             float* h = b.h[read] + k * b.h_stride;
             if (w.hr.data)
@@ -371,7 +378,7 @@ struct Run {
     void leave(ptrdiff_t from, ptrdiff_t to) {
         for (ptrdiff_t k = from; k < to; ++k) {
             ptrdiff_t row = task.first_row + k, own = smaller(last_unit, w.hidden_size) - first_unit;
-            copy(task.c + row * w.hidden_size + first_unit, b.c + k * b.units + first_unit, own);
+            copy(task.c + row * w.hidden_size + first_unit, b.c + k * b.unit_stride + first_unit, own);
             const float* h = b.h[read] + k * b.h_stride;
             float* to_h = task.h + row * w.output_size;
             if (!w.hr.data)
@@ -387,9 +394,9 @@ struct Run {
         Operand a = w.hh_v.data ? thin_state(active) : rows_of(b.h[read], b.h_stride, active, w.output_size);
         int write = read ^ 1;
         float* to = projected ? b.m : b.h[write];
-        ptrdiff_t stride = projected ? b.units : b.h_stride;
+        ptrdiff_t stride = projected ? b.unit_stride : b.h_stride;
         multiply(w.hh, first_unit / L * 4, last_unit / L * 4, a,
-                 Cells{gates, b.c, to, projected ? nullptr : output, 4 * b.units, b.units, stride, task.output_stride,
+                 Cells{gates, b.c, to, projected ? nullptr : output, b.gates_stride, b.unit_stride, stride, task.output_stride,
                        w.hidden_size});
         if (projected)
             project(active, output);
@@ -411,7 +418,7 @@ struct Run {
     }
 
     void project(ptrdiff_t active, float* output) {
-        Operand own = rows_of(b.m, b.units, active, w.hidden_size);
+        Operand own = rows_of(b.m, b.unit_stride, active, w.hidden_size);
         sum_over_members(w.hr, own, b.h[0], b.h_stride);
         if (member != 0) return;
         for (ptrdiff_t k = 0; k < active; ++k)
@@ -429,7 +436,7 @@ struct Run {
         multiply(matrix, 0, matrix.vectors, a, Write{parts + member * size, b.part_stride, nullptr});
         wait();
         for (ptrdiff_t k = 0; k < a.count; ++k)
-            for (ptrdiff_t at = 0; at < stride; at += L) {
+            for (ptrdiff_t at = 0; at < matrix.vectors * L; at += L) {
                 const float* part = parts + k * b.part_stride + at;
                 F sum = Simd::load(part);
                 for (int other = 1; other < team.size; ++other) sum = Simd::add(sum, Simd::load(part + other * size));
