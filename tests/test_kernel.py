@@ -25,7 +25,7 @@ from slimlstm import ops
 from slimlstm.errors import SlimLSTMError
 from slimlstm.nn import LowRankLSTM, LowRankLSTMCell
 from slimlstm.ops import cpu, reference
-from slimlstm.ops.weights import Direction
+from slimlstm.ops.weights import STORAGES, Direction
 
 needs_kernel = pytest.mark.skipif(cpu.missing is not None, reason=str(cpu.missing))
 pytestmark = needs_kernel
@@ -176,6 +176,73 @@ def test_weights_of_any_strides():
     assert_current(module, torch.randn(3, 2, 5))
     module.weight_hh_l0_v.data[2, 3] += 5.0
     assert_current(module, torch.randn(40, 2, 5))
+
+
+# ---- storages ----
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("threads", [1, -3])
+@pytest.mark.parametrize(("storage", "bound"), [("bfloat16", 0.004), ("int8", 0.02)])
+@pytest.mark.parametrize("hidden", [1, 7, 33, 129])
+@pytest.mark.parametrize("how", ["dense", "factored", "projected"])
+@torch.no_grad()
+def test_rounded_weights(how, hidden, storage, bound, threads, monkeypatch):
+    if how == "projected" and hidden == 1:
+        pytest.skip("there is nothing to project to")
+    rank = None if how == "dense" else max(1, hidden // 8)
+    ranks = {f"weight_{kind}_l0{end}": rank for kind in ("ih", "hh") for end in ("", "_reverse")} if rank else {}
+    proj_size = hidden // 2 if how == "projected" else 0
+    module = LowRankLSTM(hidden + 2, hidden, ranks=ranks, proj_size=proj_size, bidirectional=True).eval()
+    for name in module.matrix_shapes:
+        module.store(name, storage)
+    x = torch.randn(20, 3, hidden + 2)
+    truth = by_reference(module, x.double())
+    module.backend = "fused"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    output, (h, c) = module(x)
+    for ours, theirs in ((output, truth["output"]), (h, truth["h_n"]), (c, truth["c_n"])):
+        assert (ours - theirs).norm() <= bound * theirs.norm()
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@torch.no_grad()
+def test_rounding_is_that_of_the_kernel(storage):
+    """Inputs that every storage holds exactly leave only the weights to be rounded, here those that are rounded already."""
+    module = LowRankLSTM(3, 5)
+    module.store("weight_ih_l0", storage)
+    module.bias_ih_l0.zero_()
+    module.bias_hh_l0.zero_()
+    before = module.weight_ih_l0.clone()
+    module.store("weight_ih_l0", storage)
+    torch.testing.assert_close(module.weight_ih_l0, before, rtol=1e-6, atol=0.0)
+    module.backend = "fused"
+    assert_current(module, torch.eye(3)[None])
+
+
+@pytest.mark.usefixtures("isa")
+@torch.no_grad()
+def test_rounding_keeps_what_is_not_a_number_and_zeros():
+    for storage in STORAGES:
+        module = low_rank()
+        for name in module.matrix_shapes:
+            module.store(name, storage)
+        for value in (torch.nan, torch.inf):
+            x = torch.randn(3, 2, 5)
+            x[1, 0, 2] = value
+            output, _ = module(x)
+            assert output[:, 1].isfinite().all()
+            assert output[0].isfinite().all()
+            assert value == torch.inf or output[1:, 0].isnan().all()
+        assert module(torch.zeros(3, 2, 5))[0].isfinite().all()
+        assert module(torch.full((3, 2, 5), 1e-42))[0].isfinite().all()
+
+
+def test_storages_refused():
+    with pytest.raises(SlimLSTMError, match="no storage is called 'int4'"):
+        low_rank().store("weight_hh_l0", "int4")
+    with pytest.raises(SlimLSTMError, match="no matrix 'bias' to store"):
+        low_rank().store("bias", "int8")
 
 
 # ---- weights that change ----

@@ -27,13 +27,23 @@ Source source_of(const MaybeArray& array) {
     return source;
 }
 
-// A direction is seven arrays in the order of Sources.
-void make(Layer* layer, const std::string& isa, const std::vector<std::vector<MaybeArray>>& directions) {
+Storage storage_of(const std::string& name) {
+    if (name == "float32") return Storage::float32;
+    if (name == "bfloat16") return Storage::bfloat16;
+    if (name == "int8") return Storage::int8;
+    throw nb::value_error("no storage of this name");
+}
+
+// A direction is seven arrays in the order of Sources; ``storages`` are those of ih and hh of every direction.
+void make(Layer* layer, const std::string& isa, const std::vector<std::vector<MaybeArray>>& directions,
+          const std::vector<std::string>& storages) {
     std::vector<Sources> sources;
+    if (storages.size() != 2 * directions.size()) throw nb::value_error("a direction has two storages");
     for (const auto& arrays : directions) {
         if (arrays.size() != 7) throw nb::value_error("a direction is seven arrays, absent ones being None");
         sources.push_back({source_of(arrays[0]), source_of(arrays[1]), source_of(arrays[2]), source_of(arrays[3]),
-                           source_of(arrays[4]), source_of(arrays[5]), source_of(arrays[6])});
+                           source_of(arrays[4]), source_of(arrays[5]), source_of(arrays[6]),
+                           storage_of(storages[2 * sources.size()]), storage_of(storages[2 * sources.size() + 1])});
     }
     new (layer) Layer(isa, sources);
 }

@@ -8,13 +8,21 @@
 
 namespace slimlstm {
 
+// How weights are kept. Of int8 every row has a scale of its own; what they are multiplied with is rounded likewise, every
+// row of it by a scale of its own, as it comes. Sums are float32, of int8 int32.
+enum class Storage : int { float32, bfloat16, int8 };
+
 // W [outputs, inputs], its rows dealt out to vectors of L lanes and its vectors to panels of four (the last panel takes
-// what is left). A panel holds, for every input in turn, the weights of its outputs side by side. Lanes without a row
-// are zero. For the matrices that make gates, a panel is L hidden units by the four gates i, f, g, o.
+// what is left). A panel holds, for every input in turn, the weights of its outputs side by side; of bfloat16 for every two
+// inputs in turn, and of int8 for every four, so that a lane of one step is always a word of 32 bits. Lanes without a row
+// are zero, and so are inputs that fill up the last word. For the matrices that make gates, a panel is L hidden units by
+// the four gates i, f, g, o. int8 weights are kept plus 128, without a sign, as the instruction for them wants.
 struct Panels {
-    const float* data = nullptr;
+    const float* data = nullptr;  // words of 32 bits, whatever they hold
+    const float* scales = nullptr;  // of int8: [vectors * L]
     ptrdiff_t vectors = 0;
     ptrdiff_t inputs = 0;
+    Storage storage = Storage::float32;
 };
 
 // One direction of a layer. A matrix that is kept as factors is U in ``ih`` or ``hh``, and V in ``ih_v`` or ``hh_v``.
@@ -58,6 +66,8 @@ extern const Kernel kernel_portable;
 #ifdef SLIMLSTM_X86
 extern const Kernel kernel_avx2;
 extern const Kernel kernel_avx512;
+extern const Kernel kernel_avx512_vnni;
+extern const Kernel kernel_avx512_bf16;  // and VNNI
 #endif
 
 }  // namespace slimlstm

@@ -18,9 +18,14 @@ std::vector<const Kernel*> kernels() {
     std::vector<const Kernel*> found;
 #ifdef SLIMLSTM_X86
     __builtin_cpu_init();
+    bool avx512 = false;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))
-        found.push_back(&kernel_avx512);
+        avx512 = true;
+    bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    if (vnni && __builtin_cpu_supports("avx512bf16")) found.push_back(&kernel_avx512_bf16);
+    if (vnni) found.push_back(&kernel_avx512_vnni);
+    if (avx512) found.push_back(&kernel_avx512);
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kernel_avx2);
 #endif
     found.push_back(&kernel_portable);
@@ -89,11 +94,11 @@ Layer::Layer(const std::string& isa, const std::vector<Sources>& directions) : k
         weights.input_size = from.ih_v.data ? from.ih_v.columns : from.ih.columns;
         weights.output_size = from.hh_v.data ? from.hh_v.columns : from.hh.columns;
         ptrdiff_t hidden = weights.hidden_size, lanes = kernel_->lanes;
-        if (from.ih_v.data) weights.ih_v = pack(from.ih_v, 0, lanes, to.memory);
-        if (from.hh_v.data) weights.hh_v = pack(from.hh_v, 0, lanes, to.memory);
-        if (from.hr.data) weights.hr = pack(from.hr, 0, lanes, to.memory);
-        weights.ih = pack(from.ih, hidden, lanes, to.memory);
-        weights.hh = pack(from.hh, hidden, lanes, to.memory);
+        if (from.ih_v.data) weights.ih_v = pack(from.ih_v, from.ih_storage, 0, lanes, to.memory);
+        if (from.hh_v.data) weights.hh_v = pack(from.hh_v, from.hh_storage, 0, lanes, to.memory);
+        if (from.hr.data) weights.hr = pack(from.hr, from.hh_storage, 0, lanes, to.memory);
+        weights.ih = pack(from.ih, from.ih_storage, hidden, lanes, to.memory);
+        weights.hh = pack(from.hh, from.hh_storage, hidden, lanes, to.memory);
         weights.bias = pack_bias(from.bias_ih, from.bias_hh, hidden, lanes, to.memory);
         for (const Source& source : {from.ih_v, from.ih, from.hh_v, from.hh, from.bias_ih, from.bias_hh, from.hr}) {
             if (!source.data) continue;

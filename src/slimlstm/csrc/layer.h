@@ -22,6 +22,7 @@ struct Source {
 // The weights of one direction as PyTorch keeps them; those without data are not there.
 struct Sources {
     Source ih_v, ih, hh_v, hh, bias_ih, bias_hh, hr;
+    Storage ih_storage = Storage::float32, hh_storage = Storage::float32;  // the projection's is that of hh
 };
 
 // 64-byte aligned floats, not initialised.

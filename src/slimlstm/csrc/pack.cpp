@@ -1,6 +1,8 @@
 #include "pack.h"
 
 #include <algorithm>
+#include <cmath>
+#include <cstring>
 
 namespace slimlstm {
 namespace {
@@ -21,22 +23,67 @@ ptrdiff_t vectors_of(ptrdiff_t rows, ptrdiff_t hidden, ptrdiff_t lanes) {
     return hidden ? (hidden + lanes - 1) / lanes * panel_vectors : (rows + lanes - 1) / lanes;
 }
 
+uint16_t to_bfloat16(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    if (std::isnan(value)) return 0x7FC0;
+    return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+// The largest magnitude of a row over 127, NaN if one is not finite.
+float scale_of(const Source& source, ptrdiff_t row) {
+    float bound = 0;
+    for (ptrdiff_t k = 0; k < source.columns; ++k) {
+        float value = std::fabs(*source.at(row, k));
+        if (!std::isfinite(value)) return NAN;
+        bound = std::max(bound, value);
+    }
+    return bound / 127;
+}
+
+uint8_t to_uint8(float value, float scale) {
+    return static_cast<uint8_t>(128 + (scale > 0 ? std::lrint(value / scale) : 0));
+}
+
+// Writes the word of inputs that begins at ``k``; ``row`` is -1 for a lane without one.
+void write_word(const Source& source, ptrdiff_t row, ptrdiff_t k, Storage storage, float scale, float* to) {
+    auto value = [&](ptrdiff_t at) { return row < 0 || at >= source.columns ? 0.0f : *source.at(row, at); };
+    if (storage == Storage::float32) {
+        *to = value(k);
+    } else if (storage == Storage::bfloat16) {
+        uint16_t halves[2] = {to_bfloat16(value(k)), to_bfloat16(value(k + 1))};
+        std::memcpy(to, halves, sizeof halves);
+    } else {
+        uint8_t bytes[4];
+        for (ptrdiff_t part = 0; part < 4; ++part) bytes[part] = to_uint8(value(k + part), scale);
+        std::memcpy(to, bytes, sizeof bytes);
+    }
+}
+
 }  // namespace
 
-Panels pack(const Source& source, ptrdiff_t hidden, ptrdiff_t lanes, std::vector<Floats>& memory) {
+Panels pack(const Source& source, Storage storage, ptrdiff_t hidden, ptrdiff_t lanes, std::vector<Floats>& memory) {
     Panels panels;
+    panels.storage = storage;
     panels.vectors = vectors_of(source.rows, hidden, lanes);
     panels.inputs = source.columns;
-    memory.emplace_back(static_cast<size_t>(panels.vectors * lanes * panels.inputs));
+    ptrdiff_t per_word = storage == Storage::float32 ? 1 : storage == Storage::bfloat16 ? 2 : 4;
+    ptrdiff_t words = (source.columns + per_word - 1) / per_word;
+    memory.emplace_back(static_cast<size_t>(panels.vectors * lanes * words));
     float* data = memory.back().get();
-    panels.data = data;
+    memory.emplace_back(static_cast<size_t>(storage == Storage::int8 ? panels.vectors * lanes : 0));
+    float* scales = memory.back().get();
+    panels.data = data, panels.scales = scales;
     for (ptrdiff_t vector = 0; vector < panels.vectors; ++vector) {
         ptrdiff_t first = vector / panel_vectors * panel_vectors;
         ptrdiff_t width = std::min(panel_vectors, panels.vectors - first) * lanes;
-        float* panel = data + first * lanes * panels.inputs + (vector - first) * lanes;
+        float* panel = data + first * lanes * words + (vector - first) * lanes;
         for (ptrdiff_t lane = 0; lane < lanes; ++lane) {
             ptrdiff_t row = row_of(vector, lane, source.rows, hidden, lanes);
-            for (ptrdiff_t k = 0; k < panels.inputs; ++k) panel[k * width + lane] = row < 0 ? 0.0f : *source.at(row, k);
+            float scale = storage == Storage::int8 && row >= 0 ? scale_of(source, row) : 0.0f;
+            if (storage == Storage::int8) scales[vector * lanes + lane] = scale;
+            for (ptrdiff_t word = 0; word < words; ++word)
+                write_word(source, row, word * per_word, storage, scale, panel + word * width + lane);
         }
     }
     return panels;

@@ -7,8 +7,8 @@
 
 namespace slimlstm {
 
-// Packs a matrix for vectors of so many lanes; with ``hidden`` > 0 its rows are the gates of so many hidden units.
-Panels pack(const Source& source, ptrdiff_t hidden, ptrdiff_t lanes, std::vector<Floats>& memory);
+// Rounds a matrix to a storage and packs it for vectors of so many lanes; with ``hidden`` > 0 its rows are the gates of so many hidden units.
+Panels pack(const Source& source, Storage storage, ptrdiff_t hidden, ptrdiff_t lanes, std::vector<Floats>& memory);
 
 // The sum of the biases that are there, in the order of packed gates.
 const float* pack_bias(const Source& one, const Source& other, ptrdiff_t hidden, ptrdiff_t lanes,

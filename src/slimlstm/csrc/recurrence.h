@@ -14,6 +14,7 @@
 namespace {
 
 using slimlstm::Panels;
+using slimlstm::Storage;
 using slimlstm::Task;
 using slimlstm::Team;
 using slimlstm::Weights;
@@ -21,6 +22,7 @@ using slimlstm::Weights;
 constexpr ptrdiff_t L = Simd::lanes;
 constexpr ptrdiff_t panel_vectors = 4;
 using F = Simd::F;
+using I = Simd::I;
 
 #define SLIMLSTM_INLINE inline __attribute__((always_inline))
 #define SLIMLSTM_UNROLL _Pragma("GCC unroll 8")
@@ -82,86 +84,218 @@ SLIMLSTM_INLINE F cell(F i, F f, F g, F o, F& c) {
     return Simd::mul(p, Simd::reciprocal(Simd::mul(q, inverse_sigmoid(o))));
 }
 
+// ---- weights and inputs of each storage ----
+
+// How many inputs a word holds.
+SLIMLSTM_INLINE ptrdiff_t inputs_per_word(Storage storage) {
+    return storage == Storage::float32 ? 1 : storage == Storage::bfloat16 ? 2 : 4;
+}
+
+SLIMLSTM_INLINE int32_t bits_of(float value) {
+    int32_t bits;
+    __builtin_memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+// Rounds inputs [0, count) to bfloat16, ties to even.
+inline void round_to_bfloat16(const float* from, ptrdiff_t count, uint16_t* to) {
+    for (ptrdiff_t k = 0; k < count; ++k) {
+        uint32_t bits = static_cast<uint32_t>(bits_of(from[k]));
+        uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+        // Rounding would make an infinity of some NaN.
+        to[k] = static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+    }
+}
+
+// Rounds inputs [0, count) to int8 and returns the scale, NaN where an input is not finite; ``total`` is the integers' sum.
+inline float round_to_int8(const float* from, ptrdiff_t count, int8_t* to, int32_t& total) {
+    int32_t largest = 0;  // magnitudes order as their bits do
+    for (ptrdiff_t k = 0; k < count; ++k) {
+        int32_t magnitude = bits_of(from[k]) & 0x7FFFFFFF;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    float bound;
+    __builtin_memcpy(&bound, &largest, sizeof bound);
+    // Below, the inverse would be infinite; all inputs are zero for what they are multiplied with.
+    bool zero = bound < 1e-36f, finite = largest < 0x7F800000;
+    float inverse = zero || !finite ? 0.0f : 127.0f / bound;
+    int32_t sum = 0;
+    for (ptrdiff_t k = 0; k < count; ++k) {
+        // In this sum the lowest bits are the rounded integer.
+        float shifted = (finite ? from[k] : 0.0f) * inverse + 12582912.0f;
+        int8_t rounded = static_cast<int8_t>(bits_of(shifted));
+        to[k] = rounded;
+        sum += rounded;
+    }
+    total = sum;
+    return finite ? bound / 127.0f : __builtin_nanf("");
+}
+
+// What products are taken with: words of inputs by row, and of int8 what makes numbers of the sums.
+struct Words {
+    const float* const* rows;  // of words, whatever they hold
+    const float* scales;       // of the rows
+    const int32_t* offsets;    // 128 times the sum of a row, which weights without a sign add
+    ptrdiff_t from, to;        // which words count
+};
+
+struct Float32 {
+    using Sum = F;
+    using Input = F;
+    static Sum zero() { return Simd::zero(); }
+    static Sum add(Sum a, Sum b) { return Simd::add(a, b); }
+    static Input input(const float* word) { return Simd::all(*word); }
+    static Sum multiply_add(const float* weights, Input input, Sum sum) {
+        return Simd::fma(input, Simd::load(weights), sum);
+    }
+    static F value(Sum sum, const Words&, ptrdiff_t, const float*) { return sum; }
+};
+
+struct BFloat16 {
+    using Sum = F;
+    using Input = I;
+    static Sum zero() { return Simd::zero(); }
+    static Sum add(Sum a, Sum b) { return Simd::add(a, b); }
+    static Input input(const float* word) { return Simd::all_words(bits_of(*word)); }
+    static Sum multiply_add(const float* weights, Input input, Sum sum) {
+        return Simd::dot_bfloat16(Simd::load_words(weights), input, sum);
+    }
+    static F value(Sum sum, const Words&, ptrdiff_t, const float*) { return sum; }
+};
+
+struct Int8 {
+    using Sum = I;
+    using Input = I;
+    static Sum zero() { return Simd::no_words(); }
+    static Sum add(Sum a, Sum b) { return Simd::add_words(a, b); }
+    static Input input(const float* word) { return Simd::all_words(bits_of(*word)); }
+    static Sum multiply_add(const float* weights, Input input, Sum sum) {
+        return Simd::dot_int8(Simd::load_words(weights), input, sum);
+    }
+    static F value(Sum sum, const Words& a, ptrdiff_t row, const float* scales) {
+        F number = Simd::to_float(Simd::subtract_words(sum, Simd::all_words(a.offsets[row])));
+        return Simd::mul(number, Simd::mul(Simd::load(scales), Simd::all(a.scales[row])));
+    }
+};
+
 // ---- products ----
 
-// sums[m][w] = the products of inputs [from, to) of row a[m] with the W vectors of a panel.
-template <int W, int M>
-SLIMLSTM_INLINE void products(const float* panel, ptrdiff_t from, ptrdiff_t to, const float* const* a, F (&sums)[M][W]) {
+// sums[m][w] = the products of the words of row a[m] that count with the W vectors of a panel.
+template <class Kept, int W, int M>
+SLIMLSTM_INLINE void products(const float* panel, const Words& a, ptrdiff_t row, typename Kept::Sum (&sums)[M][W]) {
     // A sum that waits for itself takes one multiply-add per latency; eight at a time hide it.
     constexpr int S = W * M >= 8 ? 1 : W * M >= 4 ? 2 : W * M >= 2 ? 4 : 8;
-    F parts[S][M][W];
+    typename Kept::Sum parts[S][M][W];
     SLIMLSTM_UNROLL for (int s = 0; s < S; ++s)
         SLIMLSTM_UNROLL for (int m = 0; m < M; ++m)
-            SLIMLSTM_UNROLL for (int w = 0; w < W; ++w) parts[s][m][w] = Simd::zero();
-    panel += from * W * L;
-    ptrdiff_t k = from;
-    for (; k + S <= to; k += S, panel += S * W * L) {
-        SLIMLSTM_UNROLL for (int s = 0; s < S; ++s) {
-            F weights[W];
-            SLIMLSTM_UNROLL for (int w = 0; w < W; ++w) weights[w] = Simd::load(panel + (s * W + w) * L);
+            SLIMLSTM_UNROLL for (int w = 0; w < W; ++w) parts[s][m][w] = Kept::zero();
+    const float* rows[M];
+    SLIMLSTM_UNROLL for (int m = 0; m < M; ++m) rows[m] = a.rows[row + m];
+    panel += a.from * W * L;
+    ptrdiff_t k = a.from;
+    for (; k + S <= a.to; k += S, panel += S * W * L)
+        SLIMLSTM_UNROLL for (int s = 0; s < S; ++s)
             SLIMLSTM_UNROLL for (int m = 0; m < M; ++m) {
-                F input = Simd::all(a[m][k + s]);
+                typename Kept::Input input = Kept::input(rows[m] + k + s);
                 SLIMLSTM_UNROLL for (int w = 0; w < W; ++w)
-                    parts[s][m][w] = Simd::fma(input, weights[w], parts[s][m][w]);
+                    parts[s][m][w] = Kept::multiply_add(panel + (s * W + w) * L, input, parts[s][m][w]);
             }
-        }
-    }
-    for (; k < to; ++k, panel += W * L)
+    for (; k < a.to; ++k, panel += W * L)
         SLIMLSTM_UNROLL for (int m = 0; m < M; ++m) {
-            F input = Simd::all(a[m][k]);
+            typename Kept::Input input = Kept::input(rows[m] + k);
             SLIMLSTM_UNROLL for (int w = 0; w < W; ++w)
-                parts[0][m][w] = Simd::fma(input, Simd::load(panel + w * L), parts[0][m][w]);
+                parts[0][m][w] = Kept::multiply_add(panel + w * L, input, parts[0][m][w]);
         }
     SLIMLSTM_UNROLL for (int m = 0; m < M; ++m)
         SLIMLSTM_UNROLL for (int w = 0; w < W; ++w) {
             sums[m][w] = parts[0][m][w];
-            SLIMLSTM_UNROLL for (int s = 1; s < S; ++s) sums[m][w] = Simd::add(sums[m][w], parts[s][m][w]);
+            SLIMLSTM_UNROLL for (int s = 1; s < S; ++s) sums[m][w] = Kept::add(sums[m][w], parts[s][m][w]);
         }
 }
 
-// What a product is taken of: rows of floats, and which inputs of them count.
-struct Operand {
-    const float* const* rows;
-    ptrdiff_t count;
-    ptrdiff_t from, to;
-};
-
-template <int W, int M, class Take>
-void block(const float* panel, ptrdiff_t vector, const Operand& a, ptrdiff_t row, const Take& take) {
-    F sums[M][W];
-    products<W, M>(panel, a.from, a.to, a.rows + row, sums);
-    take.template operator()<W, M>(vector, row, sums);
+template <class Kept, int W, int M, class Take>
+void block(const Panels& matrix, ptrdiff_t vector, const Words& a, ptrdiff_t row, const Take& take) {
+    typename Kept::Sum sums[M][W];
+    products<Kept, W, M>(matrix.data + vector * L * ceiling(matrix.inputs, inputs_per_word(matrix.storage)), a, row, sums);
+    F values[M][W];
+    SLIMLSTM_UNROLL for (int m = 0; m < M; ++m)
+        SLIMLSTM_UNROLL for (int w = 0; w < W; ++w)
+            values[m][w] = Kept::value(sums[m][w], a, row + m, matrix.scales + (vector + w) * L);
+    take.template operator()<W, M>(vector, row, values);
 }
 
-template <int W, int M, class Take>
-SLIMLSTM_INLINE void block_of(int m, const float* panel, ptrdiff_t vector, const Operand& a, ptrdiff_t row,
+template <class Kept, int W, int M, class Take>
+SLIMLSTM_INLINE void block_of(int m, const Panels& matrix, ptrdiff_t vector, const Words& a, ptrdiff_t row,
                               const Take& take) {
     if constexpr (M > 1)
-        if (m < M) return block_of<W, M - 1>(m, panel, vector, a, row, take);
-    block<W, M>(panel, vector, a, row, take);
+        if (m < M) return block_of<Kept, W, M - 1>(m, matrix, vector, a, row, take);
+    block<Kept, W, M>(matrix, vector, a, row, take);
 }
 
-template <int W, class Take>
-void panel_by_rows(const float* panel, ptrdiff_t vector, const Operand& a, const Take& take) {
-    for (ptrdiff_t row = 0, left = a.count; left > 0;) {
+template <class Kept, int W, class Take>
+void panel_by_rows(const Panels& matrix, ptrdiff_t vector, const Words& a, ptrdiff_t count, const Take& take) {
+    for (ptrdiff_t row = 0, left = count; left > 0;) {
         // Blocks as equal as can be: 7 rows are 4 and 3, not 6 and 1.
         ptrdiff_t m = ceiling(left, ceiling(left, Simd::max_rows));
-        block_of<W, Simd::max_rows>(static_cast<int>(m), panel, vector, a, row, take);
+        block_of<Kept, W, Simd::max_rows>(static_cast<int>(m), matrix, vector, a, row, take);
         row += m, left -= m;
     }
 }
 
+template <class Kept, class Take>
+void multiply_as(const Panels& matrix, ptrdiff_t first, ptrdiff_t last, const Words& a, ptrdiff_t count, const Take& take) {
+    for (ptrdiff_t v = first; v < last; v += panel_vectors) switch (matrix.vectors - v) {
+            case 1: panel_by_rows<Kept, 1>(matrix, v, a, count, take); break;
+            case 2: panel_by_rows<Kept, 2>(matrix, v, a, count, take); break;
+            case 3: panel_by_rows<Kept, 3>(matrix, v, a, count, take); break;
+            default: panel_by_rows<Kept, 4>(matrix, v, a, count, take); break;
+        }
+}
+
+// Where rounded inputs are put.
+struct Scratch {
+    float* words;
+    const float** rows;
+    float* scales;
+    int32_t* offsets;
+};
+
+// What a product is taken of: rows of floats, and which inputs of them count; ``from`` begins a word.
+struct Operand {
+    const float* const* rows;
+    ptrdiff_t count;
+    ptrdiff_t from, to;
+    Scratch scratch;
+
+    // The inputs that count, rounded as a matrix wants them.
+    Words rounded(Storage storage) const {
+        ptrdiff_t per_word = inputs_per_word(storage), begin = from / per_word, end = larger(begin, ceiling(to, per_word));
+        for (ptrdiff_t row = 0; row < count; ++row) {
+            float* words = scratch.words + row * (end - begin);
+            scratch.rows[row] = words - begin;
+            if (end > begin) words[end - begin - 1] = 0.0f;
+            if (storage == Storage::bfloat16) {
+                round_to_bfloat16(rows[row] + from, to - from, reinterpret_cast<uint16_t*>(words));
+            } else {
+                int32_t total;
+                scratch.scales[row] = round_to_int8(rows[row] + from, to - from, reinterpret_cast<int8_t*>(words), total);
+                scratch.offsets[row] = 128 * total;
+            }
+        }
+        return Words{scratch.rows, scratch.scales, scratch.offsets, begin, end};
+    }
+};
+
 // Gives ``take`` the products of ``a`` with the vectors [first, last) of a matrix; ``first`` begins a panel.
 template <class Take>
-SLIMLSTM_INLINE void multiply(const Panels& matrix, ptrdiff_t first, ptrdiff_t last, const Operand& a, const Take& take) {
-    for (ptrdiff_t v = first; v < last; v += panel_vectors) {
-        const float* panel = matrix.data + v * L * matrix.inputs;
-        switch (matrix.vectors - v) {
-            case 1: panel_by_rows<1>(panel, v, a, take); break;
-            case 2: panel_by_rows<2>(panel, v, a, take); break;
-            case 3: panel_by_rows<3>(panel, v, a, take); break;
-            default: panel_by_rows<4>(panel, v, a, take); break;
-        }
+void multiply(const Panels& matrix, ptrdiff_t first, ptrdiff_t last, const Operand& a, const Take& take) {
+    switch (matrix.storage) {
+        case Storage::float32:
+            return multiply_as<Float32>(matrix, first, last, Words{a.rows, nullptr, nullptr, a.from, a.to}, a.count, take);
+        case Storage::bfloat16:
+            return multiply_as<BFloat16>(matrix, first, last, a.rounded(matrix.storage), a.count, take);
+        case Storage::int8:
+            return multiply_as<Int8>(matrix, first, last, a.rounded(matrix.storage), a.count, take);
     }
 }
 
@@ -233,7 +367,8 @@ struct Buffers {
     float* m;                 // [batch, unit_stride]: what is projected
     float* z;                 // [batch, z_stride], every member its own: V h
     float* parts[2];          // [team, batch, part_stride]: partial sums, of even and odd steps
-    const float** rows;       // [chunk or batch], every member its own
+    const float** rows;       // [chunk], every member its own
+    Scratch scratch;          // of every member its own
     size_t size;              // in floats
 
     Buffers(const Task& task, float* base, int team, int member) {
@@ -264,8 +399,18 @@ struct Buffers {
         m = projected ? take(batch * unit_stride, 1, 0) : nullptr;
         z = take(batch * z_stride, team, member);
         for (float*& part : parts) part = team > 1 ? take(team * batch * part_stride, 1, 0) : nullptr;
-        constexpr ptrdiff_t floats = (sizeof(float*)) / sizeof(float);
-        rows = reinterpret_cast<const float**>(take(larger(chunk, batch) * floats, team, member));
+        constexpr size_t pointer = sizeof(float*);
+        constexpr ptrdiff_t floats = pointer / sizeof(float);
+        rows = reinterpret_cast<const float**>(take(chunk * floats, team, member));
+        ptrdiff_t words = 0;
+        const Panels* matrices[] = {&w.ih_v, &w.ih, &w.hh_v, &w.hh, &w.hr};
+        for (const Panels* matrix : matrices)
+            if (matrix->storage != Storage::float32)
+                words = larger(words, ceiling(matrix->inputs, inputs_per_word(matrix->storage)));
+        scratch.words = take(chunk * words, team, member);
+        scratch.rows = reinterpret_cast<const float**>(take(words ? chunk * floats : 0, team, member));
+        scratch.scales = take(words ? chunk : 0, team, member);
+        scratch.offsets = reinterpret_cast<int32_t*>(take(words ? chunk : 0, team, member));
         size = used;
     }
 };
@@ -335,10 +480,10 @@ struct Run {
 
     // W_ih x + b for the rows of a chunk: the member's own gates.
     void input_gates(ptrdiff_t rows) {
-        Operand a{b.rows, rows, 0, w.input_size};
+        Operand a{b.rows, rows, 0, w.input_size, b.scratch};
         if (w.ih_v.data) {
             ptrdiff_t from = rows * member / team.size, to = rows * (member + 1) / team.size;
-            multiply(w.ih_v, 0, w.ih_v.vectors, Operand{b.rows + from, to - from, 0, w.input_size},
+            multiply(w.ih_v, 0, w.ih_v.vectors, Operand{b.rows + from, to - from, 0, w.input_size, b.scratch},
                      Write{b.thin + from * b.thin_stride, b.thin_stride, nullptr});
             wait();
             a = rows_of(b.thin, b.thin_stride, rows, w.ih.inputs);
@@ -348,7 +493,7 @@ struct Run {
 
     Operand rows_of(const float* first, ptrdiff_t stride, ptrdiff_t count, ptrdiff_t inputs) {
         for (ptrdiff_t k = 0; k < count; ++k) b.rows[k] = first + k * stride;
-        return Operand{b.rows, count, 0, inputs};
+        return Operand{b.rows, count, 0, inputs, b.scratch};
     }
 
     // Gives the sequences that begin at this step their first states.

@@ -12,6 +12,7 @@ struct Simd {
     static constexpr ptrdiff_t lanes = 8;
     static constexpr int max_rows = 3;  // 12 sums, 3 inputs, and one register through which the weights pass
     using F = __m256;
+    using I = __m256i;
 
     static F zero() { return _mm256_setzero_ps(); }
     static F all(float value) { return _mm256_set1_ps(value); }
@@ -34,6 +35,29 @@ struct Simd {
         return _mm256_mul_ps(v, _mm256_castsi256_ps(bits));
     }
     static F reciprocal(F v) { return _mm256_div_ps(all(1.0f), v); }
+
+    static I no_words() { return _mm256_setzero_si256(); }
+    static I load_words(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+    static I all_words(int value) { return _mm256_set1_epi32(value); }
+    static F to_float(I v) { return _mm256_cvtepi32_ps(v); }
+    static I add_words(I a, I b) { return _mm256_add_epi32(a, b); }
+    static I subtract_words(I a, I b) { return _mm256_sub_epi32(a, b); }
+
+    // sum + the products of two bfloat16 in each word.
+    static F dot_bfloat16(I weights, I inputs, F sum) {
+        const I high = all_words(static_cast<int>(0xFFFF0000u));
+        F low = fma(_mm256_castsi256_ps(_mm256_slli_epi32(weights, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(inputs, 16)), sum);
+        return fma(_mm256_castsi256_ps(_mm256_and_si256(weights, high)),
+                   _mm256_castsi256_ps(_mm256_and_si256(inputs, high)), low);
+    }
+
+    // sum + the products of four unsigned weights and four signed inputs in each word.
+    static I dot_int8(I weights, I inputs, I sum) {
+        I even = _mm256_madd_epi16(_mm256_and_si256(weights, _mm256_set1_epi16(255)),
+                                   _mm256_srai_epi16(_mm256_slli_epi16(inputs, 8), 8));
+        I odd = _mm256_madd_epi16(_mm256_srli_epi16(weights, 8), _mm256_srai_epi16(inputs, 8));
+        return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
+    }
 };
 
 }  // namespace

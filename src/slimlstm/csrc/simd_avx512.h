@@ -1,4 +1,4 @@
-// AVX-512: sixteen lanes, thirty-two registers.
+// AVX-512: sixteen lanes, thirty-two registers. With VNNI and BF16 where the compiler is told so.
 #pragma once
 
 #include <immintrin.h>
@@ -11,6 +11,7 @@ struct Simd {
     static constexpr ptrdiff_t lanes = 16;
     static constexpr int max_rows = 6;  // 24 sums, 4 weights, the rest for inputs
     using F = __m512;
+    using I = __m512i;
 
     static F zero() { return _mm512_setzero_ps(); }
     static F all(float value) { return _mm512_set1_ps(value); }
@@ -31,6 +32,37 @@ struct Simd {
     static F reciprocal(F v) {
         F guess = _mm512_rcp14_ps(v);
         return _mm512_fmadd_ps(guess, _mm512_fnmadd_ps(v, guess, all(1.0f)), guess);
+    }
+
+    static I no_words() { return _mm512_setzero_si512(); }
+    static I load_words(const void* from) { return _mm512_loadu_si512(from); }
+    static I all_words(int value) { return _mm512_set1_epi32(value); }
+    static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
+    static I add_words(I a, I b) { return _mm512_add_epi32(a, b); }
+    static I subtract_words(I a, I b) { return _mm512_sub_epi32(a, b); }
+
+    // sum + the products of two bfloat16 in each word.
+    static F dot_bfloat16(I weights, I inputs, F sum) {
+#ifdef __AVX512BF16__
+        return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(weights), reinterpret_cast<__m512bh>(inputs));
+#else
+        const I high = all_words(static_cast<int>(0xFFFF0000u));
+        F low = fma(_mm512_castsi512_ps(_mm512_slli_epi32(weights, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(inputs, 16)), sum);
+        return fma(_mm512_castsi512_ps(_mm512_and_si512(weights, high)),
+                   _mm512_castsi512_ps(_mm512_and_si512(inputs, high)), low);
+#endif
+    }
+
+    // sum + the products of four unsigned weights and four signed inputs in each word.
+    static I dot_int8(I weights, I inputs, I sum) {
+#ifdef __AVX512VNNI__
+        return _mm512_dpbusd_epi32(sum, weights, inputs);
+#else
+        I even = _mm512_madd_epi16(_mm512_and_si512(weights, _mm512_set1_epi16(255)),
+                                   _mm512_srai_epi16(_mm512_slli_epi16(inputs, 8), 8));
+        I odd = _mm512_madd_epi16(_mm512_srli_epi16(weights, 8), _mm512_srai_epi16(inputs, 8));
+        return _mm512_add_epi32(sum, _mm512_add_epi32(even, odd));
+#endif
     }
 };
 

@@ -43,6 +43,42 @@ struct Simd {
         return v * power;
     }
     static F reciprocal(F v) { return 1.0f / v; }
+
+    static I no_words() { return I{}; }
+    static I load_words(const void* from) {
+        I v;
+        std::memcpy(&v, from, sizeof v);
+        return v;
+    }
+    static I all_words(int value) { return I{value, value, value, value}; }
+    static F to_float(I v) { return __builtin_convertvector(v, F); }
+    static I add_words(I a, I b) { return a + b; }
+    static I subtract_words(I a, I b) { return a - b; }
+
+    static F as_floats(I words) {
+        F v;
+        std::memcpy(&v, &words, sizeof v);
+        return v;
+    }
+
+    // sum + the products of two bfloat16 in each word.
+    static F dot_bfloat16(I weights, I inputs, F sum) {
+        const I high = all_words(static_cast<int>(0xFFFF0000u));
+        return fma(as_floats(weights & high), as_floats(inputs & high),
+                   fma(as_floats(low_half_up(weights)), as_floats(low_half_up(inputs)), sum));
+    }
+
+    // sum + the products of four unsigned weights and four signed inputs in each word.
+    static I dot_int8(I weights, I inputs, I sum) {
+        sum += (weights & 255) * (up(inputs, 24) >> 24) + ((weights >> 8) & 255) * (up(inputs, 16) >> 24);
+        return sum + ((weights >> 16) & 255) * (up(inputs, 8) >> 24) + ((weights >> 24) & 255) * (inputs >> 24);
+    }
+
+  private:
+    typedef uint32_t U __attribute__((vector_size(16)));
+    // Without a sign, of which shifting anything out would be undefined.
+    static I up(I words, int bits) { return reinterpret_cast<I>(reinterpret_cast<U>(words) << static_cast<uint32_t>(bits)); }
+    static I low_half_up(I words) { return up(words, 16); }
 };
 
 }  // namespace

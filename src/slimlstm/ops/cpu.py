@@ -66,7 +66,7 @@ def tell_missing() -> None:
 class _Packed:
     """The packed weights of a layer, and what they were packed from."""
 
-    def __init__(self, key: tuple[int, ...], directions: Sequence[Direction], tensors: list[Tensor]) -> None:
+    def __init__(self, key: tuple[int | str, ...], directions: Sequence[Direction], tensors: list[Tensor]) -> None:
         for tensor in tensors:
             if type(tensor) not in _plain or tensor.dtype != torch.float32 or not tensor.is_cpu:
                 raise SlimLSTMError(
@@ -80,10 +80,11 @@ class _Packed:
         self.counted = not any(tensor.is_inference() for tensor in tensors)
         self.state = _state(tensors) if self.counted else []
         aliases = [None if tensor is None else tensor.detach() for tensor in flat(directions)]
-        self.layer = kernel.Layer(instruction_set(), [aliases[at : at + 7] for at in range(0, len(aliases), 7)])
+        arrays = [aliases[at : at + 7] for at in range(0, len(aliases), 7)]
+        self.layer = kernel.Layer(instruction_set(), arrays, _storages(directions))
 
 
-_cache: dict[tuple[int, ...], _Packed] = {}
+_cache: dict[tuple[int | str, ...], _Packed] = {}
 
 
 def forget() -> None:
@@ -94,7 +95,7 @@ def forget() -> None:
 def flat(directions: Sequence[Direction]) -> list[Tensor | None]:
     """The weights of the directions in the kernel's order: ih V and U, hh V and U, biases, projection."""
     found: list[Tensor | None] = []
-    for ih, hh, bias_ih, bias_hh, hr in directions:
+    for ih, hh, bias_ih, bias_hh, hr, *_ in directions:
         ih_u, ih_v = ih if isinstance(ih, tuple) else (ih, None)
         hh_u, hh_v = hh if isinstance(hh, tuple) else (hh, None)
         found += (ih_v, ih_u, hh_v, hh_u, bias_ih, bias_hh, hr)
@@ -109,9 +110,13 @@ def _state(tensors: list[Tensor]) -> list[int]:
     return [*map(_version_of, tensors), *map(Tensor.data_ptr, tensors), *map(Tensor.numel, tensors)]
 
 
+def _storages(directions: Sequence[Direction]) -> list[str]:
+    return [storage for weights in directions for storage in (weights.ih_storage, weights.hh_storage)]
+
+
 def _packed(directions: Sequence[Direction], anew: bool = False) -> _Packed:
     present = flat(directions)
-    key = tuple(map(id, present))
+    key = (*map(id, present), *_storages(directions))
     found = None if anew else _cache.get(key)
     tensors = [tensor for tensor in present if tensor is not None]
     if found is not None and found.counted and _state(tensors) != found.state:
