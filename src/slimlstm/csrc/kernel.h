@@ -67,7 +67,6 @@ extern const Kernel kernel_portable;
 extern const Kernel kernel_avx2;
 extern const Kernel kernel_avx512;
 extern const Kernel kernel_avx512_vnni;
-extern const Kernel kernel_avx512_bf16;  // and VNNI
 #endif
 
 }  // namespace slimlstm

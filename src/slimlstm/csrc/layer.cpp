@@ -22,9 +22,7 @@ std::vector<const Kernel*> kernels() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))
         avx512 = true;
-    bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-    if (vnni && __builtin_cpu_supports("avx512bf16")) found.push_back(&kernel_avx512_bf16);
-    if (vnni) found.push_back(&kernel_avx512_vnni);
+    if (avx512 && __builtin_cpu_supports("avx512vnni")) found.push_back(&kernel_avx512_vnni);
     if (avx512) found.push_back(&kernel_avx512);
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kernel_avx2);
 #endif

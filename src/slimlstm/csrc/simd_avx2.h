@@ -43,13 +43,9 @@ struct Simd {
     static I add_words(I a, I b) { return _mm256_add_epi32(a, b); }
     static I subtract_words(I a, I b) { return _mm256_sub_epi32(a, b); }
 
-    // sum + the products of two bfloat16 in each word.
-    static F dot_bfloat16(I weights, I inputs, F sum) {
-        const I high = all_words(static_cast<int>(0xFFFF0000u));
-        F low = fma(_mm256_castsi256_ps(_mm256_slli_epi32(weights, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(inputs, 16)), sum);
-        return fma(_mm256_castsi256_ps(_mm256_and_si256(weights, high)),
-                   _mm256_castsi256_ps(_mm256_and_si256(inputs, high)), low);
-    }
+    // The bfloat16 in the lower and in the upper half of each word.
+    static F low_halves(I words) { return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16)); }
+    static F high_halves(I words) { return _mm256_castsi256_ps(_mm256_and_si256(words, all_words(static_cast<int>(0xFFFF0000u)))); }
 
     // sum + the products of four unsigned weights and four signed inputs in each word.
     static I dot_int8(I weights, I inputs, I sum) {

@@ -1,4 +1,4 @@
-// AVX-512: sixteen lanes, thirty-two registers. With VNNI and BF16 where the compiler is told so.
+// AVX-512: sixteen lanes, thirty-two registers. With VNNI where the compiler is told so.
 #pragma once
 
 #include <immintrin.h>
@@ -41,17 +41,9 @@ struct Simd {
     static I add_words(I a, I b) { return _mm512_add_epi32(a, b); }
     static I subtract_words(I a, I b) { return _mm512_sub_epi32(a, b); }
 
-    // sum + the products of two bfloat16 in each word.
-    static F dot_bfloat16(I weights, I inputs, F sum) {
-#ifdef __AVX512BF16__
-        return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(weights), reinterpret_cast<__m512bh>(inputs));
-#else
-        const I high = all_words(static_cast<int>(0xFFFF0000u));
-        F low = fma(_mm512_castsi512_ps(_mm512_slli_epi32(weights, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(inputs, 16)), sum);
-        return fma(_mm512_castsi512_ps(_mm512_and_si512(weights, high)),
-                   _mm512_castsi512_ps(_mm512_and_si512(inputs, high)), low);
-#endif
-    }
+    // The bfloat16 in the lower and in the upper half of each word.
+    static F low_halves(I words) { return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)); }
+    static F high_halves(I words) { return _mm512_castsi512_ps(_mm512_and_si512(words, all_words(static_cast<int>(0xFFFF0000u)))); }
 
     // sum + the products of four unsigned weights and four signed inputs in each word.
     static I dot_int8(I weights, I inputs, I sum) {

@@ -61,12 +61,9 @@ struct Simd {
         return v;
     }
 
-    // sum + the products of two bfloat16 in each word.
-    static F dot_bfloat16(I weights, I inputs, F sum) {
-        const I high = all_words(static_cast<int>(0xFFFF0000u));
-        return fma(as_floats(weights & high), as_floats(inputs & high),
-                   fma(as_floats(low_half_up(weights)), as_floats(low_half_up(inputs)), sum));
-    }
+    // The bfloat16 in the lower and in the upper half of each word.
+    static F low_halves(I words) { return as_floats(up(words, 16)); }
+    static F high_halves(I words) { return as_floats(words & all_words(static_cast<int>(0xFFFF0000u))); }
 
     // sum + the products of four unsigned weights and four signed inputs in each word.
     static I dot_int8(I weights, I inputs, I sum) {
@@ -78,7 +75,6 @@ struct Simd {
     typedef uint32_t U __attribute__((vector_size(16)));
     // Without a sign, of which shifting anything out would be undefined.
     static I up(I words, int bits) { return reinterpret_cast<I>(reinterpret_cast<U>(words) << static_cast<uint32_t>(bits)); }
-    static I low_half_up(I words) { return up(words, 16); }
 };
 
 }  // namespace
