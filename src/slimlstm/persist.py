@@ -64,6 +64,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     # What can go wrong goes wrong on the copy.
     trial = copy.deepcopy(model)
     _rebuild(trial, config["sites"], tensors)
+    _complete(trial, tensors)
     _check_fit(trial, tensors)
     _rebuild(model, config["sites"], tensors)
     for name, target in _tensors(model).items():
@@ -186,6 +187,15 @@ def _rebuild(model: nn.Module, sites: Mapping[str, Mapping[str, Any]], tensors: 
             for name, entry in entries.items()
         }
         replace(model, host, factors, masks, origins)
+
+
+def _complete(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Adds the names that a shared parameter has in ``model`` beside the one that it was stored under."""
+    expected = _tensors(model)
+    stored = {id(target): name for name, target in expected.items() if name in tensors}
+    for name, target in expected.items():
+        if name not in tensors and id(target) in stored:
+            tensors[name] = tensors[stored[id(target)]]
 
 
 def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
