@@ -59,8 +59,8 @@ ptb_part = "\n\n".join(
             [[str(rank), *(f"{perplexities[method, target, rank]:.1f}" for method, target in columns)] for rank in ranks],
         ),
         "From [`results/ptb_untuned`](results/ptb_untuned): test perplexity, not tuned after compression; the dense model "
-        f"has {perplexities['dense', 'none', 0]:.2f}. It is the paper's architecture, trained for eight epochs only: compare "
-        "columns, not the level with published figures.",
+        f"has {perplexities['dense', 'none', 0]:.2f}. It is the paper's architecture, trained for eight epochs only: "
+        "compare columns, not the level with published figures.",
     ]
 )
 

@@ -5,8 +5,10 @@ Names and gate order are PyTorch's; ONNX's order i, o, f, c is converted here.
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from slimlstm.compress import Progress, compress_matrix, site_report
 from slimlstm.errors import SlimLSTMError
-from slimlstm.persist import CONFIG, read_folder, site_entry, write_folder
+from slimlstm.persist import CONFIG, read_config, read_folder, site_entry, write_folder
 from slimlstm.plan import DENSE, LowRank, Plan, Prune, make_plan
 from slimlstm.report import Report, Total
 from slimlstm.sites import SITE_NAME, Site
@@ -26,6 +28,7 @@ from slimlstm.sites import SITE_NAME, Site
 Tensors = dict[str, Tensor]
 
 _PARAMETRIZED = re.compile(r"(?:(.*)\.)?parametrizations\.(weight_[^.]*)\.original")
+_LSTM_PART = re.compile(r"(parametrizations\.)?(weight|bias)_(ih|hh|hr)[^.]*(\.original)?")
 _ONNX_GATES = (0, 2, 3, 1)
 _ONNX_SHAPING = {"Cast", "Concat", "Constant", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
 
@@ -65,15 +68,18 @@ def find_matrices(tensors: Mapping[str, Tensor]) -> dict[Site, tuple[str, ...]]:
             if SITE_NAME.fullmatch(weight) and ((module, weight) not in found or name.endswith("_raw")):
                 found[module, weight] = kept_in
     return {
-        Site(module, weight, _shape(kept_in, tensors), _rank(kept_in, tensors)): kept_in
+        Site(module, weight, _shape(kept_in, tensors), _rank(kept_in, tensors), _kept(kept_in, tensors)): kept_in
         for (module, weight), kept_in in found.items()
         if _is_lstm(module, weight, found, tensors)
     }
 
 
 def matrix_of(names: tuple[str, ...], tensors: Mapping[str, Tensor]) -> Tensor:
-    """The matrix [m, n] that is kept in the named tensors: one, or two factors."""
-    return tensors[names[0]] if len(names) == 1 else tensors[names[0]] @ tensors[names[1]]
+    """The matrix [m, n] that is kept in the named tensors: one, one and its mask, or two factors."""
+    first, last = tensors[names[0]], tensors[names[-1]]
+    if len(names) == 1:
+        return first
+    return first * last if last.dtype == torch.bool else first @ last
 
 
 def compress_file(path: Path, config: LowRank | Prune | Plan, folder: Path, progress: Progress | None = None) -> Report:
@@ -87,7 +93,14 @@ def compress_file(path: Path, config: LowRank | Prune | Plan, folder: Path, prog
     if not matrices:
         raise SlimLSTMError(f"{path} holds no weights of an LSTM, by names (weight_hh_l0) and shapes ([4H, H])")
     plan = make_plan(config, list(matrices))
-    state, entries, reports = dict(tensors), dict[str, dict[str, Any]](), list[Any]()
+    state, reports = dict(tensors), list[Any]()
+    known: dict[str, dict[str, Any]] = read_config(path)["sites"] if path.is_dir() else {}
+    # What was compressed before stays so.
+    entries = {
+        site.key: known.get(site.key) or site_entry(site, {}, tensors[names[0]].dtype)
+        for site, names in matrices.items()
+        if site.rank is not None or site.kept is not None
+    }
     chosen = [(site, names) for site, names in matrices.items() if site.key in plan.sites]
     for index, (site, names) in enumerate(chosen):
         if progress is not None:
@@ -106,14 +119,21 @@ def compress_file(path: Path, config: LowRank | Prune | Plan, folder: Path, prog
         provenance = {"method": action.method, "source_sha256": result.source_sha256}
         after = Site(site.module, site.name, site.shape, action.rank, action.kept)
         entries[site.key] = site_entry(after, provenance, matrix.dtype)
-        state.update(_stored_as(site, matrix, result.factors, result.mask))
-    if not entries:
+        state.update(_stored_as(site, tensors[names[0]], result.factors, result.mask))
+    if not any(plan.sites[site.key].method != DENSE for site, _ in chosen):
         raise SlimLSTMError("nothing would get smaller: " + "; ".join(f"{report.key}: {report.note}" for report in reports))
+    _end_parametrizations(state, {site.module for site, _ in chosen if plan.sites[site.key].method != DENSE})
     write_folder(folder, state, entries)
-    total = Total.between(_size(tensors.values()), _size(state.values()))
-    before = sum(report.parameters_before for report in reports), sum(report.bytes_before for report in reports)
-    after = sum(report.parameters_after for report in reports), sum(report.bytes_after for report in reports)
-    return Report(reports, plan, Total.between(before, after), total)
+    before, after = _sizes(tensors), _sizes(state)
+    return Report(reports, plan, Total.between(before[0], after[0]), Total.between(before[1], after[1]))
+
+
+def _end_parametrizations(state: Tensors, modules: set[str]) -> None:
+    """Gives what is not masked in compressed modules its plain name, as ``compress_`` does."""
+    for name in list(state):
+        match = re.fullmatch(r"(?:(.*)\.)?parametrizations\.([^.]*)\.original", name)
+        if match and (match.group(1) or "") in modules and f"{name.removesuffix('original')}0.mask" not in state:
+            state[".".join(part for part in match.groups() if part)] = state.pop(name)
 
 
 def _stored_as(site: Site, matrix: Tensor, factors: Any, mask: Tensor | None) -> Tensors:
@@ -130,11 +150,16 @@ def _as_matrix(name: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, 
     """The canonical name of the matrix that a tensor is, or is the first factor of, and the tensors it is kept in."""
     match = _PARAMETRIZED.fullmatch(name)
     if match:
-        yield ".".join(part for part in match.groups() if part), (name,)
+        mask = f"{name.removesuffix('original')}0.mask"
+        yield ".".join(part for part in match.groups() if part), (name, mask) if mask in tensors else (name,)
     elif name.endswith("_u") and f"{name[:-2]}_v" in tensors:
         yield name[:-2], (name, f"{name[:-2]}_v")
     else:
-        yield name.removesuffix("_raw"), (name,)
+        module, _, weight = name.removesuffix("_raw").rpartition(".")
+        inner = f"{module}.module.{weight}" if module else f"module.{weight}"
+        # A weight-drop wrapper may keep the raw weight itself, beside the LSTM that it calls "module".
+        is_wrapper = name.endswith("_raw") and inner.replace("weight_hh", "weight_ih") in tensors
+        yield inner if is_wrapper else name.removesuffix("_raw"), (name,)
 
 
 def _shape(names: tuple[str, ...], tensors: Mapping[str, Tensor]) -> tuple[int, int]:
@@ -143,7 +168,11 @@ def _shape(names: tuple[str, ...], tensors: Mapping[str, Tensor]) -> tuple[int, 
 
 
 def _rank(names: tuple[str, ...], tensors: Mapping[str, Tensor]) -> int | None:
-    return tensors[names[0]].shape[1] if len(names) == 2 else None
+    return tensors[names[0]].shape[1] if len(names) == 2 and tensors[names[1]].dtype != torch.bool else None
+
+
+def _kept(names: tuple[str, ...], tensors: Mapping[str, Tensor]) -> int | None:
+    return int(tensors[names[1]].sum()) if len(names) == 2 and tensors[names[1]].dtype == torch.bool else None
 
 
 def _is_lstm(
@@ -160,10 +189,19 @@ def _is_lstm(
     return inputs > 0 and rows == hh_rows == 4 * hidden
 
 
-def _size(tensors: Iterable[Tensor]) -> tuple[int, int]:
-    """Numbers and bytes of the floating-point tensors; masks are no parameters."""
-    unique = {tensor.data_ptr(): tensor for tensor in tensors if tensor.is_floating_point()}.values()
-    return sum(tensor.numel() for tensor in unique), sum(tensor.numel() * tensor.element_size() for tensor in unique)
+def _sizes(tensors: Mapping[str, Tensor]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Parameters and bytes of the LSTMs with their biases, and of everything; what a mask zeroes is no parameter."""
+    matrices = find_matrices(tensors)
+    zeroed = {names[0]: tensors[names[0]].numel() - site.kept for site, names in matrices.items() if site.kept is not None}
+    modules = {f"{site.module}." if site.module else "" for site in matrices}
+    parts = [name for name in tensors if any(_LSTM_PART.fullmatch(name[len(m) :]) for m in modules if name.startswith(m))]
+    return _size(parts, tensors, zeroed), _size(tensors, tensors, zeroed)
+
+
+def _size(names: Iterable[str], tensors: Mapping[str, Tensor], zeroed: Mapping[str, int]) -> tuple[int, int]:
+    unique = {tensors[name].data_ptr(): name for name in names if tensors[name].is_floating_point()}.values()
+    count = sum(tensors[name].numel() - zeroed.get(name, 0) for name in unique)
+    return count, sum(tensors[name].numel() * tensors[name].element_size() for name in unique)
 
 
 def _read_safetensors(path: Path) -> Tensors:
@@ -175,31 +213,36 @@ def _read_safetensors(path: Path) -> Tensors:
 
 def _read_torch(path: Path) -> Tensors:
     try:
-        content: object = torch.load(path, map_location="cpu", weights_only=True)
+        # What PyTorch warns of, old protocols and TorchScript archives, either works or fails with an error.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content: object = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise SlimLSTMError(
             f"{path} holds pickled code, which is not run here; load it where its code is and save "
-            f"model.state_dict() instead ({str(error).splitlines()[0]})"
+            f"model.state_dict() instead ({next(iter(str(error).splitlines()), type(error).__name__)})"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise SlimLSTMError(f"{path} is no intact PyTorch checkpoint: {str(error).splitlines()[0]}") from error
-    candidates = list(_state_dicts(content, ""))
+    except Exception as error:  # a damaged file makes the unpickler fail in any way
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise SlimLSTMError(f"{path} is no intact PyTorch checkpoint: {reason}") from error
+    candidates = list(_state_dicts(content, "", set()))
     with_lstm = [(prefix, state) for prefix, state in candidates if find_matrices(state)] or candidates
     if len(with_lstm) == 1:
         return with_lstm[0][1]
     return {prefix + name: tensor for prefix, state in with_lstm for name, tensor in state.items()}
 
 
-def _state_dicts(content: object, prefix: str) -> Iterator[tuple[str, Tensors]]:
-    """The dictionaries of tensors in a checkpoint, with the path that leads to each."""
-    if not isinstance(content, Mapping):
+def _state_dicts(content: object, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensors]]:
+    """The dictionaries of tensors in a checkpoint, each once, with the path that leads to it."""
+    if not isinstance(content, Mapping) or id(content) in seen:
         return
+    seen.add(id(content))
     items = {str(key): value for key, value in cast(Mapping[object, object], content).items()}
     tensors = {key: value for key, value in items.items() if isinstance(value, Tensor)}
     if tensors:
         yield prefix, tensors
     for key, value in items.items():
-        yield from _state_dicts(value, f"{prefix}{key}.")
+        yield from _state_dicts(value, f"{prefix}{key}.", seen)
 
 
 def _read_onnx(path: Path) -> Tensors:
@@ -211,18 +254,35 @@ def _read_onnx(path: Path) -> Tensors:
         model = onnx.load(path)
     except Exception as error:  # protobuf and onnx raise classes of several libraries
         raise SlimLSTMError(f"{path} is no intact ONNX file: {error}") from error
+    try:
+        return _onnx_tensors(model)
+    except Exception as error:  # a damaged file may hold anything that protocol buffers can say
+        raise SlimLSTMError(f"{path} is no intact ONNX file: {error}") from error
+
+
+def _onnx_tensors(model: Any) -> Tensors:
     tensors: Tensors = {}
     for node, constants in _onnx_lstms(model.graph, {}, {entry.domain: entry.version for entry in model.opset_import}):
-        weights = [torch.from_numpy(constants[name].copy()) if name in constants else None for name in node.input[1:4]]
+        weights = [_onnx_tensor(constants[name]) if name in constants else None for name in node.input[1:4]]
         weights += [None] * (3 - len(weights))
-        name = node.name or node.output[0]
+        name = node.name or next(output for output in node.output if output)
         if weights[0] is None or weights[1] is None:
             continue
         direction = next((attribute.s.decode() for attribute in node.attribute if attribute.name == "direction"), "forward")
         endings = {"forward": [""], "reverse": ["_reverse"], "bidirectional": ["", "_reverse"]}[direction]
+        # The branches of an If may use one name twice.
+        taken, again = name, itertools.count(2)
+        while f"{name}.weight_ih_l0{endings[0]}" in tensors:
+            name = f"{taken}_{next(again)}"
         for index, ending in enumerate(endings):
             tensors.update(_onnx_direction(f"{name}.", f"_l0{ending}", [w if w is None else w[index] for w in weights]))
     return tensors
+
+
+def _onnx_tensor(array: Any) -> Tensor:
+    if array.dtype.name == "bfloat16":  # which NumPy does not know
+        return torch.from_numpy(array.view("int16").copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
 
 
 def _onnx_direction(prefix: str, suffix: str, weights: list[Tensor | None]) -> Tensors:
@@ -244,17 +304,31 @@ def _onnx_lstms(graph: Any, outer: Mapping[str, Any], opsets: Mapping[str, int])
     Exporters cut and reorder PyTorch's weights by nodes; what these make of constants is worked out here.
     """
     from onnx import numpy_helper
-    from onnx.reference import ReferenceEvaluator
 
     constants = dict(outer)
     constants.update((tensor.name, numpy_helper.to_array(tensor)) for tensor in graph.initializer)
     for node in graph.node:
         if node.op_type in _ONNX_SHAPING and all(name in constants for name in node.input if name):
-            evaluator = ReferenceEvaluator(node, opsets=dict(opsets))
-            results = evaluator.run(None, {name: constants[name] for name in node.input if name})
-            constants.update(zip(node.output, results, strict=True))
+            constants.update(_onnx_results(node, constants, opsets))
         if node.op_type == "LSTM":
             yield node, constants
         for attribute in node.attribute:
             for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
                 yield from _onnx_lstms(inner, constants, opsets)
+
+
+def _onnx_results(node: Any, constants: Mapping[str, Any], opsets: Mapping[str, int]) -> dict[str, Any]:
+    """What a node makes of constants; nothing where it cannot be worked out, and what hangs on it is left out."""
+    from onnx import helper
+    from onnx.reference import ReferenceEvaluator
+
+    inputs = {name: constants[name] for name in node.input if name}
+    values = [helper.make_empty_tensor_value_info(name) for name in inputs]
+    results = [helper.make_empty_tensor_value_info(name) for name in node.output]
+    graph = helper.make_graph([node], "node", values, results)
+    imports = [helper.make_opsetid(domain, number) for domain, number in opsets.items()]
+    try:
+        evaluator = ReferenceEvaluator(helper.make_model(graph, opset_imports=imports))
+        return dict(zip(node.output, evaluator.run(None, inputs), strict=True))
+    except Exception:  # the evaluator raises whatever NumPy does
+        return {}

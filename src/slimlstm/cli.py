@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Generator
@@ -46,8 +47,9 @@ def main() -> None:
     """Runs the command; what cannot be done is said in one line, with exit status 1."""
     try:
         app()
-    except SlimLSTMError as error:
-        messages.print(f"slimlstm: {error}", style="red", highlight=False, soft_wrap=True)
+    except (SlimLSTMError, OSError) as error:
+        text = " ".join(str(error).split())
+        messages.print(f"slimlstm: {text}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)
 
 
@@ -58,7 +60,7 @@ def demo_command(
 ) -> None:
     """Compress the embedded language model by every method, and see what that costs and saves."""
     began = time.monotonic()
-    plots.check_available()
+    plots.check_drawable(plot)
     with _progress("compressing") as progress:
         tour = demo.run(progress)
     draw_tour(tour, plot)
@@ -154,7 +156,7 @@ def eval_command(
     """Measure the perplexity of an AWD-LSTM language model, dense or compressed."""
     network = _language_model(model)
     tokens, words = _tokens(text, split, _vocabulary(model, vocab))
-    if int(tokens.max()) >= network.config.vocab_size:
+    if len(tokens) and int(tokens.max()) >= network.config.vocab_size:
         raise SlimLSTMError(
             f"the text has ids up to {int(tokens.max())}, the model {network.config.vocab_size} words; check --vocab"
         )
@@ -167,7 +169,7 @@ def eval_command(
         "split": split if text in data.CORPORA else None,
         "perplexity": found.perplexity,
         "predictions": found.predictions,
-        "perplexity_per_word": torch.tensor(found.loss * len(tokens) / words).exp().item(),
+        "perplexity_per_word": math.exp(min(found.loss * len(tokens) / max(words, 1), 700.0)),
         "parameters": sum(parameter.numel() for parameter in parameters),
         "bytes": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
     }
@@ -206,7 +208,7 @@ def _language_model(name: str) -> AWDLSTM:
     if (Path(name) / CONFIG).exists():
         model = AWDLSTM(config_of(read_folder(Path(name))[1]))
         load(name, model)
-        return model
+        return model.float()
     return load_awd_lstm(name)
 
 
@@ -226,7 +228,10 @@ def _tokens(text: str, split: str, vocab: Path) -> tuple[torch.Tensor, int]:
     elif text in data.CORPORA:
         content = data.read_text(text, split)
     elif Path(text).is_file():
-        content = Path(text).read_text(encoding="utf-8")
+        try:
+            content = Path(text).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise SlimLSTMError(f"{text} is no UTF-8 text: {error}") from error
     else:
         raise SlimLSTMError(f"{text!r} is neither 'held-out', {', '.join(map(repr, data.CORPORA))}, nor a file")
     words = data.words_of(content)
@@ -247,14 +252,14 @@ def _show(result: dict[str, Any], as_json: bool, *parts: RenderableType) -> None
         typer.echo(json.dumps(result, indent=1))
         return
     for part in parts:
-        output.print(part, highlight=False)
+        output.print(part, highlight=False, markup=False)
 
 
 @contextmanager
 def _progress(title: str) -> Generator[Callable[[str, float], None]]:
     """A progress bar on standard error; it is given what is being done and the fraction that is done."""
     columns = (TextColumn(title), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=messages, transient=True) as bar:
+    with Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal) as bar:
         task = bar.add_task("", total=1.0)
         yield lambda label, fraction: bar.update(task, description=label, completed=fraction)
 

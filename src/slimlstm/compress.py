@@ -147,7 +147,7 @@ def _solve(plan: Plan, chosen: list[tuple[Host, Site]], progress: Progress | Non
                 raise SlimLSTMError(f"{site.key}: {error}") from error
         results[site.key] = shared[known]
         for factor in results[site.key].factors or ():
-            factor.requires_grad_(host.stored(site.name).requires_grad)
+            factor.requires_grad_(host.is_trained(site.name))
         on_fraction(1.0)
     return results
 

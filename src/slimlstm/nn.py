@@ -430,7 +430,7 @@ def lstm_arguments(lstm: nn.RNNBase | LowRankLSTM) -> dict[str, Any]:
         "bidirectional",
         "proj_size",
     )
-    return {name: getattr(lstm, name) for name in names}
+    return {name: getattr(lstm, name, 0) for name in names}
 
 
 def _as_parameter(tensor: Tensor) -> nn.Parameter:

@@ -12,13 +12,14 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slimlstm.errors import SlimLSTMError
@@ -62,12 +63,13 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """
     config, tensors = read_folder(Path(folder))
     # What can go wrong goes wrong on the copy.
-    trial = copy.deepcopy(model)
+    trial = copy.deepcopy(model, _detached(model))
     _rebuild(trial, config["sites"], tensors)
+    _complete(trial, tensors)
     _check_fit(trial, tensors)
     _rebuild(model, config["sites"], tensors)
     for name, target in _tensors(model).items():
-        target.data = tensors[name].to(target.device)
+        target.data = tensors[name].to(target.device, copy=True)
     return model
 
 
@@ -129,8 +131,11 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ) from error
     if _sha256(content) != config["weights"]["sha256"]:
         raise SlimLSTMError(f"{path} is damaged or altered: its SHA-256 is not the one in {CONFIG}; copy the folder again")
-    tensors = load_file(path)
+    # The very bytes that were checked, not the file again, which others may change while it is mapped into memory.
+    tensors = load_tensors(content)
     for name, original in config["aliases"].items():
+        if original not in tensors:
+            raise SlimLSTMError(f"{folder / CONFIG} was altered: {name} is another name of {original}, which is not there")
         tensors[name] = tensors[original]
     return config, tensors
 
@@ -154,6 +159,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise SlimLSTMError(f"{folder} has format {config.get('format_version')}, this slimlstm reads {FORMAT_VERSION}")
     if config.get("sha256") != _config_sha256(config):
         raise SlimLSTMError(f"{folder / CONFIG} was altered after it was written; save the model again")
+    missing = [key for key in ("weights", "sites", "aliases") if not isinstance(config.get(key), dict)]
+    if missing:
+        raise SlimLSTMError(f"{folder / CONFIG} is damaged: it lacks {', '.join(missing)}; save the model again")
     return config
 
 
@@ -166,9 +174,17 @@ def _rebuild(model: nn.Module, sites: Mapping[str, Mapping[str, Any]], tensors: 
             raise SlimLSTMError(f"the folder's {key} is not in the model, which has {', '.join(known) or 'no LSTM'}")
         if list(known[key].shape) != entry["shape"]:
             raise SlimLSTMError(f"{key} is {entry['shape']} in the folder, {list(known[key].shape)} in the model")
+        u = tensors.get(f"{key}_u")
+        if "rank" in entry and (u is None or list(u.shape) != [entry["shape"][0], entry["rank"]] or not u.numel()):
+            raise SlimLSTMError(f"{CONFIG} gives {key} rank {entry['rank']!r}, which its tensors do not have")
+        if "rank" not in entry and known[key].rank is not None:
+            raise SlimLSTMError(f"{key} is masked in the folder, but factored in the model; load into a fresh dense model")
         problem = known[key].problem
         if problem is not None:
             raise SlimLSTMError(problem)
+    # Tied matrices get factors that are tied. What they are now is kept alive, or its id would be given to another.
+    stored = [host.stored(site.name) for host in hosts for site in host.sites()]
+    shared: dict[Hashable, tuple[Tensor, Tensor]] = {}
     for host in hosts:
         entries = {site.name: sites[site.key] for site in host.sites() if site.key in sites}
         if not entries:
@@ -178,7 +194,10 @@ def _rebuild(model: nn.Module, sites: Mapping[str, Mapping[str, Any]], tensors: 
         for name, entry in entries.items():
             (m, n), like = entry["shape"], host.matrix(name)
             if "rank" in entry:
-                factors[name] = like.new_zeros(m, entry["rank"]), like.new_zeros(entry["rank"], n)
+                u, v = like.new_zeros(m, entry["rank"]), like.new_zeros(entry["rank"], n)
+                trained = host.is_trained(name)
+                pair = nn.Parameter(u, trained), nn.Parameter(v, trained)
+                factors[name] = shared.setdefault((host.identity(name), entry["rank"]), pair)
             else:
                 masks[name] = like.new_ones(m, n, dtype=torch.bool)
         origins = {
@@ -186,6 +205,23 @@ def _rebuild(model: nn.Module, sites: Mapping[str, Mapping[str, Any]], tensors: 
             for name, entry in entries.items()
         }
         replace(model, host, factors, masks, origins)
+    del stored
+
+
+def _complete(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Adds the names that a shared parameter has in ``model`` beside the one that it was stored under."""
+    expected = _tensors(model)
+    stored = {id(target): name for name, target in expected.items() if name in tensors}
+    for name, target in expected.items():
+        if name not in tensors and id(target) in stored:
+            tensors[name] = tensors[stored[id(target)]]
+
+
+def _detached(model: nn.Module) -> dict[int, Any]:
+    """For ``deepcopy``, which refuses tensors with a gradient history: what LSTMs keep of their last call."""
+    modules = list(model.modules())
+    kept = [value for module in modules for value in (*vars(module).values(), *getattr(module, "_flat_weights", ()))]
+    return {id(value): value.detach() for value in kept if isinstance(value, Tensor) and not value.is_leaf}
 
 
 def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -202,7 +202,8 @@ def _check_amount(config: LowRank | Prune) -> None:
         raise SlimLSTMError(f"give either rank or keep, not rank={config.rank} and keep={config.keep}")
     if config.rank is not None and (type(config.rank) is not int or config.rank < 1):
         raise SlimLSTMError(f"a rank is an int of at least 1, not {config.rank!r}")
-    if config.keep is not None and not 0.0 < config.keep <= 1.0:
+    number = isinstance(config.keep, int | float) and not isinstance(config.keep, bool)
+    if config.keep is not None and not (number and 0.0 < config.keep <= 1.0):
         raise SlimLSTMError(f"keep is a fraction of the parameters in (0, 1], not {config.keep!r}")
     if config.target not in ("ih", "hh", "both"):
         raise SlimLSTMError(f"the target is 'ih', 'hh' or 'both', not {config.target!r}")

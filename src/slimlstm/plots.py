@@ -46,6 +46,19 @@ def check_available() -> None:
         raise SlimLSTMError("drawing takes matplotlib: pip install 'slimlstm[plots]'")
 
 
+def check_drawable(path: Path) -> None:
+    """Raises what :func:`quality_curves` would, before there is anything to draw.
+
+    Raises:
+        SlimLSTMError: matplotlib is not installed, or does not know the ending; there is no such folder.
+    """
+    endings = _subplots(1)[0].canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in endings:
+        raise SlimLSTMError(f"{path} ends in {path.suffix or 'nothing'}; a picture can be drawn as {', '.join(endings)}")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise SlimLSTMError(f"{path} cannot be written: name a file in a folder that is there")
+
+
 def _subplots(count: int) -> tuple[Any, list[Any]]:
     check_available()
     from matplotlib.figure import Figure

@@ -11,7 +11,7 @@ import re
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -120,6 +120,9 @@ class Host:
 
     def identity(self, name: str) -> int:
         """Equal for two sites that share one parameter."""
+        if self._parametrizations(name):
+            originals = self.lstm.get_submodule(f"parametrizations.{name}")
+            return id(getattr(originals, "original", originals))
         return id(self.stored(name))
 
     def mask(self, name: str) -> Mask | None:
@@ -140,9 +143,16 @@ class Host:
             for name in parameter_names(self.lstm):
                 stored = self.stored(name)
                 if self.is_computed(name) or not isinstance(stored, nn.Parameter):
-                    stored = nn.Parameter(self._weight(name).detach().clone(), stored.requires_grad)
+                    stored = nn.Parameter(self._weight(name).detach().clone(), self.is_trained(name))
                 parameters[name] = stored
         return parameters
+
+    def is_trained(self, name: str) -> bool:
+        """Whether any parameter that a weight is, or is computed from, takes gradients."""
+        if self._parametrizations(name):
+            originals = self.lstm.get_submodule(f"parametrizations.{name}").parameters(recurse=False)
+            return any(parameter.requires_grad for parameter in originals)
+        return self.stored(name).requires_grad
 
     def _kept(self, name: str) -> int | None:
         mask = self.mask(name)
@@ -253,8 +263,8 @@ def matrix_shapes(lstm: nn.Module) -> dict[str, tuple[int, int]]:
     if isinstance(lstm, torch.jit.ScriptModule):
         found = ((name, tuple(parameter.shape)) for name, parameter in lstm.named_parameters())
         return {name: (shape[0], shape[1]) for name, shape in found if SITE_NAME.fullmatch(name)}
-    if isinstance(lstm, nn.RNNBase):
-        return lstm_matrix_shapes(**lstm_arguments(lstm))
+    if hasattr(lstm, "num_layers"):
+        return lstm_matrix_shapes(**lstm_arguments(cast(nn.LSTM, lstm)))
     return cell_matrix_shapes(int(getattr(lstm, "input_size")), int(getattr(lstm, "hidden_size")))
 
 
@@ -293,7 +303,7 @@ def _successor(host: Host, factors: Mapping[str, tuple[Tensor, Tensor]]) -> nn.M
 
 def _holds_sites(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule):
-        return bool(matrix_shapes(module)) and all(shape[0] % 4 == 0 for shape in matrix_shapes(module).values())
+        return module.original_name in ("LSTM", "LSTMCell")
     return isinstance(module, nn.LSTM | nn.LSTMCell | FactoredModule) or _is_quantised(module)
 
 

@@ -128,7 +128,8 @@ def load_awd_lstm(folder: str | Path) -> AWDLSTM:
     try:
         state = {name: tensor.float() for name, tensor in load_file(path).items()}
         model = AWDLSTM(config_of(state))
-        state.setdefault("decoder.weight", state["embedding.weight"])
+        if not state.setdefault("decoder.weight", state["embedding.weight"]).equal(state["embedding.weight"]):
+            raise SlimLSTMError("its softmax has weights of its own, not the embedding's")
         model.load_state_dict(state)
     except (SafetensorError, RuntimeError, SlimLSTMError) as error:
         raise SlimLSTMError(f"{path} does not hold an AWD-LSTM: {error}") from error

@@ -43,6 +43,9 @@ def encode(text: str, tokenizer: str | Path = TOKENIZER) -> Tensor:
         import sentencepiece
     except ImportError as error:
         raise SlimLSTMError("reading a text of your own takes sentencepiece: pip install 'slimlstm[data]'") from error
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    except (OSError, RuntimeError) as error:
+        raise SlimLSTMError(f"the tokenizer {tokenizer} cannot be read: {error}") from error
     lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
     return torch.tensor([token for pieces in processor.encode(lines) for token in (*pieces, processor.eos_id())])

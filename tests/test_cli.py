@@ -1,0 +1,440 @@
+import hashlib
+import itertools
+import json
+import math
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from slimlstm import LowRank, Prune, cli, compress_, data, demo, load
+from slimlstm.checkpoint import compress_file
+from slimlstm.evaluate import perplexity
+from slimlstm.models import embedded
+from slimlstm.models.awd_lstm import AWDLSTM, AWDLSTMConfig, load_awd_lstm
+
+WORDS = ["<eos>", *"abcdefghij"]
+CONFIG = AWDLSTMConfig(len(WORDS), 12, 16, 2)
+TEXT = "a b c\nd e f g h\n\ni j\n" * 40
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the command in this process: its exit status and what it wrote to standard output and standard error."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["slimlstm", *map(str, arguments)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def run_json(run):
+    """What a command gives with --json, which has to be all of its standard output."""
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is no JSON")
+
+    def run_json(*arguments):
+        status, out, err = run(*arguments, "--json")
+        assert status == 0, err
+        return json.loads(out, parse_constant=refuse)
+
+    return run_json
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An AWD-LSTM as it is stored, its vocabulary beside it, and a text."""
+    folder = tmp_path / "dense"
+    folder.mkdir()
+    state = AWDLSTM(CONFIG).state_dict()
+    del state["decoder.weight"]
+    save_file(state, folder / "model.safetensors")
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    (tmp_path / "text.txt").write_text(TEXT)
+    return folder
+
+
+def ids(text=TEXT):
+    return torch.tensor([WORDS.index(word) for word in data.words_of(text)])
+
+
+def test_help_names_every_command(run):
+    status, out, err = run("--help")
+    assert (status, err) == (0, "")
+    assert all(command in out for command in ("demo", "inspect", "compress", "eval"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "Usage: "),
+        (("nonsense",), "No such command 'nonsense'"),
+        (("inspect",), "Missing argument"),
+        (("inspect", "a.pt", "--colour"), "No such option: --colour"),
+        (("compress", "a.pt", "-o", "out", "--rank", "many"), "Invalid value for '--rank'"),
+        (("eval", "embedded", "--streams", "1.5"), "Invalid value for '--streams'"),
+    ],
+    ids=["no command", "unknown command", "no file", "unknown option", "no integer", "a fraction"],
+)
+def test_a_wrong_call_says_how_it_is_done(arguments, message, run):
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("arguments", "status"), [(["inspect", "nowhere.pt"], 1), (["nonsense"], 2)])
+def test_the_exit_status(arguments, status):
+    ended = subprocess.run([sys.executable, "-m", "slimlstm.cli", *arguments], capture_output=True, text=True, check=False)
+    assert ended.returncode == status
+    assert ended.stdout == ""
+    assert "Traceback" not in ended.stderr
+
+
+def test_inspect(folder, run_json):
+    file = folder / "model.safetensors"
+    found, tensors = run_json("inspect", file), load_file(file)
+    assert found["file"] == str(file)
+    assert found["total"] == sum(tensor.numel() for tensor in tensors.values())
+    matrices = {name: tensor for name, tensor in tensors.items() if "weight_" in name}
+    assert found["parameters"] == sum(matrix.numel() for matrix in matrices.values())
+    assert {site["site"] for site in found["sites"]} == set(matrices)
+    for site in found["sites"]:
+        matrix = matrices[site["site"]]
+        m, n = matrix.shape
+        values = torch.linalg.svdvals(matrix.double())
+        energy = (values**2).cumsum(0) / (values**2).sum()
+        assert (site["shape"], site["rank"], site["parameters"]) == ([m, n], None, m * n)
+        assert site["break_even_rank"] == pytest.approx(m * n / (m + n))
+        assert site["singular_values"] == pytest.approx(values.tolist(), abs=2e-6)
+        assert site["energy_ranks"] == {str(e): int((energy < e).sum()) + 1 for e in (0.5, 0.9, 0.99)}
+
+
+def test_inspect_of_a_compressed_folder(folder, tmp_path, run_json):
+    compress_file(folder / "model.safetensors", LowRank(rank=2, target="hh"), tmp_path / "small")
+    found = run_json("inspect", tmp_path / "small")
+    assert {site["site"]: site["rank"] for site in found["sites"]} == {
+        f"lstms.{layer}.weight_{kind}_l0": {"hh": 2, "ih": None}[kind] for layer in (0, 1) for kind in ("ih", "hh")
+    }
+
+
+def with_spectrum(values):
+    """The state of an LSTM whose hh matrix has these singular values."""
+    state = nn.LSTM(3, len(values)).state_dict()
+    u, v = (torch.linalg.qr(torch.randn(size, len(values)))[0] for size in (4 * len(values), len(values)))
+    return state | {"weight_hh_l0": (u * torch.tensor(values)) @ v.T}
+
+
+@pytest.mark.parametrize(
+    ("values", "bars"),
+    [
+        ([1.0, *((k + 0.5) / 8 for k in range(6, -1, -1))], "█▇▆▅▄▃▂▁"),
+        ([1.0] * 24 + [0.01] * 24, "█" * 12 + "▁" * 12),
+        ([0.0] * 4, "▁" * 4),
+    ],
+    ids=["every height", "more values than bars", "all zero"],
+)
+def test_the_sketch_of_singular_values(values, bars, tmp_path, run):
+    save_file(with_spectrum(values), tmp_path / "w.safetensors")
+    status, out, _ = run("inspect", tmp_path / "w.safetensors")
+    assert status == 0
+    assert re.search(f"[^█▇▆▅▄▃▂▁]{bars}[^█▇▆▅▄▃▂▁]", out)
+
+
+@pytest.mark.parametrize(
+    "command", [("inspect", "{}"), ("compress", "{}", "-o", "{}.d", "--rank", "50")], ids=lambda c: c[0]
+)
+def test_no_table_is_cut_off_where_it_is_no_terminal(command, tmp_path, run):
+    model = nn.ModuleDict({"encoder_of_speech": nn.LSTM(257, 128, bidirectional=True)})
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    status, out, _ = run(*(argument.format(tmp_path / "w.safetensors") for argument in command))
+    assert status == 0
+    assert "…" not in out
+    assert "encoder_of_speech.weight_hh_l0_reverse" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "config"),
+    [
+        (["--rank", "2"], LowRank(rank=2)),
+        (["--method", "semi-nmf", "--keep", "0.3", "--target", "hh"], LowRank("semi-nmf", keep=0.3, target="hh")),
+        (["--method", "prune", "--rank", "2", "--target", "ih"], Prune(rank=2, target="ih")),
+    ],
+    ids=["svd", "semi-nmf", "prune"],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_compress_then_eval(options, config, dtype, folder, tmp_path, run_json):
+    file, small = folder / "model.safetensors", tmp_path / "small"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
+    report = run_json("compress", file, "-o", small, *options)
+    assert report == json.loads(json.dumps(compress_file(file, config, tmp_path / "again").to_dict()))
+
+    found = run_json("eval", small, "--text", tmp_path / "text.txt", "--vocab", folder / "vocab.txt")
+    model = load_awd_lstm(folder).to(dtype)
+    compress_(model, config)
+    expected = perplexity(model.float(), ids())
+    assert found["perplexity"] == pytest.approx(expected.perplexity, rel=1e-9)
+    assert found["predictions"] == expected.predictions
+
+
+def test_compress_says_how_the_folder_is_used(folder, tmp_path, run):
+    status, out, _ = run("compress", folder / "model.safetensors", "-o", tmp_path / "small", "--rank", 2)
+    assert status == 0
+    assert "lstms.1.weight_hh_l0" in out
+    assert f"slimlstm.load('{tmp_path / 'small'}', model)" in out.replace("\n", "")
+    assert isinstance(load(tmp_path / "small", AWDLSTM(CONFIG)), AWDLSTM)
+
+
+@pytest.mark.parametrize("streams", [1, 10])
+def test_eval_gives_the_numbers_of_perplexity(streams, folder, tmp_path, run_json):
+    found = run_json("eval", folder, "--text", tmp_path / "text.txt", "--streams", streams)
+    model = load_awd_lstm(folder)
+    expected = perplexity(model, ids(), streams=streams)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    assert found == {
+        "model": str(folder),
+        "text": str(tmp_path / "text.txt"),
+        "split": None,
+        "perplexity": pytest.approx(expected.perplexity, rel=1e-9),
+        "predictions": expected.predictions,
+        "perplexity_per_word": pytest.approx(expected.perplexity, rel=1e-9),
+        "parameters": size,
+        "bytes": 4 * size,
+    }
+
+
+def test_eval_prints_the_same_in_words(folder, tmp_path, run):
+    status, out, _ = run("eval", folder, "--text", tmp_path / "text.txt")
+    assert status == 0
+    assert f"{perplexity(load_awd_lstm(folder), ids()).perplexity:,.2f}" in out
+
+
+def test_eval_of_a_corpus(folder, monkeypatch, run_json):
+    texts = {("ptb", "valid"): TEXT}
+    monkeypatch.setattr(data, "read_text", lambda name, split: texts[name, split])
+    found = run_json("eval", folder, "--text", "ptb", "--split", "valid")
+    assert (found["text"], found["split"]) == ("ptb", "valid")
+    assert found["perplexity"] == pytest.approx(perplexity(load_awd_lstm(folder), ids()).perplexity, rel=1e-9)
+
+
+def test_eval_of_the_embedded_model_counts_words_too(monkeypatch, run_json):
+    model, tokens = AWDLSTM(CONFIG), ids()
+    monkeypatch.setattr(embedded, "embedded_model", lambda: model)
+    monkeypatch.setattr(embedded, "held_out_tokens", lambda: tokens)
+    monkeypatch.setattr(embedded, "held_out_text", lambda: "ab cd\n" * 100)
+    found, expected = run_json("eval", "embedded"), perplexity(model, tokens)
+    assert found["perplexity"] == pytest.approx(expected.perplexity, rel=1e-9)
+    per_word = math.exp(expected.loss * len(tokens) / 300)
+    assert found["perplexity_per_word"] == pytest.approx(per_word, rel=1e-9)
+
+
+def test_eval_of_a_hopeless_model_is_json_nevertheless(folder, tmp_path, run_json):
+    file = folder / "model.safetensors"
+    save_file(load_file(file) | {"decoder.bias": torch.tensor([1e4] + [0.0] * (len(WORDS) - 1))}, file)
+    assert run_json("eval", folder, "--text", tmp_path / "text.txt")["perplexity"] > 1e300
+
+
+def altered(**tensors):
+    """Writes other tensors into a stored model."""
+
+    def alter(folder):
+        file = folder / "model.safetensors"
+        save_file(load_file(file) | {name.replace("__", "."): value for name, value in tensors.items()}, file)
+
+    return alter
+
+
+def of_another_model(folder):
+    model = nn.ModuleDict({"lstm": nn.LSTM(4, 6)})
+    save_file(model.state_dict(), folder / "other.safetensors")
+    compress_file(folder / "other.safetensors", LowRank(rank=1), folder / "other")
+
+
+def with_brackets(folder):
+    (folder / "[old]").mkdir()
+
+
+def without_tensor(folder):
+    file = folder / "model.safetensors"
+    save_file({name: value for name, value in load_file(file).items() if name != "lstms.1.weight_hh_l0"}, file)
+
+
+def nothing(_):
+    pass
+
+
+def writing(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+FILE, OUT = "{}/model.safetensors", ("-o", "{}/out")
+NAN = torch.full((64, 16), float("nan"))
+REFUSED = {
+    "inspect: missing": (nothing, ("inspect", "{}/none.pt"), "there is no file .*none.pt"),
+    "inspect: brackets": (with_brackets, ("inspect", "{}/[old]/none.pt"), r"there is no file .*/\[old\]/none.pt"),
+    "inspect: a folder": (nothing, ("inspect", "{}"), "a folder without config.json"),
+    "inspect: damaged": (writing("w.safetensors", b"\xff" * 99), ("inspect", "{}/w.safetensors"), "no intact"),
+    "inspect: NaN": (altered(lstms__0__weight_hh_l0=NAN), ("inspect", FILE), "NaN"),
+    "compress: no amount": (nothing, ("compress", FILE, *OUT), "give either rank or keep"),
+    "compress: two amounts": (nothing, ("compress", FILE, *OUT, "--rank", "1", "--keep", "0.5"), "either rank or keep"),
+    "compress: method": (nothing, ("compress", FILE, *OUT, "--rank", "1", "--method", "magic"), "called 'magic'"),
+    "compress: target": (nothing, ("compress", FILE, *OUT, "--rank", "1", "--target", "all"), "'ih', 'hh' or 'both'"),
+    "compress: rank": (nothing, ("compress", FILE, *OUT, "--rank", "99"), "rank 99 is above 16"),
+    "compress: NaN": (altered(lstms__0__weight_hh_l0=NAN), ("compress", FILE, *OUT, "--rank", "1"), "NaN"),
+    "compress: onto a file": (nothing, ("compress", FILE, "-o", FILE, "--rank", "1"), "is a file; name a folder"),
+    "compress: into a file": (nothing, ("compress", FILE, "-o", FILE + "/out", "--rank", "1"), "model.safetensors/out"),
+    "compress: foreign": (
+        writing("config.json", b"{}"),
+        ("compress", FILE, "-o", "{}", "--rank", "1"),
+        "config.json of something else",
+    ),
+    "eval: no model": (nothing, ("eval", "{}/none"), "no model.safetensors"),
+    "eval: a tensor too few": (without_tensor, ("eval", "{}"), "does not hold an AWD-LSTM: .*lstms.1.weight_hh_l0"),
+    "eval: another model": (of_another_model, ("eval", "{}/other"), "not the tensors of an AWD-LSTM"),
+    "eval: no text": (nothing, ("eval", "{}", "--text", "{}/none.txt"), "none.txt' is neither 'held-out', 'ptb'"),
+    "eval: no split": (nothing, ("eval", "{}", "--text", "ptb", "--split", "dev"), "no split 'dev'"),
+    "eval: short": (writing("t", b"a b\n"), ("eval", "{}", "--text", "{}/t"), "3 tokens cannot be read as 10 streams"),
+    "eval: empty": (writing("t", b""), ("eval", "{}", "--text", "{}/t"), "0 tokens cannot be read"),
+    "eval: no UTF-8": (writing("t", b"caf\xe9\n"), ("eval", "{}", "--text", "{}/t"), "UTF-8|utf-8"),
+    "eval: streams": (nothing, ("eval", "{}", "--text", "{}/../text.txt", "--streams", "0"), "0 streams"),
+    "eval: unknown word": (writing("t", b"a zebra\n" * 40), ("eval", "{}", "--text", "{}/t"), "40 words outside the vocab"),
+    "eval: no vocabulary": (nothing, ("eval", "{}", "--text", FILE, "--vocab", "{}/none.txt"), "none.txt|UTF-8|utf-8"),
+    "eval: no tokenizer": (
+        nothing,
+        ("eval", "{}", "--text", "{}/../text.txt", "--vocab", "{}/none.model"),
+        "none.model",
+    ),
+    "eval: another vocabulary": (
+        writing("long.txt", "\n".join(map(chr, range(40, 150))).encode()),
+        ("eval", "{}", "--text", "{}/../text.txt", "--vocab", "{}/long.txt"),
+        "the model 11 words; check --vocab|outside the vocabulary",
+    ),
+}
+
+
+@pytest.mark.parametrize("flag", [(), ("--json",)], ids=["", "json"])
+@pytest.mark.parametrize(("prepare", "arguments", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_done_is_said_in_one_line(prepare, arguments, message, flag, folder, run):
+    prepare(folder)
+    status, out, err = run(*(argument.format(folder) for argument in arguments), *flag)
+    assert (status, out) == (1, "")
+    assert err.startswith("slimlstm: ")
+    assert err.count("\n") == 1
+    assert re.search(message, err)
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments", "extra"),
+    [("onnx", ("inspect", "{}/model.onnx"), "onnx"), ("sentencepiece", ("eval", "{}", "--text", "{}/t"), "data")],
+)
+def test_a_missing_package_is_named_with_its_remedy(package, arguments, extra, folder, monkeypatch, run):
+    (folder / "model.onnx").touch()
+    (folder / "t").write_text(TEXT)
+    (folder / "vocab.txt").unlink()
+    monkeypatch.setitem(sys.modules, package, None)
+    status, out, err = run(*(argument.format(folder) for argument in arguments))
+    assert (status, out) == (1, "")
+    assert err.startswith("slimlstm: ")
+    assert err.endswith(f"pip install 'slimlstm[{extra}]'\n")
+
+
+RANKS = (1, 2)
+
+
+@pytest.fixture
+def tiny_demo(monkeypatch):
+    """The tour over a small untrained model and random text: the model and the text."""
+    model, tokens = AWDLSTM(CONFIG).eval(), torch.randint(len(WORDS), (400,))
+    # Logits of any size, so that perplexities differ visibly.
+    nn.init.normal_(model.embedding.weight)
+    monkeypatch.setattr(demo, "RANKS", RANKS)
+    monkeypatch.setattr(demo, "embedded_model", lambda: model)
+    monkeypatch.setattr(demo, "held_out_tokens", lambda: tokens)
+    return model, tokens
+
+
+def test_the_tour(tiny_demo, tmp_path, run_json):
+    dense, tokens = tiny_demo
+    found = run_json("demo", "--plot", tmp_path / "curves.pdf")
+    rows = {(row["method"], row["target"], row["rank"]): row for row in found["rows"]}
+    assert list(rows) == [
+        ("dense", "", None),
+        *itertools.product(("svd", "semi-nmf", "prune"), ("hh", "ih", "both"), RANKS),
+    ]
+    assert len(found["rows"]) == len(rows)
+    size = sum(parameter.numel() for parameter in dense.lstms.parameters())
+    first = found["rows"][0]
+    assert (first["parameters"], first["bytes"], first["change"], first["latency_ratio"]) == (size, 4 * size, 0.0, 1.0)
+    for (method, target, rank), row in rows.items():
+        model = AWDLSTM(CONFIG)
+        model.load_state_dict(dense.state_dict())
+        if method != "dense":
+            config = Prune(rank=rank, target=target) if method == "prune" else LowRank(method, rank=rank, target=target)
+            report = compress_(model, config)
+            assert (row["parameters"], row["bytes"]) == (report.lstm.parameters_after, report.lstm.bytes_after)
+        assert row["perplexity"] == pytest.approx(perplexity(model, tokens, streams=20).perplexity, rel=1e-6)
+        assert row["change"] == pytest.approx(row["perplexity"] / first["perplexity"] - 1.0)
+        assert row["latency_ratio"] > 0.0
+    assert len(re.findall(r"\.(?:\s|$)", found["summary"])) == 2
+    assert found["data_sha256"] == hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    assert found["provenance"]["torch"] == torch.__version__
+    assert found["plot"] == str(tmp_path / "curves.pdf")
+    assert (tmp_path / "curves.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_the_tour_on_paper(tiny_demo, tmp_path, run):
+    status, out, err = run("demo", "--plot", tmp_path / "curves.png")
+    assert status == 0
+    assert "…" not in out
+    for words in ("dense", "svd", "semi-nmf", "prune", "perplexity", "SVD", "curves.png"):
+        assert words in out
+    assert re.fullmatch(r"\d+ s\n", err)
+
+    picture = (imread(tmp_path / "curves.png")[..., :3] * 255).round().astype(int)
+    height, width, _ = picture.shape
+    assert min(height, width) > 300
+    for color in (0x0B6E99, 0xD9730D, 0x6B6B6B):
+        points = (picture == [color >> 16, color >> 8 & 255, color & 255]).all(axis=2)
+        # In every one of the three panels, side by side.
+        assert all(panel.sum() > 50 for panel in np.array_split(points, 3, axis=1))
+
+
+@pytest.fixture
+def no_measuring(monkeypatch):
+    """Nobody should wait a minute to be told of what could be known at once."""
+
+    def run(_progress):
+        pytest.fail("measured first")
+
+    monkeypatch.setattr(demo, "run", run)
+
+
+@pytest.mark.parametrize("plot", ["nowhere/curves.png", "curves.docx", "."])
+def test_a_picture_that_cannot_be_written_is_known_before_measuring(plot, no_measuring, tmp_path, run):
+    status, out, err = run("demo", "--plot", tmp_path / plot)
+    assert (status, out) == (1, "")
+    assert err.startswith("slimlstm: ")
+    assert err.count("\n") == 1
+
+
+def test_missing_matplotlib_is_known_before_measuring(no_measuring, tmp_path, monkeypatch, run):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"] + ["matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    status, out, err = run("demo", "--plot", tmp_path / "curves.png")
+    assert (status, out) == (1, "")
+    assert err.startswith("slimlstm: ")
+    assert err.endswith("pip install 'slimlstm[plots]'\n")

@@ -1,0 +1,205 @@
+"""Perplexity against values worked out by hand, and timings against a clock that the test winds."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from slimlstm import SlimLSTMError, bench
+from slimlstm.bench import interleaved_seconds, median_ratios
+from slimlstm.data import Vocabulary, read_words
+from slimlstm.evaluate import Perplexity, perplexity
+from slimlstm.models.awd_lstm import AWDLSTM, AWDLSTMConfig, load_awd_lstm
+
+V = 7
+
+
+class Bigrams(nn.Module):
+    """A table of logits [V, V]."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, tokens: Tensor, state: None) -> tuple[Tensor, None]:
+        return self.logits[tokens], state
+
+
+class Sums(nn.Module):
+    """Predicts the sum of all tokens so far modulo V, at a cost of 200 nats for every unit it is wrong by.
+
+    So a loss is a whole number, whatever the order in which float32 adds it up, and wrong wherever a state is lost.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = nn.Dropout()
+
+    def forward(self, tokens: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert not self.training
+        assert not self.child.training
+        assert not torch.is_grad_enabled()
+        sums = tokens.cumsum(0) + (0 if state is None else state)
+        return -200.0 * (torch.arange(V) - sums[..., None] % V).abs(), sums[-1]
+
+
+def nats(tokens: list[int]) -> int:
+    """What ``Sums`` loses on one stream."""
+    return sum(200 * abs(tokens[t] - sum(tokens[:t]) % V) for t in range(1, len(tokens)))
+
+
+def test_the_perplexity_of_a_uniform_model_is_the_size_of_its_vocabulary():
+    result = perplexity(Bigrams(torch.zeros(V, V)), torch.randint(V, (50,)))
+    assert result.perplexity == pytest.approx(V, rel=1e-6)
+    assert result.predictions == 40
+
+
+@pytest.mark.parametrize(
+    ("streams", "probabilities"),
+    [(1, [0.75, 0.25, 0.5, 0.75]), (2, [0.75, 0.5])],
+    ids=["one stream", "two streams, the last token dropped"],
+)
+def test_bigrams_by_hand(streams, probabilities):
+    table, text = torch.tensor([[0.75, 0.25], [0.5, 0.5]]).log(), torch.tensor([0, 0, 1, 0, 0])
+    result = perplexity(Bigrams(table), text, streams=streams)
+    assert result.predictions == len(probabilities)
+    assert result.loss == pytest.approx(-sum(map(math.log, probabilities)) / len(probabilities), rel=1e-6)
+    assert result.perplexity == pytest.approx(math.prod(probabilities) ** (-1 / len(probabilities)), rel=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 11, 12, 70])
+@pytest.mark.parametrize("streams", [1, 2, 3, 10])
+def test_the_state_is_carried_and_the_length_of_a_call_does_not_matter(streams, steps):
+    tokens = torch.randint(V, (37,))
+    length = 37 // streams
+    by_hand = [nats(tokens[start : start + length].tolist()) for start in range(0, length * streams, length)]
+    result = perplexity(Sums(), tokens, streams=streams, steps=steps)
+    assert result.predictions == (length - 1) * streams
+    assert result.loss == sum(by_hand) / result.predictions
+
+
+def test_a_language_model_reads_a_text_in_calls_as_it_does_at_once():
+    model, tokens = AWDLSTM(AWDLSTMConfig(V, 5, 6, 2)), torch.randint(V, (60,))
+    model.eval()
+    with torch.no_grad():
+        logits, _ = model(tokens[:-1, None])
+    expected = -logits[:, 0].double().log_softmax(-1).gather(1, tokens[1:, None]).mean()
+    for steps in (1, 7, 59):
+        assert perplexity(model.train(), tokens, streams=1, steps=steps).loss == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_a_loss_beyond_all_bounds_is_still_a_number():
+    assert Perplexity(1e6, 1).perplexity == math.exp(700)
+
+
+class Fails(Sums):
+    """Stops working at its second call."""
+
+    def forward(self, tokens: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        if state is not None:
+            raise RuntimeError("out of memory")
+        return super().forward(tokens, state)
+
+
+@pytest.mark.parametrize("modes", [(True, True), (False, False), (True, False)])
+def test_the_training_mode_comes_back(modes):
+    for model in (Sums(), Fails()):
+        model.training, model.child.training = modes
+        if isinstance(model, Fails):
+            with pytest.raises(RuntimeError, match="out of memory"):
+                perplexity(model, torch.zeros(9, dtype=torch.int64), streams=1, steps=4)
+        else:
+            perplexity(model, torch.zeros(9, dtype=torch.int64), streams=1, steps=4)
+        assert (model.training, model.child.training) == modes
+    assert torch.is_grad_enabled()
+
+
+def test_progress_goes_up_to_one():
+    seen: list[float] = []
+    perplexity(Sums(), torch.zeros(21, dtype=torch.int64), streams=2, steps=4, progress=seen.append)
+    assert seen == [4 / 9, 8 / 9, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("count", "streams", "steps"), [(0, 1, 5), (1, 1, 5), (19, 10, 5), (50, 0, 5), (50, -1, 5), (50, 1, 0), (50, 1, -1)]
+)
+def test_what_cannot_be_read_is_refused(count, streams, steps):
+    message = f"{count} tokens cannot be read as {streams} streams of {steps} tokens a call"
+    with pytest.raises(SlimLSTMError, match=message):
+        perplexity(Sums(), torch.zeros(count, dtype=torch.int64), streams=streams, steps=steps)
+
+
+@pytest.mark.slow
+def test_a_trained_model_loses_what_plain_lstms_lose(data_folder):
+    folder = data_folder.parent / "checkpoints" / "awd_lstm_ptb"
+    if not folder.is_dir():
+        pytest.skip(f"there is no {folder.name} beside the data sets")
+    tokens = Vocabulary.read(folder / "vocab.txt").encode(read_words("ptb", "test"))[:10_000]
+    result = perplexity(load_awd_lstm(folder), tokens)
+    assert result.predictions == 9_990
+    assert result.loss == pytest.approx(plain_loss(load_file(folder / "model.safetensors"), tokens), rel=1e-5)
+
+
+@torch.no_grad()
+def plain_loss(weights: dict[str, Tensor], tokens: Tensor) -> float:
+    """The mean loss of three plain LSTMs on ten streams that are read in one go."""
+    text = tokens.view(10, -1).T
+    x = weights["embedding.weight"].float()[text[:-1]]
+    for layer in range(3):
+        own = {name.rpartition(".")[2]: value for name, value in weights.items() if name.startswith(f"lstms.{layer}.")}
+        lstm = nn.LSTM(x.shape[-1], own["weight_hh_l0"].shape[1])
+        lstm.load_state_dict(own)
+        x, _ = lstm(x)
+    logits = x @ weights["embedding.weight"].float().T + weights["decoder.bias"]
+    return float(-logits.log_softmax(-1).gather(2, text[1:, :, None]).double().mean())
+
+
+class Clock:
+    """Time that passes only while something is timed."""
+
+    def __init__(self) -> None:
+        self.now, self.calls = 0.0, list[str]()
+
+    def takes(self, name: str, *seconds: float) -> Callable[[], None]:
+        """A call that takes longer or shorter from call to call, and is made without gradients."""
+        left = list(seconds)
+
+        def call() -> None:
+            assert not torch.is_grad_enabled()
+            self.calls.append(name)
+            self.now += left.pop(0)
+
+        return call
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock.now)
+    return clock
+
+
+def test_calls_take_turns_after_a_warm_up_that_does_not_count(clock):
+    calls = {"dense": clock.takes("dense", 100.0, 4.0, 4.0, 6.0), "small": clock.takes("small", 50.0, 1.0, 2.0, 30.0)}
+    seconds = interleaved_seconds(calls, repeats=3)
+    assert clock.calls == ["dense", "small"] * 4
+    assert seconds == {"dense": [4.0, 4.0, 6.0], "small": [1.0, 2.0, 30.0]}
+    assert median_ratios(seconds, "dense") == {"dense": 1.0, "small": 2.0}
+    assert median_ratios(seconds, "small") == {"dense": 0.5, "small": 1.0}
+
+
+def test_time_that_passes_is_measured():
+    numbers = list(range(20_000))
+    calls = {"once": lambda: sorted(numbers), "fifty times": lambda: [sorted(numbers) for _ in range(50)]}
+    seconds = interleaved_seconds(calls, repeats=5)
+    assert [len(times) for times in seconds.values()] == [5, 5]
+    assert median_ratios(seconds, "fifty times")["once"] > 10
+
+
+@pytest.mark.parametrize(("calls", "repeats"), [({}, 3), ({"dense": lambda: None}, 0), ({"dense": lambda: None}, -1)])
+def test_what_cannot_be_timed_is_refused(calls, repeats):
+    with pytest.raises(SlimLSTMError, match=f"{len(calls)} calls cannot be timed {repeats} times"):
+        interleaved_seconds(calls, repeats=repeats)

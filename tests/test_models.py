@@ -1,0 +1,228 @@
+from dataclasses import astuple
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.testing import assert_close
+
+from slimlstm import LowRank, Prune, SlimLSTMError, compress_
+from slimlstm.evaluate import perplexity
+from slimlstm.models import embedded
+from slimlstm.models.awd_lstm import AWDLSTM, AWDLSTMConfig, config_of, load_awd_lstm, locked_dropout
+
+V, E, H, LAYERS, T, B = 11, 6, 8, 3, 7, 4
+DRY = AWDLSTMConfig(V, E, H, LAYERS).scaled(0.0)
+RATES = ("dropout_embedding", "dropout_input", "dropout_hidden", "dropout_output", "weight_drop")
+
+
+def make(**rates):
+    """An AWD-LSTM in float64 with the same weights every time, and no dropout but what is asked for."""
+    torch.manual_seed(0)
+    return AWDLSTM(AWDLSTMConfig(**(vars(DRY) | rates))).double()
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(V, (T, B))
+
+
+def signals(model, tokens):
+    """What goes into and comes out of every LSTM, and the features, of one call."""
+    seen = []
+    for lstm in model.lstms:
+        lstm.register_forward_hook(lambda _, inputs, outputs: seen.extend([inputs[0], outputs[0]]))
+    features = model.features(tokens)[0]
+    return [signal.detach() for signal in (*seen, features)]
+
+
+def test_shapes(tokens):
+    logits, state = make()(tokens)
+    assert logits.shape == (T, B, V)
+    assert [(h.shape, c.shape) for h, c in state] == [((1, B, n), (1, B, n)) for n in (H, H, E)]
+    assert make().features(tokens)[0].shape == (T, B, E)
+
+
+def test_the_softmax_shares_the_embeddings_weights(tokens):
+    model = make()
+    assert model.decoder.weight is model.embedding.weight
+    nn.init.normal_(model.decoder.bias)
+    features, _ = model.features(tokens)
+    assert_close(model(tokens)[0], features @ model.embedding.weight.T + model.decoder.bias)
+
+
+def test_a_carried_state_is_one_long_call(tokens):
+    model = make()
+    whole, last = model(tokens)
+    first, state = model(tokens[:3])
+    second, state = model(tokens[3:], state)
+    assert_close(torch.cat([first, second]), whole, rtol=1e-12, atol=1e-12)
+    assert_close(state, last, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(model(tokens[3:])[0], second)
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_dropout_acts_in_training_only(rate, tokens):
+    model = make(**{rate: 0.5})
+    dry = make()(tokens)[0]
+    assert torch.equal(model.eval()(tokens)[0], dry)
+    assert not torch.allclose(model.train()(tokens)[0], dry)
+    assert not torch.equal(model(tokens)[0], model(tokens)[0])
+
+
+@pytest.mark.parametrize(
+    ("rate", "places"),
+    [("dropout_input", [0]), ("dropout_hidden", [2, 4]), ("dropout_output", [6])],
+)
+def test_a_locked_mask_is_one_for_all_steps(rate, places, tokens):
+    model = make(**{rate: 0.5})
+    seen = signals(model.train(), tokens)
+    for place in range(0, 2 * LAYERS + 1, 2):
+        whole = model.embedding(tokens).detach() if place == 0 else seen[place - 1]
+        factor = seen[place] / whole
+        if place in places:
+            assert torch.equal(factor.round(decimals=9), factor[:1].round(decimals=9).expand_as(factor))
+            assert set(factor.round(decimals=9).flatten().tolist()) == {0.0, 2.0}
+        else:
+            assert torch.equal(seen[place], whole)
+
+
+def test_locked_dropout_keeps_the_mean():
+    x = torch.ones(2, 100, 100)
+    assert_close(locked_dropout(x, 0.25, training=True).mean(), torch.tensor(1.0), rtol=0.03, atol=0.0)
+
+
+def test_embedding_dropout_drops_whole_words_everywhere():
+    model = make(dropout_embedding=0.5)
+    tokens = torch.arange(V).repeat(2)[:, None]
+    factor = (signals(model.train(), tokens)[0] / model.embedding(tokens).detach())[:, 0]
+    assert all(set(word.round(decimals=9).tolist()) in ({0.0}, {2.0}) for word in factor)
+    assert {word[0].round(decimals=9).item() for word in factor} == {0.0, 2.0}
+    assert torch.equal(factor[:V], factor[V:])
+
+
+def test_weight_drop_leaves_the_weights_and_gives_gradients(tokens):
+    model = make(weight_drop=0.5).train()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    model(tokens)[0].square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+    # A dropped weight has no part in the output, every other one has.
+    dropped = torch.cat([(lstm.weight_hh_l0.grad == 0.0).flatten() for lstm in model.lstms])
+    assert 0.3 < dropped.double().mean() < 0.7
+
+
+def test_weight_drop_makes_way_for_factors(tokens):
+    model = make(weight_drop=0.5)
+    compress_(model, LowRank(rank=1))
+    assert torch.equal(model.train()(tokens)[0], model.eval()(tokens)[0])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [None, LowRank(rank=2), LowRank(rank=2, target="hh"), Prune(rank=2), Prune(rank=2, target="ih")],
+    ids=str,
+)
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_config_of_reads_the_sizes(config, layers):
+    model = AWDLSTM(AWDLSTMConfig(V, E, E if layers == 1 else H, layers))
+    if config is not None:
+        compress_(model, config)
+    assert config_of(model.state_dict()) == AWDLSTMConfig(V, E, E if layers == 1 else H, layers)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [{}, {"embedding.weight": torch.ones(3)}, {"embedding.weight": torch.ones(3, 2)}, nn.LSTM(2, 3).state_dict()],
+)
+def test_config_of_refuses_other_tensors(tensors):
+    with pytest.raises(SlimLSTMError, match="AWD-LSTM"):
+        config_of(tensors)
+
+
+def test_scaled_multiplies_every_rate():
+    published = AWDLSTMConfig(V)
+    assert all(getattr(published.scaled(0.5), rate) == getattr(published, rate) / 2 > 0.0 for rate in RATES)
+    assert astuple(published.scaled(0.5))[:4] == astuple(published)[:4]
+
+
+def state_of(model, dtype=torch.float32):
+    """The tensors as stored: without the softmax's name for the embedding."""
+    return {name: tensor.to(dtype) for name, tensor in model.state_dict().items() if name != "decoder.weight"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("tied_twice", [False, True])
+def test_load_awd_lstm(dtype, tied_twice, tmp_path):
+    state = state_of(make(), dtype)
+    stored = state | ({"decoder.weight": state["embedding.weight"].clone()} if tied_twice else {})
+    save_file(stored, tmp_path / "model.safetensors")
+    model = load_awd_lstm(tmp_path)
+    assert not model.training
+    assert model.decoder.weight is model.embedding.weight
+    assert all(torch.equal(tensor, state[name].float()) for name, tensor in state_of(model).items())
+
+
+def without(state, name):
+    return {key: tensor for key, tensor in state.items() if key != name}
+
+
+FOREIGN = {
+    "one tensor too few": lambda state: without(state, "lstms.1.weight_hh_l0"),
+    "one tensor too many": lambda state: state | {"lstms.0.weight_hr_l0": torch.ones(2, 2)},
+    "another shape": lambda state: state | {"lstms.1.weight_hh_l0": torch.ones(4 * H, H + 1)},
+    "no embedding": lambda state: without(state, "embedding.weight"),
+    "no LSTM": lambda state: {"embedding.weight": state["embedding.weight"]},
+    "GRUs": lambda state: {**state, **{f"lstms.0.{k}": v for k, v in nn.GRU(E, H).state_dict().items()}},
+    "a softmax with weights of its own": lambda state: state | {"decoder.weight": torch.ones(V, E)},
+}
+
+
+@pytest.mark.parametrize("change", FOREIGN.values(), ids=FOREIGN)
+def test_load_awd_lstm_refuses_other_models(change, tmp_path):
+    save_file(change(state_of(make())), tmp_path / "model.safetensors")
+    with pytest.raises(SlimLSTMError, match="does not hold an AWD-LSTM"):
+        load_awd_lstm(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, -1])
+def test_load_awd_lstm_refuses_a_cut_file(kept, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file(state_of(make()), path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(SlimLSTMError, match="does not hold an AWD-LSTM"):
+        load_awd_lstm(tmp_path)
+
+
+def test_load_awd_lstm_names_the_missing_file(tmp_path):
+    with pytest.raises(SlimLSTMError, match=r"no model\.safetensors in .*nowhere"):
+        load_awd_lstm(tmp_path / "nowhere")
+
+
+class TestEmbedded:
+    @pytest.fixture(autouse=True)
+    def files(self):
+        names = ("model.safetensors", "tokenizer.model", "held_out.txt", "held_out.safetensors")
+        missing = [name for name in names if not (embedded.FOLDER / name).is_file()]
+        if missing:
+            pytest.skip(f"the embedded model was not trained yet: no {', '.join(missing)}")
+
+    def test_perplexity_on_text_it_never_saw(self):
+        model = embedded.embedded_model()
+        assert not model.training
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        assert perplexity(model, embedded.held_out_tokens(), streams=20).perplexity < 60
+
+    def test_the_stored_ids_are_those_of_the_text(self):
+        assert torch.equal(embedded.encode(embedded.held_out_text()), embedded.held_out_tokens())
+
+    def test_the_files_take_at_most_ten_megabytes(self):
+        assert sum(path.stat().st_size for path in embedded.FOLDER.iterdir()) <= 10_000_000
+
+    def test_the_text_is_attributed(self):
+        readme = (embedded.FOLDER / "README.md").read_text(encoding="utf-8")
+        for words in ("WikiText-2", "Wikipedia", "CC BY-SA", "Merity"):
+            assert words in readme
