@@ -522,6 +522,33 @@ def test_traces_go_round_the_kernel():
     torch.testing.assert_close(traced(x[1]), expected[1])
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
+@torch.no_grad()
+def test_compilers_see_one_operator_a_layer(bidirectional):
+    module = LowRankLSTM(5, 33, 2, bidirectional=bidirectional, ranks={"weight_hh_l0": 4}).eval()
+    module.store("weight_hh_l0", "int8")
+    x, longer = torch.randn(3, 2, 5), torch.randn(9, 2, 5)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), module(x))
+    packed = len(cpu._cache)
+    compiled(x)
+    assert len(cpu._cache) == packed, "compiled calls find what was packed"
+    exported = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("T", min=2, max=100)},))
+    assert [str(node.target) for node in exported.graph.nodes].count("slimlstm.layer.default") == 2
+    torch.testing.assert_close(exported.module()(longer), module(longer))
+    module.weight_hh_l1.mul_(2.0)
+    torch.testing.assert_close(compiled(x), module(x))
+
+
+@torch.no_grad()
+def test_the_operator_keeps_the_rules_of_pytorch():
+    weights = low_rank(bidirectional=True).requires_grad_(False)
+    both = [weights.direction("_l0"), weights.direction("_l0_reverse")]
+    states = torch.randn(2, 3, 33), torch.randn(2, 3, 33)
+    for x, sizes in ((torch.randn(4, 3, 5), None), (torch.randn(6, 5), torch.tensor([3, 2, 1]))):
+        torch.library.opcheck(cpu._operator, (x, sizes, *states, cpu.flat(both), ",".join(["float32"] * 4)))
+
+
 @torch.no_grad()
 def test_cells_run_the_kernel():
     cell = LowRankLSTMCell(5, 33, ranks={"weight_hh": 4})

@@ -83,8 +83,13 @@ def choose(x: Tensor, batch_sizes: Tensor | None, directions: Sequence[Direction
 
 
 def _are_parameters(directions: Sequence[Direction]) -> bool:
-    """Whether no weight is the result of a computation, as masked weights are; packing such would be wasted."""
-    return all(tensor is None or type(tensor) is Parameter for tensor in cpu.flat(directions))
+    """Whether no weight is the result of a computation, as masked weights are; packing such would be wasted.
+
+    Compilers put something else in the place of parameters, and are believed.
+    """
+    return torch.compiler.is_compiling() or all(
+        tensor is None or type(tensor) is Parameter for tensor in cpu.flat(directions)
+    )
 
 
 def _choose_without_kernel(x: Tensor, batch_sizes: Tensor | None, directions: Sequence[Direction], reason: str) -> Choice:

@@ -139,12 +139,14 @@ def obstacle(x: Tensor, states: Sequence[Tensor], directions: Sequence[Direction
         reason = "gradients are wanted"
     elif torch.is_autocast_enabled("cpu"):
         reason = "autocast wants another precision"
+    elif missing:
+        reason = missing
+    elif torch.compiler.is_compiling():
+        pass  # the compiler sees one operator, and can make nothing of the questions that follow
     elif type(x) not in _plain or torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore
         reason = "the input is not a plain tensor"
-    elif torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:  # pyright: ignore
+    elif torch._C._get_tracing_state() is not None:  # pyright: ignore
         reason = "the call is being traced"
-    else:
-        reason = missing
     return reason
 
 
@@ -162,6 +164,8 @@ def layer(x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, directi
 
 def run(x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, directions: Sequence[Direction]) -> LayerOutput:
     """What :func:`layer` does, where there is known to be no obstacle."""
+    if torch.compiler.is_compiling():
+        return LayerOutput(*_operator(x, batch_sizes, h0, c0, flat(directions), ",".join(_storages(directions))))
     if batch_sizes is None:
         steps, batch, _ = x.shape
         rows, sizes = steps * batch, 0
@@ -182,3 +186,34 @@ def run(x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, direction
     while not packed.layer.run(*call, thoroughly, torch.get_num_threads()):
         packed = _packed(directions, anew=True)
     return LayerOutput(output, h, c)
+
+
+@torch.library.custom_op("slimlstm::layer", mutates_args=(), device_types="cpu")
+def _operator(
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor,
+    c0: Tensor,
+    weights: Sequence[Tensor | None],
+    storages: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`run` as ``torch.compile`` and ``torch.export`` see it; weights as of :func:`flat`, storages by commas."""
+    directions: list[Direction] = []
+    kept = storages.split(",")
+    for index in range(len(kept) // 2):
+        ih_v, ih, hh_v, hh, bias_ih, bias_hh, hr = weights[7 * index : 7 * index + 7]
+        ih_storage, hh_storage = kept[2 * index : 2 * index + 2]
+        directions.append(Direction(_matrix(ih, ih_v), _matrix(hh, hh_v), bias_ih, bias_hh, hr, ih_storage, hh_storage))
+    result = run(x, batch_sizes, h0, c0, directions)
+    return result.output, result.h, result.c
+
+
+def _matrix(u: Tensor | None, v: Tensor | None) -> Any:
+    return u if v is None else (u, v)
+
+
+@_operator.register_fake
+def _(
+    x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, weights: Sequence[Tensor | None], storages: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty((*x.shape[:-1], h0.shape[0] * h0.shape[2])), torch.empty_like(h0), torch.empty_like(c0)
