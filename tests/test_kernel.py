@@ -175,7 +175,7 @@ def test_weights_of_any_strides():
     module.set_factors("weight_hh_l0", nn.Parameter(torch.randn(4, 132).T * 0.2), nn.Parameter(torch.randn(4, 66)[:, ::2]))
     assert_current(module, torch.randn(3, 2, 5))
     module.weight_hh_l0_v.data[2, 3] += 5.0
-    assert_current(module, torch.randn(40, 2, 5))
+    assert_current(module, torch.randn(cpu.THOROUGH, 2, 5))
 
 
 # ---- storages ----
@@ -348,7 +348,7 @@ def to_vector_and_back(module):
     ],
     ids=lambda change: change.__name__,
 )
-@pytest.mark.parametrize("steps", [1, 40], ids=["short", "long"])
+@pytest.mark.parametrize("steps", [1, cpu.THOROUGH], ids=["short", "long"])
 @torch.no_grad()
 def test_changed_weights_are_packed_anew(change, steps):
     module, x = low_rank(), torch.randn(steps, 1, 5)
@@ -371,7 +371,7 @@ def test_changed_weights_are_packed_anew(change, steps):
 
 @torch.no_grad()
 def test_any_change_of_data_is_seen_by_long_calls():
-    module, x = low_rank(), torch.randn(40, 1, 5)
+    module, x = low_rank(), torch.randn(cpu.THOROUGH, 1, 5)
     for parameter in module.parameters():
         for index in (0, parameter.numel() // 2, parameter.numel() - 1):
             assert_current(module, x)

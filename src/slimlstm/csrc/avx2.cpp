@@ -2,4 +2,4 @@
 
 #include "recurrence.h"
 
-const slimlstm::Kernel slimlstm::kernel_avx2 = {"avx2", L, workspace, run};
+const slimlstm::Kernel slimlstm::kernel_avx2 = {"avx2", L, workspace, run, digest};

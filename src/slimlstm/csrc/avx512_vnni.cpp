@@ -2,4 +2,4 @@
 
 #include "recurrence.h"
 
-const slimlstm::Kernel slimlstm::kernel_avx512_vnni = {"avx512_vnni", L, workspace, run};
+const slimlstm::Kernel slimlstm::kernel_avx512_vnni = {"avx512_vnni", L, workspace, run, digest};

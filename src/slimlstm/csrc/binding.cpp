@@ -22,7 +22,7 @@ constexpr double work_worth_unlocking = 5e5;
 
 Source source_of(const MaybeArray& array) {
     if (!array) return {};
-    Source source{array->data(), static_cast<ptrdiff_t>(array->shape(0)), 1, array->stride(0), 1};
+    Source source{array->data(), static_cast<ptrdiff_t>(array->shape(0)), 1, array->stride(0), array->stride(0)};
     if (array->ndim() == 2) source.columns = static_cast<ptrdiff_t>(array->shape(1)), source.column_stride = array->stride(1);
     return source;
 }

@@ -60,6 +60,8 @@ struct Kernel {
     // How many floats ``run`` needs, 64-byte aligned and shared by the team.
     size_t (*workspace)(const Task&, int team_size);
     void (*run)(const Task&, float* workspace, const Team&, int member);
+    // A number that values and those before them make, and others hardly ever do.
+    uint64_t (*digest)(const float* values, ptrdiff_t count, uint64_t so_far);
 };
 
 extern const Kernel kernel_portable;

@@ -46,27 +46,18 @@ float* workspace(size_t floats) {
     return memory.get();
 }
 
-// Two running sums a lane, the second of the first, so that the order of the values counts.
-uint64_t digest(const Source& source) {
-    constexpr ptrdiff_t lanes = 32;
-    uint32_t sums[lanes] = {}, sums_of_sums[lanes] = {};
-    auto add = [&](ptrdiff_t lane, const float* value) {
-        uint32_t bits;
-        std::memcpy(&bits, value, sizeof bits);
-        sums[lane] += bits;
-        sums_of_sums[lane] += sums[lane];
-    };
+uint64_t digest(const Kernel& kernel, const Source& source) {
+    if (source.column_stride == 1 && source.row_stride == source.columns)
+        return kernel.digest(source.data, source.rows * source.columns, 0);
+    uint64_t so_far = 0;
     for (ptrdiff_t row = 0; row < source.rows; ++row) {
-        ptrdiff_t column = 0;
         if (source.column_stride == 1)
-            for (; column + lanes <= source.columns; column += lanes)
-                for (ptrdiff_t lane = 0; lane < lanes; ++lane) add(lane, source.at(row, column) + lane);
-        for (; column < source.columns; ++column) add(column % lanes, source.at(row, column));
+            so_far = kernel.digest(source.at(row, 0), source.columns, so_far);
+        else
+            for (ptrdiff_t column = 0; column < source.columns; ++column)
+                so_far = kernel.digest(source.at(row, column), 1, so_far);
     }
-    uint64_t all = 0;
-    for (ptrdiff_t lane = 0; lane < lanes; ++lane)
-        all = (all * 0x9E3779B97F4A7C15u + sums[lane]) * 0x9E3779B97F4A7C15u + sums_of_sums[lane];
-    return all;
+    return so_far;
 }
 
 }  // namespace
@@ -101,7 +92,7 @@ Layer::Layer(const std::string& isa, const std::vector<Sources>& directions) : k
         for (const Source& source : {from.ih_v, from.ih, from.hh_v, from.hh, from.bias_ih, from.bias_hh, from.hr}) {
             if (!source.data) continue;
             to.sources.push_back(source);
-            to.digests.push_back(digest(source));
+            to.digests.push_back(digest(*kernel_, source));
             // Steps of a golden section reach all rows and all columns.
             ptrdiff_t count = source.rows * source.columns, wanted = std::min(count, samples_per_weight);
             for (ptrdiff_t k = 0; k < wanted; ++k) {
@@ -119,7 +110,7 @@ bool Layer::is_current(bool thoroughly) const {
     for (const Direction& direction : directions_) {
         if (thoroughly) {
             for (size_t k = 0; k < direction.sources.size(); ++k)
-                if (digest(direction.sources[k]) != direction.digests[k]) return false;
+                if (digest(*kernel_, direction.sources[k]) != direction.digests[k]) return false;
         } else {
             uint32_t differing = 0, bits;
             for (const Sample& sample : direction.samples) {

@@ -2,4 +2,4 @@
 
 #include "recurrence.h"
 
-const slimlstm::Kernel slimlstm::kernel_portable = {"portable", L, workspace, run};
+const slimlstm::Kernel slimlstm::kernel_portable = {"portable", L, workspace, run, digest};

@@ -604,4 +604,26 @@ void run(const Task& task, float* workspace, const Team& team, int member) {
     Run(task, workspace, team, member).run();
 }
 
+// Of every lane two running sums, the second of the first, so that the order of values counts.
+uint64_t digest(const float* values, ptrdiff_t count, uint64_t so_far) {
+    constexpr int vectors = 4;
+    I sums[vectors], sums_of_sums[vectors];
+    SLIMLSTM_UNROLL for (int v = 0; v < vectors; ++v) sums[v] = sums_of_sums[v] = Simd::no_words();
+    ptrdiff_t k = 0;
+    for (; k + vectors * L <= count; k += vectors * L)
+        SLIMLSTM_UNROLL for (int v = 0; v < vectors; ++v) {
+            sums[v] = Simd::add_words(sums[v], Simd::load_words(values + k + v * L));
+            sums_of_sums[v] = Simd::add_words(sums_of_sums[v], sums[v]);
+        }
+    auto mix = [&](uint32_t word) { so_far = (so_far ^ word) * 0x9E3779B97F4A7C15u; };
+    for (; k < count; ++k) mix(static_cast<uint32_t>(bits_of(values[k])));
+    for (int v = 0; v < vectors; ++v) {
+            uint32_t words[2 * L];
+            __builtin_memcpy(words, &sums[v], sizeof(I));
+            __builtin_memcpy(words + L, &sums_of_sums[v], sizeof(I));
+            for (uint32_t word : words) mix(word);
+        }
+    return so_far;
+}
+
 }  // namespace

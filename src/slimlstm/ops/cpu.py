@@ -36,7 +36,7 @@ except ImportError as error:
         "pip install --force-reinstall --no-binary slimlstm slimlstm"
     )
 
-THOROUGH = 32
+THOROUGH = 256
 """Calls of so many rows (steps times sequences) or more compare all weights with what was packed."""
 
 _plain = (Tensor, nn.Parameter)
