@@ -16,7 +16,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from slimlstm import ops
 
-BACKENDS = [*ops.BACKENDS, "auto"]
+BACKENDS = [name for name in (*ops.BACKENDS, "auto") if name != "fused"]
+"""Those for every dtype and for training; the fused kernel has its own tests."""
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 """Tolerance in float64."""
 UNITS = {torch.float32: 16, torch.bfloat16: 4}

@@ -16,9 +16,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from slimlstm import ops
 from slimlstm.errors import SlimLSTMError
-from slimlstm.ops import reference
 from slimlstm.ops.dense import rebuilt
-from slimlstm.ops.weights import Direction, Matrix
+from slimlstm.ops.weights import Direction, Matrix, rounded
 
 State = tuple[Tensor, Tensor]
 Provenance = dict[str, str]
@@ -33,12 +32,41 @@ class FactoredModule(nn.Module):
     """The recurrent matrices that may be factored, and their shapes."""
     provenance: dict[str, Provenance]
     """Where the factors come from, by matrix; filled in by those who compress and save."""
+    storages: dict[str, str]
+    """What the fused kernel keeps a matrix in, by matrix, "float32" where none is given; see :meth:`store`."""
 
     def matrix(self, name: str) -> Matrix:
         """The matrix ``name`` as it is kept: W, or (U, V). Masks and other parametrizations are applied."""
-        if name in self.ranks:
-            return getattr(self, f"{name}_u"), getattr(self, f"{name}_v")
+        if name in self._parameters:
+            return self._weight(name)
+        if f"{name}_v" in self._parameters or name in self.ranks:
+            return self._weight(f"{name}_u"), self._weight(f"{name}_v")
         return getattr(self, name)
+
+    def _weight(self, name: str) -> Tensor:
+        # Every streamed step asks for every weight, and PyTorch's getattr is slow for parameters.
+        parameter = self._parameters.get(name)
+        return getattr(self, name) if parameter is None else parameter
+
+    def store(self, name: str, storage: str) -> None:
+        """Has the fused kernel keep the matrix ``name`` in ``storage``: "float32", "bfloat16" or "int8".
+
+        The parameters stay what they are, rounded to what the storage holds, so that every backend computes with the same
+        weights. Of a projected layer, ``weight_hr`` is kept as ``weight_hh``.
+
+        Raises:
+            SlimLSTMError: there is no such matrix or storage.
+        """
+        if name not in self.matrix_shapes:
+            raise SlimLSTMError(f"there is no matrix {name!r} to store; there are {', '.join(self.matrix_shapes)}")
+        names = [f"{name}_u", f"{name}_v"] if name in self.ranks else [name]
+        projection = name.replace("weight_hh", "weight_hr")
+        if projection != name and projection in self._parameters:
+            names.append(projection)
+        with torch.no_grad():
+            for weight in map(self._weight, names):
+                weight.copy_(rounded(weight, storage))
+        self.storages[name] = storage
 
     def product(self, name: str) -> Tensor:
         """The matrix ``name`` [m, n], factors multiplied."""
@@ -163,7 +191,7 @@ class LowRankLSTM(FactoredModule):
         self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
         self.bidirectional, self.proj_size, self.backend = bidirectional, proj_size, backend
         self.matrix_shapes = lstm_matrix_shapes(**lstm_arguments(self))
-        self.provenance = {}
+        self.provenance, self.storages = {}, {}
         ranks = ranks or {}
         self._check_ranks(ranks)
         for layer in range(num_layers):
@@ -220,9 +248,11 @@ class LowRankLSTM(FactoredModule):
         return Direction(
             self.matrix(f"weight_ih{suffix}"),
             self.matrix(f"weight_hh{suffix}"),
-            getattr(self, f"bias_ih{suffix}") if self.bias else None,
-            getattr(self, f"bias_hh{suffix}") if self.bias else None,
-            getattr(self, f"weight_hr{suffix}") if self.proj_size else None,
+            self._weight(f"bias_ih{suffix}") if self.bias else None,
+            self._weight(f"bias_hh{suffix}") if self.bias else None,
+            self._weight(f"weight_hr{suffix}") if self.proj_size else None,
+            self.storages.get(f"weight_ih{suffix}", "float32"),
+            self.storages.get(f"weight_hh{suffix}", "float32"),
         )
 
     def forward(self, input: Input, hx: State | None = None) -> tuple[Input, State]:
@@ -258,6 +288,10 @@ class LowRankLSTM(FactoredModule):
     def _run(self, x: Tensor, batch_sizes: Tensor | None, hx: State | None) -> tuple[Tensor, State]:
         batch = x.shape[1] if batch_sizes is None else int(batch_sizes[0])
         h0, c0 = self._first_states(x, batch, hx)
+        if self.num_layers == 1:
+            weights = [self.direction(suffix) for suffix in self._suffixes(0)]
+            output, h, c = ops.layer(x, batch_sizes, h0, c0, weights, self.backend)
+            return output, (h, c)
         last: list[ops.LayerOutput] = []
         directions = self._directions
         for layer in range(self.num_layers):
@@ -312,7 +346,8 @@ class LowRankLSTMCell(FactoredModule):
         if min(input_size, hidden_size) < 1:
             raise SlimLSTMError(f"sizes have to be at least 1, not {input_size} and {hidden_size}")
         self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bias
-        self.matrix_shapes, self.provenance = cell_matrix_shapes(input_size, hidden_size), {}
+        self.matrix_shapes = cell_matrix_shapes(input_size, hidden_size)
+        self.provenance, self.storages = {}, {}
         ranks = ranks or {}
         self._check_ranks(ranks)
         for name, shape in self.matrix_shapes.items():
@@ -352,11 +387,16 @@ class LowRankLSTMCell(FactoredModule):
         weights = Direction(
             self.matrix("weight_ih"),
             self.matrix("weight_hh"),
-            getattr(self, "bias_ih") if self.bias else None,
-            getattr(self, "bias_hh") if self.bias else None,
+            self._weight("bias_ih") if self.bias else None,
+            self._weight("bias_hh") if self.bias else None,
             None,
+            self.storages.get("weight_ih", "float32"),
+            self.storages.get("weight_hh", "float32"),
         )
-        return reference.cell(input, *hx, weights)
+        if input.ndim == 2:
+            return ops.cell(input, *hx, weights)
+        h, c = ops.cell(input[None], hx[0][None], hx[1][None], weights)
+        return h[0], c[0]
 
 
 def lstm_matrix_shapes(

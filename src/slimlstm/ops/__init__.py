@@ -7,14 +7,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.ops import dense, reference
+from slimlstm.ops import cpu, dense, reference
 from slimlstm.ops.weights import Direction, LayerOutput, columns, rows
 
 BACKENDS: dict[str, Callable[[Tensor, Tensor | None, Tensor, Tensor, Sequence[Direction]], LayerOutput]] = {
     "reference": reference.layer,
     "dense": dense.layer,
+    "fused": cpu.layer,
 }
 
 # What the interpreter spends on a step of the loop over time, in multiply-adds that PyTorch does meanwhile.
@@ -48,24 +50,50 @@ def layer(
         backend: a key of ``BACKENDS``, or "auto".
 
     Raises:
-        SlimLSTMError: no backend of that name.
+        SlimLSTMError: no backend of that name, or one that cannot run this, with the reason.
     """
     if backend == "auto":
-        backend = choose(x, batch_sizes, directions).backend
+        backend = choose(x, batch_sizes, directions, (h0, c0)).backend
+        if backend == "fused":
+            return cpu.run(x, batch_sizes, h0, c0, directions)
     if backend not in BACKENDS:
         raise SlimLSTMError(f"no backend is called {backend!r}; there are 'auto', {', '.join(map(repr, BACKENDS))}")
     return BACKENDS[backend](x, batch_sizes, h0, c0, directions)
 
 
-def choose(x: Tensor, batch_sizes: Tensor | None, directions: Sequence[Direction]) -> Choice:
-    """The backend for this layer and input: the loop where rebuilding hh costs more than it saves, dense elsewhere."""
+def cell(x: Tensor, h: Tensor, c: Tensor, weights: Direction) -> tuple[Tensor, Tensor]:
+    """One step from x [B, I], h [B, P] and c [B, H]: the next h and c."""
+    if cpu.obstacle(x, (h, c), (weights,)) or not _are_parameters((weights,)):
+        return reference.cell(x, h, c, weights)
+    result = cpu.run(x[None], None, h[None], c[None], (weights,))
+    return result.h[0], result.c[0]
+
+
+def choose(x: Tensor, batch_sizes: Tensor | None, directions: Sequence[Direction], states: Sequence[Tensor] = ()) -> Choice:
+    """The backend for this layer, input x and first ``states``: the fused kernel wherever it can run.
+
+    Elsewhere the loop over time where rebuilding hh costs more than it saves, and dense where it does not.
+    """
+    reason = cpu.obstacle(x, states, directions)
+    if reason is None and _are_parameters(directions):
+        return Choice("fused", "the kernel for inference on the CPU")
+    if reason == cpu.missing and reason is not None:
+        cpu.tell_missing()
+    return _choose_without_kernel(x, batch_sizes, directions, reason or "the weights are made anew for every call")
+
+
+def _are_parameters(directions: Sequence[Direction]) -> bool:
+    """Whether no weight is the result of a computation, as masked weights are; packing such would be wasted."""
+    return all(tensor is None or type(tensor) is Parameter for tensor in cpu.flat(directions))
+
+
+def _choose_without_kernel(x: Tensor, batch_sizes: Tensor | None, directions: Sequence[Direction], reason: str) -> Choice:
     factored = [weights.hh for weights in directions if not isinstance(weights.hh, Tensor)]
+    training = torch.is_grad_enabled() and (x.requires_grad or any(u.requires_grad or v.requires_grad for u, v in factored))
+    if x.device.type != "cpu" or training:
+        return Choice("dense", reason)
     if not factored:
-        return Choice("dense", "hh is dense")
-    if x.device.type != "cpu":
-        return Choice("dense", f"the input is on {x.device.type}")
-    if torch.is_grad_enabled() and (x.requires_grad or any(u.requires_grad or v.requires_grad for u, v in factored)):
-        return Choice("dense", "gradients are wanted")
+        return Choice("dense", f"{reason}; hh is dense")
     steps = x.shape[0] if batch_sizes is None else len(batch_sizes)
     inputs = x.shape[0] * x.shape[1] if batch_sizes is None else x.shape[0]
     rebuild = sum(u.shape[0] * u.shape[1] * v.shape[1] for u, v in factored)
@@ -74,5 +102,5 @@ def choose(x: Tensor, batch_sizes: Tensor | None, directions: Sequence[Direction
         u.numel() + v.numel() + _UNIT_OVERHEAD * (len(u) // 4) for u, v in factored
     )
     if loop_cost < dense_cost:
-        return Choice("reference", f"rebuilding hh would cost more than {steps} thin steps")
-    return Choice("dense", f"hh is rebuilt once for {steps} steps")
+        return Choice("reference", f"{reason}; rebuilding hh would cost more than {steps} thin steps")
+    return Choice("dense", f"{reason}; hh is rebuilt once for {steps} steps")

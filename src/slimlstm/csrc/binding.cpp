@@ -1,0 +1,83 @@
+// The Python face of the kernel. Weights come as arrays through DLPack, without copies; calls take bare addresses, because
+// turning six tensors into arrays costs more than a short call itself. slimlstm/ops/cpu.py is the only caller and checks
+// what it passes.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "layer.h"
+
+namespace nb = nanobind;
+using namespace slimlstm;
+
+namespace {
+
+using Array = nb::ndarray<const float, nb::device::cpu>;
+using MaybeArray = std::optional<Array>;
+
+// Below so many multiply-adds handing the interpreter's lock to another thread costs more than it frees.
+constexpr double work_worth_unlocking = 5e5;
+
+Source source_of(const MaybeArray& array) {
+    if (!array) return {};
+    Source source{array->data(), static_cast<ptrdiff_t>(array->shape(0)), 1, array->stride(0), 1};
+    if (array->ndim() == 2) source.columns = static_cast<ptrdiff_t>(array->shape(1)), source.column_stride = array->stride(1);
+    return source;
+}
+
+Storage storage_of(const std::string& name) {
+    if (name == "float32") return Storage::float32;
+    if (name == "bfloat16") return Storage::bfloat16;
+    if (name == "int8") return Storage::int8;
+    throw nb::value_error("no storage of this name");
+}
+
+// A direction is seven arrays in the order of Sources; ``storages`` are those of ih and hh of every direction.
+void make(Layer* layer, const std::string& isa, const std::vector<std::vector<MaybeArray>>& directions,
+          const std::vector<std::string>& storages) {
+    std::vector<Sources> sources;
+    if (storages.size() != 2 * directions.size()) throw nb::value_error("a direction has two storages");
+    for (const auto& arrays : directions) {
+        if (arrays.size() != 7) throw nb::value_error("a direction is seven arrays, absent ones being None");
+        sources.push_back({source_of(arrays[0]), source_of(arrays[1]), source_of(arrays[2]), source_of(arrays[3]),
+                           source_of(arrays[4]), source_of(arrays[5]), source_of(arrays[6]),
+                           storage_of(storages[2 * sources.size()]), storage_of(storages[2 * sources.size() + 1])});
+    }
+    new (layer) Layer(isa, sources);
+}
+
+bool run(const Layer& layer, uintptr_t x, uintptr_t sizes, ptrdiff_t steps, ptrdiff_t batch, ptrdiff_t rows, uintptr_t h0,
+         uintptr_t c0, uintptr_t output, uintptr_t h, uintptr_t c, bool thoroughly, int threads) {
+    Call call{reinterpret_cast<const float*>(x),
+              reinterpret_cast<const int64_t*>(sizes),
+              steps,
+              batch,
+              rows,
+              reinterpret_cast<const float*>(h0),
+              reinterpret_cast<const float*>(c0),
+              reinterpret_cast<float*>(output),
+              reinterpret_cast<float*>(h),
+              reinterpret_cast<float*>(c)};
+    if (layer.work(rows) < work_worth_unlocking) {
+        if (!layer.is_current(thoroughly)) return false;
+        layer.run(call, threads);
+        return true;
+    }
+    nb::gil_scoped_release unlocked;
+    if (!layer.is_current(thoroughly)) return false;
+    layer.run(call, threads);
+    return true;
+}
+
+}  // namespace
+
+NB_MODULE(_kernel, module) {
+    module.def("names", &kernel_names, "The kernels that this machine can run, the best first.");
+    nb::class_<Layer>(module, "Layer", "The packed weights of one layer.")
+        .def("__init__", &make)
+        .def("run", &run,
+             "Runs the layer on contiguous float32 memory at the addresses given. False, with nothing done, if the "
+             "weights are no longer what was packed.");
+}

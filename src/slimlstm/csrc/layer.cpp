@@ -1,0 +1,236 @@
+#include "layer.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+
+#include "pack.h"
+
+namespace slimlstm {
+namespace {
+
+constexpr size_t alignment = 64;
+constexpr ptrdiff_t samples_per_weight = 64;
+
+std::vector<const Kernel*> kernels() {
+    std::vector<const Kernel*> found;
+#ifdef SLIMLSTM_X86
+    __builtin_cpu_init();
+    bool avx512 = false;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq"))
+        avx512 = true;
+    if (avx512 && __builtin_cpu_supports("avx512vnni")) found.push_back(&kernel_avx512_vnni);
+    if (avx512) found.push_back(&kernel_avx512);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kernel_avx2);
+#endif
+    found.push_back(&kernel_portable);
+    return found;
+}
+
+const Kernel* kernel_named(const std::string& name) {
+    for (const Kernel* kernel : kernels())
+        if (name == kernel->name) return kernel;
+    throw std::invalid_argument("no kernel is called " + name);
+}
+
+// Grows to what the largest call of this thread has wanted, and is kept.
+float* workspace(size_t floats) {
+    thread_local Floats memory;
+    if (memory.size() < floats) {
+        memory = Floats();
+        memory = Floats(floats);
+    }
+    return memory.get();
+}
+
+// Two running sums a lane, the second of the first, so that the order of the values counts.
+uint64_t digest(const Source& source) {
+    constexpr ptrdiff_t lanes = 32;
+    uint32_t sums[lanes] = {}, sums_of_sums[lanes] = {};
+    auto add = [&](ptrdiff_t lane, const float* value) {
+        uint32_t bits;
+        std::memcpy(&bits, value, sizeof bits);
+        sums[lane] += bits;
+        sums_of_sums[lane] += sums[lane];
+    };
+    for (ptrdiff_t row = 0; row < source.rows; ++row) {
+        ptrdiff_t column = 0;
+        if (source.column_stride == 1)
+            for (; column + lanes <= source.columns; column += lanes)
+                for (ptrdiff_t lane = 0; lane < lanes; ++lane) add(lane, source.at(row, column) + lane);
+        for (; column < source.columns; ++column) add(column % lanes, source.at(row, column));
+    }
+    uint64_t all = 0;
+    for (ptrdiff_t lane = 0; lane < lanes; ++lane)
+        all = (all * 0x9E3779B97F4A7C15u + sums[lane]) * 0x9E3779B97F4A7C15u + sums_of_sums[lane];
+    return all;
+}
+
+}  // namespace
+
+Floats::Floats(size_t count)
+    : data_(static_cast<float*>(std::aligned_alloc(alignment, (count * sizeof(float) / alignment + 1) * alignment))),
+      size_(count) {
+    if (!data_) throw std::bad_alloc();
+}
+
+std::vector<std::string> kernel_names() {
+    std::vector<std::string> names;
+    for (const Kernel* kernel : kernels()) names.push_back(kernel->name);
+    return names;
+}
+
+Layer::Layer(const std::string& isa, const std::vector<Sources>& directions) : kernel_(kernel_named(isa)) {
+    for (const Sources& from : directions) {
+        directions_.emplace_back();
+        Direction& to = directions_.back();
+        Weights& weights = to.weights;
+        weights.hidden_size = from.hh.rows / 4;
+        weights.input_size = from.ih_v.data ? from.ih_v.columns : from.ih.columns;
+        weights.output_size = from.hh_v.data ? from.hh_v.columns : from.hh.columns;
+        ptrdiff_t hidden = weights.hidden_size, lanes = kernel_->lanes;
+        if (from.ih_v.data) weights.ih_v = pack(from.ih_v, from.ih_storage, 0, lanes, to.memory);
+        if (from.hh_v.data) weights.hh_v = pack(from.hh_v, from.hh_storage, 0, lanes, to.memory);
+        if (from.hr.data) weights.hr = pack(from.hr, from.hh_storage, 0, lanes, to.memory);
+        weights.ih = pack(from.ih, from.ih_storage, hidden, lanes, to.memory);
+        weights.hh = pack(from.hh, from.hh_storage, hidden, lanes, to.memory);
+        weights.bias = pack_bias(from.bias_ih, from.bias_hh, hidden, lanes, to.memory);
+        for (const Source& source : {from.ih_v, from.ih, from.hh_v, from.hh, from.bias_ih, from.bias_hh, from.hr}) {
+            if (!source.data) continue;
+            to.sources.push_back(source);
+            to.digests.push_back(digest(source));
+            // Steps of a golden section reach all rows and all columns.
+            ptrdiff_t count = source.rows * source.columns, wanted = std::min(count, samples_per_weight);
+            for (ptrdiff_t k = 0; k < wanted; ++k) {
+                ptrdiff_t at = count == wanted ? k : static_cast<ptrdiff_t>(static_cast<double>(count) *
+                                                                            (0.6180339887 * k - std::floor(0.6180339887 * k)));
+                Sample sample{source.at(at / source.columns, at % source.columns), 0};
+                std::memcpy(&sample.bits, sample.where, sizeof sample.bits);
+                to.samples.push_back(sample);
+            }
+        }
+    }
+}
+
+bool Layer::is_current(bool thoroughly) const {
+    for (const Direction& direction : directions_) {
+        if (thoroughly) {
+            for (size_t k = 0; k < direction.sources.size(); ++k)
+                if (digest(direction.sources[k]) != direction.digests[k]) return false;
+        } else {
+            uint32_t differing = 0, bits;
+            for (const Sample& sample : direction.samples) {
+                std::memcpy(&bits, sample.where, sizeof bits);
+                differing |= bits ^ sample.bits;
+            }
+            if (differing) return false;
+        }
+    }
+    return true;
+}
+
+double Layer::work(ptrdiff_t rows) const {
+    double each = 0;
+    for (const Direction& direction : directions_) {
+        const Weights& w = direction.weights;
+        for (const Panels* panels : {&w.ih_v, &w.ih, &w.hh_v, &w.hh, &w.hr})
+            each += static_cast<double>(panels->vectors * kernel_->lanes * panels->inputs);
+    }
+    return each * static_cast<double>(rows);
+}
+
+Task Layer::task(const Call& call, ptrdiff_t index) const {
+    const Weights& weights = directions_[static_cast<size_t>(index)].weights;
+    ptrdiff_t directions = static_cast<ptrdiff_t>(directions_.size());
+    ptrdiff_t hidden = weights.hidden_size, output = weights.output_size;
+    Task task{};
+    task.weights = &weights;
+    task.x = call.x;
+    task.x_stride = weights.input_size;
+    task.sizes = call.sizes;
+    task.steps = call.steps, task.batch = call.batch, task.rows = call.rows;
+    task.first_row = 0, task.last_row = call.batch;
+    task.h0 = call.h0 + index * call.batch * output;
+    task.c0 = call.c0 + index * call.batch * hidden;
+    task.output = call.output + index * output;
+    task.output_stride = directions * output;
+    task.h = call.h + index * call.batch * output;
+    task.c = call.c + index * call.batch * hidden;
+    task.reverse = index == 1;
+    return task;
+}
+
+void Layer::run(const Call& call, int threads) const {
+    int directions = static_cast<int>(directions_.size());
+    Shares shares = threads < 0   ? Shares{-threads * directions, -threads, false}
+                    : threads > 1 ? share_out(call, threads)
+                                  : Shares{1, 1, false};
+    if (shares.threads > 1) {
+        Crew crew;
+        if (crew.available()) return run_together(call, shares, crew);
+    }
+    for (size_t index = 0; index < directions_.size(); ++index) {
+        Task whole = task(call, static_cast<ptrdiff_t>(index));
+        kernel_->run(whole, workspace(kernel_->workspace(whole, 1)), Team{1, nullptr, nullptr}, 0);
+    }
+}
+
+Layer::Shares Layer::share_out(const Call& call, int threads) const {
+    // Measured in nanoseconds: waking a thread, meeting at a barrier, a multiply-add of a batch and of a single sequence.
+    constexpr double waking = 2e4, meeting = 800, of_batch = 0.015, of_one = 0.04;
+    double alone = work(call.rows) * (call.batch >= 4 ? of_batch : of_one);
+    int directions = static_cast<int>(directions_.size());
+    int each = std::max(1, threads / directions);
+    double barriers = each > 1 ? static_cast<double>(call.steps) * meeting : 0;
+    // Each part of a batch reads all weights: only where they stay in the cache of its processor is that free.
+    bool by_rows = call.batch >= 4 * each && work(1) / directions * sizeof(float) < 1 << 20;
+    double together = waking + alone / (directions * each) + (by_rows ? 0 : barriers);
+    if (directions * each < 2 || directions > threads || together > alone) return {1, 1, false};
+    return {directions * each, each, by_rows};
+}
+
+void Layer::run_together(const Call& call, const Shares& shares, Crew& crew) const {
+    struct Job {
+        const Kernel* kernel;
+        Shares shares;
+        std::vector<Task> tasks;  // one for each member, or for each team
+        std::vector<size_t> begins;
+        float* memory;
+        Barrier barriers[2];
+    };
+    thread_local Job job;  // so that its vectors are allocated once
+    job.kernel = kernel_, job.shares = shares;
+    job.tasks.clear(), job.begins.clear();
+    int team = shares.by_rows ? 1 : shares.each;
+    size_t floats = 0;
+    for (size_t index = 0; index < directions_.size(); ++index) {
+        job.barriers[index].expect(team);
+        for (ptrdiff_t part = 0; part < shares.each / team; ++part) {
+            Task share = task(call, static_cast<ptrdiff_t>(index));
+            if (shares.by_rows) {
+                share.first_row = call.batch * part / shares.each;
+                share.last_row = call.batch * (part + 1) / shares.each;
+            }
+            job.tasks.push_back(share);
+            job.begins.push_back(floats);
+            floats += (kernel_->workspace(share, team) + 15) / 16 * 16;
+        }
+    }
+    job.memory = workspace(floats);
+    crew.run(
+        shares.threads,
+        [](void* context, int member) {
+            Job& job = *static_cast<Job*>(context);
+            int team = job.shares.by_rows ? 1 : job.shares.each;
+            size_t index = static_cast<size_t>(member / team);
+            auto meet = [](void* barrier) { static_cast<Barrier*>(barrier)->wait(); };
+            Team with{team, meet, &job.barriers[static_cast<size_t>(member / job.shares.each)]};
+            job.kernel->run(job.tasks[index], job.memory + job.begins[index], with, member % team);
+        },
+        &job);
+}
+
+}  // namespace slimlstm

@@ -1,0 +1,100 @@
+// A layer packed for one kernel, and how a call is shared out among threads.
+#pragma once
+
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernel.h"
+#include "pool.h"
+
+namespace slimlstm {
+
+// A float32 matrix of somebody else's: element (i, j) is data[i * row_stride + j * column_stride].
+struct Source {
+    const float* data = nullptr;
+    ptrdiff_t rows = 0, columns = 0, row_stride = 0, column_stride = 0;
+
+    const float* at(ptrdiff_t row, ptrdiff_t column) const { return data + row * row_stride + column * column_stride; }
+};
+
+// The weights of one direction as PyTorch keeps them; those without data are not there.
+struct Sources {
+    Source ih_v, ih, hh_v, hh, bias_ih, bias_hh, hr;
+    Storage ih_storage = Storage::float32, hh_storage = Storage::float32;  // the projection's is that of hh
+};
+
+// 64-byte aligned floats, not initialised.
+class Floats {
+  public:
+    Floats() = default;
+    explicit Floats(size_t count);
+    float* get() const { return data_.get(); }
+    size_t size() const { return size_; }
+
+  private:
+    struct Free {
+        void operator()(float* data) const { std::free(data); }
+    };
+    std::unique_ptr<float, Free> data_;
+    size_t size_ = 0;
+};
+
+// What a call works on; shapes as in slimlstm/ops/weights.py, all of it contiguous.
+struct Call {
+    const float* x;
+    const int64_t* sizes;
+    ptrdiff_t steps, batch, rows;
+    const float *h0, *c0;
+    float *output, *h, *c;
+};
+
+class Layer {
+  public:
+    // ``isa`` is the name of a kernel; see kernel_names.
+    Layer(const std::string& isa, const std::vector<Sources>& directions);
+
+    Layer(const Layer&) = delete;
+    Layer& operator=(const Layer&) = delete;
+
+    // Whether the weights still are, as far as can be told cheaply, what was packed.
+    bool is_current(bool thoroughly) const;
+
+    // Uses up to so many threads, fewer where fewer are faster. Of a negative number every direction uses as many, whatever
+    // it costs, which is for tests.
+    void run(const Call& call, int threads) const;
+
+    // About how many multiply-adds a call of so many rows is.
+    double work(ptrdiff_t rows) const;
+
+  private:
+    // How a call is shared out: over ``threads`` in all and ``each`` for a direction, which take a part of the batch, or
+    // all of it and a part of the hidden units.
+    struct Shares {
+        int threads, each;
+        bool by_rows;
+    };
+    Task task(const Call& call, ptrdiff_t direction) const;
+    Shares share_out(const Call& call, int threads) const;
+    void run_together(const Call& call, const Shares& shares, Crew& crew) const;
+
+    struct Sample {
+        const float* where;
+        uint32_t bits;
+    };
+    struct Direction {
+        Weights weights;
+        std::vector<Floats> memory;
+        std::vector<Source> sources;
+        std::vector<Sample> samples;
+        std::vector<uint64_t> digests;
+    };
+    const Kernel* kernel_;
+    std::vector<Direction> directions_;
+};
+
+// The kernels that this machine can run, the best first.
+std::vector<std::string> kernel_names();
+
+}  // namespace slimlstm

@@ -1,0 +1,107 @@
+#include "pack.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace slimlstm {
+namespace {
+
+constexpr ptrdiff_t panel_vectors = 4;
+
+// The row of a matrix that a lane holds, or -1.
+ptrdiff_t row_of(ptrdiff_t vector, ptrdiff_t lane, ptrdiff_t rows, ptrdiff_t hidden, ptrdiff_t lanes) {
+    if (hidden == 0) {
+        ptrdiff_t row = vector * lanes + lane;
+        return row < rows ? row : -1;
+    }
+    ptrdiff_t unit = vector / panel_vectors * lanes + lane;
+    return unit < hidden ? vector % panel_vectors * hidden + unit : -1;
+}
+
+ptrdiff_t vectors_of(ptrdiff_t rows, ptrdiff_t hidden, ptrdiff_t lanes) {
+    return hidden ? (hidden + lanes - 1) / lanes * panel_vectors : (rows + lanes - 1) / lanes;
+}
+
+uint16_t to_bfloat16(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    if (std::isnan(value)) return 0x7FC0;
+    return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+// The largest magnitude of a row over 127, NaN if one is not finite.
+float scale_of(const Source& source, ptrdiff_t row) {
+    float bound = 0;
+    for (ptrdiff_t k = 0; k < source.columns; ++k) {
+        float value = std::fabs(*source.at(row, k));
+        if (!std::isfinite(value)) return NAN;
+        bound = std::max(bound, value);
+    }
+    return bound / 127;
+}
+
+uint8_t to_uint8(float value, float scale) {
+    return static_cast<uint8_t>(128 + (scale > 0 ? std::lrint(value / scale) : 0));
+}
+
+// Writes the word of inputs that begins at ``k``; ``row`` is -1 for a lane without one.
+void write_word(const Source& source, ptrdiff_t row, ptrdiff_t k, Storage storage, float scale, float* to) {
+    auto value = [&](ptrdiff_t at) { return row < 0 || at >= source.columns ? 0.0f : *source.at(row, at); };
+    if (storage == Storage::float32) {
+        *to = value(k);
+    } else if (storage == Storage::bfloat16) {
+        uint16_t halves[2] = {to_bfloat16(value(k)), to_bfloat16(value(k + 1))};
+        std::memcpy(to, halves, sizeof halves);
+    } else {
+        uint8_t bytes[4];
+        for (ptrdiff_t part = 0; part < 4; ++part) bytes[part] = to_uint8(value(k + part), scale);
+        std::memcpy(to, bytes, sizeof bytes);
+    }
+}
+
+}  // namespace
+
+Panels pack(const Source& source, Storage storage, ptrdiff_t hidden, ptrdiff_t lanes, std::vector<Floats>& memory) {
+    Panels panels;
+    panels.storage = storage;
+    panels.vectors = vectors_of(source.rows, hidden, lanes);
+    panels.inputs = source.columns;
+    ptrdiff_t per_word = storage == Storage::float32 ? 1 : storage == Storage::bfloat16 ? 2 : 4;
+    ptrdiff_t words = (source.columns + per_word - 1) / per_word;
+    memory.emplace_back(static_cast<size_t>(panels.vectors * lanes * words));
+    float* data = memory.back().get();
+    memory.emplace_back(static_cast<size_t>(storage == Storage::int8 ? panels.vectors * lanes : 0));
+    float* scales = memory.back().get();
+    panels.data = data, panels.scales = scales;
+    for (ptrdiff_t vector = 0; vector < panels.vectors; ++vector) {
+        ptrdiff_t first = vector / panel_vectors * panel_vectors;
+        ptrdiff_t width = std::min(panel_vectors, panels.vectors - first) * lanes;
+        float* panel = data + first * lanes * words + (vector - first) * lanes;
+        for (ptrdiff_t lane = 0; lane < lanes; ++lane) {
+            ptrdiff_t row = row_of(vector, lane, source.rows, hidden, lanes);
+            float scale = storage == Storage::int8 && row >= 0 ? scale_of(source, row) : 0.0f;
+            if (storage == Storage::int8) scales[vector * lanes + lane] = scale;
+            for (ptrdiff_t word = 0; word < words; ++word)
+                write_word(source, row, word * per_word, storage, scale, panel + word * width + lane);
+        }
+    }
+    return panels;
+}
+
+const float* pack_bias(const Source& one, const Source& other, ptrdiff_t hidden, ptrdiff_t lanes,
+                       std::vector<Floats>& memory) {
+    if (!one.data && !other.data) return nullptr;
+    ptrdiff_t vectors = vectors_of(0, hidden, lanes);
+    memory.emplace_back(static_cast<size_t>(vectors * lanes));
+    float* bias = memory.back().get();
+    for (ptrdiff_t at = 0; at < vectors * lanes; ++at) {
+        ptrdiff_t row = row_of(at / lanes, at % lanes, 0, hidden, lanes);
+        bias[at] = 0.0f;
+        for (const Source* source : {&one, &other})
+            if (row >= 0 && source->data) bias[at] += *source->at(row, 0);
+    }
+    return bias;
+}
+
+}  // namespace slimlstm

@@ -1,0 +1,59 @@
+// AVX2 with FMA: eight lanes, sixteen registers.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace {
+
+struct Simd {
+    static constexpr ptrdiff_t lanes = 8;
+    static constexpr int max_rows = 3;  // 12 sums, 3 inputs, and one register through which the weights pass
+    using F = __m256;
+    using I = __m256i;
+
+    static F zero() { return _mm256_setzero_ps(); }
+    static F all(float value) { return _mm256_set1_ps(value); }
+    static F load(const float* from) { return _mm256_loadu_ps(from); }
+    static void store(float* to, F v) { _mm256_storeu_ps(to, v); }
+    static void store_first(float* to, F v, ptrdiff_t count) {
+        const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        _mm256_maskstore_ps(to, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane), v);
+    }
+    static F add(F a, F b) { return _mm256_add_ps(a, b); }
+    static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+    static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+    static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+    // Both keep a NaN in ``v``, which is why it comes second.
+    static F at_most(float limit, F v) { return _mm256_min_ps(all(limit), v); }
+    static F at_least(float limit, F v) { return _mm256_max_ps(all(limit), v); }
+    static F round(F v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    static F times_power_of_two(F v, F exponent) {
+        __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(exponent), _mm256_set1_epi32(127)), 23);
+        return _mm256_mul_ps(v, _mm256_castsi256_ps(bits));
+    }
+    static F reciprocal(F v) { return _mm256_div_ps(all(1.0f), v); }
+
+    static I no_words() { return _mm256_setzero_si256(); }
+    static I load_words(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+    static I all_words(int value) { return _mm256_set1_epi32(value); }
+    static F to_float(I v) { return _mm256_cvtepi32_ps(v); }
+    static I add_words(I a, I b) { return _mm256_add_epi32(a, b); }
+    static I subtract_words(I a, I b) { return _mm256_sub_epi32(a, b); }
+
+    // The bfloat16 in the lower and in the upper half of each word.
+    static F low_halves(I words) { return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16)); }
+    static F high_halves(I words) { return _mm256_castsi256_ps(_mm256_and_si256(words, all_words(static_cast<int>(0xFFFF0000u)))); }
+
+    // sum + the products of four unsigned weights and four signed inputs in each word.
+    static I dot_int8(I weights, I inputs, I sum) {
+        I even = _mm256_madd_epi16(_mm256_and_si256(weights, _mm256_set1_epi16(255)),
+                                   _mm256_srai_epi16(_mm256_slli_epi16(inputs, 8), 8));
+        I odd = _mm256_madd_epi16(_mm256_srli_epi16(weights, 8), _mm256_srai_epi16(inputs, 8));
+        return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
+    }
+};
+
+}  // namespace

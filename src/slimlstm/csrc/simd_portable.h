@@ -1,0 +1,80 @@
+// Four lanes in the vector language of GCC and Clang: SSE on x86, NEON on ARM, whatever there is elsewhere.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+struct Simd {
+    static constexpr ptrdiff_t lanes = 4;
+    static constexpr int max_rows = 2;
+    typedef float F __attribute__((vector_size(16)));
+    typedef int32_t I __attribute__((vector_size(16)));
+
+    static F zero() { return F{}; }
+    static F all(float value) { return F{value, value, value, value}; }
+    static F load(const float* from) {
+        F v;
+        std::memcpy(&v, from, sizeof v);
+        return v;
+    }
+    static void store(float* to, F v) { std::memcpy(to, &v, sizeof v); }
+    static void store_first(float* to, F v, ptrdiff_t count) {
+        for (ptrdiff_t lane = 0; lane < count; ++lane) to[lane] = v[lane];
+    }
+    static F add(F a, F b) { return a + b; }
+    static F sub(F a, F b) { return a - b; }
+    static F mul(F a, F b) { return a * b; }
+    static F fma(F a, F b, F c) { return a * b + c; }
+    // Comparisons with NaN are false, so that both keep a NaN in ``v``.
+    static F at_most(float limit, F v) { return all(limit) < v ? all(limit) : v; }
+    static F at_least(float limit, F v) { return all(limit) > v ? all(limit) : v; }
+    // Adding 1.5 * 2^23 pushes the fraction out of the significand.
+    static F round(F v) {
+        const F magic = all(12582912.0f);
+        return (v + magic) - magic;
+    }
+    static F times_power_of_two(F v, F exponent) {
+        I bits = (__builtin_convertvector(exponent, I) + 127) << 23;
+        F power;
+        std::memcpy(&power, &bits, sizeof power);
+        return v * power;
+    }
+    static F reciprocal(F v) { return 1.0f / v; }
+
+    static I no_words() { return I{}; }
+    static I load_words(const void* from) {
+        I v;
+        std::memcpy(&v, from, sizeof v);
+        return v;
+    }
+    static I all_words(int value) { return I{value, value, value, value}; }
+    static F to_float(I v) { return __builtin_convertvector(v, F); }
+    static I add_words(I a, I b) { return a + b; }
+    static I subtract_words(I a, I b) { return a - b; }
+
+    static F as_floats(I words) {
+        F v;
+        std::memcpy(&v, &words, sizeof v);
+        return v;
+    }
+
+    // The bfloat16 in the lower and in the upper half of each word.
+    static F low_halves(I words) { return as_floats(up(words, 16)); }
+    static F high_halves(I words) { return as_floats(words & all_words(static_cast<int>(0xFFFF0000u))); }
+
+    // sum + the products of four unsigned weights and four signed inputs in each word.
+    static I dot_int8(I weights, I inputs, I sum) {
+        sum += (weights & 255) * (up(inputs, 24) >> 24) + ((weights >> 8) & 255) * (up(inputs, 16) >> 24);
+        return sum + ((weights >> 16) & 255) * (up(inputs, 8) >> 24) + ((weights >> 24) & 255) * (inputs >> 24);
+    }
+
+  private:
+    typedef uint32_t U __attribute__((vector_size(16)));
+    // Without a sign, of which shifting anything out would be undefined.
+    static I up(I words, int bits) { return reinterpret_cast<I>(reinterpret_cast<U>(words) << static_cast<uint32_t>(bits)); }
+};
+
+}  // namespace

@@ -1,0 +1,184 @@
+"""The fused CPU kernel: the whole recurrence of a layer in one call of compiled code, float32, without autograd.
+
+Weights are packed for the kernel once and packed again only when they changed. What is compared before every call:
+
+- which tensors they are, where their memory is, their number of elements, and PyTorch's count of in-place changes. That
+  finds optimiser steps, ``load_state_dict``, in-place edits and assignments to ``.data``, the latter also where the
+  allocator gives the new data an old address, since what was packed is kept alive until it is packed anew;
+- the contents, because edits through ``.data``, NumPy or DLPack are not counted: all of them for calls of ``THOROUGH``
+  rows or more, where that costs little, and 64 elements of every matrix in shorter ones. An edit in this manner of a few
+  elements may therefore pass unnoticed by short calls; :func:`forget` after it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimlstm.errors import SlimLSTMError
+from slimlstm.ops.weights import Direction, LayerOutput
+
+try:
+    from slimlstm.ops import _kernel as kernel  # pyright: ignore[reportMissingModuleSource]
+
+    missing = None
+except ImportError as error:
+    kernel: Any = None
+    missing = (
+        f"the compiled kernel is not there ({error}); to have it, install a C++17 compiler and then slimlstm from source, "
+        "pip install --force-reinstall --no-binary slimlstm slimlstm"
+    )
+
+THOROUGH = 32
+"""Calls of so many rows (steps times sequences) or more compare all weights with what was packed."""
+
+_plain = (Tensor, nn.Parameter)
+
+
+def instruction_set() -> str:
+    """The instruction set that weights are packed for: the best of the machine, or what SLIMLSTM_ISA names.
+
+    Raises:
+        SlimLSTMError: the machine does not have what SLIMLSTM_ISA names, or there is no kernel.
+    """
+    if missing:
+        raise SlimLSTMError(missing)
+    names: list[str] = kernel.names()
+    wanted = os.environ.get("SLIMLSTM_ISA", names[0])
+    if wanted not in names:
+        raise SlimLSTMError(f"SLIMLSTM_ISA is {wanted!r}, but this machine runs {', '.join(names)}")
+    return wanted
+
+
+@functools.cache
+def tell_missing() -> None:
+    """Logs once why there is no kernel."""
+    logging.getLogger("slimlstm").warning("running PyTorch's operators, which are slower: %s", missing)
+
+
+class _Packed:
+    """The packed weights of a layer, and what they were packed from."""
+
+    def __init__(self, key: tuple[int | str, ...], directions: Sequence[Direction], tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            if type(tensor) not in _plain or tensor.dtype != torch.float32 or not tensor.is_cpu:
+                raise SlimLSTMError(
+                    f"the fused kernel takes float32 weights on the CPU, not {type(tensor).__name__} of {tensor.dtype} on "
+                    f"{tensor.device}; convert the module, or use backend='dense'"
+                )
+        # A parameter may come to life at the address of one that died: its death takes the entry away.
+        self.references = [weakref.ref(tensor, lambda _: _cache.pop(key, None)) for tensor in tensors]
+        # Not the tensors themselves, which would never die then, but their memory.
+        self.memory = [tensor.detach() for tensor in tensors]
+        self.counted = not any(tensor.is_inference() for tensor in tensors)
+        self.state = _state(tensors) if self.counted else []
+        aliases = [None if tensor is None else tensor.detach() for tensor in flat(directions)]
+        arrays = [aliases[at : at + 7] for at in range(0, len(aliases), 7)]
+        self.layer = kernel.Layer(instruction_set(), arrays, _storages(directions))
+
+
+_cache: dict[tuple[int | str, ...], _Packed] = {}
+
+
+def forget() -> None:
+    """Forgets all packed weights, so that the next call of every layer packs them anew."""
+    _cache.clear()
+
+
+def flat(directions: Sequence[Direction]) -> list[Tensor | None]:
+    """The weights of the directions in the kernel's order: ih V and U, hh V and U, biases, projection."""
+    found: list[Tensor | None] = []
+    for ih, hh, bias_ih, bias_hh, hr, *_ in directions:
+        ih_u, ih_v = ih if isinstance(ih, tuple) else (ih, None)
+        hh_u, hh_v = hh if isinstance(hh, tuple) else (hh, None)
+        found += (ih_v, ih_u, hh_v, hh_u, bias_ih, bias_hh, hr)
+    return found
+
+
+_version_of = Tensor._version.__get__  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+
+
+def _state(tensors: list[Tensor]) -> list[int]:
+    """What changes when tensors change in ways that PyTorch knows of."""
+    return [*map(_version_of, tensors), *map(Tensor.data_ptr, tensors), *map(Tensor.numel, tensors)]
+
+
+def _storages(directions: Sequence[Direction]) -> list[str]:
+    return [storage for weights in directions for storage in (weights.ih_storage, weights.hh_storage)]
+
+
+def _packed(directions: Sequence[Direction], anew: bool = False) -> _Packed:
+    present = flat(directions)
+    key = (*map(id, present), *_storages(directions))
+    found = None if anew else _cache.get(key)
+    tensors = [tensor for tensor in present if tensor is not None]
+    if found is not None and found.counted and _state(tensors) != found.state:
+        found = None
+    if found is None:
+        found = _cache[key] = _Packed(key, directions, tensors)
+    return found
+
+
+def obstacle(x: Tensor, states: Sequence[Tensor], directions: Sequence[Direction]) -> str | None:
+    """Why the fused kernel cannot run this, or None if it can."""
+    reason = None
+    if not x.is_cpu:
+        reason = f"the input is on {x.device.type}"
+    elif x.dtype != torch.float32:
+        reason = f"the input is {x.dtype}"
+    elif torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, *states, *flat(directions))
+    ):
+        reason = "gradients are wanted"
+    elif torch.is_autocast_enabled("cpu"):
+        reason = "autocast wants another precision"
+    elif type(x) not in _plain or torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore
+        reason = "the input is not a plain tensor"
+    elif torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:  # pyright: ignore
+        reason = "the call is being traced"
+    else:
+        reason = missing
+    return reason
+
+
+def layer(x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, directions: Sequence[Direction]) -> LayerOutput:
+    """One layer over x [T, B, I], or over packed x [N, I] with ``batch_sizes`` [T]; h0 [D, B, P], c0 [D, B, H].
+
+    Raises:
+        SlimLSTMError: the kernel is not there or cannot run this, with the reason.
+    """
+    reason = obstacle(x, (h0, c0), directions)
+    if reason:
+        raise SlimLSTMError(f"the fused kernel cannot run: {reason}; use backend='auto' to let slimlstm choose")
+    return run(x, batch_sizes, h0, c0, directions)
+
+
+def run(x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, directions: Sequence[Direction]) -> LayerOutput:
+    """What :func:`layer` does, where there is known to be no obstacle."""
+    if batch_sizes is None:
+        steps, batch, _ = x.shape
+        rows, sizes = steps * batch, 0
+    else:
+        batch_sizes = batch_sizes.contiguous()
+        steps, batch, rows, sizes = batch_sizes.shape[0], h0.shape[1], x.shape[0], batch_sizes.data_ptr()
+    x, h0, c0 = x.contiguous(), h0.contiguous(), c0.contiguous()
+    output = x.new_empty((*x.shape[:-1], len(directions) * h0.shape[2]))
+    if rows == 0:
+        return LayerOutput(output, h0.clone(), c0.clone())
+    h, c = torch.empty_like(h0), torch.empty_like(c0)
+    call = (
+        *(x.data_ptr(), sizes, steps, batch, rows, h0.data_ptr(), c0.data_ptr()),
+        *(output.data_ptr(), h.data_ptr(), c.data_ptr()),
+    )
+    packed = _packed(directions)
+    thoroughly = rows >= THOROUGH or not packed.counted
+    while not packed.layer.run(*call, thoroughly, torch.get_num_threads()):
+        packed = _packed(directions, anew=True)
+    return LayerOutput(output, h, c)
