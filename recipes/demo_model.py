@@ -3,7 +3,8 @@
     python recipes/demo_model.py --run runs/demo_model
 
 An AWD-LSTM over 4,096 byte-pair pieces of WikiText-2, small enough for half precision to fit into 10 MB. Every epoch
-writes a checkpoint into the run folder; a run that was interrupted goes on from the last one. The last step writes the
+writes a checkpoint into the run folder; a run that was interrupted, or is given more epochs, goes on from the last one,
+with the settings of its own command. ``training.json`` keeps the settings of every start. The last step writes the
 half-precision weights, a held-out slice of the test text and its token ids into ``src/slimlstm/models/embedded``.
 """
 
@@ -35,6 +36,7 @@ parser.add_argument("--run", type=Path, required=True, help="folder for checkpoi
 parser.add_argument("--epochs", type=int, default=16)
 parser.add_argument("--streams", type=int, default=80, help="text streams side by side (the batch size)")
 parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate of AdamW")
+parser.add_argument("--dropout", type=float, default=1.0, help="multiplies every dropout rate")
 parser.add_argument("--seed", type=int, default=1)
 arguments = parser.parse_args()
 console = Console()
@@ -100,7 +102,7 @@ config = AWDLSTMConfig(
     dropout_hidden=0.15,
     dropout_output=0.2,
     weight_drop=0.2,
-)
+).scaled(arguments.dropout)
 model = AWDLSTM(config)
 optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, betas=(0.9, 0.99), weight_decay=0.02)
 train = streams_of(tokens["train"], arguments.streams)

@@ -427,6 +427,14 @@ def test_masks_are_not_put_on_factors(tmp_path):
     refuse(tmp_path, "lstm.weight_hh_l0", compressed(config=SVD))
 
 
+def test_other_storages_are_not_lost_silently(tmp_path):
+    model = compressed(config=SVD)
+    model.lstm.store("weight_hh_l0", "int8")
+    with pytest.raises(SlimLSTMError, match="lstm keeps weights in another storage"):
+        save(model, tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+
+
 def test_a_dense_model_is_not_saved(tmp_path):
     with pytest.raises(SlimLSTMError, match="nothing in the model is compressed; call compress_ first"):
         save(fresh(), tmp_path / "small")

@@ -37,12 +37,21 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     SHA-256 of the dense matrix), and versions. A model saved there before is replaced.
 
     Raises:
-        SlimLSTMError: nothing in the model is compressed, its state holds something else than tensors, or ``folder``
-            holds a ``config.json`` of something else. Nothing is written then.
+        SlimLSTMError: nothing in the model is compressed, its state holds something else than tensors, weights are in
+            another storage than float32 (:meth:`LowRankLSTM.store`), or ``folder`` holds a ``config.json`` of something
+            else. Nothing is written then.
     """
+    hosts = find_hosts(model)
+    stored = [
+        host.paths[0] for host in hosts if any(kind != "float32" for kind in getattr(host.lstm, "storages", {}).values())
+    ]
+    if stored:
+        raise SlimLSTMError(
+            f"{', '.join(stored)} keeps weights in another storage, which a folder cannot hold; save before store()"
+        )
     sites = {
         site.key: site_entry(site, provenance_of(host.lstm, site.name), host.matrix(site.name).dtype)
-        for host in find_hosts(model)
+        for host in hosts
         for site in host.sites()
         if site.rank is not None or site.kept is not None
     }

@@ -11,7 +11,12 @@ from slimlstm.errors import SlimLSTMError
 
 Curve = Sequence[tuple[float, float]]
 
-_STYLE = {"svd": ("#0b6e99", "o"), "semi-nmf": ("#d9730d", "s"), "prune": ("#6b6b6b", "^")}
+# SVD and Semi-NMF often lie on each other: one is a line, the other hollow marks on it.
+_STYLE = {
+    "svd": {"color": "#0b6e99", "marker": "o"},
+    "semi-nmf": {"color": "#d9730d", "marker": "s", "linestyle": ":", "fillstyle": "none", "markersize": 9},
+    "prune": {"color": "#6b6b6b", "marker": "^"},
+}
 
 
 def quality_curves(
@@ -31,8 +36,7 @@ def quality_curves(
     for axis, (title, curves) in zip(axes, panels.items(), strict=True):
         axis.axhline(dense, color="black", linestyle="--", linewidth=1, label="dense")
         for name, points in curves.items():
-            color, marker = _STYLE.get(name, (None, "o"))
-            axis.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=5, label=name)
+            axis.plot(*zip(*points, strict=True), label=name, **_STYLE.get(name, {"marker": "o"}))
         axis.set(title=title, xlabel=x_label)
         axis.grid(True, which="both", alpha=0.25)
     axes[0].set_ylabel(y_label)
@@ -62,12 +66,13 @@ def check_drawable(path: Path) -> None:
 def _subplots(count: int) -> tuple[Any, list[Any]]:
     check_available()
     from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     figure = Figure(figsize=(3.6 * count, 3.4), layout="constrained")
     axes = figure.subplots(1, count, sharey=True, squeeze=False)[0]
     for axis in axes:
         axis.set_yscale("log")
-        for set_formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-            set_formatter(ScalarFormatter())
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(ScalarFormatter())
+        axis.yaxis.set_minor_formatter(NullFormatter())
     return figure, list(axes)

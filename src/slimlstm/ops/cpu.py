@@ -26,7 +26,7 @@ from slimlstm.errors import SlimLSTMError
 from slimlstm.ops.weights import Direction, LayerOutput
 
 try:
-    from slimlstm.ops import _kernel as kernel  # pyright: ignore[reportMissingModuleSource]
+    import slimlstm.ops._kernel as kernel  # pyright: ignore[reportMissingModuleSource]
 
     missing = None
 except ImportError as error:
