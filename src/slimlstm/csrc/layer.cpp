@@ -179,7 +179,7 @@ Layer::Shares Layer::share_out(const Call& call, int threads) const {
     // Each part of a batch reads all weights: only where they stay in the cache of its processor is that free.
     bool by_rows = call.batch >= 4 * each && work(1) / directions * sizeof(float) < 1 << 20;
     double together = waking + alone / (directions * each) + (by_rows ? 0 : barriers);
-    if (directions * each < 2 || directions > threads || together > alone) return {1, 1, false};
+    if (directions * each < 2 || directions > threads || together > 0.8 * alone) return {1, 1, false};
     return {directions * each, each, by_rows};
 }
 

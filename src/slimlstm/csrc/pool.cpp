@@ -16,10 +16,11 @@ void pause() {
 #endif
 }
 
-// Spins, and gives the processor away only when somebody else seems to need it.
+// Spins for some microseconds, which is what members of a team that all run wait for each other. Who waits longer waits for
+// a thread that may need this very processor, and gives it away.
 template <class Done>
 void spin_until(const Done& done) {
-    constexpr int spins_before_yielding = 4000;
+    constexpr int spins_before_yielding = 200;
     for (int spins = 0; !done(); ++spins) spins < spins_before_yielding ? pause() : std::this_thread::yield();
 }
 
