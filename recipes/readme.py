@@ -43,8 +43,8 @@ demo_part = "\n\n".join(
         markdown(["rank 50", "LSTM parameters", "stored", "perplexity", "change", "speed"], demo_rows),
         tour["summary"],
         f"From [`docs/demo.json`](docs/demo.json): perplexity per byte-pair token on held-out WikiText-2 text; speed is "
-        f"the ratio to the dense `nn.LSTM`s at batch 1 and 35 tokens, measured side by side on {made_with['processor']}, "
-        f"{made_with['threads']} threads, PyTorch {made_with['torch']}.",
+        f"the ratio to the dense `nn.LSTM`s at batch 1 and 35 tokens on one thread, measured side by side on "
+        f"{made_with['processor']}, PyTorch {made_with['torch']}.",
     ]
 )
 

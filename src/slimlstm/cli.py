@@ -66,7 +66,7 @@ def demo_command(
     draw_tour(tour, plot)
     heading = (
         "An AWD-LSTM language model over WikiText-2, compressed without retraining; perplexity per byte-pair token on "
-        "held-out text; parameters and bytes of its LSTMs; speed of the LSTMs against the dense model, batch 1."
+        "held-out text; parameters and bytes of its LSTMs; speed of the LSTMs against the dense model, batch 1, one thread."
     )
     _show({**tour.to_dict(), "plot": str(plot)}, as_json, heading, tour, tour.summary(), f"The curves are in {plot}.")
     if not as_json:
