@@ -396,6 +396,8 @@ def test_weights_made_in_inference_mode():
         assert_current(module, x)
         module.weight_hh_l0_u.view(-1)[5] += 0.5
         assert_current(module, x)
+        module.weight_hh_l0_u.data = torch.randn(132, 4)
+        assert_current(module, x)
 
 
 @torch.no_grad()
@@ -463,6 +465,48 @@ def test_other_dtypes_and_devices_are_refused():
     module.weight_hh_l0_u.data = module.weight_hh_l0_u.data.double()
     with pytest.raises(SlimLSTMError, match=r"takes float32 weights on the CPU, not Parameter of torch\.float64"):
         module(torch.randn(2, 1, 5))
+
+
+@pytest.mark.parametrize(
+    ("x", "h0", "c0", "sizes"),
+    [
+        ((3, 2, 6), (1, 2, 33), (1, 2, 33), None),
+        ((3, 2, 5), (1, 2, 32), (1, 2, 33), None),
+        ((3, 2, 5), (1, 2, 33), (1, 1, 33), None),
+        ((3, 2, 5), (2, 2, 33), (2, 2, 33), None),
+        ((6, 5), (1, 3, 33), (1, 3, 33), [2, 2, 2]),
+        ((6, 5), (1, 3, 33), (1, 3, 33), [3, 1, 2]),
+        ((6, 5), (1, 3, 33), (1, 3, 33), [3, 3, 0]),
+        ((6, 5), (1, 3, 33), (1, 3, 33), [3, 2]),
+    ],
+)
+@torch.no_grad()
+def test_shapes_refused(x, h0, c0, sizes):
+    sizes = None if sizes is None else torch.tensor(sizes)
+    with pytest.raises(ValueError, match=r"do not fit a layer of 5 inputs|batch_sizes"):
+        cpu.layer(torch.zeros(x), sizes, torch.zeros(h0), torch.zeros(c0), [low_rank().direction("_l0")])
+
+
+@torch.no_grad()
+def test_weights_that_do_not_fit_are_refused():
+    weights, states = low_rank().direction("_l0"), torch.zeros(1, 2, 33)
+    wrong = [
+        weights._replace(ih=torch.zeros(128, 5)),
+        weights._replace(hh=(torch.zeros(132, 4), torch.zeros(3, 33))),
+        weights._replace(bias_hh=torch.zeros(131)),
+        weights._replace(hr=torch.zeros(33, 32)),
+        weights._replace(hh=torch.zeros(132, 32)),
+    ]
+    for one in wrong:
+        with pytest.raises(SlimLSTMError, match="do not fit each other"):
+            cpu.layer(torch.zeros(3, 2, 5), None, states, states, [one])
+
+
+@torch.no_grad()
+def test_states_of_another_dtype_are_refused():
+    module = low_rank()
+    with pytest.raises(SlimLSTMError, match="the states are not of the input's device and dtype"):
+        module(torch.randn(3, 2, 5), (torch.zeros(1, 2, 33).double(), torch.zeros(1, 2, 33).double()))
 
 
 @torch.no_grad()

@@ -48,6 +48,18 @@ void make(Layer* layer, const std::string& isa, const std::vector<std::vector<Ma
     new (layer) Layer(isa, sources);
 }
 
+// Of packed sequences: the longest come first, and all rows belong to a step.
+void check_sizes(const Call& call) {
+    ptrdiff_t rows = 0, last = call.batch;
+    for (ptrdiff_t step = 0; step < call.steps; ++step) {
+        ptrdiff_t size = call.sizes[step];
+        if (size < 1 || size > last || (step == 0 && size != call.batch))
+            throw nb::value_error("batch_sizes have to begin with the number of sequences, and never grow or vanish");
+        rows += last = size;
+    }
+    if (rows != call.rows) throw nb::value_error("batch_sizes do not add up to the rows of the input");
+}
+
 bool run(const Layer& layer, uintptr_t x, uintptr_t sizes, ptrdiff_t steps, ptrdiff_t batch, ptrdiff_t rows, uintptr_t h0,
          uintptr_t c0, uintptr_t output, uintptr_t h, uintptr_t c, bool thoroughly, int threads) {
     Call call{reinterpret_cast<const float*>(x),
@@ -60,6 +72,7 @@ bool run(const Layer& layer, uintptr_t x, uintptr_t sizes, ptrdiff_t steps, ptrd
               reinterpret_cast<float*>(output),
               reinterpret_cast<float*>(h),
               reinterpret_cast<float*>(c)};
+    if (call.sizes) check_sizes(call);
     if (layer.work(rows) < work_worth_unlocking) {
         if (!layer.is_current(thoroughly)) return false;
         layer.run(call, threads);

@@ -12,6 +12,7 @@ struct Simd {
     static constexpr int max_rows = 2;
     typedef float F __attribute__((vector_size(16)));
     typedef int32_t I __attribute__((vector_size(16)));
+    typedef uint32_t U __attribute__((vector_size(16)));  // without a sign, of which to lose any is undefined
 
     static F zero() { return F{}; }
     static F all(float value) { return F{value, value, value, value}; }
@@ -52,8 +53,8 @@ struct Simd {
     }
     static I all_words(int value) { return I{value, value, value, value}; }
     static F to_float(I v) { return __builtin_convertvector(v, F); }
-    static I add_words(I a, I b) { return a + b; }
-    static I subtract_words(I a, I b) { return a - b; }
+    static I add_words(I a, I b) { return reinterpret_cast<I>(reinterpret_cast<U>(a) + reinterpret_cast<U>(b)); }
+    static I subtract_words(I a, I b) { return reinterpret_cast<I>(reinterpret_cast<U>(a) - reinterpret_cast<U>(b)); }
 
     static F as_floats(I words) {
         F v;
@@ -72,8 +73,6 @@ struct Simd {
     }
 
   private:
-    typedef uint32_t U __attribute__((vector_size(16)));
-    // Without a sign, of which shifting anything out would be undefined.
     static I up(I words, int bits) { return reinterpret_cast<I>(reinterpret_cast<U>(words) << static_cast<uint32_t>(bits)); }
 };
 

@@ -25,6 +25,9 @@ _STEP_OVERHEAD = 1_500_000
 _UNIT_OVERHEAD = 700
 
 
+_KEPT: set[type] = {Parameter, type(None)}
+
+
 class Choice(NamedTuple):
     """The backend that "auto" stands for, and why."""
 
@@ -87,9 +90,7 @@ def _are_parameters(directions: Sequence[Direction]) -> bool:
 
     Compilers put something else in the place of parameters, and are believed.
     """
-    return torch.compiler.is_compiling() or all(
-        tensor is None or type(tensor) is Parameter for tensor in cpu.flat(directions)
-    )
+    return torch.compiler.is_compiling() or set(map(type, cpu.flat(directions))) <= _KEPT
 
 
 def _choose_without_kernel(x: Tensor, batch_sizes: Tensor | None, directions: Sequence[Direction], reason: str) -> Choice:

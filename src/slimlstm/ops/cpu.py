@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.ops.weights import Direction, LayerOutput
+from slimlstm.ops.weights import Direction, LayerOutput, columns, rows, shape_of
 
 try:
     import slimlstm.ops._kernel as kernel  # pyright: ignore[reportMissingModuleSource]
@@ -73,15 +73,30 @@ class _Packed:
                     f"the fused kernel takes float32 weights on the CPU, not {type(tensor).__name__} of {tensor.dtype} on "
                     f"{tensor.device}; convert the module, or use backend='dense'"
                 )
+        _check_shapes(directions)
         # A parameter may come to life at the address of one that died: its death takes the entry away.
         self.references = [weakref.ref(tensor, lambda _: _cache.pop(key, None)) for tensor in tensors]
         # Not the tensors themselves, which would never die then, but their memory.
         self.memory = [tensor.detach() for tensor in tensors]
         self.counted = not any(tensor.is_inference() for tensor in tensors)
-        self.state = _state(tensors) if self.counted else []
+        self.state = _state(tensors, self.counted)
         aliases = [None if tensor is None else tensor.detach() for tensor in flat(directions)]
         arrays = [aliases[at : at + 7] for at in range(0, len(aliases), 7)]
+        weights = directions[0]
+        self.sizes = columns(weights.ih), columns(weights.hh), rows(weights.hh) // 4
         self.layer = kernel.Layer(instruction_set(), arrays, _storages(directions))
+
+
+def _check_shapes(directions: Sequence[Direction]) -> None:
+    """The kernel reads what shapes promise: they have to fit each other."""
+    hidden, inputs, outputs = rows(directions[0].hh) // 4, columns(directions[0].ih), columns(directions[0].hh)
+    for weights in directions:
+        fits = [shape_of(weights.ih) == (4 * hidden, inputs), shape_of(weights.hh) == (4 * hidden, outputs)]
+        fits += [bias.shape == (4 * hidden,) for bias in (weights.bias_ih, weights.bias_hh) if bias is not None]
+        fits.append(outputs == hidden if weights.hr is None else weights.hr.shape == (outputs, hidden))
+        if not all(fits):
+            shapes = [None if tensor is None else list(tensor.shape) for tensor in flat(directions)]
+            raise SlimLSTMError(f"the weights of a layer do not fit each other: {shapes}")
 
 
 _cache: dict[tuple[int | str, ...], _Packed] = {}
@@ -105,9 +120,10 @@ def flat(directions: Sequence[Direction]) -> list[Tensor | None]:
 _version_of = Tensor._version.__get__  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
 
 
-def _state(tensors: list[Tensor]) -> list[int]:
-    """What changes when tensors change in ways that PyTorch knows of."""
-    return [*map(_version_of, tensors), *map(Tensor.data_ptr, tensors), *map(Tensor.numel, tensors)]
+def _state(tensors: list[Tensor], counted: bool) -> list[int]:
+    """What changes when tensors change in ways that PyTorch knows of; those of inference mode have no count of changes."""
+    places = [*map(Tensor.data_ptr, tensors), *map(Tensor.numel, tensors)]
+    return [*places, *map(_version_of, tensors)] if counted else places
 
 
 def _storages(directions: Sequence[Direction]) -> list[str]:
@@ -119,7 +135,7 @@ def _packed(directions: Sequence[Direction], anew: bool = False) -> _Packed:
     key = (*map(id, present), *_storages(directions))
     found = None if anew else _cache.get(key)
     tensors = [tensor for tensor in present if tensor is not None]
-    if found is not None and found.counted and _state(tensors) != found.state:
+    if found is not None and _state(tensors, found.counted) != found.state:
         found = None
     if found is None:
         found = _cache[key] = _Packed(key, directions, tensors)
@@ -133,6 +149,8 @@ def obstacle(x: Tensor, states: Sequence[Tensor], directions: Sequence[Direction
         reason = f"the input is on {x.device.type}"
     elif x.dtype != torch.float32:
         reason = f"the input is {x.dtype}"
+    elif not all(state.is_cpu and state.dtype == torch.float32 for state in states):
+        reason = "the states are not of the input's device and dtype"
     elif torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, *states, *flat(directions))
     ):
@@ -168,21 +186,28 @@ def run(x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, direction
         return LayerOutput(*_operator(x, batch_sizes, h0, c0, flat(directions), ",".join(_storages(directions))))
     if batch_sizes is None:
         steps, batch, _ = x.shape
-        rows, sizes = steps * batch, 0
+        count, sizes = steps * batch, 0
     else:
         batch_sizes = batch_sizes.contiguous()
-        steps, batch, rows, sizes = batch_sizes.shape[0], h0.shape[1], x.shape[0], batch_sizes.data_ptr()
+        steps, batch, count, sizes = batch_sizes.shape[0], h0.shape[1], x.shape[0], batch_sizes.data_ptr()
     x, h0, c0 = x.contiguous(), h0.contiguous(), c0.contiguous()
     output = x.new_empty((*x.shape[:-1], len(directions) * h0.shape[2]))
-    if rows == 0:
+    if count == 0:
         return LayerOutput(output, h0.clone(), c0.clone())
     h, c = torch.empty_like(h0), torch.empty_like(c0)
     call = (
-        *(x.data_ptr(), sizes, steps, batch, rows, h0.data_ptr(), c0.data_ptr()),
+        *(x.data_ptr(), sizes, steps, batch, count, h0.data_ptr(), c0.data_ptr()),
         *(output.data_ptr(), h.data_ptr(), c.data_ptr()),
     )
     packed = _packed(directions)
-    thoroughly = rows >= THOROUGH or not packed.counted
+    inputs, outputs, hidden = packed.sizes
+    number = len(directions)
+    if x.shape[-1] != inputs or h0.shape != (number, batch, outputs) or c0.shape != (number, batch, hidden):
+        raise SlimLSTMError(
+            f"the input {list(x.shape)} and the states {list(h0.shape)} and {list(c0.shape)} do not fit a layer of "
+            f"{inputs} inputs, {hidden} hidden units, {outputs} outputs and {number} directions"
+        )
+    thoroughly = count >= THOROUGH or not packed.counted
     while not packed.layer.run(*call, thoroughly, torch.get_num_threads()):
         packed = _packed(directions, anew=True)
     return LayerOutput(output, h, c)

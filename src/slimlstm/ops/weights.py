@@ -41,6 +41,12 @@ class LayerOutput(NamedTuple):
     c: Tensor
 
 
+def shape_of(matrix: Matrix) -> tuple[int, int] | None:
+    """(m, n), or None for factors that cannot be multiplied."""
+    fits = isinstance(matrix, Tensor) or matrix[0].shape[1] == matrix[1].shape[0]
+    return (rows(matrix), columns(matrix)) if fits else None
+
+
 def rows(matrix: Matrix) -> int:
     """m, the number of rows of the matrix or of the product of its factors."""
     return matrix.shape[0] if isinstance(matrix, Tensor) else matrix[0].shape[0]
