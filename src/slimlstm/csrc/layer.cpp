@@ -170,8 +170,10 @@ void Layer::run(const Call& call, int threads) const {
 }
 
 Layer::Shares Layer::share_out(const Call& call, int threads) const {
-    // Measured in nanoseconds: waking a thread, meeting at a barrier, a multiply-add of a batch and of a single sequence.
-    constexpr double waking = 2e4, meeting = 800, of_batch = 0.015, of_one = 0.04;
+    // Measured in nanoseconds: waking a thread on a processor that others use too, meeting at a barrier, a multiply-add of
+    // a batch and of a single sequence. Few steps were never faster together: they are over before all are awake.
+    constexpr double waking = 4e5, meeting = 800, of_batch = 0.015, of_one = 0.04;
+    constexpr ptrdiff_t fewest_steps = 8;
     double alone = work(call.rows) * (call.batch >= 4 ? of_batch : of_one);
     int directions = static_cast<int>(directions_.size());
     int each = std::max(1, threads / directions);
@@ -179,7 +181,8 @@ Layer::Shares Layer::share_out(const Call& call, int threads) const {
     // Each part of a batch reads all weights: only where they stay in the cache of its processor is that free.
     bool by_rows = call.batch >= 4 * each && work(1) / directions * sizeof(float) < 1 << 20;
     double together = waking + alone / (directions * each) + (by_rows ? 0 : barriers);
-    if (directions * each < 2 || directions > threads || together > 0.8 * alone) return {1, 1, false};
+    bool useless = directions * each < 2 || directions > threads || call.steps < fewest_steps;
+    if (useless || together > 0.8 * alone) return {1, 1, false};
     return {directions * each, each, by_rows};
 }
 
