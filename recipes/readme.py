@@ -2,8 +2,9 @@
 
     python recipes/readme.py [--check]
 
-``docs/demo.json`` comes from ``slimlstm demo --json``, ``results/ptb_untuned`` from ``recipes/sweep.py``. With ``--check``
-nothing is written; the exit status is 1 where the README does not say what the results say.
+``docs/demo.json`` comes from ``slimlstm demo --json``, ``results/ptb_untuned`` from ``recipes/sweep.py``,
+``results/engines`` from ``benchmarks/engines.py``. With ``--check`` nothing is written; the exit status is 1 where the
+README does not say what the results say.
 """
 
 import argparse
@@ -64,9 +65,31 @@ ptb_part = "\n\n".join(
     ]
 )
 
+engines = json.loads((ROOT / "results" / "engines" / "engines.json").read_text(encoding="utf-8"))
+speed_rows = []
+for row in engines["rows"]:
+    if (row["batch"], row["threads"]) == (1, 1):
+        rank = row["hidden"] // 8
+        dense = row["candidates"]["slimlstm float32 dense"]["faster"]["dense"]
+        low_rank = row["candidates"][f"slimlstm float32 rank {rank}"]["faster"]
+        ratios = [f"{entry['ratio']:.2f}x ({entry['than']})" for entry in (dense, *low_rank.values())]
+        speed_rows.append([f"H = {row['hidden']}, T = {row['steps']}", *ratios])
+speed_part = "\n\n".join(
+    [
+        markdown(
+            ["one layer", "dense / best dense rival", "rank H/8 / best dense rival", "rank H/8 / same as ONNX Scan"],
+            speed_rows,
+        ),
+        f"From [`results/engines`](results/engines/engines.json): float32, batch 1, one thread, I = H, T time steps; how many "
+        "times faster the kernel is than the fastest of PyTorch (oneDNN on and off), ONNX Runtime and OpenVINO, whose name is "
+        "beside it. Outputs are checked first; medians of interleaved calls on "
+        f"{engines['provenance']['processor']}. Below 1.00x the rival is faster.",
+    ]
+)
+
 readme = ROOT / "README.md"
 text = before = readme.read_text(encoding="utf-8")
-for name, part in (("demo", demo_part), ("ptb", ptb_part)):
+for name, part in (("demo", demo_part), ("speed", speed_part), ("ptb", ptb_part)):
     begin, end = f"<!-- {name}: made by recipes/readme.py -->", f"<!-- {name}: end -->"
     head, _, rest = text.partition(begin)
     _, _, tail = rest.partition(end)
