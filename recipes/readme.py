@@ -80,9 +80,9 @@ speed_part = "\n\n".join(
             ["one layer", "dense / best dense rival", "rank H/8 / best dense rival", "rank H/8 / same as ONNX Scan"],
             speed_rows,
         ),
-        f"From [`results/engines`](results/engines/engines.json): float32, batch 1, one thread, I = H, T time steps; how many "
-        "times faster the kernel is than the fastest of PyTorch (oneDNN on and off), ONNX Runtime and OpenVINO, whose name is "
-        "beside it. Outputs are checked first; medians of interleaved calls on "
+        "From [`results/engines`](results/engines/engines.json): float32, batch 1, one thread, I = H, T time steps; how "
+        "many times faster the kernel is than the fastest of PyTorch (oneDNN on and off), ONNX Runtime and OpenVINO, "
+        "whose name is beside it. Outputs are checked first; medians of interleaved calls on "
         f"{engines['provenance']['processor']}. Below 1.00x the rival is faster.",
     ]
 )
