@@ -26,7 +26,7 @@ ARROWS = {
     "report": {"plan", "errors"},
     "compress": {"plan", "report", "rank", "factorize", "prune", "calibrate", "sites", "nn", "errors"},
     "checkpoint": {"sites", "compress", "persist", "plan", "report", "errors"},
-    "calibrate": {"sites", "errors"},
+    "calibrate": {"sites", "nn", "ops", "errors"},
     "finetune": {"errors"},
     "evaluate": {"errors"},
     "bench": {"errors"},
