@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
@@ -25,7 +25,7 @@ from slimlstm.factorize import SOLVERS, singular_values
 from slimlstm.models import embedded
 from slimlstm.models.awd_lstm import AWDLSTM, config_of, load_awd_lstm
 from slimlstm.persist import CONFIG, load, read_folder
-from slimlstm.plan import PRUNE, LowRank, Prune
+from slimlstm.plan import PRUNE, LowRank, Prune, Quantize, Target
 from slimlstm.rank import break_even_rank, rank_for_energy
 
 app = typer.Typer(
@@ -40,6 +40,14 @@ output = Console(width=None if sys.stdout.isatty() else 160)
 messages = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Method = Annotated[str, typer.Option(help=f"{', '.join(SOLVERS)} or {PRUNE}.")]
+Rank = Annotated[int | None, typer.Option(help="The same rank at every matrix.")]
+Keep = Annotated[float | None, typer.Option(help="The fraction of every matrix's parameters to keep.")]
+TargetOption = Annotated[str, typer.Option("--target", help="hh, ih or both.")]
+Storage = Annotated[
+    str | None,
+    typer.Option(help="Keep the weights as int8 or bfloat16, of factors too; without rank and keep, this alone."),
+]
 _SKETCH = "▁▂▃▄▅▆▇█"
 
 
@@ -122,17 +130,17 @@ def inspect(
 def compress(
     file: Annotated[Path, typer.Argument(help="A .safetensors, .pt, .pth or .onnx file.")],
     folder: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
-    method: Annotated[str, typer.Option(help=f"{', '.join(SOLVERS)} or {PRUNE}.")] = "svd",
-    rank: Annotated[int | None, typer.Option(help="The same rank at every matrix.")] = None,
-    keep: Annotated[float | None, typer.Option(help="The fraction of every matrix's parameters to keep.")] = None,
-    target: Annotated[str, typer.Option(help="hh, ih or both.")] = "both",
+    method: Method = "svd",
+    rank: Rank = None,
+    keep: Keep = None,
+    target: TargetOption = "both",
+    storage: Storage = None,
     as_json: Json = False,
 ) -> None:
     """Compress the LSTMs in a weight file; slimlstm.load puts the folder into the model."""
-    amounts: dict[str, Any] = {"rank": rank, "keep": keep, "target": target}
-    config = Prune(**amounts) if method == PRUNE else LowRank(method, **amounts)
+    config = _config(method, rank, keep, target, storage)
     with _progress("compressing") as progress:
-        report = compress_file(file, config, folder, progress)
+        report = compress_file(file, config, folder, progress, storage)
     _show(
         report.to_dict(),
         as_json,
@@ -200,6 +208,15 @@ def draw_tour(tour: demo.Tour, path: Path) -> None:
         for target in demo.TARGETS
     }
     plots.quality_curves(panels, tour.dense.perplexity, path, x_label="LSTM parameters kept (%)", y_label="perplexity")
+
+
+def _config(
+    method: str, rank: int | None, keep: float | None, target: str, storage: str | None
+) -> LowRank | Prune | Quantize:
+    if storage is not None and rank is None and keep is None:
+        return Quantize(storage, cast(Target, target))
+    amounts: dict[str, Any] = {"rank": rank, "keep": keep, "target": target}
+    return Prune(**amounts) if method == PRUNE else LowRank(method, **amounts)
 
 
 def _language_model(name: str) -> AWDLSTM:
