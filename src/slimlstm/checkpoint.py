@@ -127,6 +127,7 @@ def compress_file(
         action, first = plan.sites[site.key], tensors[names[0]]
         try:
             result = compress_matrix(_kept_as(names, tensors), action)
+            _round_projection(state, site.key, action.storage)
         except SlimLSTMError as error:
             raise SlimLSTMError(f"{site.key}: {error}") from error
         reports.append(site_report(site, action, result, first.element_size()))
@@ -143,10 +144,9 @@ def compress_file(
         after = Site(site.module, site.name, site.shape, rank, kept, storage=action.storage_of(site))
         provenance = {"method": action.method, "source_sha256": result.source_sha256}
         if action.method == DENSE and site.key in known:
-            provenance = {name: known[site.key][name] for name in provenance if name in known[site.key]}
+            provenance = {name: known[site.key][name] for name in provenance if name in known[site.key]} or provenance
         entries[site.key] = site_entry(after, provenance, first.dtype)
         state.update(_stored_as(site, first if result.weight is None else result.weight.detach(), result.factors, mask))
-        _round_projection(state, site.key, action.storage)
     changed = {report.key for report in reports if plan.sites[report.key].method != DENSE or plan.sites[report.key].storage}
     if not changed:
         raise SlimLSTMError("nothing would get smaller: " + "; ".join(f"{report.key}: {report.note}" for report in reports))

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from slimlstm import data, demo, plots
 from slimlstm.checkpoint import compress_file, find_matrices, matrix_of, read_tensors
+from slimlstm.compress import size
 from slimlstm.errors import SlimLSTMError
 from slimlstm.evaluate import perplexity
 from slimlstm.factorize import SOLVERS, singular_values
@@ -27,6 +28,7 @@ from slimlstm.models.awd_lstm import AWDLSTM, config_of, load_awd_lstm
 from slimlstm.persist import CONFIG, load, read_folder
 from slimlstm.plan import PRUNE, LowRank, Prune, Quantize, Target
 from slimlstm.rank import break_even_rank, rank_for_energy
+from slimlstm.sites import find_hosts
 
 app = typer.Typer(
     help="Makes trained LSTMs small and fast by low-rank factorisation.",
@@ -179,7 +181,7 @@ def eval_command(
         "predictions": found.predictions,
         "perplexity_per_word": math.exp(min(found.loss * len(tokens) / max(words, 1), 700.0)),
         "parameters": sum(parameter.numel() for parameter in parameters),
-        "bytes": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+        "bytes": size([network], find_hosts(network))[1],
     }
     table = Table(show_header=False)
     for key, value in result.items():
@@ -213,7 +215,7 @@ def draw_tour(tour: demo.Tour, path: Path) -> None:
 def _config(
     method: str, rank: int | None, keep: float | None, target: str, storage: str | None
 ) -> LowRank | Prune | Quantize:
-    if storage is not None and rank is None and keep is None:
+    if storage is not None and (method, rank, keep) == ("svd", None, None):
         return Quantize(storage, cast(Target, target))
     amounts: dict[str, Any] = {"rank": rank, "keep": keep, "target": target}
     return Prune(**amounts) if method == PRUNE else LowRank(method, **amounts)

@@ -186,9 +186,8 @@ def _solve(plan: Plan, chosen: list[tuple[Host, Site]], progress: Progress | Non
         if known not in shared:
             try:
                 shared[known] = compress_matrix(host.kept_as(site.name), action, on_fraction)
-                projection = host.projection(site.name)
-                if action.storage is not None and projection is not None:
-                    check_matrix(projection)
+                if action.storage is not None:
+                    _check_storable(host, site.name)
             except SlimLSTMError as error:
                 raise SlimLSTMError(f"{site.key}: {error}") from error
         results[site.key] = shared[known]
@@ -197,6 +196,17 @@ def _solve(plan: Plan, chosen: list[tuple[Host, Site]], progress: Progress | Non
                 parameter.requires_grad_(host.is_trained(site.name))
         on_fraction(1.0)
     return results
+
+
+def _check_storable(host: Host, name: str) -> None:
+    """Raises :class:`SlimLSTMError` where a projection cannot be rounded, or what is rounded would not be what is used."""
+    projection = host.projection(name)
+    if projection is not None:
+        check_matrix(projection)
+    if isinstance(host.lstm, FactoredModule):
+        computed = [part for part in host.lstm.stored_parts(name) if host.is_computed(part)]
+        if computed:
+            raise SlimLSTMError(f"{', '.join(computed)} is parametrized; remove the parametrization first")
 
 
 def site_report(site: Site, plan: SitePlan, result: Compressed, itemsize: int) -> SiteReport:

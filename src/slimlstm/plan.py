@@ -159,9 +159,7 @@ class SitePlan:
             return self
         before = matrix_bytes(site.shape, site.rank, site.storage, 4)
         if self.rank is not None and matrix_bytes(site.shape, self.rank, after, 4) >= before:
-            note = (
-                f"{after or 'float32'} factors of rank {self.rank} would take no fewer bytes than it does in {site.storage}"
-            )
+            note = f"{after or 'float32'} factors of rank {self.rank} take no fewer bytes than {site.storage} does now"
             return SitePlan(DENSE, note=note)
         note = f"already {after}" if after == site.storage else f"{after or 'float32'}, was {site.storage}"
         return self if note in self.note else replace(self, note="; ".join(filter(None, (self.note, note))))
