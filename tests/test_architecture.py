@@ -29,6 +29,7 @@ ARROWS = {
     "calibrate": {"sites", "errors"},
     "finetune": {"errors"},
     "evaluate": {"errors"},
+    "explain": {"nn", "ops", "errors"},
     "bench": {"errors"},
     "analysis": {"factorize", "errors"},
     "plots": {"analysis", "errors"},
