@@ -22,6 +22,7 @@ from torch import Tensor
 from slimlstm.compress import Progress, compress_matrix, site_report
 from slimlstm.errors import SlimLSTMError
 from slimlstm.factorize import check_matrix
+from slimlstm.nn import LowRankLSTM
 from slimlstm.ops.weights import Matrix, rounded, stored_bytes
 from slimlstm.persist import CONFIG, read_config, read_folder, site_entry, stored_names, write_folder
 from slimlstm.plan import DENSE, LowRank, Plan, Prune, Quantize, make_plan
@@ -88,6 +89,58 @@ def _kept_as(names: tuple[str, ...], tensors: Mapping[str, Tensor]) -> Matrix:
     if len(names) == 1:
         return first
     return first * last if last.dtype == torch.bool else (first, last)
+
+
+def layers_of(
+    tensors: Mapping[str, Tensor], sites: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, LowRankLSTM]:
+    """Every LSTM layer among named tensors as a module of its own, in float32: both directions, factors as they are.
+
+    Args:
+        tensors: as of :func:`read_tensors`.
+        sites: the site entries of a folder's ``config.json``, which name storages.
+    """
+    matrices = {site.key: (site, names) for site, names in find_matrices(tensors).items()}
+    found: dict[str, LowRankLSTM] = {}
+    for key, (site, _) in matrices.items():
+        if site.target == "hh" and not site.reverse:
+            name = f"{site.module} layer {site.layer}".strip() if "_l" in site.name else site.module
+            found[name] = _layer(key, matrices, tensors, sites or {})
+    return found
+
+
+def _layer(
+    key: str,
+    matrices: Mapping[str, tuple[Site, tuple[str, ...]]],
+    tensors: Mapping[str, Tensor],
+    sites: Mapping[str, Mapping[str, Any]],
+) -> LowRankLSTM:
+    endings = ["", "_reverse"] if f"{key}_reverse" in matrices else [""]
+    (rows, outputs), (_, inputs) = (matrices[name][0].shape for name in (key, key.replace("weight_hh", "weight_ih")))
+    projected = key.replace("weight_hh", "weight_hr") in tensors
+    layer = LowRankLSTM(
+        inputs,
+        rows // 4,
+        bias=key.replace("weight_hh", "bias_hh") in tensors,
+        bidirectional=len(endings) == 2,
+        proj_size=outputs if projected else 0,
+    ).eval()
+    for ending in endings:
+        for kind in ("weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh"):
+            name, place = f"{kind}_l0{ending}", key.replace("weight_hh", kind) + ending
+            if place in matrices:
+                kept_as = _kept_as(matrices[place][1], tensors)
+                if isinstance(kept_as, Tensor):
+                    layer.get_parameter(name).data = kept_as.float()
+                else:
+                    layer.set_factors(name, kept_as[0].float(), kept_as[1].float())
+            elif name in layer.state_dict():
+                layer.get_parameter(name).data = tensors[place].float()
+        for kind in ("weight_ih", "weight_hh"):
+            storage = sites.get(key.replace("weight_hh", kind) + ending, {}).get("storage")
+            if storage is not None:
+                layer.store(f"{kind}_l0{ending}", storage)
+    return layer
 
 
 def compress_file(

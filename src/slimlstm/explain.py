@@ -122,8 +122,8 @@ def _layers(module: LowRankLSTM | LowRankLSTMCell) -> Iterable[list[Direction]]:
     if isinstance(module, LowRankLSTMCell):
         ih, hh = module.matrix("weight_ih"), module.matrix("weight_hh")
         biases = [module.get_parameter(name) if module.bias else None for name in ("bias_ih", "bias_hh")]
-        storages = [module.storages.get(name, "float32") for name in ("weight_ih", "weight_hh")]
-        return [[Direction(ih, hh, *biases, None, *storages)]]
+        ih_storage, hh_storage = (module.storages.get(name, "float32") for name in ("weight_ih", "weight_hh"))
+        return [[Direction(ih, hh, biases[0], biases[1], None, ih_storage, hh_storage)]]
     endings = ("", "_reverse") if module.bidirectional else ("",)
     return ([module.direction(f"_l{layer}{ending}") for ending in endings] for layer in range(module.num_layers))
 
