@@ -102,11 +102,17 @@ def layers_of(
     """
     matrices = {site.key: (site, names) for site, names in find_matrices(tensors).items()}
     found: dict[str, LowRankLSTM] = {}
-    for key, (site, _) in matrices.items():
+    # Files order names in ways of their own; layers are numbered.
+    for key in sorted(matrices, key=_natural):
+        site, _ = matrices[key]
         if site.target == "hh" and not site.reverse:
             name = f"{site.module} layer {site.layer}".strip() if "_l" in site.name else site.module
             found[name] = _layer(key, matrices, tensors, sites or {})
     return found
+
+
+def _natural(key: str) -> list[str | int]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]
 
 
 def _layer(
