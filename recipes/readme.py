@@ -97,10 +97,10 @@ speed_part = "\n\n".join(
         markdown(["one layer", "dense float32", "dense int8", *(f"H/8 {name}" for name in precisions)], speed_rows),
         "From [`results/engines`](results/engines/engines.json): batch 1, one thread, I = H, T time steps, both matrices "
         "dense or of rank H/8. How many times faster the kernel is than the fastest dense rival of the precision, of "
-        "PyTorch (oneDNN on and off, `quantize_dynamic`), ONNX Runtime and OpenVINO; after the stroke, than the same low-rank "
-        "model as an ONNX Scan in the fastest of them. bfloat16 is compared with float32. Outputs are checked first; "
-        f"medians of interleaved calls on {engines['provenance']['processor']}. Below 1.00x the rival is faster: so in "
-        f"{sum(ratio < 1 for ratio in all_ratios)} of {len(all_ratios)} ratios to dense rivals at batch "
+        "PyTorch (oneDNN on and off, `quantize_dynamic`), ONNX Runtime and OpenVINO; after the stroke, than the same "
+        "low-rank model as an ONNX Scan in the fastest of them. bfloat16 is compared with float32. Outputs are checked "
+        f"first; medians of interleaved calls on {engines['provenance']['processor']}. Below 1.00x the rival is faster: "
+        f"in {sum(ratio < 1 for ratio in all_ratios)} of {len(all_ratios)} ratios to dense rivals at batch "
         f"{', '.join(map(str, sorted(batches)))}, threads {', '.join(map(str, sorted(threads)))} and every rank measured.",
         *([picture] if (ROOT / "docs" / "engines.png").exists() else []),
     ]

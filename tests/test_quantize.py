@@ -180,12 +180,13 @@ def test_weights_are_rounded_and_nothing_else(name, storage, before):
 
 @every_stranger
 @every_storage
-def test_again_is_as_once(name, storage):
-    model = make(name)
+@every_start
+def test_again_is_as_once(name, storage, before):
+    model = make(name, before)
     first = compress_(model, Quantize(storage))
-    before = state_of(model)
+    state = state_of(model)
     again = compress_(model, Quantize(storage))
-    assert_same(state_of(model), before, rtol=0.0, atol=0.0)
+    assert_same(state_of(model), state, rtol=0.0, atol=0.0)
     assert {(site.relative_error, site.note) for site in again.sites} == {(0.0, f"already {storage}")}
     assert again.model.bytes_before == again.model.bytes_after == first.model.bytes_after
 

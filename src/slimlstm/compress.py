@@ -115,7 +115,8 @@ def compress_matrix(kept_as: Matrix, plan: SitePlan, on_fraction: Callable[[floa
     check_matrix(matrix)
     source = sha256_of(matrix)
     if plan.method == DENSE:
-        return _stored(Compressed(source_sha256=source), kept_as, matrix, plan.storage)
+        exact = kept_as if isinstance(kept_as, Tensor) else kept_as[0].double() @ kept_as[1].double()
+        return _stored(Compressed(source_sha256=source), kept_as, exact, plan.storage)
     if plan.method == PRUNE:
         mask = magnitude_mask(matrix, plan.kept or 0)
         found = Compressed(mask=mask, relative_error=relative_error(matrix, matrix * mask), source_sha256=source)
