@@ -55,18 +55,32 @@ class FactoredModule(nn.Module):
         weights. Of a projected layer, ``weight_hr`` is kept as ``weight_hh``.
 
         Raises:
-            SlimLSTMError: there is no such matrix or storage.
+            SlimLSTMError: there is no such matrix or storage, or it is not float32 that would be rounded.
         """
         if name not in self.matrix_shapes:
             raise SlimLSTMError(f"there is no matrix {name!r} to store; there are {', '.join(self.matrix_shapes)}")
-        names = [f"{name}_u", f"{name}_v"] if name in self.ranks else [name]
-        projection = name.replace("weight_hh", "weight_hr")
-        if projection != name and projection in self._parameters:
-            names.append(projection)
         with torch.no_grad():
-            for weight in map(self._weight, names):
-                weight.copy_(rounded(weight, storage))
+            weights = [(self.original(part), rounded(self._weight(part), storage)) for part in self.stored_parts(name)]
+            for original, weight in weights:
+                original.copy_(weight)
         self.storages[name] = storage
+
+    def stored_parts(self, name: str) -> list[str]:
+        """The names of the weights that are kept as the matrix ``name`` is: itself or its factors, and the projection."""
+        projection = name.replace("weight_hh", "weight_hr")
+        parts = [f"{name}_u", f"{name}_v"] if name in self.ranks else [name]
+        return parts + ([projection] if projection != name and projection in self._parameters else [])
+
+    def original(self, name: str) -> Tensor:
+        """The parameter that the weight ``name`` is, or that a mask is laid on.
+
+        Raises:
+            SlimLSTMError: the weight is computed from several parameters.
+        """
+        try:
+            return self.get_parameter(name if name in self._parameters else f"parametrizations.{name}.original")
+        except AttributeError as error:
+            raise SlimLSTMError(f"{name} is computed from several parameters; remove its parametrization first") from error
 
     def product(self, name: str) -> Tensor:
         """The matrix ``name`` [m, n], factors multiplied."""
@@ -80,6 +94,8 @@ class FactoredModule(nn.Module):
 
     def set_factors(self, name: str, u: Tensor, v: Tensor) -> None:
         """Puts U [m, r] and V [r, n] in the place of the matrix ``name``; parameters are taken as they are.
+
+        The kernel keeps them in float32, whatever the matrix was stored in.
 
         Raises:
             SlimLSTMError: there is no such matrix, or the factors do not multiply to its shape.
@@ -95,6 +111,7 @@ class FactoredModule(nn.Module):
             delattr(self, name)
         for ending, factor in (("_u", u), ("_v", v)):
             self.register_parameter(name + ending, _as_parameter(factor))
+        self.storages.pop(name, None)
 
     def reset_parameters(self) -> None:
         """Draws all weights anew: as ``nn.LSTM`` does, factors so that their product has the same variance."""
@@ -241,6 +258,7 @@ class LowRankLSTM(FactoredModule):
         settings += [name for name in ("batch_first", "bidirectional") if getattr(self, name)]
         settings += [f"{name}={getattr(self, name)}" for name in ("dropout", "proj_size") if getattr(self, name)]
         settings += [] if self.bias else ["bias=False"]
+        settings += [f"storages={self.storages}"] if self.storages else []
         return ", ".join([*settings, f"ranks={self.ranks}"])
 
     def direction(self, suffix: str) -> Direction:
@@ -372,7 +390,8 @@ class LowRankLSTMCell(FactoredModule):
 
     def extra_repr(self) -> str:
         bias = "" if self.bias else ", bias=False"
-        return f"{self.input_size}, {self.hidden_size}{bias}, ranks={self.ranks}"
+        storages = f", storages={self.storages}" if self.storages else ""
+        return f"{self.input_size}, {self.hidden_size}{bias}{storages}, ranks={self.ranks}"
 
     def forward(self, input: Tensor, hx: State | None = None) -> State:
         if input.ndim not in (1, 2) or input.shape[-1] != self.input_size:
