@@ -8,6 +8,7 @@ sl.save(model, "small/")
 model = sl.load("small/", fresh_dense_model)
 """
 
+from slimlstm.calibrate import calibrate
 from slimlstm.compress import compress_
 from slimlstm.errors import SlimLSTMError
 from slimlstm.nn import LowRankLSTM, LowRankLSTMCell
@@ -25,6 +26,7 @@ __all__ = [
     "Quantize",
     "Report",
     "SlimLSTMError",
+    "calibrate",
     "compress_",
     "find_sites",
     "load",
