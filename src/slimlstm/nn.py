@@ -413,9 +413,12 @@ class LowRankLSTMCell(FactoredModule):
             self.storages.get("weight_hh", "float32"),
         )
         if input.ndim == 2:
-            return ops.cell(input, *hx, weights)
-        h, c = ops.cell(input[None], hx[0][None], hx[1][None], weights)
+            return self._step(input, *hx, weights)
+        h, c = self._step(input[None], hx[0][None], hx[1][None], weights)
         return h[0], c[0]
+
+    def _step(self, x: Tensor, h: Tensor, c: Tensor, weights: Direction) -> State:
+        return ops.cell(x, h, c, weights)
 
 
 def lstm_matrix_shapes(
