@@ -163,7 +163,8 @@ class Quantize:
 
     int8 has a float32 scale for every row. The parameters stay float32 in memory, rounded to what the storage holds, so
     that every backend computes with the same weights and training goes on from them; the fused kernel reads, and
-    :func:`slimlstm.save` writes, the small form. Of a projected layer, ``weight_hr`` goes with ``weight_hh``.
+    :func:`slimlstm.save` writes, the small form. Of a projected layer, ``weight_hr`` goes with ``weight_hh``. Weights that
+    a mask hides become zero.
 
     Attributes:
         storage: ``"int8"`` or ``"bfloat16"``.
