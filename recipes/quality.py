@@ -3,7 +3,7 @@
     python recipes/quality.py --model checkpoints/awd_lstm_ptb --corpus ptb --output results/quality_ptb
     python recipes/quality.py --model embedded --corpus wikitext-2 --output results/quality_embedded
 
-Calibrated methods see ``--tokens`` of the training text, no other. Every run compresses all recurrent matrices to ``--keep``
+Calibrated methods see ``--tokens`` of the training text only. Every run compresses all recurrent matrices to ``--keep``
 of their bytes and writes one JSON file with its provenance; runs whose file is there are skipped. Methods ending in -int8
 have the same bytes as the others, and so four times as many weights.
 """
