@@ -10,6 +10,7 @@ model = sl.load("small/", fresh_dense_model)
 
 from slimlstm.compress import compress_
 from slimlstm.errors import SlimLSTMError
+from slimlstm.finetune import finetune
 from slimlstm.nn import LowRankLSTM, LowRankLSTMCell
 from slimlstm.persist import load, save
 from slimlstm.plan import LowRank, Plan, Prune
@@ -26,6 +27,7 @@ __all__ = [
     "SlimLSTMError",
     "compress_",
     "find_sites",
+    "finetune",
     "load",
     "save",
 ]
