@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
 import time
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -162,8 +161,8 @@ def divergence(found: Tensor, expected: Tensor, temperature: float | None = 1.0)
         return mse_loss(found.float(), expected.float())
     if not temperature > 0.0:
         raise SlimLSTMError(f"a temperature is above zero, or None for the squared difference, not {temperature}")
-    ours, theirs = ((logits.float() / temperature).log_softmax(-1).flatten(0, -2) for logits in (found, expected))
-    return temperature**2 * kl_div(ours, theirs, reduction="batchmean", log_target=True)
+    ours, theirs = ((logits.float() / temperature).log_softmax(-1) for logits in (found, expected))
+    return temperature**2 * kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).mean()
 
 
 @dataclass
@@ -174,6 +173,7 @@ class _Place:
     position: int = 0
     mark: int = -1
     best_step: int = 0
+    best_value: float = math.inf
     seconds: float = 0.0
     seconds_to_validate: float = 0.0
     stopped: str = ""
@@ -328,8 +328,8 @@ class _Run:
             if not math.isfinite(value):
                 raise SlimLSTMError(f"validate gives {value} before the first step; nothing could be found to be better")
             place.seconds_to_validate = self.processes.of_first(time.monotonic() - began)
-        if all(value < other for _, other in place.validations):
-            place.best_step, self.best = place.step, _copies(self._tensors())
+        if value < place.best_value:
+            place.best_step, place.best_value, self.best = place.step, value, _copies(self._tensors())
         place.mark = mark
         place.validations.append((place.step, value))
         return True
@@ -377,7 +377,7 @@ class _Run:
         self.optimizer.step()
         place.losses.append(mean)
         if self.progress is not None and self.processes.rank == 0:
-            best = f", best {min(value for _, value in place.validations):.4f}" if place.validations else ""
+            best = "" if self.validate is None else f", best {place.best_value:.4f}"
             self.progress(f"step {place.step}: loss {mean:.4f}{best}", self._fraction())
 
     def _write(self) -> None:
@@ -511,7 +511,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # A damaged file makes the unpickler stumble in many ways.
         raise SlimLSTMError(f"the checkpoint {path} cannot be read ({error}); delete it or name another file") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise SlimLSTMError(f"{path} is no checkpoint of finetune; name another file")
