@@ -78,10 +78,10 @@ def finetune(
 
     AdamW without weight decay; the learning rate rises over the first twentieth of the budget and falls to zero at its end
     as a cosine; gradients are clipped to a norm of 1. The model is in training mode meanwhile, so that its own dropout
-    acts. Modes, ``requires_grad`` and PyTorch's random numbers are afterwards what they were, and the model has the best
-    weights that ``validate`` saw, also after an error or an interrupt; so it never ends worse than it began. Weights that
-    are kept in int8 or bfloat16 are trained as the parameters they are, and have to be rounded again afterwards:
-    ``compress_(model, Quantize(...))``.
+    acts. Modes, ``requires_grad`` and PyTorch's random numbers are afterwards what they were, and with ``validate``
+    the model has the best weights that it saw, so that it never ends worse than it began; after an error or an interrupt
+    likewise, or without ``validate`` the weights that it came with. Weights that are kept in int8 or bfloat16 are trained
+    as the parameters they are, and have to be rounded again afterwards: ``compress_(model, Quantize(...))``.
 
     Launched by ``torchrun``, or in a process group of yours, the processes train together. All come with the same model, on
     a device of their own, and the same ``batches``, of which process k takes batch k, k + world size and so on; gradients
@@ -121,7 +121,8 @@ def finetune(
     _check(batches, steps, minutes, lr, validations, patience)
     trained = _trained(model, parameters)
     device = next(iter(trained.values())).device
-    with _processes(device) as processes, _prepared(model, trained), _own_random_numbers(device):
+    processes = _processes(device)
+    with _prepared(model, trained), _own_random_numbers(device):
         run = _Run(model, batches, loss, trained, settings, dtype, processes, validate, checkpoint, progress)
         try:
             run.go()
@@ -518,20 +519,14 @@ def _read(path: Path) -> dict[str, Any] | None:
     return content
 
 
-@contextmanager
-def _processes(device: torch.device) -> Generator[_Processes, None, None]:
-    """The process group that there is, or for the time of a run the one that ``torchrun`` means."""
-    there = dist.is_available() and dist.is_initialized()
-    if not there and not (dist.is_available() and dist.is_torchelastic_launched()):
-        yield _Processes(device)
-        return
-    if not there:
+def _processes(device: torch.device) -> _Processes:
+    """The process group that there is, or the one that ``torchrun`` means."""
+    if not dist.is_available():
+        return _Processes(device)
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
+        # It stays for later runs: a second one could not be started reliably.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield _Processes(device, dist.get_rank(), dist.get_world_size())
-    finally:
-        if not there:
-            dist.destroy_process_group()
+    return _Processes(device, dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else _Processes(device)
 
 
 @contextmanager
