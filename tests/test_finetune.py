@@ -277,6 +277,16 @@ def test_only_what_is_named_is_trained():
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_losses_of_single_predictions_are_averaged():
+    means, singles = tagger(), tagger()
+    expected = sl.finetune(means, some_batches(), squares, steps=5)
+    found = sl.finetune(
+        singles, some_batches(), lambda m, x: mse_loss(outputs(m, x), x[..., :OUTPUTS], reduction="none"), steps=5
+    )
+    assert found.losses == expected.losses
+    assert_state(singles, state_of(means))
+
+
 def test_the_seed_decides():
     results = []
     for seed in (0, 0, 1):
@@ -441,8 +451,8 @@ def test_a_resumed_run_needs_the_batches_it_had(tmp_path):
         ({"batches": iter(some_batches())}, "list_iterator, which can be read only once"),
         ({"batches": []}, "epoch 0 has 0 batches, but 1 are needed"),
         ({"batches": lambda epoch: some_batches(2 - epoch)}, "epoch 2 has 0 batches"),
-        ({"loss": outputs}, r"scalar tensor, .* not \[7, 3, 3\]"),
-        ({"loss": lambda model, batch: 1.0}, "scalar tensor, .* not float"),
+        ({"loss": lambda model, batch: 1.0}, "return a tensor, losses or their mean, not float"),
+        ({"loss": lambda model, batch: outputs(model, batch[:0])}, "at step 0 the loss is nan"),
         ({"loss": lambda model, batch: squares(model, batch).detach()}, "does not depend on any parameter"),
         ({"loss": lambda model, batch: squares(model, batch) / 0.0}, "at step 0 the loss is inf"),
         ({"validate": lambda model: math.nan}, "validate gives nan before the first step"),

@@ -90,9 +90,9 @@ def finetune(
     Args:
         batches: what ``loss`` takes, batch by batch, iterated anew for every epoch; or a function from the number of the
             epoch to such an iterable, endless ones too.
-        loss: the mean loss of a batch, a scalar; :func:`distillation` makes one from the dense model. One that carries
-            something from batch to batch, such as a language model's state, has ``state_dict`` and ``load_state_dict``, as
-            modules have, so that a resumed run goes on with it.
+        loss: the losses of a batch's single predictions, of any shape, or their mean; :func:`distillation` makes it from
+            the dense model. A loss that carries something from batch to batch, such as a language model's state, has
+            ``state_dict`` and ``load_state_dict``, as modules have, so that a resumed run goes on with it.
         steps, minutes: the budget, one of the two. Minutes are wall clock, validations included.
         lr: the highest learning rate.
         parameters: what to train; by default all that require gradients.
@@ -106,8 +106,8 @@ def finetune(
         progress: called with a line of text and the fraction done, after every step.
 
     Raises:
-        SlimLSTMError: an argument that cannot be; a loss that is no finite scalar; batches that are empty or can be read
-            only once; a checkpoint of another model or of other settings.
+        SlimLSTMError: an argument that cannot be; a loss that is not finite or no tensor; batches that are empty or can be
+            read only once; a checkpoint of another model or of other settings.
     """
     settings = {
         "steps": steps,
@@ -363,8 +363,9 @@ class _Run:
         _seed(self.settings["seed"], "step", place.step, self.processes.rank)
         self.optimizer.zero_grad()
         with self.autocast:
-            value = self.loss(self.model, batch)
-        _check_loss(value)
+            losses = self.loss(self.model, batch)
+        _check_losses(losses)
+        value = losses.mean()
         value.backward()
         mean = self.processes.average(self.trained.values(), value)
         norm = float(nn.utils.clip_grad_norm_(self.trained.values(), _LARGEST_NORM))
@@ -480,11 +481,10 @@ def _trained(model: nn.Module, parameters: Iterable[nn.Parameter] | None) -> dic
     return trained
 
 
-def _check_loss(value: Any) -> None:
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        seen = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise SlimLSTMError(f"loss has to return a scalar tensor, the mean over its batch, not {seen}")
-    if not value.requires_grad:
+def _check_losses(losses: Any) -> None:
+    if not isinstance(losses, Tensor):
+        raise SlimLSTMError(f"loss has to return a tensor, losses or their mean, not {type(losses).__name__}")
+    if not losses.requires_grad:
         raise SlimLSTMError("the loss does not depend on any parameter that is trained, or was computed without gradients")
 
 
