@@ -452,7 +452,7 @@ def test_a_resumed_run_needs_the_batches_it_had(tmp_path):
         ({"batches": []}, "epoch 0 has 0 batches, but 1 are needed"),
         ({"batches": lambda epoch: some_batches(2 - epoch)}, "epoch 2 has 0 batches"),
         ({"loss": lambda model, batch: 1.0}, "return a tensor, losses or their mean, not float"),
-        ({"loss": lambda model, batch: outputs(model, batch[:0])}, "at step 0 the loss is nan"),
+        ({"loss": lambda model, batch: outputs(model, batch)[:0]}, "at step 0 the loss is nan"),
         ({"loss": lambda model, batch: squares(model, batch).detach()}, "does not depend on any parameter"),
         ({"loss": lambda model, batch: squares(model, batch) / 0.0}, "at step 0 the loss is inf"),
         ({"validate": lambda model: math.nan}, "validate gives nan before the first step"),
