@@ -64,7 +64,7 @@ def finetune(
     *,
     steps: int | None = None,
     minutes: float | None = None,
-    lr: float = 1e-3,
+    lr: float = 3e-4,
     parameters: Iterable[nn.Parameter] | None = None,
     validate: Callable[[nn.Module], float] | None = None,
     validations: int = 10,
@@ -94,7 +94,7 @@ def finetune(
             the dense model. A loss that carries something from batch to batch, such as a language model's state, has
             ``state_dict`` and ``load_state_dict``, as modules have, so that a resumed run goes on with it.
         steps, minutes: the budget, one of the two. Minutes are wall clock, validations included.
-        lr: the highest learning rate.
+        lr: the highest learning rate. Distillation, whose gradients are less noisy than those of labels, bears 1e-3.
         parameters: what to train; by default all that require gradients.
         validate: the value of the model in evaluation mode, lower being better.
         validations: how many times, evenly spread, ``validate`` is called beside once before the first step.
