@@ -11,6 +11,7 @@ model = sl.load("small/", fresh_dense_model)
 from slimlstm.calibrate import calibrate
 from slimlstm.compress import compress_
 from slimlstm.errors import SlimLSTMError
+from slimlstm.finetune import finetune
 from slimlstm.nn import LowRankLSTM, LowRankLSTMCell
 from slimlstm.persist import load, save
 from slimlstm.plan import LowRank, Plan, Prune, Quantize
@@ -29,6 +30,7 @@ __all__ = [
     "calibrate",
     "compress_",
     "find_sites",
+    "finetune",
     "load",
     "save",
 ]
