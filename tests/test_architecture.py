@@ -37,7 +37,7 @@ ARROWS = {
     "plots": {"analysis", "errors"},
     "persist": {"nn", "ops", "sites", "errors"},
     "export": {"nn", "sites", "errors"},
-    "demo": {"bench", "compress", "evaluate", "models", "nn", "plan", "provenance", "errors"},
+    "demo": {"bench", "calibrate", "compress", "evaluate", "models", "nn", "plan", "provenance", "sites", "errors"},
 }
 """The rooms that each room may import; its own files it always may."""
 ARROWS[FACE] = set(ARROWS)

@@ -388,14 +388,16 @@ RANKS = (1, 2)
 
 @pytest.fixture
 def tiny_demo(monkeypatch):
-    """The tour over a small untrained model and random text: the model and the text."""
-    model, tokens = AWDLSTM(CONFIG).eval(), torch.randint(len(WORDS), (400,))
+    """The tour over a small untrained model and random text: the model and the text that it is measured on."""
+    model, tokens = AWDLSTM(CONFIG).eval(), torch.randint(len(WORDS), (800,))
     # Logits of any size, so that perplexities differ visibly.
     nn.init.normal_(model.embedding.weight)
     monkeypatch.setattr(demo, "RANKS", RANKS)
     monkeypatch.setattr(demo, "embedded_model", lambda: model)
     monkeypatch.setattr(demo, "held_out_tokens", lambda: tokens)
-    return model, tokens
+    monkeypatch.setattr(demo, "_TOKENS", 400)
+    monkeypatch.setattr(demo, "_STEPS", 8)
+    return model, tokens[:400]
 
 
 def test_the_tour(tiny_demo, tmp_path, run_json):
@@ -404,13 +406,18 @@ def test_the_tour(tiny_demo, tmp_path, run_json):
     rows = {(row["method"], row["target"], row["rank"]): row for row in found["rows"]}
     assert list(rows) == [
         ("dense", "", None),
-        *itertools.product(("svd", "semi-nmf", "prune"), ("hh", "ih", "both"), RANKS),
+        *itertools.product(("svd", "semi-nmf", "fisher", "prune"), ("hh", "ih", "both"), RANKS),
     ]
     assert len(found["rows"]) == len(rows)
     size = sum(parameter.numel() for parameter in dense.lstms.parameters())
     first = found["rows"][0]
     assert (first["parameters"], first["bytes"], first["change"], first["latency_ratio"]) == (size, 4 * size, 0.0, 1.0)
     for (method, target, rank), row in rows.items():
+        assert row["change"] == pytest.approx(row["perplexity"] / first["perplexity"] - 1.0)
+        assert row["latency_ratio"] > 0.0
+        if method == "fisher":
+            assert row["bytes"] <= rows["svd", target, rank]["bytes"]
+            continue
         model = AWDLSTM(CONFIG)
         model.load_state_dict(dense.state_dict())
         if method != "dense":
@@ -418,9 +425,7 @@ def test_the_tour(tiny_demo, tmp_path, run_json):
             report = compress_(model, config)
             assert (row["parameters"], row["bytes"]) == (report.lstm.parameters_after, report.lstm.bytes_after)
         assert row["perplexity"] == pytest.approx(perplexity(model, tokens, streams=20).perplexity, rel=1e-6)
-        assert row["change"] == pytest.approx(row["perplexity"] / first["perplexity"] - 1.0)
-        assert row["latency_ratio"] > 0.0
-    assert len(re.findall(r"\.(?:\s|$)", found["summary"])) == 2
+    assert len(re.findall(r"\.(?:\s|$)", found["summary"])) == 3
     assert found["data_sha256"] == hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
     assert found["provenance"]["torch"] == torch.__version__
     assert found["plot"] == str(tmp_path / "curves.pdf")
@@ -431,7 +436,7 @@ def test_the_tour_on_paper(tiny_demo, tmp_path, run):
     status, out, err = run("demo", "--plot", tmp_path / "curves.png")
     assert status == 0
     assert "…" not in out
-    for words in ("dense", "svd", "semi-nmf", "prune", "perplexity", "SVD", "curves.png"):
+    for words in ("dense", "svd", "semi-nmf", "fisher", "prune", "perplexity", "SVD", "curves.png"):
         assert words in out
     assert re.fullmatch(r"\d+ s\n", err)
 

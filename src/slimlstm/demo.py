@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from slimlstm.bench import interleaved_seconds, median_ratios
+from slimlstm.calibrate import calibrate
 from slimlstm.compress import compress_, sha256_of
 from slimlstm.errors import SlimLSTMError
 from slimlstm.evaluate import perplexity
@@ -21,13 +23,15 @@ from slimlstm.models.embedded import embedded_model, held_out_tokens
 from slimlstm.nn import LowRankLSTM
 from slimlstm.plan import LowRank, Prune, Target
 from slimlstm.provenance import provenance
+from slimlstm.sites import find_sites
 
-METHODS = ("svd", "semi-nmf", "prune")
+METHODS = ("svd", "semi-nmf", "fisher", "prune")
 TARGETS: tuple[Target, ...] = ("hh", "ih", "both")
 RANKS = (10, 25, 50, 100)
 # Half of the held-out text, so that the whole tour takes about a minute.
 _TOKENS = 12_000
 _STREAMS = 20
+_STEPS = 70
 _LATENCY_STEPS = 35
 
 
@@ -35,6 +39,7 @@ _LATENCY_STEPS = 35
 class Row:
     """One way to compress the model.
 
+    ``rank`` is that of every matrix; of ``"fisher"``, whose ranks differ, the one that would take as many bytes.
     ``parameters`` and ``bytes`` are those of the LSTMs. ``change`` is the relative rise in perplexity over the dense model,
     ``latency_ratio`` how many times faster than the dense model the LSTMs read 35 tokens at batch 1, on one thread.
     """
@@ -65,15 +70,18 @@ class Tour:
         return next(r for r in self.rows if (r.method, r.target, r.rank) == (method, target, rank))
 
     def summary(self) -> str:
-        """What is to be seen, in two sentences made from the numbers."""
+        """What is to be seen, in three sentences made from the numbers."""
         rank = RANKS[-2]
         hh, ih = self.row("svd", "hh", rank), self.row("svd", "ih", rank)
+        both, fisher = self.row("svd", "both", rank), self.row("fisher", "both", rank)
         pairs = [(self.row("svd", target, r), self.row("prune", target, r)) for target in ("hh", "ih") for r in RANKS]
         svd_wins = sum(svd.perplexity < prune.perplexity for svd, prune in pairs)
         return (
             f"At rank {rank}, SVD of every hh matrix changes perplexity by {hh.change:+.1%} and leaves "
             f"{hh.parameters / self.dense.parameters:.0%} of the LSTM's parameters, while the same rank at every ih matrix "
             f"changes it by {ih.change:+.1%} and leaves {ih.parameters / self.dense.parameters:.0%}. "
+            f"With all matrices at rank {rank} SVD changes it by {both.change:+.1%}, Fisher-weighted factors of the same "
+            f"size by {fisher.change:+.1%}. "
             f"Against magnitude pruning with as many weights, SVD is the better one in {svd_wins} of {len(pairs)} cases, "
             "and it alone makes the stored model smaller."
         )
@@ -118,6 +126,9 @@ def run(progress: Callable[[str, float], None] | None = None) -> Tour:
         SlimLSTMError: a compressed model's fast output is not the one that the reference recurrence gives.
     """
     dense, tokens = embedded_model(), held_out_tokens()[:_TOKENS]
+    if progress is not None:
+        progress("calibrating", 0.0)
+    calibration = calibrate(dense, _pieces(held_out_tokens()[_TOKENS:]), _losses)
     sample = tokens[:_LATENCY_STEPS, None]
     ways = list(itertools.product(METHODS, TARGETS, RANKS))
     dense_loss = perplexity(dense, tokens, streams=_STREAMS)
@@ -127,8 +138,7 @@ def run(progress: Callable[[str, float], None] | None = None) -> Tour:
         if progress is not None:
             progress(f"{method} {target} rank {rank}", index / len(ways))
         model = copy.deepcopy(dense)
-        config = Prune(rank=rank, target=target) if method == "prune" else LowRank(method, rank=rank, target=target)
-        report = compress_(model, config)
+        report = compress_(model, _config(dense, method, target, rank), calibration=calibration)
         found = perplexity(model, tokens, streams=_STREAMS).perplexity
         rows.append(
             Row(
@@ -145,6 +155,27 @@ def run(progress: Callable[[str, float], None] | None = None) -> Tour:
     if progress is not None:
         progress("done", 1.0)
     return Tour(rows)
+
+
+def _config(dense: AWDLSTM, method: str, target: Target, rank: int) -> LowRank | Prune:
+    if method == "prune":
+        return Prune(rank=rank, target=target)
+    if method == "fisher":
+        sites = [site for site in find_sites(dense) if target in (site.target, "both")]
+        return LowRank(method, bytes=4 * rank * sum(sum(site.shape) for site in sites), target=target)
+    return LowRank(method, rank=rank, target=target)
+
+
+def _pieces(tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Inputs and targets [T, B] of a text, in pieces that are read one by one."""
+    length = len(tokens) // _STREAMS
+    text = tokens[: length * _STREAMS].view(_STREAMS, length).t()
+    starts = range(0, length - _STEPS, _STEPS)
+    return [(text[start : start + _STEPS], text[start + 1 : start + 1 + _STEPS]) for start in starts]
+
+
+def _losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return cross_entropy(model(batch[0])[0].flatten(0, 1), batch[1].flatten(), reduction="none")
 
 
 def _latency_ratio(dense: AWDLSTM, compressed: AWDLSTM, sample: Tensor) -> float:

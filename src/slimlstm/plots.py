@@ -15,6 +15,7 @@ Curve = Sequence[tuple[float, float]]
 _STYLE = {
     "svd": {"color": "#0b6e99", "marker": "o"},
     "semi-nmf": {"color": "#d9730d", "marker": "s", "linestyle": ":", "fillstyle": "none", "markersize": 9},
+    "fisher": {"color": "#2e7d32", "marker": "D"},
     "prune": {"color": "#6b6b6b", "marker": "^"},
 }
 _PRECISIONS = ("float32", "bfloat16", "int8")
