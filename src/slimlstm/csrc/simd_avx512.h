@@ -48,7 +48,8 @@ struct Simd {
     // sum + the products of four unsigned weights and four signed inputs in each word.
     static I dot_int8(I weights, I inputs, I sum) {
 #ifdef __AVX512VNNI__
-        return _mm512_dpbusd_epi32(sum, weights, inputs);
+        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(inputs));
+        return sum;
 #else
         I even = _mm512_madd_epi16(_mm512_and_si512(weights, _mm512_set1_epi16(255)),
                                    _mm512_srai_epi16(_mm512_slli_epi16(inputs, 8), 8));
