@@ -144,8 +144,8 @@ Task Layer::task(const Call& call, ptrdiff_t index) const {
     task.sizes = call.sizes;
     task.steps = call.steps, task.batch = call.batch, task.rows = call.rows;
     task.first_row = 0, task.last_row = call.batch;
-    task.h0 = call.h0 + index * call.batch * output;
-    task.c0 = call.c0 + index * call.batch * hidden;
+    if (call.h0) task.h0 = call.h0 + index * call.batch * output;
+    if (call.c0) task.c0 = call.c0 + index * call.batch * hidden;
     task.output = call.output + index * output;
     task.output_stride = directions * output;
     task.h = call.h + index * call.batch * output;

@@ -35,6 +35,11 @@ inline void copy(float* to, const float* from, ptrdiff_t count) {
     for (ptrdiff_t k = 0; k < count; ++k) to[k] = from[k];
 }
 
+inline void copy_or_clear(float* to, const float* from, ptrdiff_t count) {
+    if (from) return copy(to, from, count);
+    for (ptrdiff_t k = 0; k < count; ++k) to[k] = 0.0f;
+}
+
 // ---- elementwise ----
 
 // e^v for |v| <= 43, relative error below 1.2e-6; beyond, the value at the bound, where a sigmoid is 0 or 1 to 2e-19.
@@ -512,15 +517,14 @@ struct Run {
         }
         for (ptrdiff_t k = before; k < active; ++k) {
             ptrdiff_t row = task.first_row + k, own = smaller(last_unit, w.hidden_size) - first_unit;
-            copy(b.c + k * b.unit_stride + first_unit, task.c0 + row * w.hidden_size + first_unit, own);
-            for (ptrdiff_t unit = larger(w.hidden_size, first_unit); unit < last_unit; ++unit)
-                b.c[k * b.unit_stride + unit] = 0.0f;
-            const float* h0 = task.h0 + row * w.output_size;
-            float* h = b.h[read] + k * b.h_stride;
+            float *c = b.c + k * b.unit_stride, *h = b.h[read] + k * b.h_stride;
+            copy_or_clear(c + first_unit, task.c0 ? task.c0 + row * w.hidden_size + first_unit : nullptr, own);
+            copy_or_clear(c + first_unit + own, nullptr, last_unit - first_unit - own);
+            const float* h0 = task.h0 ? task.h0 + row * w.output_size : nullptr;
             if (w.hr.data)
-                copy(h, h0, w.output_size);
+                copy_or_clear(h, h0, w.output_size);
             else
-                copy(h + first_unit, h0 + first_unit, own);
+                copy_or_clear(h + first_unit, h0 ? h0 + first_unit : nullptr, own);
         }
         before = active;
         // Of a dense hh everybody reads all of h.
