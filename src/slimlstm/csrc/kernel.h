@@ -22,6 +22,7 @@ struct Panels {
     const float* scales = nullptr;  // of int8: [vectors * L]
     ptrdiff_t vectors = 0;
     ptrdiff_t inputs = 0;
+    ptrdiff_t words = 0;  // those of a lane
     Storage storage = Storage::float32;
 };
 

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstddef>
+#include <cstdint>
 
 namespace {
 
@@ -40,6 +41,15 @@ struct Simd {
     static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
     static I add_words(I a, I b) { return _mm512_add_epi32(a, b); }
     static I subtract_words(I a, I b) { return _mm512_sub_epi32(a, b); }
+    static I and_words(I a, I b) { return _mm512_and_si512(a, b); }
+    static I max_words(I a, I b) { return _mm512_max_epi32(a, b); }
+    static int largest_word(I v) { return _mm512_reduce_max_epi32(v); }
+    static int sum_of_words(I v) { return _mm512_reduce_add_epi32(v); }
+    static I as_words(F v) { return _mm512_castps_si512(v); }
+    // The lowest byte of each word.
+    static void store_bytes(int8_t* to, I words) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(words));
+    }
 
     // The bfloat16 in the lower and in the upper half of each word.
     static F low_halves(I words) { return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)); }
