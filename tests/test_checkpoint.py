@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.testing import assert_close
 
-from slimlstm import LowRank, Plan, Prune, SlimLSTMError, compress_, find_sites, load, save
+from slimlstm import LowRank, Plan, Prune, Quantize, SlimLSTMError, compress_, find_sites, load, save
 from slimlstm.checkpoint import compress_file, find_matrices, matrix_of, read_tensors
+from slimlstm.persist import read_config
 from slimlstm.plan import SitePlan
 
 INPUTS, H = 5, 6
@@ -540,6 +541,12 @@ TWICE = {
     "prune hh, then factor ih": (Prune(rank=2, target="hh"), LowRank(rank=2, target="ih")),
     "prune, then factor": (Prune(rank=2), LowRank(rank=2)),
     "prune, then prune more": (Prune(rank=2), Prune(rank=1)),
+    "quantise, then factor": (Quantize("bfloat16"), LowRank(rank=1)),
+    "quantise, then prune": (Quantize("int8"), Prune(rank=2)),
+    "quantise again": (Quantize("bfloat16"), Quantize("int8")),
+    "factor, then quantise": (LowRank(rank=2, target="hh"), Quantize("int8")),
+    "prune, then quantise": (Prune(rank=2, target="hh"), Quantize("int8")),
+    "quantise hh, then factor ih": (Quantize("int8", "hh"), LowRank(rank=2, target="ih")),
 }
 
 
@@ -553,6 +560,24 @@ def test_compress_file_goes_on_from_a_saved_folder(first, second, tmp_path):
     compress_file(tmp_path / "first", second, tmp_path / "second")
     assert equal(load(tmp_path / "second", fresh).state_dict(), model.state_dict())
     assert find_sites(fresh) == find_sites(model)
+    # Compressed as a model or as a file, it is the same folder.
+    save(model, tmp_path / "third")
+    second, third = (read_config(tmp_path / name) for name in ("second", "third"))
+    assert second["sites"] == third["sites"]
+    assert second["weights"] == third["weights"]
+
+
+@pytest.mark.parametrize("storage", ["int8", "bfloat16"])
+@every_model
+def test_compress_file_with_a_storage(make, storage, tmp_path):
+    fresh, model = inside(make()), inside(make())
+    model.load_state_dict(fresh.state_dict())
+    path = write(fresh.state_dict(), tmp_path / "w.pt")
+    report = compress_file(path, LowRank(rank=1), tmp_path / "out", storage=storage)
+    assert report == compress_(model, report.plan)
+    assert equal(load(tmp_path / "out", fresh).state_dict(), model.state_dict())
+    assert {site.storage for site in find_sites(model)} == {storage}
+    assert report == compress_file(path, report.plan, tmp_path / "again")
 
 
 class Doubled(nn.Module):
@@ -616,6 +641,12 @@ def with_nan():
     return state
 
 
+def with_nan_in_projection():
+    state = nn.ModuleDict({"encoder": nn.LSTM(INPUTS, H, proj_size=2)}).state_dict()
+    state["encoder.weight_hr_l0"][1, 2] = float("nan")
+    return state
+
+
 REFUSED = {
     "rank too high": (encoder, LowRank(rank=H + 1), "rank 7 is above 6"),
     "nothing smaller": (encoder, LowRank(rank=H), "nothing would get smaller: .*break-even"),
@@ -623,6 +654,8 @@ REFUSED = {
     "no such site": (encoder, Plan({"decoder.weight_hh_l0": SitePlan("svd", rank=1)}), "decoder.weight_hh_l0.*encoder"),
     "no LSTM": (lambda: nn.GRU(INPUTS, H), LowRank(rank=1), "no weights of an LSTM"),
     "filter": (encoder, LowRank(rank=1, filter=lambda _: False), "the filter chose none"),
+    "float64": (lambda: encoder().double(), Quantize("int8"), "encoder.weight_ih_l0: only float32 weights"),
+    "NaN in a projection": (with_nan_in_projection, Quantize("int8"), "weight_hh_l0: .*1 NaN"),
 }
 
 

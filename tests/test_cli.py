@@ -13,7 +13,7 @@ from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from slimlstm import LowRank, Prune, cli, compress_, data, demo, load
+from slimlstm import LowRank, Prune, Quantize, cli, compress_, data, demo, load
 from slimlstm.checkpoint import compress_file
 from slimlstm.evaluate import perplexity
 from slimlstm.models import embedded
@@ -191,6 +191,31 @@ def test_compress_then_eval(options, config, dtype, folder, tmp_path, run_json):
     assert found["predictions"] == expected.predictions
 
 
+@pytest.mark.parametrize(
+    ("options", "configs"),
+    [
+        (["--storage", "int8"], [Quantize("int8")]),
+        (["--storage", "bfloat16", "--target", "ih"], [Quantize("bfloat16", "ih")]),
+        (
+            ["--storage", "int8", "--keep", "0.3", "--target", "hh"],
+            [LowRank(keep=0.3, target="hh"), Quantize("int8", "hh")],
+        ),
+    ],
+    ids=["alone", "ih", "with a rank"],
+)
+def test_compress_with_a_storage_then_eval(options, configs, folder, tmp_path, run_json):
+    report = run_json("compress", folder / "model.safetensors", "-o", tmp_path / "small", *options)
+    model = load_awd_lstm(folder)
+    for config in configs:
+        compress_(model, config)
+    assert {site["storage"] for site in report["sites"]} == {configs[-1].storage}
+    found = run_json("eval", tmp_path / "small", "--text", tmp_path / "text.txt", "--vocab", folder / "vocab.txt")
+    assert found["perplexity"] == pytest.approx(perplexity(model, ids()).perplexity, rel=1e-9)
+    # The softmax has the embedding's weights, which are stored once.
+    assert found["bytes"] == report["model"]["bytes_after"]
+    assert found["bytes"] < run_json("eval", folder, "--text", tmp_path / "text.txt")["bytes"]
+
+
 def test_compress_says_how_the_folder_is_used(folder, tmp_path, run):
     status, out, _ = run("compress", folder / "model.safetensors", "-o", tmp_path / "small", "--rank", 2)
     assert status == 0
@@ -290,6 +315,12 @@ REFUSED = {
     "inspect: damaged": (writing("w.safetensors", b"\xff" * 99), ("inspect", "{}/w.safetensors"), "no intact"),
     "inspect: NaN": (altered(lstms__0__weight_hh_l0=NAN), ("inspect", FILE), "NaN"),
     "compress: no amount": (nothing, ("compress", FILE, *OUT), "give either rank or keep"),
+    "compress: storage": (nothing, ("compress", FILE, *OUT, "--storage", "int4"), "no storage is called 'int4'"),
+    "compress: a method without": (
+        nothing,
+        ("compress", FILE, *OUT, "--storage", "int8", "--method", "prune"),
+        "give either rank or keep",
+    ),
     "compress: two amounts": (nothing, ("compress", FILE, *OUT, "--rank", "1", "--keep", "0.5"), "either rank or keep"),
     "compress: method": (nothing, ("compress", FILE, *OUT, "--rank", "1", "--method", "magic"), "called 'magic'"),
     "compress: target": (nothing, ("compress", FILE, *OUT, "--rank", "1", "--target", "all"), "'ih', 'hh' or 'both'"),

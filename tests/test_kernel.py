@@ -28,7 +28,8 @@ from slimlstm import ops
 from slimlstm.errors import SlimLSTMError
 from slimlstm.nn import LowRankLSTM, LowRankLSTMCell
 from slimlstm.ops import cpu, reference
-from slimlstm.ops.weights import STORAGES, Direction
+from slimlstm.ops.weights import STORAGES, Direction, rounded
+from slimlstm.prune import apply_mask
 
 needs_kernel = pytest.mark.skipif(cpu.missing is not None, reason=str(cpu.missing))
 pytestmark = needs_kernel
@@ -218,7 +219,7 @@ def test_rounding_is_that_of_the_kernel(storage):
     module.bias_hh_l0.zero_()
     before = module.weight_ih_l0.clone()
     module.store("weight_ih_l0", storage)
-    torch.testing.assert_close(module.weight_ih_l0, before, rtol=1e-6, atol=0.0)
+    assert torch.equal(module.weight_ih_l0, before)
     module.backend = "fused"
     assert_current(module, torch.eye(3)[None])
 
@@ -241,7 +242,22 @@ def test_rounding_keeps_what_is_not_a_number_and_zeros():
         assert module(torch.full((3, 2, 5), 1e-42))[0].isfinite().all()
 
 
+def test_masked_weights_are_rounded_where_they_are_kept():
+    module, mask = LowRankLSTM(5, 33), torch.rand(4 * 33, 33) < 0.3
+    apply_mask(module, "weight_hh_l0", mask)
+    before = module.weight_hh_l0.detach().clone()
+    module.store("weight_hh_l0", "int8")
+    assert torch.equal(module.weight_hh_l0, rounded(before, "int8"))
+    assert not module.weight_hh_l0[~mask].any()
+
+
 def test_storages_refused():
+    with pytest.raises(SlimLSTMError, match="only float32 weights can be kept in int8"):
+        low_rank().double().store("weight_hh_l0", "int8")
+    computed = low_rank()
+    nn.utils.parametrizations.weight_norm(computed, "weight_hh_l0_u")
+    with pytest.raises(SlimLSTMError, match="weight_hh_l0_u is computed from several parameters"):
+        computed.store("weight_hh_l0", "int8")
     with pytest.raises(SlimLSTMError, match="no storage is called 'int4'"):
         low_rank().store("weight_hh_l0", "int4")
     with pytest.raises(SlimLSTMError, match="no matrix 'bias' to store"):

@@ -12,7 +12,7 @@ from slimlstm.compress import compress_
 from slimlstm.errors import SlimLSTMError
 from slimlstm.nn import LowRankLSTM, LowRankLSTMCell
 from slimlstm.persist import load, save
-from slimlstm.plan import LowRank, Plan, Prune
+from slimlstm.plan import LowRank, Plan, Prune, Quantize
 from slimlstm.report import Report
 from slimlstm.sites import find_sites
 
@@ -22,6 +22,7 @@ __all__ = [
     "LowRankLSTMCell",
     "Plan",
     "Prune",
+    "Quantize",
     "Report",
     "SlimLSTMError",
     "compress_",

@@ -10,6 +10,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,8 +21,11 @@ from torch import Tensor
 
 from slimlstm.compress import Progress, compress_matrix, site_report
 from slimlstm.errors import SlimLSTMError
-from slimlstm.persist import CONFIG, read_config, read_folder, site_entry, write_folder
-from slimlstm.plan import DENSE, LowRank, Plan, Prune, make_plan
+from slimlstm.factorize import check_matrix
+from slimlstm.nn import LowRankLSTM
+from slimlstm.ops.weights import Matrix, rounded, stored_bytes
+from slimlstm.persist import CONFIG, read_config, read_folder, site_entry, stored_names, write_folder
+from slimlstm.plan import DENSE, LowRank, Plan, Prune, Quantize, make_plan
 from slimlstm.report import Report, Total
 from slimlstm.sites import SITE_NAME, Site
 
@@ -76,14 +80,85 @@ def find_matrices(tensors: Mapping[str, Tensor]) -> dict[Site, tuple[str, ...]]:
 
 def matrix_of(names: tuple[str, ...], tensors: Mapping[str, Tensor]) -> Tensor:
     """The matrix [m, n] that is kept in the named tensors: one, one and its mask, or two factors."""
+    kept_as = _kept_as(names, tensors)
+    return kept_as if isinstance(kept_as, Tensor) else kept_as[0] @ kept_as[1]
+
+
+def _kept_as(names: tuple[str, ...], tensors: Mapping[str, Tensor]) -> Matrix:
     first, last = tensors[names[0]], tensors[names[-1]]
     if len(names) == 1:
         return first
-    return first * last if last.dtype == torch.bool else first @ last
+    return first * last if last.dtype == torch.bool else (first, last)
 
 
-def compress_file(path: Path, config: LowRank | Prune | Plan, folder: Path, progress: Progress | None = None) -> Report:
+def layers_of(
+    tensors: Mapping[str, Tensor], sites: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, LowRankLSTM]:
+    """Every LSTM layer among named tensors as a module of its own, in float32: both directions, factors as they are.
+
+    Args:
+        tensors: as of :func:`read_tensors`.
+        sites: the site entries of a folder's ``config.json``, which name storages.
+    """
+    matrices = {site.key: (site, names) for site, names in find_matrices(tensors).items()}
+    found: dict[str, LowRankLSTM] = {}
+    # Files order names in ways of their own; layers are numbered.
+    for key in sorted(matrices, key=_natural):
+        site, _ = matrices[key]
+        if site.target == "hh" and not site.reverse:
+            name = f"{site.module} layer {site.layer}".strip() if "_l" in site.name else site.module
+            found[name] = _layer(key, matrices, tensors, sites or {})
+    return found
+
+
+def _natural(key: str) -> list[str | int]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]
+
+
+def _layer(
+    key: str,
+    matrices: Mapping[str, tuple[Site, tuple[str, ...]]],
+    tensors: Mapping[str, Tensor],
+    sites: Mapping[str, Mapping[str, Any]],
+) -> LowRankLSTM:
+    endings = ["", "_reverse"] if f"{key}_reverse" in matrices else [""]
+    (rows, outputs), (_, inputs) = (matrices[name][0].shape for name in (key, key.replace("weight_hh", "weight_ih")))
+    projected = key.replace("weight_hh", "weight_hr") in tensors
+    layer = LowRankLSTM(
+        inputs,
+        rows // 4,
+        bias=key.replace("weight_hh", "bias_hh") in tensors,
+        bidirectional=len(endings) == 2,
+        proj_size=outputs if projected else 0,
+    ).eval()
+    for ending in endings:
+        for kind in ("weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh"):
+            name, place = f"{kind}_l0{ending}", key.replace("weight_hh", kind) + ending
+            if place in matrices:
+                kept_as = _kept_as(matrices[place][1], tensors)
+                if isinstance(kept_as, Tensor):
+                    layer.get_parameter(name).data = kept_as.float()
+                else:
+                    layer.set_factors(name, kept_as[0].float(), kept_as[1].float())
+            elif name in layer.state_dict():
+                layer.get_parameter(name).data = tensors[place].float()
+        for kind in ("weight_ih", "weight_hh"):
+            storage = sites.get(key.replace("weight_hh", kind) + ending, {}).get("storage")
+            if storage is not None:
+                layer.store(f"{kind}_l0{ending}", storage)
+    return layer
+
+
+def compress_file(
+    path: Path,
+    config: LowRank | Prune | Quantize | Plan,
+    folder: Path,
+    progress: Progress | None = None,
+    storage: str | None = None,
+) -> Report:
     """``compress_`` at the level of weights: reads a file, writes a folder that :func:`slimlstm.load` reads.
+
+    With a ``storage``, every site that ``config`` means is quantised too.
 
     Raises:
         SlimLSTMError: as :func:`read_tensors`, ``compress_`` and ``save``. Nothing is written then.
@@ -92,40 +167,60 @@ def compress_file(path: Path, config: LowRank | Prune | Plan, folder: Path, prog
     matrices = find_matrices(tensors)
     if not matrices:
         raise SlimLSTMError(f"{path} holds no weights of an LSTM, by names (weight_hh_l0) and shapes ([4H, H])")
-    plan = make_plan(config, list(matrices))
-    state, reports = dict(tensors), list[Any]()
     known: dict[str, dict[str, Any]] = read_config(path)["sites"] if path.is_dir() else {}
+    matrices = {replace(site, storage=known.get(site.key, {}).get("storage")): names for site, names in matrices.items()}
+    plan = make_plan(config, list(matrices))
+    if storage is not None:
+        plan = make_plan(plan.stored_as(storage), list(matrices))
+    state, reports = dict(tensors), list[Any]()
     # What was compressed before stays so.
     entries = {
         site.key: known.get(site.key) or site_entry(site, {}, tensors[names[0]].dtype)
         for site, names in matrices.items()
-        if site.rank is not None or site.kept is not None
+        if site.rank is not None or site.kept is not None or site.storage is not None
     }
     chosen = [(site, names) for site, names in matrices.items() if site.key in plan.sites]
     for index, (site, names) in enumerate(chosen):
         if progress is not None:
             progress(site.key, index / len(chosen))
-        action, matrix = plan.sites[site.key], matrix_of(names, tensors)
+        action, first = plan.sites[site.key], tensors[names[0]]
         try:
-            result = compress_matrix(matrix, action)
+            result = compress_matrix(_kept_as(names, tensors), action)
+            _round_projection(state, site.key, action.storage)
         except SlimLSTMError as error:
             raise SlimLSTMError(f"{site.key}: {error}") from error
-        reports.append(site_report(site, action, result, matrix.element_size()))
-        if action.method == DENSE:
+        reports.append(site_report(site, action, result, first.element_size()))
+        if not result.source_sha256:
             continue
+        mask = result.mask
+        if mask is None and site.kept is not None and result.factors is None:
+            mask = tensors[names[1]]
         for name in names:
             state.pop(name)
         state.pop(site.key, None)
+        rank = None if result.factors is None else result.factors[0].shape[1]
+        kept = None if mask is None else int(mask.sum())
+        after = Site(site.module, site.name, site.shape, rank, kept, storage=action.storage_of(site))
         provenance = {"method": action.method, "source_sha256": result.source_sha256}
-        after = Site(site.module, site.name, site.shape, action.rank, action.kept)
-        entries[site.key] = site_entry(after, provenance, matrix.dtype)
-        state.update(_stored_as(site, tensors[names[0]], result.factors, result.mask))
-    if not any(plan.sites[site.key].method != DENSE for site, _ in chosen):
+        if action.method == DENSE and site.key in known:
+            provenance = {name: known[site.key][name] for name in provenance if name in known[site.key]} or provenance
+        entries[site.key] = site_entry(after, provenance, first.dtype)
+        state.update(_stored_as(site, first if result.weight is None else result.weight.detach(), result.factors, mask))
+    changed = {report.key for report in reports if plan.sites[report.key].method != DENSE or plan.sites[report.key].storage}
+    if not changed:
         raise SlimLSTMError("nothing would get smaller: " + "; ".join(f"{report.key}: {report.note}" for report in reports))
-    _end_parametrizations(state, {site.module for site, _ in chosen if plan.sites[site.key].method != DENSE})
+    _end_parametrizations(state, {site.module for site, _ in chosen if site.key in changed})
     write_folder(folder, state, entries)
-    before, after = _sizes(tensors), _sizes(state)
+    before, after = _sizes(tensors, known), _sizes(state, entries)
     return Report(reports, plan, Total.between(before[0], after[0]), Total.between(before[1], after[1]))
+
+
+def _round_projection(state: Tensors, key: str, storage: str | None) -> None:
+    """Rounds the projection that goes with an hh matrix."""
+    projection = key.replace("weight_hh", "weight_hr")
+    if storage is not None and projection != key and projection in state:
+        check_matrix(state[projection])
+        state[projection] = rounded(state[projection], storage)
 
 
 def _end_parametrizations(state: Tensors, modules: set[str]) -> None:
@@ -140,7 +235,8 @@ def _stored_as(site: Site, matrix: Tensor, factors: Any, mask: Tensor | None) ->
     """The names and tensors that the compressed module's ``state_dict`` has for one matrix."""
     if factors is not None:
         return {f"{site.key}_u": factors[0].detach(), f"{site.key}_v": factors[1].detach()}
-    assert mask is not None  # noqa: S101 (a plan that is not dense gives one of the two)
+    if mask is None:
+        return {site.key: matrix}
     prefix = f"{site.module}." if site.module else ""
     place = f"{prefix}parametrizations.{site.name}"
     return {f"{place}.original": matrix, f"{place}.0.mask": mask}
@@ -189,19 +285,23 @@ def _is_lstm(
     return inputs > 0 and rows == hh_rows == 4 * hidden
 
 
-def _sizes(tensors: Mapping[str, Tensor]) -> tuple[tuple[int, int], tuple[int, int]]:
+def _sizes(
+    tensors: Mapping[str, Tensor], entries: Mapping[str, Mapping[str, Any]]
+) -> tuple[tuple[int, int], tuple[int, int]]:
     """Parameters and bytes of the LSTMs with their biases, and of everything; what a mask zeroes is no parameter."""
     matrices = find_matrices(tensors)
     zeroed = {names[0]: tensors[names[0]].numel() - site.kept for site, names in matrices.items() if site.kept is not None}
     modules = {f"{site.module}." if site.module else "" for site in matrices}
     parts = [name for name in tensors if any(_LSTM_PART.fullmatch(name[len(m) :]) for m in modules if name.startswith(m))]
-    return _size(parts, tensors, zeroed), _size(tensors, tensors, zeroed)
+    storages = dict(stored_names(tensors, entries))
 
+    def size(names: Iterable[str]) -> tuple[int, int]:
+        unique = {tensors[name].data_ptr(): name for name in names if tensors[name].is_floating_point()}
+        count = sum(tensors[name].numel() - zeroed.get(name, 0) for name in unique.values())
+        parts = ((tensors[name], storages.get(name)) for name in unique.values())
+        return count, sum(stored_bytes(tuple(part.shape), storage, part.element_size()) for part, storage in parts)
 
-def _size(names: Iterable[str], tensors: Mapping[str, Tensor], zeroed: Mapping[str, int]) -> tuple[int, int]:
-    unique = {tensors[name].data_ptr(): name for name in names if tensors[name].is_floating_point()}.values()
-    count = sum(tensors[name].numel() - zeroed.get(name, 0) for name in unique)
-    return count, sum(tensors[name].numel() * tensors[name].element_size() for name in unique)
+    return size(parts), size(tensors)
 
 
 def _read_safetensors(path: Path) -> Tensors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
@@ -9,7 +10,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
@@ -18,15 +19,19 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from slimlstm import data, demo, plots
-from slimlstm.checkpoint import compress_file, find_matrices, matrix_of, read_tensors
+from slimlstm.bench import bench_layers
+from slimlstm.checkpoint import compress_file, find_matrices, layers_of, matrix_of, read_tensors
+from slimlstm.compress import compress_, size
 from slimlstm.errors import SlimLSTMError
 from slimlstm.evaluate import perplexity
 from slimlstm.factorize import SOLVERS, singular_values
 from slimlstm.models import embedded
 from slimlstm.models.awd_lstm import AWDLSTM, config_of, load_awd_lstm
-from slimlstm.persist import CONFIG, load, read_folder
-from slimlstm.plan import PRUNE, LowRank, Prune
+from slimlstm.nn import LowRankLSTM
+from slimlstm.persist import CONFIG, load, read_config, read_folder
+from slimlstm.plan import PRUNE, LowRank, Prune, Quantize, Target, make_plan
 from slimlstm.rank import break_even_rank, rank_for_energy
+from slimlstm.sites import find_hosts, find_sites
 
 app = typer.Typer(
     help="Makes trained LSTMs small and fast by low-rank factorisation.",
@@ -40,6 +45,14 @@ output = Console(width=None if sys.stdout.isatty() else 160)
 messages = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Method = Annotated[str, typer.Option(help=f"{', '.join(SOLVERS)} or {PRUNE}.")]
+Rank = Annotated[int | None, typer.Option(help="The same rank at every matrix.")]
+Keep = Annotated[float | None, typer.Option(help="The fraction of every matrix's parameters to keep.")]
+TargetOption = Annotated[str, typer.Option("--target", help="hh, ih or both.")]
+Storage = Annotated[
+    str | None,
+    typer.Option(help="Keep the weights as int8 or bfloat16, of factors too; without rank and keep, this alone."),
+]
 _SKETCH = "▁▂▃▄▅▆▇█"
 
 
@@ -122,23 +135,69 @@ def inspect(
 def compress(
     file: Annotated[Path, typer.Argument(help="A .safetensors, .pt, .pth or .onnx file.")],
     folder: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
-    method: Annotated[str, typer.Option(help=f"{', '.join(SOLVERS)} or {PRUNE}.")] = "svd",
-    rank: Annotated[int | None, typer.Option(help="The same rank at every matrix.")] = None,
-    keep: Annotated[float | None, typer.Option(help="The fraction of every matrix's parameters to keep.")] = None,
-    target: Annotated[str, typer.Option(help="hh, ih or both.")] = "both",
+    method: Method = "svd",
+    rank: Rank = None,
+    keep: Keep = None,
+    target: TargetOption = "both",
+    storage: Storage = None,
     as_json: Json = False,
 ) -> None:
     """Compress the LSTMs in a weight file; slimlstm.load puts the folder into the model."""
-    amounts: dict[str, Any] = {"rank": rank, "keep": keep, "target": target}
-    config = Prune(**amounts) if method == PRUNE else LowRank(method, **amounts)
+    config = _config(method, rank, keep, target, storage)
     with _progress("compressing") as progress:
-        report = compress_file(file, config, folder, progress)
+        report = compress_file(file, config, folder, progress, storage)
     _show(
         report.to_dict(),
         as_json,
         report,
         f"Written to {folder}; slimlstm.load({str(folder)!r}, model) puts it into the model.",
     )
+
+
+@app.command("bench")
+def bench_command(
+    file: Annotated[
+        str, typer.Argument(help="A .safetensors, .pt, .pth or .onnx file, the folder of an AWD-LSTM, or 'embedded'.")
+    ],
+    compressed: Annotated[Path | None, typer.Option(help="A folder that slimlstm saved of the same model.")] = None,
+    method: Method = "svd",
+    rank: Rank = None,
+    keep: Keep = None,
+    target: TargetOption = "both",
+    storage: Storage = None,
+    steps: Annotated[int, typer.Option(help="Time steps of a call.")] = 35,
+    batch: Annotated[int, typer.Option(help="Sequences of a call.")] = 1,
+    threads: Annotated[int, typer.Option(help="Threads that every engine may use.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Time the LSTM layers of a model, dense in every engine and compressed in this one, side by side."""
+    wanted = rank is not None or keep is not None or storage is not None
+    if wanted and compressed is not None:
+        raise SlimLSTMError("give either --compressed, a folder, or how to compress (--rank, --keep, --storage), not both")
+    layers = _layers(file)
+    changed = layers if compressed is None else layers_of(*_tensors_and_sites(compressed))
+    if wanted:
+        changed = copy.deepcopy(layers)
+        holder = torch.nn.ModuleList(changed.values())
+        config = _config(method, rank, keep, target, storage)
+        plan = make_plan(config, find_sites(holder))
+        compress_(holder, plan if storage is None else plan.stored_as(storage))
+    with _progress("timing") as progress:
+        found = bench_layers(layers, changed, steps=steps, batch=batch, threads=threads, progress=progress)
+    _show({"file": file, **found.to_dict()}, as_json, found)
+
+
+def _layers(name: str) -> dict[str, LowRankLSTM]:
+    path = Path(name)
+    if name == "embedded":
+        return layers_of(embedded.embedded_model().state_dict())
+    if path.is_dir() and not (path / CONFIG).exists():
+        return layers_of(load_awd_lstm(name).state_dict())
+    return layers_of(*_tensors_and_sites(path))
+
+
+def _tensors_and_sites(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    return read_tensors(path), read_config(path)["sites"] if path.is_dir() else {}
 
 
 @app.command("eval")
@@ -171,7 +230,7 @@ def eval_command(
         "predictions": found.predictions,
         "perplexity_per_word": math.exp(min(found.loss * len(tokens) / max(words, 1), 700.0)),
         "parameters": sum(parameter.numel() for parameter in parameters),
-        "bytes": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+        "bytes": size([network], find_hosts(network))[1],
     }
     table = Table(show_header=False)
     for key, value in result.items():
@@ -200,6 +259,15 @@ def draw_tour(tour: demo.Tour, path: Path) -> None:
         for target in demo.TARGETS
     }
     plots.quality_curves(panels, tour.dense.perplexity, path, x_label="LSTM parameters kept (%)", y_label="perplexity")
+
+
+def _config(
+    method: str, rank: int | None, keep: float | None, target: str, storage: str | None
+) -> LowRank | Prune | Quantize:
+    if storage is not None and (method, rank, keep) == ("svd", None, None):
+        return Quantize(storage, cast(Target, target))
+    amounts: dict[str, Any] = {"rank": rank, "keep": keep, "target": target}
+    return Prune(**amounts) if method == PRUNE else LowRank(method, **amounts)
 
 
 def _language_model(name: str) -> AWDLSTM:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,11 +12,14 @@ from torch import Tensor, nn
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.factorize import SOLVERS, check_matrix, relative_error
-from slimlstm.plan import DENSE, PRUNE, LowRank, Plan, Prune, SitePlan, make_plan
+from slimlstm.nn import FactoredModule
+from slimlstm.ops.dense import rebuilt
+from slimlstm.ops.weights import Matrix, matrix_bytes, rounded, stored_bytes
+from slimlstm.plan import DENSE, PRUNE, LowRank, Plan, Prune, Quantize, SitePlan, make_plan
 from slimlstm.prune import magnitude_mask
 from slimlstm.rank import break_even_rank
 from slimlstm.report import Report, SiteReport, Total
-from slimlstm.sites import Host, Site, find_hosts, replace
+from slimlstm.sites import Host, Site, find_hosts, provenance_of, replace
 
 Progress = Callable[[str, float], None]
 """Called with a site's key and the fraction of the whole work that is done."""
@@ -23,34 +27,38 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Compressed:
-    """What stands for one matrix [m, n]: factors (U, V) or a mask, neither where it stays as it is; how it was found."""
+    """What stands for one matrix [m, n]: factors (U, V), or a mask and a dense weight, None where there is none or where
+    it stays as it is; how it was found."""
 
     factors: tuple[nn.Parameter, nn.Parameter] | None = None
     mask: Tensor | None = None
+    weight: nn.Parameter | None = None
     relative_error: float = 0.0
     iterations: int = 0
     converged: bool = True
     source_sha256: str = ""
 
 
-def compress_(model: nn.Module, config: LowRank | Prune | Plan, *, progress: Progress | None = None) -> Report:
+def compress_(model: nn.Module, config: LowRank | Prune | Quantize | Plan, *, progress: Progress | None = None) -> Report:
     """Compresses the LSTMs of ``model`` in place, without training.
 
     Works on ``nn.LSTM`` and ``nn.LSTMCell`` anywhere in the module tree; a shared module or matrix is compressed once and
-    stays shared. Factored modules become :class:`slimlstm.LowRankLSTM` or ``LowRankLSTMCell``; pruned ones stay what
-    they are. Weight drop and other parametrizations of a compressed module end, which the report notes. A matrix whose
-    factors would be no smaller stays dense. Optimisers made before do not know the factors: make them anew.
+    stays shared. Factored and quantised modules become :class:`slimlstm.LowRankLSTM` or ``LowRankLSTMCell``; pruned ones
+    stay what they are. Weight drop and other parametrizations of a compressed module end, which the report notes. A
+    matrix whose factors would be no smaller stays dense. Optimisers made before do not know the new parameters: make them
+    anew.
 
     Args:
         model: any module; a bare ``nn.LSTM`` goes through :meth:`LowRankLSTM.from_dense` first.
-        config: what to do, as a rule (``LowRank``, ``Prune``) or site by site (``Plan``, such as a report's).
+        config: what to do, as a rule (``LowRank``, ``Prune``, ``Quantize``) or site by site (``Plan``, such as a report's).
         progress: called with a site's key and the fraction done, now and then.
 
     Returns:
         Per site and in total: parameters and bytes before and after, relative errors.
 
     Raises:
-        SlimLSTMError: no site is meant, a site cannot be compressed, or a matrix holds NaN. Nothing has changed then.
+        SlimLSTMError: no site is meant, a site cannot be compressed, a matrix holds NaN, or it is not float32 that would
+            be quantised. Nothing has changed then.
     """
     hosts = find_hosts(model)
     plan = make_plan(config, [site for host in hosts for site in host.sites()])
@@ -68,14 +76,22 @@ def compress_(model: nn.Module, config: LowRank | Prune | Plan, *, progress: Pro
         if not changed:
             continue
         notes += host.notes
-        methods = {site.name: plan.sites[site.key].method for owner, site in chosen if owner is host}
-        replace(
+        plans = {site.name: plan.sites[site.key] for owner, site in chosen if owner is host}
+        module = replace(
             model,
             host,
             {name: result.factors for name, result in changed.items() if result.factors is not None},
             {name: result.mask for name, result in changed.items() if result.mask is not None},
-            {name: {"method": methods[name], "source_sha256": result.source_sha256} for name, result in changed.items()},
+            {name: result.weight for name, result in changed.items() if result.weight is not None},
+            {
+                name: {"method": plans[name].method, "source_sha256": result.source_sha256}
+                for name, result in changed.items()
+                if plans[name].method != DENSE or not provenance_of(host.lstm, name)
+            },
         )
+        for name, site_plan in plans.items():
+            if site_plan.storage is not None and isinstance(module, FactoredModule):
+                module.store(name, site_plan.storage)
     hosts = find_hosts(model)
     return Report(
         reports,
@@ -86,27 +102,47 @@ def compress_(model: nn.Module, config: LowRank | Prune | Plan, *, progress: Pro
     )
 
 
-def compress_matrix(matrix: Tensor, plan: SitePlan, on_fraction: Callable[[float], None] | None = None) -> Compressed:
-    """Carries out one site's plan on its matrix [m, n]; the matrix itself is not changed.
+def compress_matrix(kept_as: Matrix, plan: SitePlan, on_fraction: Callable[[float], None] | None = None) -> Compressed:
+    """Carries out one site's plan on its matrix [m, n], or on the factors that it is kept as; they are not changed.
 
     Raises:
-        SlimLSTMError: the matrix is empty or holds NaN or infinite numbers, or the rank does not fit.
+        SlimLSTMError: the matrix is empty or holds NaN or infinite numbers, the rank does not fit, or what is to be
+            quantised is not float32.
     """
-    if plan.method == DENSE:
+    if plan.method == DENSE and plan.storage is None:
         return Compressed()
+    matrix = rebuilt(kept_as)
     check_matrix(matrix)
     source = sha256_of(matrix)
+    if plan.method == DENSE:
+        exact = kept_as if isinstance(kept_as, Tensor) else kept_as[0].double() @ kept_as[1].double()
+        return _stored(Compressed(source_sha256=source), kept_as, exact, plan.storage)
     if plan.method == PRUNE:
         mask = magnitude_mask(matrix, plan.kept or 0)
-        return Compressed(mask=mask, relative_error=relative_error(matrix, matrix * mask), source_sha256=source)
+        found = Compressed(mask=mask, relative_error=relative_error(matrix, matrix * mask), source_sha256=source)
+        return _stored(found, matrix * mask, matrix, plan.storage)
 
     def on_iteration(done: int, most: int) -> None:
         if on_fraction is not None:
             on_fraction(done / most)
 
     found = SOLVERS[plan.method](matrix, plan.rank or 0, on_iteration)
-    factors = nn.Parameter(found.u), nn.Parameter(found.v)
-    return Compressed(factors, None, found.residual, found.iterations, found.converged, source)
+    result = Compressed(None, None, None, found.residual, found.iterations, found.converged, source)
+    return _stored(result, (found.u, found.v), matrix, plan.storage)
+
+
+def _stored(result: Compressed, kept_as: Matrix, matrix: Tensor, storage: str | None) -> Compressed:
+    """``result`` with the weights that stand for ``matrix``, rounded where a storage is given, and the error of both."""
+    if isinstance(kept_as, Tensor):
+        if storage is None:
+            return result
+        after = rounded(kept_as, storage)
+        result = dataclasses.replace(result, weight=nn.Parameter(after.clone()))
+    else:
+        u, v = (factor if storage is None else rounded(factor, storage) for factor in kept_as)
+        result = dataclasses.replace(result, factors=(nn.Parameter(u), nn.Parameter(v)))
+        after = u.double() @ v.double()
+    return result if storage is None else dataclasses.replace(result, relative_error=relative_error(matrix, after))
 
 
 def sha256_of(tensor: Tensor) -> str:
@@ -125,7 +161,15 @@ def size(modules: Iterable[nn.Module], hosts: list[Host]) -> tuple[int, int]:
         if site.kept is not None
     }
     count = sum(parameter.numel() - masked.get(key, 0) for key, parameter in parameters.items())
-    return count, sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
+    storages = {
+        id(host.lstm.original(part)): storage
+        for host in hosts
+        if isinstance(host.lstm, FactoredModule)
+        for name, storage in host.lstm.storages.items()
+        for part in host.lstm.stored_parts(name)
+    }
+    stored = (stored_bytes(tuple(p.shape), storages.get(key), p.element_size()) for key, p in parameters.items())
+    return count, sum(stored)
 
 
 def _solve(plan: Plan, chosen: list[tuple[Host, Site]], progress: Progress | None) -> dict[str, Compressed]:
@@ -142,23 +186,38 @@ def _solve(plan: Plan, chosen: list[tuple[Host, Site]], progress: Progress | Non
         known = (host.identity(site.name), action)
         if known not in shared:
             try:
-                shared[known] = compress_matrix(host.matrix(site.name), action, on_fraction)
+                shared[known] = compress_matrix(host.kept_as(site.name), action, on_fraction)
+                if action.storage is not None:
+                    _check_storable(host, site.name)
             except SlimLSTMError as error:
                 raise SlimLSTMError(f"{site.key}: {error}") from error
         results[site.key] = shared[known]
-        for factor in results[site.key].factors or ():
-            factor.requires_grad_(host.is_trained(site.name))
+        for parameter in (*(results[site.key].factors or ()), results[site.key].weight):
+            if parameter is not None:
+                parameter.requires_grad_(host.is_trained(site.name))
         on_fraction(1.0)
     return results
+
+
+def _check_storable(host: Host, name: str) -> None:
+    """Raises :class:`SlimLSTMError` where a projection cannot be rounded, or what is rounded would not be what is used."""
+    projection = host.projection(name)
+    if projection is not None:
+        check_matrix(projection)
+    if isinstance(host.lstm, FactoredModule):
+        computed = [part for part in host.lstm.stored_parts(name) if host.is_computed(part)]
+        if computed:
+            raise SlimLSTMError(f"{', '.join(computed)} is parametrized; remove the parametrization first")
 
 
 def site_report(site: Site, plan: SitePlan, result: Compressed, itemsize: int) -> SiteReport:
     """What ``result`` means for a site whose numbers take ``itemsize`` bytes each."""
     m, n = site.shape
-    rank = plan.rank if result.factors is not None else site.rank
+    rank = result.factors[0].shape[1] if result.factors is not None else site.rank
     after = site.parameters if rank is None else rank * (m + n)
     if result.mask is not None:
         after = int(result.mask.sum())
+    storage = plan.storage_of(site)
     return SiteReport(
         key=site.key,
         shape=site.shape,
@@ -167,15 +226,11 @@ def site_report(site: Site, plan: SitePlan, result: Compressed, itemsize: int) -
         break_even_rank=break_even_rank(site.shape),
         parameters_before=site.parameters,
         parameters_after=after,
-        bytes_before=_stored(site.shape, site.rank) * itemsize,
-        bytes_after=_stored(site.shape, rank) * itemsize,
+        bytes_before=matrix_bytes(site.shape, site.rank, site.storage, itemsize),
+        bytes_after=matrix_bytes(site.shape, rank, storage, itemsize),
         relative_error=result.relative_error,
         iterations=result.iterations,
         converged=result.converged,
         note=plan.note,
+        storage=storage,
     )
-
-
-def _stored(shape: tuple[int, int], rank: int | None) -> int:
-    m, n = shape
-    return m * n if rank is None else rank * (m + n)

@@ -17,6 +17,9 @@ from slimlstm.errors import SlimLSTMError
 _DIRECTION_STEPS = 500
 _SMALLEST_ENTRY = 0.05
 
+DAMPING = 1e-3
+"""Of :class:`WeightedSVD`."""
+
 OnIteration = Callable[[int, int], None]
 """Called as ``(iterations done, most iterations)`` while an iterative solver runs."""
 
@@ -97,6 +100,75 @@ def semi_nmf(
             on_iteration(iterations, max_iterations)
     u = _solve_psd(best @ best.T, best @ w.T).T
     return _result(matrix, *_balanced(u, best), iterations, converged)
+
+
+class WeightedSVD:
+    """Every rank's best approximation W' of W [m, n] where the loss of W' is tr((W - W')ᵀ G (W - W') A).
+
+    With A = R Rᵀ that is ‖G^½ (W - W') R‖_F², and W' = W R V_r V_rᵀ R⁻¹ with V_r the leading eigenvectors of (W R)ᵀ G W R:
+    what G^½ W R keeps when its SVD is truncated, with the weights taken off again (for A alone DRONE, Chen et al. 2021).
+    G need not be invertible.
+
+    Args:
+        matrix: W [m, n].
+        inputs: A, the second moment of W's inputs: [n, n] or, of a diagonal A, [n].
+        gradients: G, that of the gradients at W's outputs: [m, m] or [m]; None for the identity.
+
+    Where no input ever went A says nothing, and W' would be free to be anything; so λ = ``DAMPING`` times the mean of A's
+    diagonal is added to it.
+
+    Raises:
+        SlimLSTMError: as :func:`svd`, and moments that do not fit the matrix or are not finite.
+    """
+
+    def __init__(self, matrix: Tensor, inputs: Tensor, gradients: Tensor | None = None) -> None:
+        check_matrix(matrix)
+        m, n = matrix.shape
+        for name, moment, size in (("inputs", inputs, n), ("gradients", gradients, m)):
+            if moment is not None and moment.shape not in ((size,), (size, size)):
+                raise SlimLSTMError(
+                    f"{name} of a {m} x {n} matrix are [{size}, {size}] or [{size}], not {list(moment.shape)}"
+                )
+            if moment is not None and not bool(torch.isfinite(moment).all()):
+                raise SlimLSTMError(f"the moments of the {name} hold NaN or infinite numbers; were the batches finite?")
+        self.matrix = matrix
+        root, self._unroot = _roots(inputs.to(matrix.device, torch.float64))
+        self._weighted = _times(matrix.detach().double(), root)
+        outer = self._weighted
+        if gradients is not None:
+            outer = _times(outer.T, gradients.to(matrix.device, torch.float64)).T
+        values, vectors = torch.linalg.eigh(self._weighted.T @ outer)
+        self.losses = values.flip(0).clamp_min(0.0)[: min(m, n)]
+        """[min(m, n)]: how much leaving out each direction adds to the loss, largest first."""
+        self._directions = vectors.flip(1)
+
+    def factors(self, rank: int) -> Factors:
+        """W' = U V of this rank.
+
+        Raises:
+            SlimLSTMError: the rank is not in [1, min(m, n)].
+        """
+        check_rank(self.matrix, rank)
+        directions = self._directions[:, :rank]
+        u, v = self._weighted @ directions, _times(directions.T, self._unroot)
+        return _result(self.matrix, *_balanced(u, v))
+
+
+def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """A^½ and A^-½ of a damped A, [n, n] or [n]."""
+    diagonal = moment if moment.ndim == 1 else moment.diagonal()
+    damping = DAMPING * float(diagonal.mean()) or 1.0
+    if moment.ndim == 1:
+        root = (moment + damping).sqrt()
+        return root, 1 / root
+    values, vectors = torch.linalg.eigh(moment)
+    root = (values.clamp_min(0.0) + damping).sqrt()
+    return vectors * root @ vectors.T, vectors / root @ vectors.T
+
+
+def _times(matrix: Tensor, moment: Tensor) -> Tensor:
+    """matrix · moment, the latter full or diagonal."""
+    return matrix * moment if moment.ndim == 1 else matrix @ moment
 
 
 SOLVERS: dict[str, Callable[[Tensor, int, OnIteration | None], Factors]] = {"svd": svd, "semi-nmf": semi_nmf}

@@ -46,7 +46,7 @@ class FactoredModule(nn.Module):
 
     _kept: tuple[list[nn.Parameter], dict[str, str], list[Layer]] | None = None
 
-    def _layers(self) -> Sequence[Sequence[Direction]]:
+    def layers(self) -> Sequence[Sequence[Direction]]:
         """The weights of all layers: the same objects as long as the parameters and storages are the same."""
         kept, parameters = self._kept, self._parameters
         if kept is not None and not torch.compiler.is_compiling():
@@ -83,18 +83,32 @@ class FactoredModule(nn.Module):
         weights. Of a projected layer, ``weight_hr`` is kept as ``weight_hh``.
 
         Raises:
-            SlimLSTMError: there is no such matrix or storage.
+            SlimLSTMError: there is no such matrix or storage, or it is not float32 that would be rounded.
         """
         if name not in self.matrix_shapes:
             raise SlimLSTMError(f"there is no matrix {name!r} to store; there are {', '.join(self.matrix_shapes)}")
-        names = [f"{name}_u", f"{name}_v"] if name in self.ranks else [name]
-        projection = name.replace("weight_hh", "weight_hr")
-        if projection != name and projection in self._parameters:
-            names.append(projection)
         with torch.no_grad():
-            for weight in map(self._weight, names):
-                weight.copy_(rounded(weight, storage))
+            weights = [(self.original(part), rounded(self._weight(part), storage)) for part in self.stored_parts(name)]
+            for original, weight in weights:
+                original.copy_(weight)
         self.storages[name] = storage
+
+    def stored_parts(self, name: str) -> list[str]:
+        """The names of the weights that are kept as the matrix ``name`` is: itself or its factors, and the projection."""
+        projection = name.replace("weight_hh", "weight_hr")
+        parts = [f"{name}_u", f"{name}_v"] if name in self.ranks else [name]
+        return parts + ([projection] if projection != name and projection in self._parameters else [])
+
+    def original(self, name: str) -> Tensor:
+        """The parameter that the weight ``name`` is, or that a mask is laid on.
+
+        Raises:
+            SlimLSTMError: the weight is computed from several parameters.
+        """
+        try:
+            return self.get_parameter(name if name in self._parameters else f"parametrizations.{name}.original")
+        except AttributeError as error:
+            raise SlimLSTMError(f"{name} is computed from several parameters; remove its parametrization first") from error
 
     def product(self, name: str) -> Tensor:
         """The matrix ``name`` [m, n], factors multiplied."""
@@ -108,6 +122,8 @@ class FactoredModule(nn.Module):
 
     def set_factors(self, name: str, u: Tensor, v: Tensor) -> None:
         """Puts U [m, r] and V [r, n] in the place of the matrix ``name``; parameters are taken as they are.
+
+        The kernel keeps them in float32, whatever the matrix was stored in.
 
         Raises:
             SlimLSTMError: there is no such matrix, or the factors do not multiply to its shape.
@@ -123,6 +139,7 @@ class FactoredModule(nn.Module):
             delattr(self, name)
         for ending, factor in (("_u", u), ("_v", v)):
             self.register_parameter(name + ending, _as_parameter(factor))
+        self.storages.pop(name, None)
 
     def reset_parameters(self) -> None:
         """Draws all weights anew: as ``nn.LSTM`` does, factors so that their product has the same variance."""
@@ -269,6 +286,7 @@ class LowRankLSTM(FactoredModule):
         settings += [name for name in ("batch_first", "bidirectional") if getattr(self, name)]
         settings += [f"{name}={getattr(self, name)}" for name in ("dropout", "proj_size") if getattr(self, name)]
         settings += [] if self.bias else ["bias=False"]
+        settings += [f"storages={self.storages}"] if self.storages else []
         return ", ".join([*settings, f"ranks={self.ranks}"])
 
     def direction(self, suffix: str) -> Direction:
@@ -319,7 +337,7 @@ class LowRankLSTM(FactoredModule):
         return PackedSequence(data, packed.batch_sizes, order, inverse), state
 
     def _run(self, x: Tensor, batch_sizes: Tensor | None, hx: State | None) -> tuple[Tensor, State]:
-        layers = self._layers()
+        layers = self.layers()
         if len(layers) == 1:
             h0, c0 = (None, None) if hx is None else hx
             output, h, c = ops.layer(x, batch_sizes, h0, c0, layers[0], self.backend)
@@ -395,7 +413,8 @@ class LowRankLSTMCell(FactoredModule):
 
     def extra_repr(self) -> str:
         bias = "" if self.bias else ", bias=False"
-        return f"{self.input_size}, {self.hidden_size}{bias}, ranks={self.ranks}"
+        storages = f", storages={self.storages}" if self.storages else ""
+        return f"{self.input_size}, {self.hidden_size}{bias}{storages}, ranks={self.ranks}"
 
     def _make_layers(self) -> list[list[Direction]]:
         weights = Direction(
@@ -419,11 +438,14 @@ class LowRankLSTMCell(FactoredModule):
         for name, state in zip("hc", hx, strict=True):
             if state.shape != shape:
                 raise SlimLSTMError(f"{name} has to be {list(shape)} for this input, not {list(state.shape)}")
-        weights = self._layers()[0]
+        weights = self.layers()[0]
         if input.ndim == 2:
-            return ops.cell(input, *hx, weights)
-        h, c = ops.cell(input[None], hx[0][None], hx[1][None], weights)
+            return self._step(input, *hx, weights)
+        h, c = self._step(input[None], hx[0][None], hx[1][None], weights)
         return h[0], c[0]
+
+    def _step(self, x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Direction]) -> State:
+        return ops.cell(x, h, c, weights)
 
 
 def lstm_matrix_shapes(

@@ -23,37 +23,34 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slimlstm.errors import SlimLSTMError
+from slimlstm.nn import FactoredModule
+from slimlstm.ops.weights import from_int8, rounded, to_int8
 from slimlstm.sites import Site, find_hosts, provenance_of, replace
 
 CONFIG = "config.json"
 FORMAT = "slimlstm"
-FORMAT_VERSION = 1
+_SCALE = ".scale"
+FORMAT_VERSIONS = (1, 2)
+"""Without and with sites that are stored in less than float32."""
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Writes a compressed model to ``folder``, which is made where it is missing.
 
-    Stored are all parameters and persistent buffers, the ranks and masks of its sites, where they come from (method and
-    SHA-256 of the dense matrix), and versions. A model saved there before is replaced.
+    Stored are all parameters and persistent buffers, the ranks, masks and storages of its sites, where they come from
+    (method and SHA-256 of the dense matrix), and versions. Quantised weights are written as int8 or bfloat16. A model
+    saved there before is replaced.
 
     Raises:
-        SlimLSTMError: nothing in the model is compressed, its state holds something else than tensors, weights are in
-            another storage than float32 (:meth:`LowRankLSTM.store`), or ``folder`` holds a ``config.json`` of something
-            else. Nothing is written then.
+        SlimLSTMError: nothing in the model is compressed, its state holds something else than tensors, quantised weights
+            were changed since, or ``folder`` holds a ``config.json`` of something else. Nothing is written then.
     """
     hosts = find_hosts(model)
-    stored = [
-        host.paths[0] for host in hosts if any(kind != "float32" for kind in getattr(host.lstm, "storages", {}).values())
-    ]
-    if stored:
-        raise SlimLSTMError(
-            f"{', '.join(stored)} keeps weights in another storage, which a folder cannot hold; save before store()"
-        )
     sites = {
         site.key: site_entry(site, provenance_of(host.lstm, site.name), host.matrix(site.name).dtype)
         for host in hosts
         for site in host.sites()
-        if site.rank is not None or site.kept is not None
+        if site.rank is not None or site.kept is not None or site.storage is not None
     }
     if not sites:
         raise SlimLSTMError("nothing in the model is compressed; call compress_ first, or save its state_dict yourself")
@@ -84,21 +81,24 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 
 def site_entry(site: Site, provenance: Mapping[str, str], dtype: torch.dtype) -> dict[str, Any]:
     """What ``config.json`` says of a compressed site."""
-    amount = {"rank": site.rank} if site.rank is not None else {"kept": site.kept}
-    return {"shape": list(site.shape), "dtype": str(dtype).removeprefix("torch."), **amount, **provenance}
+    amounts = {"rank": site.rank, "kept": site.kept, "storage": site.storage}
+    known = {name: amount for name, amount in amounts.items() if amount is not None}
+    return {"shape": list(site.shape), "dtype": str(dtype).removeprefix("torch."), **known, **provenance}
 
 
 def write_folder(folder: Path, state: Mapping[str, Any], sites: Mapping[str, Mapping[str, Any]]) -> None:
     """Writes tensors and site entries as a folder that :func:`read_folder` reads; aliases are stored once.
 
     Raises:
-        SlimLSTMError: ``state`` holds something else than tensors, or ``folder`` a ``config.json`` of something else.
+        SlimLSTMError: ``state`` holds something else than tensors or weights that their site's storage cannot hold, or
+            ``folder`` a ``config.json`` of something else.
     """
     others = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if others:
         raise SlimLSTMError(f"the model's state holds more than tensors: {', '.join(others)}; it cannot be stored as data")
     _check_is_ours(folder)
     tensors, aliases = _without_aliases(cast(Mapping[str, Tensor], state))
+    tensors = _packed(tensors, sites)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
         weights = Path(scratch) / "model.safetensors"
@@ -106,7 +106,7 @@ def write_folder(folder: Path, state: Mapping[str, Any], sites: Mapping[str, Map
         digest = _sha256(weights.read_bytes())
         config: dict[str, Any] = {
             "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSIONS[any("storage" in entry for entry in sites.values())],
             "weights": {"file": f"model-{digest[:16]}.safetensors", "sha256": digest},
             "sites": sites,
             "aliases": aliases,
@@ -141,7 +141,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if _sha256(content) != config["weights"]["sha256"]:
         raise SlimLSTMError(f"{path} is damaged or altered: its SHA-256 is not the one in {CONFIG}; copy the folder again")
     # The very bytes that were checked, not the file again, which others may change while it is mapped into memory.
-    tensors = load_tensors(content)
+    tensors = _unpacked(load_tensors(content), config["sites"], folder)
     for name, original in config["aliases"].items():
         if original not in tensors:
             raise SlimLSTMError(f"{folder / CONFIG} was altered: {name} is another name of {original}, which is not there")
@@ -164,8 +164,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise SlimLSTMError(f"{folder / CONFIG} is not of a model that slimlstm saved")
     config = cast(dict[str, Any], config)
-    if config.get("format_version") != FORMAT_VERSION:
-        raise SlimLSTMError(f"{folder} has format {config.get('format_version')}, this slimlstm reads {FORMAT_VERSION}")
+    if config.get("format_version") not in FORMAT_VERSIONS:
+        reads = " and ".join(map(str, FORMAT_VERSIONS))
+        raise SlimLSTMError(f"{folder} has format {config.get('format_version')}, this slimlstm reads {reads}")
     if config.get("sha256") != _config_sha256(config):
         raise SlimLSTMError(f"{folder / CONFIG} was altered after it was written; save the model again")
     missing = [key for key in ("weights", "sites", "aliases") if not isinstance(config.get(key), dict)]
@@ -175,9 +176,41 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _rebuild(model: nn.Module, sites: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> None:
-    """Puts factors and masks of the right shapes into ``model``'s sites; their numbers are filled in later."""
+    """Puts factors, masks and weights of the right shapes into ``model``'s sites; their numbers are filled in later."""
     hosts = find_hosts(model)
-    known = {site.key: site for host in hosts for site in host.sites()}
+    _check_sites({site.key: site for host in hosts for site in host.sites()}, sites, tensors)
+    # Tied matrices get factors that are tied. What they are now is kept alive, or its id would be given to another.
+    stored = [host.stored(site.name) for host in hosts for site in host.sites()]
+    shared: dict[Hashable, tuple[nn.Parameter, ...]] = {}
+    for host in hosts:
+        entries = {site.name: sites[site.key] for site in host.sites() if site.key in sites}
+        if not entries:
+            continue
+        factors: dict[str, tuple[Tensor, Tensor]] = {}
+        masks: dict[str, Tensor] = {}
+        weights: dict[str, nn.Parameter] = {}
+        for name, entry in entries.items():
+            (m, n), like, trained = entry["shape"], host.matrix(name), host.is_trained(name)
+            place = host.identity(name), entry.get("rank"), entry.get("storage")
+            if "rank" in entry:
+                pair = [nn.Parameter(like.new_zeros(size), trained) for size in ((m, entry["rank"]), (entry["rank"], n))]
+                u, v = shared.setdefault(place, tuple(pair))
+                factors[name] = u, v
+            elif "storage" in entry:
+                (weights[name],) = shared.setdefault(place, (nn.Parameter(like.clone(), trained),))
+            if "kept" in entry:
+                masks[name] = like.new_ones(m, n, dtype=torch.bool)
+        origins = {
+            name: {key: entry[key] for key in ("method", "source_sha256") if key in entry}
+            for name, entry in entries.items()
+        }
+        module = replace(model, host, factors, masks, weights, origins)
+        if isinstance(module, FactoredModule):
+            module.storages.update({name: entry["storage"] for name, entry in entries.items() if "storage" in entry})
+    del stored
+
+
+def _check_sites(known: Mapping[str, Site], sites: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> None:
     for key, entry in sites.items():
         if key not in known:
             raise SlimLSTMError(f"the folder's {key} is not in the model, which has {', '.join(known) or 'no LSTM'}")
@@ -187,34 +220,65 @@ def _rebuild(model: nn.Module, sites: Mapping[str, Mapping[str, Any]], tensors: 
         if "rank" in entry and (u is None or list(u.shape) != [entry["shape"][0], entry["rank"]] or not u.numel()):
             raise SlimLSTMError(f"{CONFIG} gives {key} rank {entry['rank']!r}, which its tensors do not have")
         if "rank" not in entry and known[key].rank is not None:
-            raise SlimLSTMError(f"{key} is masked in the folder, but factored in the model; load into a fresh dense model")
+            what = "masked" if "kept" in entry else "dense"
+            raise SlimLSTMError(f"{key} is {what} in the folder, but factored in the model; load into a fresh dense model")
         problem = known[key].problem
         if problem is not None:
             raise SlimLSTMError(problem)
-    # Tied matrices get factors that are tied. What they are now is kept alive, or its id would be given to another.
-    stored = [host.stored(site.name) for host in hosts for site in host.sites()]
-    shared: dict[Hashable, tuple[Tensor, Tensor]] = {}
-    for host in hosts:
-        entries = {site.name: sites[site.key] for site in host.sites() if site.key in sites}
-        if not entries:
-            continue
-        factors: dict[str, tuple[Tensor, Tensor]] = {}
-        masks: dict[str, Tensor] = {}
-        for name, entry in entries.items():
-            (m, n), like = entry["shape"], host.matrix(name)
-            if "rank" in entry:
-                u, v = like.new_zeros(m, entry["rank"]), like.new_zeros(entry["rank"], n)
-                trained = host.is_trained(name)
-                pair = nn.Parameter(u, trained), nn.Parameter(v, trained)
-                factors[name] = shared.setdefault((host.identity(name), entry["rank"]), pair)
-            else:
-                masks[name] = like.new_ones(m, n, dtype=torch.bool)
-        origins = {
-            name: {key: entry[key] for key in ("method", "source_sha256") if key in entry}
-            for name, entry in entries.items()
-        }
-        replace(model, host, factors, masks, origins)
-    del stored
+    for key, site in known.items():
+        if site.storage not in (None, sites.get(key, {}).get("storage")):
+            raise SlimLSTMError(f"{key} is {site.storage} in the model, not in the folder; load into a fresh dense model")
+
+
+def _packed(tensors: Mapping[str, Tensor], sites: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+    """The tensors with those of quantised sites as bfloat16, or as int8 with the scales of the rows beside them."""
+    packed = dict(tensors)
+    for name, storage in stored_names(tensors, sites):
+        weight = packed[name]
+        if not torch.equal(rounded(weight, storage), weight):
+            raise SlimLSTMError(
+                f"{name} was changed since it was rounded to {storage}, by training or by hand, and would be lost in part; "
+                f"round it again, with compress_(model, Quantize({storage!r})), and then save"
+            )
+        if storage == "int8":
+            packed[name], packed[name + _SCALE] = to_int8(weight)
+        else:
+            packed[name] = weight.bfloat16()
+    return packed
+
+
+def _unpacked(tensors: Mapping[str, Tensor], sites: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, Tensor]:
+    """The float32 tensors that :func:`_packed` was given."""
+    unpacked = dict(tensors)
+    for name, storage in stored_names(tensors, sites):
+        weight, scale = unpacked[name], unpacked.pop(name + _SCALE, None)
+        if storage == "bfloat16" and weight.dtype == torch.bfloat16 and scale is None:
+            unpacked[name] = weight.float()
+        elif storage == "int8" and weight.dtype == torch.int8 and scale is not None and scale.shape == weight.shape[:1]:
+            unpacked[name] = from_int8(weight, scale)
+        else:
+            raise SlimLSTMError(f"{folder / CONFIG} says that {name} is stored as {storage!r}, which its tensors are not")
+    return unpacked
+
+
+def stored_names(tensors: Mapping[str, Tensor], sites: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """The names of the tensors that quantised sites are kept in, once each, and their storages."""
+    found: dict[str, str] = {}
+    for key, entry in sites.items():
+        if "storage" in entry:
+            found.update({name: entry["storage"] for name in _names(key, entry) if name in tensors})
+    return list(found.items())
+
+
+def _names(key: str, entry: Mapping[str, Any]) -> list[str]:
+    """The names that a compressed site's weights may have in a ``state_dict``, its projection's among them."""
+    module, _, name = key.rpartition(".")
+    prefix = f"{module}." if module else ""
+    if "rank" in entry:
+        names = [f"{key}_u", f"{key}_v"]
+    else:
+        names = [f"{prefix}parametrizations.{name}.original" if "kept" in entry else key]
+    return names + [prefix + name.replace("weight_hh", "weight_hr")] * ("weight_hh" in name)
 
 
 def _complete(model: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.factorize import SOLVERS
+from slimlstm.ops.weights import STORAGES, check_storage, matrix_bytes
 from slimlstm.prune import kept_by_rank
 from slimlstm.rank import rank_for_fraction, saves
 from slimlstm.sites import Site
@@ -88,15 +89,51 @@ class Prune:
 
 
 @dataclass(frozen=True)
+class Quantize:
+    """Keeps the weights of matrices, or of the factors that stand for them, in less than float32.
+
+    int8 has a float32 scale for every row. The parameters stay float32 in memory, rounded to what the storage holds, so
+    that every backend computes with the same weights and training goes on from them; the fused kernel reads, and
+    :func:`slimlstm.save` writes, the small form. Of a projected layer, ``weight_hr`` goes with ``weight_hh``.
+
+    Attributes:
+        storage: ``"int8"`` or ``"bfloat16"``.
+        target, filter: as of :class:`LowRank`.
+
+    Raises:
+        SlimLSTMError: a value that is none of these.
+    """
+
+    storage: str
+    target: Target = "both"
+    filter: Filter | None = None
+
+    def __post_init__(self) -> None:
+        check_storage(self.storage, STORAGES[1:])
+        _check_target(self.target)
+
+    def site_plan(self, site: Site) -> SitePlan:
+        """What this configuration means for any site: factors and masks stay."""
+        return SitePlan(DENSE, storage=self.storage)
+
+
+@dataclass(frozen=True)
 class SitePlan:
-    """What is to happen to one site: a solver and its ``rank``, ``"prune"`` and how many are ``kept``, or ``"dense"``."""
+    """What is to happen to one site: a solver and its ``rank``, ``"prune"`` and how many are ``kept``, or ``"dense"``.
+
+    ``"dense"`` leaves it as it is. ``storage`` is what its weights are then rounded to; None leaves that as it is, too, but
+    new factors are always float32 unless it says otherwise.
+    """
 
     method: str
     rank: int | None = None
     kept: int | None = None
     note: str = ""
+    storage: str | None = None
 
     def __post_init__(self) -> None:
+        if self.storage is not None:
+            check_storage(self.storage)
         complete = {DENSE: True, PRUNE: self.kept is not None}.get(self.method, self.rank is not None)
         if self.method not in (*SOLVERS, DENSE, PRUNE) or not complete:
             raise SlimLSTMError(
@@ -106,7 +143,26 @@ class SitePlan:
 
     def __str__(self) -> str:
         amount = {DENSE: self.note, PRUNE: f"{self.kept:,} weights" if self.kept else ""}
-        return f"{self.method} {amount.get(self.method, f'rank {self.rank}')}".strip()
+        parts = self.method, self.storage, amount.get(self.method, f"rank {self.rank}")
+        return " ".join(part for part in parts if part)
+
+    def storage_of(self, site: Site) -> str | None:
+        """What the site is stored in afterwards; None where that is its dtype."""
+        before = site.storage if self.method in (DENSE, PRUNE) else None
+        after = self.storage or before
+        return None if after == "float32" else after
+
+    def of(self, site: Site) -> SitePlan:
+        """The same for a site that is stored already: with a note, and without factors that would take more bytes."""
+        after = self.storage_of(site)
+        if site.storage is None or (self.storage is None and after == site.storage):
+            return self
+        before = matrix_bytes(site.shape, site.rank, site.storage, 4)
+        if self.rank is not None and matrix_bytes(site.shape, self.rank, after, 4) >= before:
+            note = f"{after or 'float32'} factors of rank {self.rank} take no fewer bytes than {site.storage} does now"
+            return SitePlan(DENSE, note=note)
+        note = f"already {after}" if after == site.storage else f"{after or 'float32'}, was {site.storage}"
+        return self if note in self.note else replace(self, note="; ".join(filter(None, (self.note, note))))
 
 
 @dataclass
@@ -117,6 +173,10 @@ class Plan:
 
     def __str__(self) -> str:
         return "\n".join(f"{key}: {site}" for key, site in self.sites.items())
+
+    def stored_as(self, storage: str) -> Plan:
+        """The same, every site being kept in ``storage`` afterwards."""
+        return Plan({key: replace(site, storage=storage) for key, site in self.sites.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON types."""
@@ -135,7 +195,7 @@ class Plan:
             raise SlimLSTMError(f"this is no plan: {error}") from error
 
 
-def make_plan(config: LowRank | Prune | Plan, sites: list[Site]) -> Plan:
+def make_plan(config: LowRank | Prune | Quantize | Plan, sites: list[Site]) -> Plan:
     """The plan that ``config`` means for a model with these sites.
 
     Raises:
@@ -151,8 +211,10 @@ def make_plan(config: LowRank | Prune | Plan, sites: list[Site]) -> Plan:
         plan = Plan({site.key: _as_possible(config.sites[site.key], site) for site in chosen})
     else:
         chosen = _chosen(config, sites)
-        _check_rank(config, chosen)
+        if not isinstance(config, Quantize):
+            _check_rank(config, chosen)
         plan = Plan({site.key: config.site_plan(site) for site in chosen})
+    plan = Plan({site.key: plan.sites[site.key].of(site) for site in chosen})
     for site in chosen:
         if site.problem is not None:
             raise SlimLSTMError(site.problem)
@@ -164,10 +226,12 @@ def _as_possible(plan: SitePlan, site: Site) -> SitePlan:
         return plan
     if plan.method == PRUNE:
         _check_kept(plan, site)
-        return Prune(keep=1.0).site_plan(site) if plan.kept == site.parameters else plan
-    config = LowRank(plan.method, plan.rank)
-    _check_rank(config, [site])
-    return config.site_plan(site)
+        possible = Prune(keep=1.0).site_plan(site) if plan.kept == site.parameters else plan
+    else:
+        config = LowRank(plan.method, plan.rank)
+        _check_rank(config, [site])
+        possible = config.site_plan(site)
+    return replace(possible, storage=plan.storage)
 
 
 def _check_kept(plan: SitePlan, site: Site) -> None:
@@ -178,7 +242,7 @@ def _check_kept(plan: SitePlan, site: Site) -> None:
         raise SlimLSTMError(f"{site.key} has {size:,} weights; {plan.kept} of them cannot be kept")
 
 
-def _chosen(config: LowRank | Prune, sites: list[Site]) -> list[Site]:
+def _chosen(config: LowRank | Prune | Quantize, sites: list[Site]) -> list[Site]:
     if not sites:
         raise SlimLSTMError("the model holds no nn.LSTM or nn.LSTMCell; modules kept in plain lists are not found")
     targeted = [site for site in sites if config.target in (site.target, "both")]
@@ -205,5 +269,9 @@ def _check_amount(config: LowRank | Prune) -> None:
     number = isinstance(config.keep, int | float) and not isinstance(config.keep, bool)
     if config.keep is not None and not (number and 0.0 < config.keep <= 1.0):
         raise SlimLSTMError(f"keep is a fraction of the parameters in (0, 1], not {config.keep!r}")
-    if config.target not in ("ih", "hh", "both"):
-        raise SlimLSTMError(f"the target is 'ih', 'hh' or 'both', not {config.target!r}")
+    _check_target(config.target)
+
+
+def _check_target(target: object) -> None:
+    if target not in ("ih", "hh", "both"):
+        raise SlimLSTMError(f"the target is 'ih', 'hh' or 'both', not {target!r}")

@@ -17,6 +17,7 @@ _STYLE = {
     "semi-nmf": {"color": "#d9730d", "marker": "s", "linestyle": ":", "fillstyle": "none", "markersize": 9},
     "prune": {"color": "#6b6b6b", "marker": "^"},
 }
+_PRECISIONS = ("float32", "bfloat16", "int8")
 
 
 def quality_curves(
@@ -42,6 +43,93 @@ def quality_curves(
     axes[0].set_ylabel(y_label)
     axes[-1].legend(frameon=False)
     figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def speed_ratios(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws how many times faster each of our candidates is than its best dense rival, and writes a PNG or PDF.
+
+    Above, one sequence on one thread: a panel for every number of steps and precision, a line for every model, and hollow
+    marks where the same low-rank model runs in the best other engine. Below, all other settings, a dot for every candidate.
+
+    Args:
+        rows: what ``benchmarks/engines.py`` measured, at least one of them with one sequence on one thread.
+        path: where to; the ending says which format.
+
+    Raises:
+        SlimLSTMError: matplotlib is not installed.
+    """
+    check_available()
+    from matplotlib.figure import Figure
+
+    steps = sorted({row["steps"] for row in rows})
+    figure = Figure(figsize=(11, 3.0 * len(steps) + 2.6), layout="constrained")
+    grid = figure.add_gridspec(len(steps) + 1, len(_PRECISIONS))
+    first: Any = None
+    for line, count in enumerate(steps):
+        for column, precision in enumerate(_PRECISIONS):
+            axis: Any = figure.add_subplot(grid[line, column], sharex=first, sharey=first)
+            first = first or axis
+            _ratio_panel(
+                axis, [row for row in rows if (row["steps"], row["batch"], row["threads"]) == (count, 1, 1)], precision
+            )
+            axis.set_title(f"{precision}, T = {count}, B = 1, one thread", fontsize=10)
+    first.set_ylabel("best rival's time / ours")
+    first.legend(frameon=False, fontsize=8)
+    _ratio_strip(figure.add_subplot(grid[len(steps), :]), rows)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def _ratio_panel(axis: Any, rows: Sequence[Mapping[str, Any]], precision: str) -> None:
+    points: dict[str, dict[str, list[tuple[int, float]]]] = {"dense": {}, "same model": {}}
+    for row in rows:
+        for one in row["candidates"].values():
+            if one["ours"] and one["precision"] == precision:
+                model = one["model"]
+                share = model if model == "dense" else f"rank H/{round(row['hidden'] / int(model.split()[-1]))}"
+                for what, entry in one["faster"].items():
+                    points[what].setdefault(share, []).append((row["hidden"], entry["ratio"]))
+    for index, (share, line) in enumerate(points["dense"].items()):
+        axis.plot(*zip(*sorted(line), strict=True), marker="o", color=f"C{index}", label=share)
+        if share in points["same model"]:
+            same = zip(*sorted(points["same model"][share]), strict=True)
+            axis.plot(*same, marker="o", color=f"C{index}", fillstyle="none", linestyle=":", label=f"{share}, same model")
+    _ratio_axis(axis)
+    axis.set_xscale("log", base=2)
+    hidden = sorted({row["hidden"] for row in rows})
+    axis.set_xticks(hidden, [str(size) for size in hidden], fontsize=7)
+    axis.set_xlabel("H")
+
+
+def _ratio_strip(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    groups = sorted({(row["threads"], row["batch"]) for row in rows})
+    for place, group in enumerate(groups):
+        for column, precision in enumerate(_PRECISIONS):
+            ratios = [
+                one["faster"]["dense"]["ratio"]
+                for row in rows
+                if (row["threads"], row["batch"]) == group
+                for one in row["candidates"].values()
+                if one["ours"] and one["precision"] == precision and "dense" in one["faster"]
+            ]
+            spread = [
+                place + 0.25 * (column - 1) + 0.16 * (index / max(len(ratios), 1) - 0.5) for index in range(len(ratios))
+            ]
+            axis.plot(spread, ratios, ".", markersize=3, color=f"C{column}", label=precision if place == 0 else None)
+    _ratio_axis(axis)
+    axis.set_xticks(range(len(groups)), [f"B = {batch}, {threads} thread(s)" for threads, batch in groups], fontsize=8)
+    axis.set_title("all settings and models against the best dense rival", fontsize=10)
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _ratio_axis(axis: Any) -> None:
+    from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullFormatter
+
+    axis.axhline(1.0, color="black", linewidth=1)
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(FixedLocator([0.25, 0.5, 1, 2, 4, 8, 16, 32]))
+    axis.yaxis.set_major_formatter(FormatStrFormatter("%gx"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.grid(True, alpha=0.25)
 
 
 def check_available() -> None:

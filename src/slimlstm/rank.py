@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -41,3 +43,53 @@ def rank_for_energy(singular_values: Tensor, energy: float) -> int:
         return 1
     cumulative = squares.cumsum(0) / squares.sum()
     return min(int(torch.searchsorted(cumulative, energy)) + 1, len(squares))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What the ranks of one matrix cost and lose.
+
+    Attributes:
+        losses: [k + 1], the losses of ranks 0, 1, ..., k; falling and convex, as what singular values leave out is.
+        cost: of one rank, in the unit of the budget.
+        whole: the cost of the matrix as it is, which loses nothing.
+    """
+
+    losses: Sequence[float]
+    cost: float
+    whole: float
+
+
+def allocate(curves: Mapping[str, Curve], budget: float) -> dict[str, int | None]:
+    """The ranks, None for a matrix that stays as it is, whose costs fit into ``budget`` and whose losses add up to little.
+
+    Bought is, as long as anything fits, what takes most loss away for its cost: a rank more somewhere, which alone would be
+    best for convex losses (Fox 1966, Operations Research 14(2)), or a whole matrix in the place of its factors. Every
+    matrix has rank 1 at least; ranks at or above break-even are never bought, nor such as take no loss away.
+
+    Raises:
+        SlimLSTMError: rank 1 everywhere is above the budget.
+    """
+    ranks = {key: 1 if curve.cost < curve.whole else None for key, curve in curves.items()}
+    left = budget - sum(min(curve.cost, curve.whole) for curve in curves.values())
+    if left < 0:
+        raise SlimLSTMError(
+            f"a budget of {budget:g} is too small for rank 1 at every matrix, which takes {budget - left:g}"
+        )
+    while True:
+        moves = [move for key, curve in curves.items() for move in _moves(key, curve, ranks[key]) if move[1] <= left]
+        gain, cost, key, rank = max(moves, default=(0.0, 0.0, "", None), key=lambda move: move[0])
+        if gain <= 0.0:
+            return ranks
+        ranks[key], left = rank, left - cost
+
+
+def _moves(key: str, curve: Curve, rank: int | None) -> list[tuple[float, float, str, int | None]]:
+    """What can be bought next for a matrix of this rank: loss taken away per cost, cost, and the rank then."""
+    if rank is None:
+        return []
+    loss, missing = curve.losses[rank], curve.whole - rank * curve.cost
+    moves: list[tuple[float, float, str, int | None]] = [(loss / missing, missing, key, None)]
+    if rank + 1 < len(curve.losses) and curve.cost < missing:
+        moves.append(((loss - curve.losses[rank + 1]) / curve.cost, curve.cost, key, rank + 1))
+    return moves

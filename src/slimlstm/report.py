@@ -17,9 +17,10 @@ from slimlstm.plan import Plan
 class SiteReport:
     """What happened to one site.
 
-    ``relative_error`` is ‖W - W'‖_F / ‖W‖_F. Of a pruned matrix, ``parameters_after`` counts the weights that are left;
-    ``bytes_after`` counts what is stored, and a mask saves nothing there. ``iterations`` and ``converged`` are of the
-    solver.
+    ``relative_error`` is ‖W - W'‖_F / ‖W‖_F, rounding included. Of a pruned matrix, ``parameters_after`` counts the weights
+    that are left; ``bytes_after`` counts what is stored, and a mask saves nothing there. ``iterations`` and ``converged``
+    are of the solver. ``storage`` is None where weights are kept as they were trained; elsewhere bytes are those of the
+    saved file and of what the kernel reads, scales of int8 included, while the parameters in memory stay float32.
     """
 
     key: str
@@ -35,6 +36,7 @@ class SiteReport:
     iterations: int = 0
     converged: bool = True
     note: str = ""
+    storage: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,16 @@ class Report:
         table = Table(title="Compressed sites", title_justify="left", caption_justify="left")
         table.add_column("site", overflow="fold")
         table.add_column("method")
+        any_stored = any(site.storage for site in self.sites)
+        if any_stored:
+            table.add_column("storage")
         for heading in ("shape", "rank", "break-even", "parameters", "bytes", "error"):
             table.add_column(heading, justify="right")
         for site in self.sites:
             table.add_row(
                 site.key,
                 site.method,
+                *([site.storage or ""] if any_stored else []),
                 f"{site.shape[0]} x {site.shape[1]}",
                 "" if site.rank is None else str(site.rank),
                 f"{site.break_even_rank:.1f}",

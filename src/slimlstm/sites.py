@@ -26,6 +26,8 @@ from slimlstm.nn import (
     lstm_arguments,
     lstm_matrix_shapes,
 )
+from slimlstm.ops.dense import rebuilt
+from slimlstm.ops.weights import Matrix
 from slimlstm.prune import Mask, apply_mask, mask_of
 
 SITE_NAME = re.compile(r"weight_(ih|hh)(?:_l(\d+)(_reverse)?)?")
@@ -52,6 +54,7 @@ class Site:
         rank: the rank of the factors it is kept as, None where it is dense.
         kept: how many weights a mask leaves, None where there is no mask.
         problem: why it cannot be compressed, in words; None where it can.
+        storage: ``"bfloat16"`` or ``"int8"`` where the kernel keeps it so, None where it is as it was trained.
     """
 
     module: str
@@ -60,6 +63,7 @@ class Site:
     rank: int | None = None
     kept: int | None = None
     problem: str | None = None
+    storage: str | None = None
 
     @property
     def key(self) -> str:
@@ -108,15 +112,25 @@ class Host:
         """The host's sites, in the order of its parameters."""
         ranks = self.lstm.ranks if isinstance(self.lstm, FactoredModule) else {}
         return [
-            Site(self.paths[0], name, shape, ranks.get(name), self._kept(name), self.problem)
+            Site(self.paths[0], name, shape, ranks.get(name), self._kept(name), self.problem, self._storage(name))
             for name, shape in matrix_shapes(self.lstm).items()
         ]
 
     def matrix(self, name: str) -> Tensor:
         """The matrix [m, n] that inference sees: factors multiplied, masks applied, weight drop left out."""
+        return rebuilt(self.kept_as(name))
+
+    def kept_as(self, name: str) -> Matrix:
+        """:meth:`matrix`, or the factors that it is kept as."""
         with torch.no_grad(), _evaluation_mode(self.module):
             lstm = self.lstm
-            return (lstm.product(name) if isinstance(lstm, FactoredModule) else self._weight(name)).detach()
+            matrix = lstm.matrix(name) if isinstance(lstm, FactoredModule) else self._weight(name)
+        return matrix.detach() if isinstance(matrix, Tensor) else (matrix[0].detach(), matrix[1].detach())
+
+    def projection(self, name: str) -> Tensor | None:
+        """The projection weight_hr [P, H] that is kept as the matrix ``name`` is, None where there is none."""
+        found = getattr(self.lstm, name.replace("weight_hh", "weight_hr"), None) if "weight_hh" in name else None
+        return found.detach() if isinstance(found, Tensor) else None
 
     def identity(self, name: str) -> int:
         """Equal for two sites that share one parameter."""
@@ -153,6 +167,10 @@ class Host:
             originals = self.lstm.get_submodule(f"parametrizations.{name}").parameters(recurse=False)
             return any(parameter.requires_grad for parameter in originals)
         return self.stored(name).requires_grad
+
+    def _storage(self, name: str) -> str | None:
+        storage = self.lstm.storages.get(name) if isinstance(self.lstm, FactoredModule) else None
+        return None if storage == "float32" else storage
 
     def _kept(self, name: str) -> int | None:
         mask = self.mask(name)
@@ -218,25 +236,30 @@ def replace(
     host: Host,
     factors: Mapping[str, tuple[Tensor, Tensor]],
     masks: Mapping[str, Tensor],
+    weights: Mapping[str, nn.Parameter],
     provenance: Mapping[str, Provenance],
-) -> None:
-    """Puts factors and masks, by parameter name, into the host's place in ``model``; the rest stays as it is.
+) -> nn.Module:
+    """Puts factors, masks and dense weights, by parameter name, into the host's place in ``model``; the rest stays.
 
-    The new module takes over the parameters that stay, existing masks, hooks, and training mode. Where only masks are
-    asked for, an LSTM that computes with its own parameters stays the same object.
+    The new module, which is returned, takes over the parameters that stay, existing masks, hooks, and training mode.
+    Where only masks are asked for, an LSTM that computes with its own parameters stays the same object; factors and
+    weights make it a module of :mod:`slimlstm.nn`.
     """
     module = host.lstm
     if isinstance(module, FactoredModule):
         for name, (u, v) in factors.items():
             module.set_factors(name, u, v)
-    elif factors or any(host.is_computed(name) for name in parameter_names(module)):
-        module = _successor(host, factors)
+        for name, weight in weights.items():
+            _set_original(module, name, weight)
+    elif factors or weights or any(host.is_computed(name) for name in parameter_names(module)):
+        module = _successor(host, factors, weights)
         for path in host.paths:
             model.set_submodule(path, module)
     for name, mask in masks.items():
         apply_mask(module, name, mask)
     for name, origin in provenance.items():
         set_provenance(module, name, origin)
+    return module
 
 
 def provenance_of(module: nn.Module, name: str) -> Provenance:
@@ -277,8 +300,8 @@ def parameter_names(lstm: nn.Module) -> list[str]:
     return [kind + suffix for suffix in suffixes for kind in kinds]
 
 
-def _successor(host: Host, factors: Mapping[str, tuple[Tensor, Tensor]]) -> nn.Module:
-    """A module with the host's parameters and masks, the matrices in ``factors`` replaced."""
+def _successor(host: Host, factors: Mapping[str, tuple[Tensor, Tensor]], weights: Mapping[str, nn.Parameter]) -> nn.Module:
+    """A module with the host's parameters and masks, the matrices in ``factors`` and ``weights`` replaced."""
     old = host.lstm
     if isinstance(old, nn.LSTM):
         plain = nn.LSTM(**lstm_arguments(old), device="meta")
@@ -287,10 +310,10 @@ def _successor(host: Host, factors: Mapping[str, tuple[Tensor, Tensor]]) -> nn.M
         assert isinstance(old, nn.LSTMCell)  # noqa: S101 (find_hosts knows no other kind)
         plain = nn.LSTMCell(old.input_size, old.hidden_size, old.bias, device="meta")
         make = LowRankLSTMCell.from_dense
-    for name, parameter in host.dense_parameters().items():
+    for name, parameter in {**host.dense_parameters(), **weights}.items():
         plain.register_parameter(name, parameter)
     plain.train(old.training)
-    module = make(plain, factors) if factors else plain  # pyright: ignore[reportArgumentType] (one kind each)
+    module = make(plain, factors) if factors or weights else plain  # pyright: ignore[reportArgumentType] (one kind each)
     for name in matrix_shapes(old):
         mask = host.mask(name)
         if mask is not None and name not in factors:
@@ -299,6 +322,14 @@ def _successor(host: Host, factors: Mapping[str, tuple[Tensor, Tensor]]) -> nn.M
     for hooks in _HOOKS:
         setattr(module, hooks, getattr(host.module, hooks))
     return module
+
+
+def _set_original(module: nn.Module, name: str, weight: nn.Parameter) -> None:
+    """Puts a dense parameter in the place of the one that ``name`` is, or that a mask is laid on."""
+    if parametrize.is_parametrized(module, name):
+        module.get_submodule(f"parametrizations.{name}").original = weight
+    else:
+        setattr(module, name, weight)
 
 
 def _holds_sites(module: nn.Module) -> bool:

@@ -45,7 +45,7 @@ def layer(x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, directi
     sizes = [x.shape[1]] * x.shape[0] if batch_sizes is None else [int(size) for size in batch_sizes]
     packed = x.flatten(0, 1) if batch_sizes is None else x
     parts = [
-        _direction(packed, sizes, h0[index], c0[index], weights, reverse=index == 1)
+        recurrence(product(packed, weights.ih, weights.bias_ih), sizes, h0[index], c0[index], weights, reverse=index == 1)
         for index, weights in enumerate(directions)
     ]
     output = torch.cat([part[0] for part in parts], dim=-1)
@@ -54,22 +54,22 @@ def layer(x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, directi
     return LayerOutput(output, torch.stack([part[1] for part in parts]), torch.stack([part[2] for part in parts]))
 
 
-def _direction(
-    packed: Tensor, sizes: list[int], h: Tensor, c: Tensor, weights: Direction, reverse: bool
+def recurrence(
+    gates: Tensor, sizes: list[int], h: Tensor, c: Tensor, weights: Direction, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One direction over packed x [N, I]: output [N, P] and the last h [B, P], c [B, H] of every sequence.
+    """One direction, given W_ih x + b_ih for packed x [N, 4H]: output [N, P] and the last h [B, P], c [B, H].
 
     Sequences are sorted by length, longest first. Forward, those that have ended leave their states behind; backward,
     those that have not begun wait with their first states.
     """
-    gates_of_x = product(packed, weights.ih, weights.bias_ih).split(sizes)
+    gates_of_x = gates.split(sizes)
     # Under autocast the products are in a lower precision than the states, and so are nn.LSTM's outputs.
     h, c = h.to(gates_of_x[0].dtype), c.to(gates_of_x[0].dtype)
     outputs: list[Tensor] = []
-    for gates in reversed(gates_of_x) if reverse else gates_of_x:
-        active = len(gates)
+    for gates_at in reversed(gates_of_x) if reverse else gates_of_x:
+        active = len(gates_at)
         recurrent = product(h[:active], weights.hh, weights.bias_hh)
-        new_h, new_c = step(gates + recurrent, c[:active], weights.hr)
+        new_h, new_c = step(gates_at + recurrent, c[:active], weights.hr)
         outputs.append(new_h)
         h, c = torch.cat([new_h, h[active:]]), torch.cat([new_c, c[active:]])
     return torch.cat(outputs[::-1] if reverse else outputs), h, c

@@ -6,6 +6,7 @@ or H), r rank. Gates are stacked in PyTorch's order i, f, g, o.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -91,20 +92,55 @@ def columns(matrix: Matrix) -> int:
 STORAGES = ("float32", "bfloat16", "int8")
 """What the fused kernel can keep weights in."""
 
+# int8 scales have 17 significant bits, so that their products with integers of 7 are exact in float32.
+_FREE_BITS = 0x7F
+
 
 def rounded(weight: Tensor, storage: str) -> Tensor:
-    """The weight [m, n] as ``storage`` keeps it: in int8, every row is integers from -127 to 127 times a scale.
+    """The float32 weight [m, n] as ``storage`` keeps it: in int8, every row is integers from -127 to 127 times a scale.
 
-    What is rounded already stays as it is, to the last bit but one of the scale.
+    What is rounded already stays as it is, to the bit. In int8, a row that holds NaN or infinite numbers becomes NaN, and
+    one whose largest magnitude is below 1.5e-36 zero.
 
     Raises:
-        SlimLSTMError: no storage of that name.
+        SlimLSTMError: no storage of that name, or a weight of another dtype than float32.
     """
-    if storage not in STORAGES:
-        raise SlimLSTMError(f"no storage is called {storage!r}; there are {', '.join(map(repr, STORAGES))}")
-    if storage == "bfloat16":
-        return weight.bfloat16().to(weight.dtype)
-    if storage == "int8":
-        scale = weight.abs().amax(dim=1, keepdim=True) / 127
-        return torch.where(scale > 0, (weight / scale).round() * scale, 0.0)
-    return weight
+    check_storage(storage)
+    if storage == "float32":
+        return weight
+    if weight.dtype != torch.float32:
+        raise SlimLSTMError(f"only float32 weights can be kept in {storage}, not {weight.dtype}; convert the model first")
+    return weight.bfloat16().float() if storage == "bfloat16" else from_int8(*to_int8(weight))
+
+
+def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers from -127 to 127, int8 [m, n], and scales, float32 [m]; see :func:`rounded`."""
+    scale = weight.abs().amax(dim=1) / 127
+    scale = (scale.view(torch.int32) & ~_FREE_BITS).view(torch.float32)
+    # Products with denormal scales would not be exact.
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, scale)
+    return (weight / torch.where(scale > 0, scale, 1.0)[:, None]).round().to(torch.int8), scale
+
+
+def from_int8(integers: Tensor, scale: Tensor) -> Tensor:
+    """The float32 weight [m, n] that :func:`to_int8` was given, rounded."""
+    return integers * scale[:, None]
+
+
+def stored_bytes(shape: tuple[int, ...], storage: str | None, itemsize: int) -> int:
+    """The bytes of a weight [m, n] in ``storage``; where that is None, its numbers take ``itemsize`` bytes each."""
+    size = math.prod(shape)
+    return {"float32": 4 * size, "bfloat16": 2 * size, "int8": size + 4 * shape[0]}.get(storage or "", itemsize * size)
+
+
+def matrix_bytes(shape: tuple[int, int], rank: int | None, storage: str | None, itemsize: int) -> int:
+    """:func:`stored_bytes` of a matrix [m, n], or of its factors of a rank."""
+    m, n = shape
+    shapes = [shape] if rank is None else [(m, rank), (rank, n)]
+    return sum(stored_bytes(part, storage, itemsize) for part in shapes)
+
+
+def check_storage(storage: object, storages: tuple[str, ...] = STORAGES) -> None:
+    """Raises :class:`SlimLSTMError` unless ``storage`` is one of ``storages``."""
+    if storage not in storages:
+        raise SlimLSTMError(f"no storage is called {storage!r}; there are {', '.join(map(repr, storages))}")
