@@ -356,9 +356,11 @@ class LowRankLSTM(FactoredModule):
     def _check_states(self, hx: State, batch: tuple[int, ...]) -> None:
         """``batch`` is (B,), or () for unbatched input."""
         count = self.num_layers * self._directions
-        sizes = self.proj_size or self.hidden_size, self.hidden_size
-        for name, state, size in zip("hc", hx, sizes, strict=True):
-            shape = (count, *batch, size)
+        shapes = (count, *batch, self.proj_size or self.hidden_size), (count, *batch, self.hidden_size)
+        h0, c0 = hx
+        if h0.shape == shapes[0] and c0.shape == shapes[1]:
+            return
+        for name, state, shape in zip("hc", hx, shapes, strict=True):
             if state.shape != shape:
                 raise SlimLSTMError(f"{name}0 has to be {list(shape)} for this input, not {list(state.shape)}")
 

@@ -100,12 +100,13 @@ def _check_shapes(directions: Sequence[Direction]) -> None:
 
 
 _cache: dict[tuple[int | str, ...], _Packed] = {}
+_alive: weakref.WeakSet[_Packed] = weakref.WeakSet()
 
 
 def forget() -> None:
     """Forgets all packed weights, so that the next call of every layer packs them anew."""
-    for packed in _cache.values():
-        packed.state = []  # layers that have it find it changed
+    for packed in _alive:
+        packed.state = []  # so that layers that have it find it changed
     _cache.clear()
 
 
@@ -135,6 +136,7 @@ def _packed(directions: Sequence[Direction], anew: bool = False) -> _Packed:
         found = None
     if found is None:
         found = _cache[key] = _Packed(key, directions, tensors)
+        _alive.add(found)
     if kept is not None:
         kept.packed, kept.tensors = found, tensors
     return found
