@@ -176,7 +176,7 @@ void Layer::run(const Call& call, int threads) const {
                     : threads > 1 ? share_out(call, threads)
                                   : Shares{1, 1, false};
     if (shares.threads > 1) {
-        Crew crew(shares.threads, threads < 0 ? -1 : waking + 0.03 * nanoseconds(call.rows, call.batch));
+        Crew crew(shares.threads, threads < 0 ? -1 : waking + 0.05 * nanoseconds(call.rows, call.batch));
         if (crew.size() < shares.threads) shares = crew.size() > 1 ? share_out(call, crew.size()) : Shares{1, 1, false};
         if (shares.threads > 1) return run_together(call, shares, crew);
     }

@@ -48,8 +48,7 @@ struct Pool {
     // The job that threads may join, in the upper half, and how many have; zero while there is none.
     std::atomic<uint64_t> open{0};
     std::atomic<uint32_t> begun{0};  // the job whose work, which follows, is known
-    // How often in a row threads did not come in time, and how many calls are not to try it for that; under ``users``.
-    int misses = 0, pause = 0;
+    int misses = 0, pause = 0;  // in a row, and for how many calls not to try it again; under ``users``
     std::atomic<int> caller{0};         // the processor of the call
     std::atomic<bool> anywhere{false};  // whether threads on that processor are welcome too
     int count = 0;
@@ -148,9 +147,9 @@ Crew::Crew(int wanted, double patience) : lock_(pool().users, std::try_to_lock) 
         while (!all_came() && now() < end) pause();
     }
     size_ = joined(threads.open.exchange(0, std::memory_order_acq_rel)) + 1;
-    constexpr int most_doublings = 6;
-    threads.misses = size_ < wanted ? std::min(threads.misses + 1, most_doublings) : 0;
-    threads.pause = (1 << threads.misses) - 1;
+    constexpr int forgiven = 8, pause_after = 64;
+    threads.misses = size_ < wanted ? std::min(threads.misses + 1, forgiven) : 0;
+    if (threads.misses == forgiven) threads.pause = pause_after;
 }
 
 Crew::~Crew() {

@@ -22,7 +22,8 @@ class Barrier {
 class Crew {
   public:
     // Calls for threads until there are ``wanted``, this one included, or so many nanoseconds are over: processors may have
-    // other work. Where they had, the next calls do without. Of a negative patience it waits as long as it takes.
+    // other work. Where they have it all the time, most calls do without. Of a negative patience it waits as long as it
+    // takes.
     Crew(int wanted, double patience);
     ~Crew();
     Crew(const Crew&) = delete;
