@@ -83,19 +83,24 @@ def test_ratios_are_to_the_best_rival_of_the_precision(clock):
     def of(name, ours, precision, model, seconds, error=0.0):
         return candidate(ours, precision, model, clock(name, seconds, log), truth[model] * (1 + error))
 
+    def broken():
+        raise RuntimeError("out of memory\nat some address")
+
     found = {
         "one": of("one", False, "float32", "dense", 0.3),
         "two": of("two", False, "float32", "dense", 0.2),
         "wrong": of("wrong", False, "float32", "dense", 0.01, error=1e-3),
         "small": of("small", False, "int8", "dense", 0.05, error=0.04),
         "scan": of("scan", False, "float32", "rank 2", 0.12),
+        "broken": Candidate(False, "float32", "dense", broken),
         "ours": of("ours", True, "float32", "rank 2", 0.1),
         "ours dense": of("ours dense", True, "bfloat16", "dense", 0.4, error=1e-3),
         "ours small": of("ours small", True, "int8", "rank 2", 0.025, error=0.04),
         "ours wrong": of("ours wrong", True, "float32", "dense", 0.1, error=float("nan")),
     }
     result = measure(found, truth, {"absent": "not installed"}, seconds=0.3)
-    assert set(result["refused"]) == {"absent", "wrong", "ours wrong"}
+    assert set(result["refused"]) == {"absent", "wrong", "ours wrong", "broken"}
+    assert result["refused"]["broken"] == "out of memory"
     assert result["refused"]["wrong"] == "wrong by 0.001 of the output's norm"
     faster = {name: one["faster"] for name, one in result["candidates"].items() if one["ours"]}
     ratios = {
@@ -318,6 +323,7 @@ def test_what_is_not_installed_is_told(package, monkeypatch):
         "openvino": ["OpenVINO LSTM"],
     }
     for name in names[package]:
+        assert refused[name].startswith("not installed: ")
         assert package in refused[name]
         assert name not in found
 

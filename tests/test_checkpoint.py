@@ -154,6 +154,14 @@ def test_a_folder_is_read_if_it_was_saved(tmp_path):
     assert equal(read_tensors(tmp_path), model.state_dict())
 
 
+def test_the_weights_file_of_a_quantised_folder_is_read_without_the_folder(tmp_path):
+    model = encoder()
+    compress_(model, Quantize("int8"))
+    save(model, tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    assert equal(read_tensors(file), model.state_dict())
+
+
 MODELS = {
     "stacked": lambda: nn.LSTM(INPUTS, H, num_layers=2),
     "bidirectional": lambda: nn.LSTM(INPUTS, H, num_layers=2, bidirectional=True),

@@ -484,7 +484,7 @@ REFUSED = {
     "rank a float": (plain, lambda: LowRank(rank=2.0), r"a rank is an int of at least 1, not 2\.0"),
     "rank too large": (plain, lambda: LowRank(rank=H + 1, target="hh"), f"rank {H + 1} is above {H}, the highest"),
     "rank of a mask too large": (plain, lambda: Prune(rank=H + 1, target="hh"), f"rank {H + 1} is above {H}, the highest"),
-    "both": (plain, lambda: LowRank(rank=2, keep=0.5), r"either rank or keep, not rank=2 and keep=0\.5"),
+    "both": (plain, lambda: LowRank(rank=2, keep=0.5), "give one of rank, keep, bytes and energy, not rank and keep"),
     "neither": (plain, Prune, "either rank or keep, not rank=None and keep=None"),
     "keep 0": (plain, lambda: LowRank(keep=0.0), r"keep is a fraction .* in \(0, 1\], not 0\.0"),
     "keep above 1": (plain, lambda: Prune(keep=1.5), r"keep is a fraction .* in \(0, 1\], not 1\.5"),

@@ -121,6 +121,17 @@ def test_weight_drop_makes_way_for_factors(tokens):
     assert torch.equal(model.train()(tokens)[0], model.eval()(tokens)[0])
 
 
+def test_weight_drop_goes_on_under_a_mask(tokens):
+    model = make(weight_drop=0.5)
+    compress_(model, Prune(keep=0.5))
+    assert not torch.equal(model.train()(tokens)[0], model(tokens)[0])
+    model(tokens)[0].square().sum().backward()
+    for lstm in model.lstms:
+        dropped_or_masked = lstm.parametrizations.weight_hh_l0.original.grad == 0.0
+        assert dropped_or_masked[lstm.weight_hh_l0 == 0.0].all()
+        assert 0.6 < dropped_or_masked.double().mean() < 0.9
+
+
 @pytest.mark.parametrize(
     "config",
     [None, LowRank(rank=2), LowRank(rank=2, target="hh"), Prune(rank=2), Prune(rank=2, target="ih")],

@@ -8,8 +8,10 @@ sl.save(model, "small/")
 model = sl.load("small/", fresh_dense_model)
 """
 
+from slimlstm.calibrate import calibrate
 from slimlstm.compress import compress_
 from slimlstm.errors import SlimLSTMError
+from slimlstm.finetune import finetune
 from slimlstm.nn import LowRankLSTM, LowRankLSTMCell
 from slimlstm.persist import load, save
 from slimlstm.plan import LowRank, Plan, Prune, Quantize
@@ -25,8 +27,10 @@ __all__ = [
     "Quantize",
     "Report",
     "SlimLSTMError",
+    "calibrate",
     "compress_",
     "find_sites",
+    "finetune",
     "load",
     "save",
 ]

@@ -51,6 +51,22 @@ class Moments:
     gradients: Tensor | None
     rows: int
 
+    def loss_of(self, difference: Tensor) -> float:
+        """½ tr(Δᵀ G Δ A) for Δ [m, n]: what the sum of losses rises by, for a row; without a loss G = I."""
+        inputs = difference @ self.inputs.to(difference)
+        gradients = difference if self.gradients is None else self.gradients.to(difference) @ difference
+        return 0.5 * float((gradients * inputs).sum())
+
+    @classmethod
+    def together(cls, several: Sequence[Moments]) -> Moments:
+        """Those of a parameter that several matrices share."""
+        if len(several) == 1:
+            return several[0]
+        rows = sum(one.rows for one in several)
+        inputs = sum((one.inputs * (one.rows / rows) for one in several[1:]), several[0].inputs * (several[0].rows / rows))
+        weighted = [one.gradients * (one.rows / rows) for one in several if one.gradients is not None]
+        return cls(inputs, torch.stack(weighted).sum(0) if len(weighted) == len(several) else None, rows)
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -130,7 +146,7 @@ def calibrate(
 
     Raises:
         SlimLSTMError: no LSTM that can be seen, no batch, a loss that is none, is not finite or does not hang on the
-            model's LSTMs, or an LSTM whose inputs are not finite.
+            LSTMs, or an LSTM whose inputs are not finite.
     """
     hosts = [host for host in find_hosts(model) if host.problem is None]
     if not hosts:
@@ -158,6 +174,27 @@ def calibrate(
         raise SlimLSTMError("there is no batch to calibrate on; an iterator may have been used up before")
     mean = total / predictions if predictions else None
     return Calibration(recorder.result(), mean, predictions, is_scaled)
+
+
+def mean_loss(model: nn.Module, batches: Iterable[Any], loss: Loss) -> float:
+    """The mean of what ``loss`` gives, in evaluation mode, which is restored; of a distribution, its expectation by draws.
+
+    Raises:
+        SlimLSTMError: as :func:`calibrate`.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    total, count = 0.0, 0
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            for batch in batches:
+                losses, _ = _losses(loss(model, batch))
+                total, count = total + float(losses.double().sum()), count + losses.numel()
+    finally:
+        for module in training:
+            module.training = True
+    return total / max(count, 1)
 
 
 class _Observation:

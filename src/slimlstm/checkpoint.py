@@ -23,8 +23,8 @@ from slimlstm.compress import Progress, compress_matrix, site_report
 from slimlstm.errors import SlimLSTMError
 from slimlstm.factorize import check_matrix
 from slimlstm.nn import LowRankLSTM
-from slimlstm.ops.weights import Matrix, rounded, stored_bytes
-from slimlstm.persist import CONFIG, read_config, read_folder, site_entry, stored_names, write_folder
+from slimlstm.ops.weights import Matrix, from_int8, rounded, stored_bytes
+from slimlstm.persist import CONFIG, SCALE, read_config, read_folder, site_entry, stored_names, write_folder
 from slimlstm.plan import DENSE, LowRank, Plan, Prune, Quantize, make_plan
 from slimlstm.report import Report, Total
 from slimlstm.sites import SITE_NAME, Site
@@ -306,9 +306,15 @@ def _sizes(
 
 def _read_safetensors(path: Path) -> Tensors:
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise SlimLSTMError(f"{path} is no intact safetensors file: {error}") from error
+    # The weights file of a folder may be given without the folder.
+    for name, value in list(tensors.items()):
+        scale = tensors.get(name + SCALE)
+        if value.dtype == torch.int8 and scale is not None and scale.shape == value.shape[:1]:
+            tensors[name] = from_int8(value, tensors.pop(name + SCALE))
+    return tensors
 
 
 def _read_torch(path: Path) -> Tensors:

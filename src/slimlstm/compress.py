@@ -6,16 +6,19 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from slimlstm.calibrate import Calibration, Loss, Moments, calibrate, mean_loss
 from slimlstm.errors import SlimLSTMError
-from slimlstm.factorize import SOLVERS, check_matrix, relative_error
+from slimlstm.factorize import SOLVERS, WeightedSVD, check_matrix, relative_error, singular_values
 from slimlstm.nn import FactoredModule
 from slimlstm.ops.dense import rebuilt
 from slimlstm.ops.weights import Matrix, matrix_bytes, rounded, stored_bytes
-from slimlstm.plan import DENSE, PRUNE, LowRank, Plan, Prune, Quantize, SitePlan, make_plan
+from slimlstm.plan import DENSE, PRUNE, WEIGHTED, LowRank, Plan, Prune, Quantize, SitePlan, make_plan
 from slimlstm.prune import magnitude_mask
 from slimlstm.rank import break_even_rank
 from slimlstm.report import Report, SiteReport, Total
@@ -39,7 +42,15 @@ class Compressed:
     source_sha256: str = ""
 
 
-def compress_(model: nn.Module, config: LowRank | Prune | Quantize | Plan, *, progress: Progress | None = None) -> Report:
+def compress_(
+    model: nn.Module,
+    config: LowRank | Prune | Quantize | Plan,
+    *,
+    batches: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    calibration: Calibration | None = None,
+    progress: Progress | None = None,
+) -> Report:
     """Compresses the LSTMs of ``model`` in place, without training.
 
     Works on ``nn.LSTM`` and ``nn.LSTMCell`` anywhere in the module tree; a shared module or matrix is compressed once and
@@ -51,21 +62,40 @@ def compress_(model: nn.Module, config: LowRank | Prune | Quantize | Plan, *, pr
     Args:
         model: any module; a bare ``nn.LSTM`` goes through :meth:`LowRankLSTM.from_dense` first.
         config: what to do, as a rule (``LowRank``, ``Prune``, ``Quantize``) or site by site (``Plan``, such as a report's).
+        batches, loss: what to calibrate on; see :func:`slimlstm.calibrate`. ``"activation"`` needs batches, ``"fisher"``
+            both. Where both are given and can be gone through again, the loss on them is measured before and after.
+        calibration: what :func:`slimlstm.calibrate` found for this model before, in the place of calibrating anew.
         progress: called with a site's key and the fraction done, now and then.
 
     Returns:
-        Per site and in total: parameters and bytes before and after, relative errors.
+        Per site and in total: parameters and bytes before and after, relative errors, and where there was a loss, how much
+        it was predicted to rise and did.
 
     Raises:
-        SlimLSTMError: no site is meant, a site cannot be compressed, a matrix holds NaN, or it is not float32 that would
-            be quantised. Nothing has changed then.
+        SlimLSTMError: no site is meant, a site cannot be compressed, a matrix holds NaN, it is not float32 that would be
+            quantised, or calibration is needed and not there, or did not reach a site. Nothing has changed then.
     """
     hosts = find_hosts(model)
-    plan = make_plan(config, [site for host in hosts for site in host.sites()])
+    sites = [site for host in hosts for site in host.sites()]
+    make_plan(_without_spectra(config), sites)  # what can be said against it is said before the work of calibration
+    repeatable = batches is not None and iter(batches) is not batches
+    methods = (
+        {site.method for site in config.sites.values()} if isinstance(config, Plan) else {getattr(config, "method", "")}
+    )
+    if calibration is None and batches is not None and (loss is not None or methods & set(WEIGHTED)):
+        calibration = calibrate(model, batches, loss)
+    spectra = _Spectra(hosts, calibration, getattr(config, "method", ""))
+    plan = make_plan(config, sites, spectra)
     chosen = [(host, site) for host in hosts for site in host.sites() if site.key in plan.sites]
-    results = _solve(plan, chosen, progress)
+    results = _solve(plan, chosen, spectra, progress)
     reports = [
-        site_report(site, plan.sites[site.key], results[site.key], host.stored(site.name).element_size())
+        site_report(
+            site,
+            plan.sites[site.key],
+            results[site.key],
+            host.stored(site.name).element_size(),
+            spectra.predicted(site, results[site.key]),
+        )
         for host, site in chosen
     ]
     model_before, lstm_before = size([model], hosts), size([host.module for host in hosts], hosts)
@@ -93,17 +123,27 @@ def compress_(model: nn.Module, config: LowRank | Prune | Quantize | Plan, *, pr
             if site_plan.storage is not None and isinstance(module, FactoredModule):
                 module.store(name, site_plan.storage)
     hosts = find_hosts(model)
+    loss_before = calibration.loss if calibration is not None and loss is not None and repeatable else None
     return Report(
         reports,
         plan,
         Total.between(lstm_before, size([host.module for host in hosts], hosts)),
         Total.between(model_before, size([model], hosts)),
         notes,
+        loss_before,
+        mean_loss(model, batches, loss) if batches is not None and loss is not None and loss_before is not None else None,
     )
 
 
-def compress_matrix(kept_as: Matrix, plan: SitePlan, on_fraction: Callable[[float], None] | None = None) -> Compressed:
+def compress_matrix(
+    kept_as: Matrix,
+    plan: SitePlan,
+    on_fraction: Callable[[float], None] | None = None,
+    weighted: Callable[[], WeightedSVD] | None = None,
+) -> Compressed:
     """Carries out one site's plan on its matrix [m, n], or on the factors that it is kept as; they are not changed.
+
+    ``weighted`` gives what the calibrated methods take the factors from.
 
     Raises:
         SlimLSTMError: the matrix is empty or holds NaN or infinite numbers, the rank does not fit, or what is to be
@@ -126,7 +166,12 @@ def compress_matrix(kept_as: Matrix, plan: SitePlan, on_fraction: Callable[[floa
         if on_fraction is not None:
             on_fraction(done / most)
 
-    found = SOLVERS[plan.method](matrix, plan.rank or 0, on_iteration)
+    if plan.method not in WEIGHTED:
+        found = SOLVERS[plan.method](matrix, plan.rank or 0, on_iteration)
+    elif weighted is None:
+        raise SlimLSTMError(f"{plan.method!r} takes the model itself and batches to calibrate on; use compress_")
+    else:
+        found = weighted().factors(plan.rank or 0)
     result = Compressed(None, None, None, found.residual, found.iterations, found.converged, source)
     return _stored(result, (found.u, found.v), matrix, plan.storage)
 
@@ -172,7 +217,74 @@ def size(modules: Iterable[nn.Module], hosts: list[Host]) -> tuple[int, int]:
     return count, sum(stored)
 
 
-def _solve(plan: Plan, chosen: list[tuple[Host, Site]], progress: Progress | None) -> dict[str, Compressed]:
+class _Spectra:
+    """The spectra of a model's sites as a method sees them, each worked out once."""
+
+    def __init__(self, hosts: list[Host], calibration: Calibration | None, method: str) -> None:
+        self._hosts = {site.key: host for host in hosts for site in host.sites()}
+        self._calibration = calibration
+        self._method = method
+        self._tied: dict[int, list[str]] = {}
+        for key, host in self._hosts.items():
+            self._tied.setdefault(host.identity(key.rpartition(".")[2]), []).append(key)
+        self.weighted = cache(self._weighted)
+
+    def identity(self, site: Site) -> int:
+        return self._hosts[site.key].identity(site.name)
+
+    def itemsize(self, site: Site) -> int:
+        return self._hosts[site.key].stored(site.name).element_size()
+
+    def losses(self, site: Site) -> Tensor:
+        if self._method not in WEIGHTED:
+            return singular_values(self._hosts[site.key].matrix(site.name)).square()
+        # Moments are means over rows, of which a site may see more than another.
+        return self._moments(site, self._method).rows * self.weighted(site, self._method).losses
+
+    def predicted(self, site: Site, result: Compressed) -> float | None:
+        """By how much the mean loss is predicted to rise; None where that cannot be told."""
+        found = self._calibration
+        if found is None or not found.is_scaled or not found.predictions or site.key not in found.sites:
+            return None
+        if result.factors is None and result.weight is None and result.mask is None:
+            return 0.0
+        matrix = self._hosts[site.key].matrix(site.name)
+        after = matrix if result.weight is None else result.weight
+        if result.factors is not None:
+            after = result.factors[0] @ result.factors[1]
+        elif result.weight is None and result.mask is not None:
+            after = matrix * result.mask
+        moments = found.sites[site.key]
+        return moments.loss_of(matrix.double() - after.detach().double()) * moments.rows / found.predictions
+
+    def _weighted(self, site: Site, method: str) -> WeightedSVD:
+        moments = self._moments(site, method)
+        gradients = moments.gradients if method == "fisher" else None
+        return WeightedSVD(self._hosts[site.key].matrix(site.name), moments.inputs, gradients)
+
+    def _moments(self, site: Site, method: str) -> Moments:
+        if self._calibration is None:
+            needed = "batches=" if method == "activation" else "batches= and loss="
+            raise SlimLSTMError(f"{method!r} has to see data; give compress_ {needed}, or calibration=")
+        known = self._calibration.sites
+        # Of a shared parameter, what all its sites see counts.
+        found = [known[key] for key in self._tied[self.identity(site)] if key in known]
+        if not found:
+            raise SlimLSTMError(f"no batch reached {site.key}, or no loss depends on it; leave it out with filter=")
+        if method == "fisher" and any(moments.gradients is None for moments in found):
+            raise SlimLSTMError("'fisher' needs a loss, which the calibration had not; calibrate with loss=")
+        return Moments.together(found)
+
+
+def _without_spectra(config: LowRank | Prune | Quantize | Plan) -> LowRank | Prune | Quantize | Plan:
+    if isinstance(config, LowRank) and config.needs_spectra:
+        return dataclasses.replace(config, rank=1, keep=None, bytes=None, energy=None, allocation=None)
+    return config
+
+
+def _solve(
+    plan: Plan, chosen: list[tuple[Host, Site]], spectra: _Spectra, progress: Progress | None
+) -> dict[str, Compressed]:
     results: dict[str, Compressed] = {}
     shared: dict[tuple[int, SitePlan], Compressed] = {}
     for index, (host, site) in enumerate(chosen):
@@ -186,7 +298,8 @@ def _solve(plan: Plan, chosen: list[tuple[Host, Site]], progress: Progress | Non
         known = (host.identity(site.name), action)
         if known not in shared:
             try:
-                shared[known] = compress_matrix(host.kept_as(site.name), action, on_fraction)
+                weighted = partial(spectra.weighted, site, action.method)
+                shared[known] = compress_matrix(host.kept_as(site.name), action, on_fraction, weighted)
                 if action.storage is not None:
                     _check_storable(host, site.name)
             except SlimLSTMError as error:
@@ -210,7 +323,9 @@ def _check_storable(host: Host, name: str) -> None:
             raise SlimLSTMError(f"{', '.join(computed)} is parametrized; remove the parametrization first")
 
 
-def site_report(site: Site, plan: SitePlan, result: Compressed, itemsize: int) -> SiteReport:
+def site_report(
+    site: Site, plan: SitePlan, result: Compressed, itemsize: int, predicted: float | None = None
+) -> SiteReport:
     """What ``result`` means for a site whose numbers take ``itemsize`` bytes each."""
     m, n = site.shape
     rank = result.factors[0].shape[1] if result.factors is not None else site.rank
@@ -233,4 +348,5 @@ def site_report(site: Site, plan: SitePlan, result: Compressed, itemsize: int) -
         converged=result.converged,
         note=plan.note,
         storage=storage,
+        predicted_rise=predicted,
     )

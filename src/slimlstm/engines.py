@@ -65,7 +65,7 @@ def pytorch(lstm: nn.LSTM, x: Tensor, refused: dict[str, str]) -> Found:
             return quantized(x)[0]
 
     except Exception as error:  # what PyTorch's quantisation raises differs from version to version
-        refused["PyTorch quantize_dynamic"] = _first_line(error)
+        refused["PyTorch quantize_dynamic"] = _reason(error)
     else:
         yield "PyTorch quantize_dynamic", Candidate(False, "int8", "dense", call_quantized)
 
@@ -77,7 +77,7 @@ def onnx_engines(
     try:
         content: bytes = build().SerializeToString()
     except (ImportError, SlimLSTMError) as error:
-        reason = f"{error}; pip install onnx" if isinstance(error, ImportError) else str(error)
+        reason = _reason(error)
         refused.update({f"{engine} {name}": reason for engine in ("ONNX Runtime", "OpenVINO")})
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -91,8 +91,7 @@ def onnx_engines(
             try:
                 call = start(path, x, threads)
             except Exception as error:  # each library raises classes of its own
-                installed = "not installed: " if isinstance(error, ImportError) else ""
-                refused[f"{engine} {name}"] = installed + _first_line(error)
+                refused[f"{engine} {name}"] = _reason(error)
             else:
                 yield f"{engine} {name}", Candidate(False, precision, model, call)
 
@@ -136,7 +135,15 @@ def measure(
     with only_threads(threads), torch.no_grad():
         for name, one in list(candidates.items()):
             truth = exact[one.model]
-            errors[name] = float((one.call().reshape(truth.shape) - truth).norm() / truth.norm())
+            try:
+                output = one.call()
+            except Exception as error:  # each library raises classes of its own
+                if one.ours:
+                    raise
+                refused[name] = _reason(error)
+                del candidates[name]
+                continue
+            errors[name] = float((output.reshape(truth.shape) - truth).norm() / truth.norm())
             if not errors[name] <= TOLERANCE[one.precision]:
                 refused[name] = f"wrong by {errors[name]:.2g} of the output's norm"
                 del candidates[name]
@@ -237,8 +244,9 @@ def _in_order(output: Any) -> Tensor:
     return tensor if tensor.ndim == 3 else tensor.transpose(1, 2).flatten(2)
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def _reason(error: Exception) -> str:
+    first_line = next(iter(str(error).splitlines()), type(error).__name__)
+    return f"not installed: {first_line}" if isinstance(error, ImportError) else first_line
 
 
 @contextmanager

@@ -29,7 +29,8 @@ from slimlstm.sites import Site, find_hosts, provenance_of, replace
 
 CONFIG = "config.json"
 FORMAT = "slimlstm"
-_SCALE = ".scale"
+SCALE = ".scale"
+"""What follows a tensor's name in that of the scales of its rows."""
 FORMAT_VERSIONS = (1, 2)
 """Without and with sites that are stored in less than float32."""
 
@@ -241,7 +242,7 @@ def _packed(tensors: Mapping[str, Tensor], sites: Mapping[str, Mapping[str, Any]
                 f"round it again, with compress_(model, Quantize({storage!r})), and then save"
             )
         if storage == "int8":
-            packed[name], packed[name + _SCALE] = to_int8(weight)
+            packed[name], packed[name + SCALE] = to_int8(weight)
         else:
             packed[name] = weight.bfloat16()
     return packed
@@ -251,7 +252,7 @@ def _unpacked(tensors: Mapping[str, Tensor], sites: Mapping[str, Mapping[str, An
     """The float32 tensors that :func:`_packed` was given."""
     unpacked = dict(tensors)
     for name, storage in stored_names(tensors, sites):
-        weight, scale = unpacked[name], unpacked.pop(name + _SCALE, None)
+        weight, scale = unpacked[name], unpacked.pop(name + SCALE, None)
         if storage == "bfloat16" and weight.dtype == torch.bfloat16 and scale is None:
             unpacked[name] = weight.float()
         elif storage == "int8" and weight.dtype == torch.int8 and scale is not None and scale.shape == weight.shape[:1]:

@@ -2,35 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.factorize import SOLVERS
 from slimlstm.ops.weights import STORAGES, check_storage, matrix_bytes
 from slimlstm.prune import kept_by_rank
-from slimlstm.rank import rank_for_fraction, saves
+from slimlstm.rank import Curve, allocate, rank_for_fraction, rank_of_sum, saves
 from slimlstm.sites import Site
 
 Target = Literal["ih", "hh", "both"]
 Filter = Callable[[Site], bool]
 DENSE, PRUNE = "dense", "prune"
+WEIGHTED = ("activation", "fisher")
+"""The methods that need calibration: an SVD weighted by the second moments of inputs, and by those of gradients too."""
+METHODS = (*SOLVERS, *WEIGHTED)
 
 
 @dataclass(frozen=True)
 class LowRank:
     """Replaces matrices by products of factors.
 
+    How small they get is given by one of ``rank``, ``keep``, ``bytes`` and ``energy``.
+
     Attributes:
-        method: ``"svd"`` or ``"semi-nmf"``; see :data:`slimlstm.factorize.SOLVERS`.
-        rank: the same rank everywhere. Give either this or ``keep``.
-        keep: the fraction of every matrix's parameters that its factors may hold, in (0, 1).
+        method: ``"svd"`` or ``"semi-nmf"``, see :data:`slimlstm.factorize.SOLVERS`; ``"activation"`` or ``"fisher"``, see
+            :class:`slimlstm.factorize.WeightedSVD`, which need calibration.
+        rank: the same rank everywhere.
+        keep: the fraction of the matrices' parameters that the factors may hold, in (0, 1).
         target: ``"hh"``, ``"ih"`` or ``"both"``.
         filter: takes a :class:`slimlstm.sites.Site` and says whether it is meant; by default all are.
+        allocation: ``"uniform"`` keeps the same fraction of every matrix; ``"global"`` has all share one budget, which goes
+            where it lowers the loss that the method sees most (:func:`slimlstm.rank.allocate`). By default global for
+            the methods that are calibrated, whose losses can be compared between matrices.
+        bytes: what all matrices that are meant may take together, in ``storage``; always shared out globally.
+        energy: the fraction of the loss at rank 0 that every matrix has to keep away, of Σ σ² for ``"svd"``, in (0, 1].
+        storage: ``"int8"`` or ``"bfloat16"`` also rounds what is left; see :class:`Quantize`.
 
     Raises:
-        SlimLSTMError: a value that is none of these.
+        SlimLSTMError: a value that is none of these, or two that exclude each other.
     """
 
     method: str = "svd"
@@ -38,20 +52,72 @@ class LowRank:
     keep: float | None = None
     target: Target = "both"
     filter: Filter | None = None
+    allocation: Literal["uniform", "global"] | None = None
+    bytes: int | None = None
+    energy: float | None = None
+    storage: str | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in SOLVERS:
-            raise SlimLSTMError(f"no method is called {self.method!r}; there are {', '.join(map(repr, SOLVERS))}")
-        _check_amount(self)
+        if self.method not in METHODS:
+            raise SlimLSTMError(f"no method is called {self.method!r}; there are {', '.join(map(repr, METHODS))}")
+        given = [name for name in ("rank", "keep", "bytes", "energy") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise SlimLSTMError(f"give one of rank, keep, bytes and energy, not {' and '.join(given) or 'none'}")
+        _check_rank_or_keep(self.rank, self.keep)
+        if self.energy is not None and not 0.0 < self.energy <= 1.0:
+            raise SlimLSTMError(f"energy is a fraction in (0, 1], not {self.energy!r}")
+        if self.storage is not None:
+            check_storage(self.storage)
+        _check_target(self.target)
+        if self.allocation not in (None, "uniform", "global"):
+            raise SlimLSTMError(f"allocation is 'uniform' or 'global', not {self.allocation!r}")
+        if self.allocation == "global" and given[0] in ("rank", "energy"):
+            raise SlimLSTMError(f"{given[0]} is the same everywhere and cannot be shared out; give keep or bytes")
+        if self.allocation == "uniform" and given[0] == "bytes":
+            raise SlimLSTMError("bytes are one budget for all matrices; give keep for a uniform allocation")
+        if self.method == "semi-nmf" and (self.is_global or self.energy is not None):
+            raise SlimLSTMError("semi-nmf has no spectrum to choose ranks from; give rank or keep")
+
+    @property
+    def is_global(self) -> bool:
+        """Whether the matrices share one budget."""
+        if self.bytes is not None or self.allocation == "global":
+            return True
+        return self.allocation is None and self.keep is not None and self.method in WEIGHTED
+
+    @property
+    def needs_spectra(self) -> bool:
+        """Whether ranks depend on what is in the matrices."""
+        return self.is_global or self.energy is not None
 
     def site_plan(self, site: Site) -> SitePlan:
         """What this configuration means for one site; a rank that saves nothing leaves it as it is."""
         rank = self.rank if self.rank is not None else rank_for_fraction(site.shape, self.keep or 0.0)
+        return self.at_rank(site, rank)
+
+    def at_rank(self, site: Site, rank: int) -> SitePlan:
+        """The same with a rank that is known."""
         if site.rank is not None and rank >= site.rank:
-            return SitePlan(DENSE, note=f"already at rank {site.rank}")
+            return SitePlan(DENSE, note=f"already at rank {site.rank}", storage=self.storage)
         if not saves(site.shape, rank):
-            return SitePlan(DENSE, note=f"rank {rank} is not below break-even")
-        return SitePlan(self.method, rank=rank)
+            return SitePlan(DENSE, note=f"rank {rank} is not below break-even", storage=self.storage)
+        return SitePlan(self.method, rank=rank, storage=self.storage)
+
+
+class Spectra(Protocol):
+    """What a plan has to know of the matrices themselves."""
+
+    def losses(self, site: Site) -> Tensor:
+        """What leaving out each direction of a site costs, largest first, in a unit that is the same for all sites."""
+        ...
+
+    def identity(self, site: Site) -> Hashable:
+        """Equal for sites that share one parameter."""
+        ...
+
+    def itemsize(self, site: Site) -> int:
+        """Bytes of one number of a site as it is."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -73,7 +139,10 @@ class Prune:
     filter: Filter | None = None
 
     def __post_init__(self) -> None:
-        _check_amount(self)
+        if (self.rank is None) == (self.keep is None):
+            raise SlimLSTMError(f"give either rank or keep, not rank={self.rank} and keep={self.keep}")
+        _check_rank_or_keep(self.rank, self.keep)
+        _check_target(self.target)
 
     def site_plan(self, site: Site) -> SitePlan:
         """What this configuration means for one site; keeping all weights leaves it as it is."""
@@ -94,7 +163,8 @@ class Quantize:
 
     int8 has a float32 scale for every row. The parameters stay float32 in memory, rounded to what the storage holds, so
     that every backend computes with the same weights and training goes on from them; the fused kernel reads, and
-    :func:`slimlstm.save` writes, the small form. Of a projected layer, ``weight_hr`` goes with ``weight_hh``.
+    :func:`slimlstm.save` writes, the small form. Of a projected layer, ``weight_hr`` goes with ``weight_hh``. Weights that
+    a mask hides become zero.
 
     Attributes:
         storage: ``"int8"`` or ``"bfloat16"``.
@@ -135,9 +205,9 @@ class SitePlan:
         if self.storage is not None:
             check_storage(self.storage)
         complete = {DENSE: True, PRUNE: self.kept is not None}.get(self.method, self.rank is not None)
-        if self.method not in (*SOLVERS, DENSE, PRUNE) or not complete:
+        if self.method not in (*METHODS, DENSE, PRUNE) or not complete:
             raise SlimLSTMError(
-                f"{self} is no plan for a site: a method of {', '.join(map(repr, SOLVERS))} needs a rank, "
+                f"{self} is no plan for a site: a method of {', '.join(map(repr, METHODS))} needs a rank, "
                 f"{PRUNE!r} needs kept, {DENSE!r} nothing"
             )
 
@@ -195,12 +265,14 @@ class Plan:
             raise SlimLSTMError(f"this is no plan: {error}") from error
 
 
-def make_plan(config: LowRank | Prune | Quantize | Plan, sites: list[Site]) -> Plan:
+def make_plan(config: LowRank | Prune | Quantize | Plan, sites: list[Site], spectra: Spectra | None = None) -> Plan:
     """The plan that ``config`` means for a model with these sites.
 
+    ``spectra`` is asked only where ranks depend on what is in the matrices.
+
     Raises:
-        SlimLSTMError: no site is meant, a site that is meant cannot be compressed, a plan names an unknown site or a
-            rank is above that of every matrix.
+        SlimLSTMError: no site is meant, a site that is meant cannot be compressed, a plan names an unknown site, a rank is
+            above that of every matrix, or a budget is too small for rank 1 everywhere.
     """
     by_key = {site.key: site for site in sites}
     if isinstance(config, Plan):
@@ -211,14 +283,56 @@ def make_plan(config: LowRank | Prune | Quantize | Plan, sites: list[Site]) -> P
         plan = Plan({site.key: _as_possible(config.sites[site.key], site) for site in chosen})
     else:
         chosen = _chosen(config, sites)
-        if not isinstance(config, Quantize):
-            _check_rank(config, chosen)
-        plan = Plan({site.key: config.site_plan(site) for site in chosen})
+        if isinstance(config, LowRank) and config.needs_spectra:
+            _check_possible(chosen)
+            if spectra is None:
+                raise SlimLSTMError("global allocation and energy take the model itself; use compress_, or a uniform keep")
+            plan = _shared_out(config, chosen, spectra)
+        else:
+            if not isinstance(config, Quantize):
+                _check_rank(config, chosen)
+            plan = Plan({site.key: config.site_plan(site) for site in chosen})
     plan = Plan({site.key: plan.sites[site.key].of(site) for site in chosen})
-    for site in chosen:
+    _check_possible(chosen)
+    return plan
+
+
+def _check_possible(sites: list[Site]) -> None:
+    for site in sites:
         if site.problem is not None:
             raise SlimLSTMError(site.problem)
-    return plan
+
+
+def _shared_out(config: LowRank, sites: list[Site], spectra: Spectra) -> Plan:
+    """The plan of a configuration whose ranks depend on the matrices' spectra."""
+    if config.energy is not None:
+        return Plan({site.key: config.at_rank(site, rank_of_sum(spectra.losses(site), config.energy)) for site in sites})
+    firsts: dict[Hashable, Site] = {}
+    for site in sites:
+        firsts.setdefault(spectra.identity(site), site)
+
+    def unit(site: Site, rank: int | None) -> int:
+        if config.bytes is not None:
+            return matrix_bytes(site.shape, rank, config.storage, spectra.itemsize(site))
+        return site.shape[0] * site.shape[1] if rank is None else rank * sum(site.shape)
+
+    curves: dict[str, Curve] = {}
+    fixed = 0.0
+    for site in firsts.values():
+        losses = spectra.losses(site)
+        left_out = [*losses.flip(0).cumsum(0).flip(0).tolist(), 0.0]
+        one, two, whole = (unit(site, rank) for rank in (1, 2, site.rank))
+        # Scales of rows cost the same at every rank.
+        fixed += 2 * one - two
+        curves[site.key] = Curve(left_out[: (site.rank or len(losses)) + 1], two - one, whole - (2 * one - two))
+    budget = config.bytes or (config.keep or 0.0) * sum(m * n for m, n in (site.shape for site in firsts.values()))
+    ranks = allocate(curves, budget - fixed)
+    plans: dict[str, SitePlan] = {}
+    for site in sites:
+        rank = ranks[firsts[spectra.identity(site)].key]
+        whole = SitePlan(DENSE, note="stays whole, as more is lost elsewhere", storage=config.storage)
+        plans[site.key] = whole if rank is None else config.at_rank(site, rank)
+    return Plan(plans)
 
 
 def _as_possible(plan: SitePlan, site: Site) -> SitePlan:
@@ -261,15 +375,11 @@ def _check_rank(config: LowRank | Prune, sites: list[Site]) -> None:
         raise SlimLSTMError(f"rank {config.rank} is above {largest}, the highest that any of the matrices can have")
 
 
-def _check_amount(config: LowRank | Prune) -> None:
-    if (config.rank is None) == (config.keep is None):
-        raise SlimLSTMError(f"give either rank or keep, not rank={config.rank} and keep={config.keep}")
-    if config.rank is not None and (type(config.rank) is not int or config.rank < 1):
-        raise SlimLSTMError(f"a rank is an int of at least 1, not {config.rank!r}")
-    number = isinstance(config.keep, int | float) and not isinstance(config.keep, bool)
-    if config.keep is not None and not (number and 0.0 < config.keep <= 1.0):
-        raise SlimLSTMError(f"keep is a fraction of the parameters in (0, 1], not {config.keep!r}")
-    _check_target(config.target)
+def _check_rank_or_keep(rank: object, keep: object) -> None:
+    if rank is not None and (type(rank) is not int or rank < 1):
+        raise SlimLSTMError(f"a rank is an int of at least 1, not {rank!r}")
+    if keep is not None and not (isinstance(keep, int | float) and type(keep) is not bool and 0.0 < keep <= 1.0):
+        raise SlimLSTMError(f"keep is a fraction of the parameters in (0, 1], not {keep!r}")
 
 
 def _check_target(target: object) -> None:

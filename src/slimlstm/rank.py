@@ -38,11 +38,15 @@ def rank_for_energy(singular_values: Tensor, energy: float) -> int:
     """
     if not 0.0 < energy <= 1.0:
         raise SlimLSTMError(f"energy is a fraction of the squared singular values in (0, 1], not {energy!r}")
-    squares = singular_values.double().square()
-    if float(squares.sum()) == 0.0:
+    return rank_of_sum(singular_values.double().square(), energy)
+
+
+def rank_of_sum(parts: Tensor, fraction: float) -> int:
+    """The smallest r with Σ_{i≤r} p_i ≥ fraction · Σ p_i for p [k] ≥ 0, largest first; at least 1."""
+    if float(parts.sum()) == 0.0:
         return 1
-    cumulative = squares.cumsum(0) / squares.sum()
-    return min(int(torch.searchsorted(cumulative, energy)) + 1, len(squares))
+    cumulative = parts.double().cumsum(0) / parts.double().sum()
+    return min(int(torch.searchsorted(cumulative, fraction)) + 1, len(parts))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ class SiteReport:
     that are left; ``bytes_after`` counts what is stored, and a mask saves nothing there. ``iterations`` and ``converged``
     are of the solver. ``storage`` is None where weights are kept as they were trained; elsewhere bytes are those of the
     saved file and of what the kernel reads, scales of int8 included, while the parameters in memory stay float32.
+    ``predicted_rise`` is what calibration predicts the mean loss to rise by for this site alone.
     """
 
     key: str
@@ -37,6 +38,7 @@ class SiteReport:
     converged: bool = True
     note: str = ""
     storage: str | None = None
+    predicted_rise: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,42 @@ class Total:
 
 @dataclass(frozen=True)
 class Report:
-    """What ``compress_`` did. Print it, keep ``to_dict()``, or do the same again with ``plan``."""
+    """What ``compress_`` did. Print it, keep ``to_dict()``, or do the same again with ``plan``.
+
+    ``loss_before`` and ``loss_after`` are the mean losses on the calibration batches, where there were any.
+    """
 
     sites: list[SiteReport]
     plan: Plan
     lstm: Total
     model: Total
     notes: list[str] = field(default_factory=list[str])
+    loss_before: float | None = None
+    loss_after: float | None = None
+
+    @property
+    def predicted_rise(self) -> float | None:
+        """The sum of the sites' predicted rises of the mean loss; None where there is none."""
+        rises = [site.predicted_rise for site in self.sites if site.predicted_rise is not None]
+        return sum(rises) if rises else None
+
+    @property
+    def measured_rise(self) -> float | None:
+        """By how much the mean loss on the calibration batches rose."""
+        if self.loss_before is None or self.loss_after is None:
+            return None
+        return self.loss_after - self.loss_before
+
+    @property
+    def loss_note(self) -> str:
+        """Both rises in words, and whether the prediction is to be trusted; empty where there was no loss."""
+        predicted, measured = self.predicted_rise, self.measured_rise
+        parts = [f"predicted {predicted:+.4f}"] if predicted is not None else []
+        if measured is not None and self.loss_before is not None:
+            parts.append(f"measured {measured:+.4f} (from {self.loss_before:.4f})")
+        if predicted is not None and measured is not None and not 0.5 * predicted <= measured <= 2.0 * predicted:
+            parts.append("they are apart: the prediction ranks plans, but is no measure of the loss here")
+        return "loss on the calibration batches: " + ", ".join(parts) if parts else ""
 
     def __rich__(self) -> Table:
         table = Table(title="Compressed sites", title_justify="left", caption_justify="left")
@@ -93,6 +124,8 @@ class Report:
             )
         notes = [f"{site.key}: {site.note}" for site in self.sites if site.note]
         table.caption = "\n".join([f"LSTM:  {self.lstm}", f"model: {self.model}", *notes, *self.notes])
+        if self.loss_note:
+            table.caption += f"\n{self.loss_note}"
         return table
 
     def __str__(self) -> str:
@@ -116,4 +149,5 @@ class Report:
         entries: list[dict[str, Any]] = data["sites"]
         sites = [replace(SiteReport(**entry), shape=(entry["shape"][0], entry["shape"][1])) for entry in entries]
         lstm, model = Total(**data["lstm"]), Total(**data["model"])
-        return cls(sites, Plan.from_dict(data["plan"]), lstm, model, data["notes"])
+        plan, losses = Plan.from_dict(data["plan"]), (data.get("loss_before"), data.get("loss_after"))
+        return cls(sites, plan, lstm, model, data["notes"], *losses)

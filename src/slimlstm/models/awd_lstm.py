@@ -96,8 +96,9 @@ class AWDLSTM(nn.Module):
         rate = self.config.weight_drop
         if not self.training or rate == 0.0 or not isinstance(lstm, nn.LSTM):
             return lstm(x, state)
-        dropped = {"weight_hh_l0": dropout(getattr(lstm, "weight_hh_l0"), rate)}
-        return functional_call(lstm, dropped, (x, state))
+        # Under a mask or another parametrization it has a longer name.
+        name, weight = next(entry for entry in lstm.named_parameters() if "weight_hh_l0" in entry[0])
+        return functional_call(lstm, {name: dropout(weight, rate)}, (x, state))
 
 
 def config_of(tensors: Mapping[str, Tensor]) -> AWDLSTMConfig:

@@ -1,0 +1,145 @@
+"""What compression costs by every method at the same size, without training, on a language model.
+
+    python recipes/quality.py --model checkpoints/awd_lstm_ptb --corpus ptb --output results/quality_ptb
+    python recipes/quality.py --model embedded --corpus wikitext-2 --output results/quality_embedded
+
+Calibrated methods see ``--tokens`` of the training text only. Every run compresses all recurrent matrices to ``--keep``
+of their bytes and writes one JSON file with its provenance; runs whose file is there are skipped. Methods ending in -int8
+have the same bytes as the others, and so four times as many weights.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.nn.functional import cross_entropy
+
+import slimlstm as sl
+from slimlstm.calibrate import Calibration
+from slimlstm.data import CORPORA, Vocabulary, read_text, read_words
+from slimlstm.evaluate import perplexity
+from slimlstm.models.awd_lstm import load_awd_lstm
+from slimlstm.models.embedded import embedded_model, encode
+from slimlstm.provenance import provenance
+
+STREAMS, STEPS = 60, 70
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--model", required=True, help="folder with model.safetensors and vocab.txt, or 'embedded'")
+parser.add_argument("--corpus", choices=CORPORA, required=True)
+parser.add_argument("--split", default="test")
+parser.add_argument("--output", type=Path, required=True)
+parser.add_argument("--methods", nargs="+", default=["svd", "svd-global", "activation", "fisher", "prune", "fisher-int8"])
+parser.add_argument("--keep", nargs="+", type=float, default=[0.25, 0.15, 0.08])
+parser.add_argument("--tokens", type=int, default=60_000, help="training text to calibrate on")
+parser.add_argument("--evaluate", type=int, help="only so many tokens of the split")
+arguments = parser.parse_args()
+console = Console()
+arguments.output.mkdir(parents=True, exist_ok=True)
+
+if arguments.model == "embedded":
+    dense, read = embedded_model(), lambda split: encode(read_text(arguments.corpus, split))
+else:
+    dense, vocabulary = load_awd_lstm(arguments.model), Vocabulary.read(Path(arguments.model) / "vocab.txt")
+    read = lambda split: vocabulary.encode(read_words(arguments.corpus, split))  # noqa: E731
+tokens = read(arguments.split)[: arguments.evaluate]
+size = 4 * sum(site.shape[0] * site.shape[1] for site in sl.find_sites(dense))
+
+
+class Batches:
+    """Pieces of the training text in their order, as (inputs, targets, state); the state is carried by ``loss``."""
+
+    def __iter__(self):
+        length = arguments.tokens // STREAMS
+        text = read("train")[: length * STREAMS].view(STREAMS, length).t().contiguous()
+        self.state = None
+        for start in range(0, length - 1, STEPS):
+            targets = text[start + 1 : start + 1 + STEPS]
+            yield text[start : start + len(targets)], targets
+
+
+def loss(model, batch):
+    logits, state = model(batch[0], batches.state)
+    batches.state = [(h.detach(), c.detach()) for h, c in state]
+    return cross_entropy(logits.flatten(0, 1), batch[1].flatten(), reduction="none")
+
+
+def config_of(method, keep):
+    kind, _, variant = method.partition("-")
+    if kind == "prune":
+        return sl.Prune(keep=keep)
+    if variant == "int8":
+        return sl.LowRank(kind, bytes=int(keep * size), storage="int8")
+    return sl.LowRank(kind, keep=keep, allocation="global" if variant == "global" else None)
+
+
+def write(name, result):
+    path = arguments.output / f"{name}.json"
+    path.with_suffix(".part").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".part").replace(path)
+
+
+batches = Batches()
+kept = arguments.output / "calibration.safetensors"  # large, and ignored by git
+seconds = 0.0
+if not kept.exists():
+    began = time.monotonic()
+    sl.calibrate(dense, batches, loss, progress=lambda done: console.print(f"calibrated on {done} batches")).save(kept)
+    seconds = time.monotonic() - began
+calibration = Calibration.load(kept)
+common = {
+    "config": {
+        "model": Path(arguments.model).name,
+        "corpus": arguments.corpus,
+        "split": arguments.split,
+        "sha256": CORPORA[arguments.corpus].splits[arguments.split].sha256,
+        "evaluated_tokens": len(tokens),
+        "calibration_tokens": arguments.tokens,
+        "threads": torch.get_num_threads(),
+    },
+    "provenance": provenance(),
+}
+if not (arguments.output / "dense.json").exists():
+    found = perplexity(dense, tokens, steps=350)
+    write("dense", {"method": "dense", **asdict(found), "calibration_seconds": round(seconds, 1), **common})
+baseline = json.loads((arguments.output / "dense.json").read_text(encoding="utf-8"))["loss"]
+for keep, method in itertools.product(arguments.keep, arguments.methods):
+    name = f"{method}-{round(100 * keep):02d}"
+    if (arguments.output / f"{name}.json").exists():
+        continue
+    began, model = time.monotonic(), copy.deepcopy(dense)
+    report = sl.compress_(model, config_of(method, keep), calibration=calibration)
+    solved = time.monotonic()
+    found = perplexity(model, tokens, steps=350)
+    lstm_before, lstm_after = sum(s.bytes_before for s in report.sites), sum(s.bytes_after for s in report.sites)
+    result = {
+        "method": method,
+        "keep": keep,
+        "matrix_bytes": [lstm_before, lstm_after],
+        "matrix_parameters": sum(site.parameters_after for site in report.sites),
+        **asdict(found),
+        "perplexity": found.perplexity,
+        "rise": found.loss - baseline,
+        "predicted_rise": report.predicted_rise,
+        "plan": report.plan.to_dict(),
+        "seconds": {"compress": round(solved - began, 1), "evaluate": round(time.monotonic() - solved, 1)},
+        **common,
+    }
+    write(name, result)
+    console.print(f"{name}: rise {result['rise']:+.4f}, predicted {result['predicted_rise']:+.4f}")
+
+table = Table("keep", "method", "bytes", "perplexity", "rise of the loss", "against svd")
+results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(arguments.output.glob("*-*.json"))]
+plain = {result["keep"]: result["rise"] for result in results if result["method"] == "svd"}
+for result in sorted(results, key=lambda entry: (-entry["keep"], entry["rise"])):
+    ratio = f"{result['rise'] / plain[result['keep']]:.2f}" if result["keep"] in plain else ""
+    numbers = f"{result['matrix_bytes'][1]:,}", f"{result['perplexity']:.2f}", f"{result['rise']:+.4f}", ratio
+    table.add_row(f"{result['keep']:.0%}", result["method"], *numbers)
+console.print(table)

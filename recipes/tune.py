@@ -1,0 +1,153 @@
+"""Compresses a trained AWD-LSTM, tunes it for some minutes, and measures its perplexity before and after.
+
+    python recipes/tune.py --model checkpoints/awd_lstm_ptb --corpus ptb --method svd --keep 0.25 --teacher \\
+        --minutes 10 --output results/ptb_tuned/svd-025.json
+
+Training text only is learnt from; the weights that do best on part of the validation text are kept. A run that was
+interrupted goes on with the same command; one whose output is there does nothing. ``torchrun --nproc-per-node N`` shares
+the streams out among N processes.
+"""
+
+import argparse
+import copy
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch.nn.functional import cross_entropy
+
+import slimlstm as sl
+from slimlstm.calibrate import Calibration
+from slimlstm.data import CORPORA, Vocabulary, read_words
+from slimlstm.evaluate import perplexity
+from slimlstm.finetune import divergence
+from slimlstm.models.awd_lstm import load_awd_lstm
+from slimlstm.provenance import provenance
+
+BPTT = 70
+VALIDATION_TOKENS = 10_000
+EVALUATION_STREAMS = 10
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--model", type=Path, required=True, help="folder with model.safetensors and vocab.txt")
+parser.add_argument("--corpus", choices=CORPORA, required=True)
+parser.add_argument("--method", default="svd", help="prune, or a method of LowRank")
+parser.add_argument("--calibration", type=Path, help="for fisher and activation: what recipes/quality.py has kept")
+parser.add_argument("--keep", type=float, default=0.25, help="the fraction of every matrix's parameters that is left")
+parser.add_argument("--minutes", type=float, default=10.0)
+parser.add_argument("--teacher", action="store_true", help="learn the dense model's predictions instead of the next words")
+parser.add_argument("--lr", type=float, help="by default 1e-3 with --teacher, 3e-4 without")
+parser.add_argument("--dropout", type=float, default=0.0, help="multiplies the published dropout rates")
+parser.add_argument("--streams", type=int, default=20, help="text streams side by side (the batch size)")
+parser.add_argument("--device", default="cpu")
+parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="what is computed in")
+parser.add_argument("--output", type=Path, required=True, help="JSON file; the checkpoint lies beside it meanwhile")
+arguments = parser.parse_args()
+arguments.lr = arguments.lr or (1e-3 if arguments.teacher else 3e-4)
+processes, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+console = Console(quiet=rank > 0)
+if arguments.output.exists():
+    console.print(f"{arguments.output} is there")
+    sys.exit()
+
+words = Vocabulary.read(arguments.model / "vocab.txt")
+tokens = {split: words.encode(read_words(arguments.corpus, split)) for split in ("train", "valid", "test")}
+streams = tokens["train"][: len(tokens["train"]) // arguments.streams * arguments.streams].view(arguments.streams, -1).t()
+dense = load_awd_lstm(arguments.model).to(arguments.device)
+model = copy.deepcopy(dense)
+model.config = model.config.scaled(arguments.dropout)
+
+
+class NextWords:
+    """The loss; every model's state is carried from piece to piece of the text."""
+
+    def __init__(self):
+        self.states = {}
+
+    def __call__(self, model, batch):
+        start, piece = batch
+        piece = piece.to(arguments.device)
+        logits = self.read(model, "model", start, piece[:-1])
+        if not arguments.teacher:
+            return cross_entropy(logits.flatten(0, 1).float(), piece[1:].flatten())
+        with torch.no_grad():
+            expected = self.read(dense, "teacher", start, piece[:-1])
+        return divergence(logits, expected)
+
+    def read(self, model, name, start, piece):
+        logits, state = model(piece, self.states[name] if start else None)
+        self.states[name] = [(h.detach(), c.detach()) for h, c in state]
+        return logits
+
+    def state_dict(self):
+        return self.states
+
+    def load_state_dict(self, states):
+        self.states = {
+            name: [(h.to(arguments.device), c.to(arguments.device)) for h, c in state] for name, state in states.items()
+        }
+
+
+def pieces(epoch):
+    """(Index in the epoch, tokens [BPTT + 1, streams]); the pieces of an epoch overlap by the token to be predicted.
+
+    Several processes get their own streams each, always the same ones.
+    """
+    offset = int(torch.randint(BPTT, ()))
+    for index, start in enumerate(range(offset, len(streams) - BPTT, BPTT)):
+        for part in streams[start : start + BPTT + 1].chunk(processes, 1):
+            yield index, part
+
+
+def measured(model, split, count=None):
+    return perplexity(model, tokens[split][:count].to(arguments.device), streams=EVALUATION_STREAMS, steps=350)
+
+
+began = time.monotonic()
+if arguments.method == "prune":
+    report = sl.compress_(model, sl.Prune(keep=arguments.keep))
+else:
+    calibration = Calibration.load(arguments.calibration) if arguments.calibration else None
+    report = sl.compress_(model, sl.LowRank(arguments.method, keep=arguments.keep), calibration=calibration)
+compressed = time.monotonic()
+results = {"dense": measured(dense, "test"), "before": measured(model, "test")}
+arguments.output.parent.mkdir(parents=True, exist_ok=True)
+checkpoint = arguments.output.with_suffix(".checkpoint")
+with Progress(console=console, transient=True) as bar:
+    task = bar.add_task("tuning", total=1.0)
+    history = sl.finetune(
+        model,
+        pieces,
+        NextWords(),
+        minutes=arguments.minutes,
+        lr=arguments.lr,
+        validate=lambda model: measured(model, "valid", VALIDATION_TOKENS).loss,
+        dtype=torch.bfloat16 if arguments.dtype == "bfloat16" else None,
+        checkpoint=checkpoint,
+        progress=lambda text, fraction: bar.update(task, description=text, completed=fraction),
+    )
+results["after"] = measured(model, "test")
+result = {
+    "perplexity": {name: found.perplexity for name, found in results.items()},
+    "loss": {name: found.loss for name, found in results.items()},
+    "parameters": report.model.parameters_after,
+    "history": {name: value for name, value in history.to_dict().items() if name != "losses"},
+    "seconds": {"compress": round(compressed - began, 2), "tune": round(history.seconds, 2)},
+    "config": {
+        **{name: value for name, value in vars(arguments).items() if name not in ("model", "output", "calibration")},
+        "model": arguments.model.name,
+        "processes": processes,
+        "sha256": {split: CORPORA[arguments.corpus].splits[split].sha256 for split in tokens},
+    },
+    "provenance": provenance(),
+}
+if rank == 0:
+    arguments.output.with_suffix(".part").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    arguments.output.with_suffix(".part").replace(arguments.output)
+    checkpoint.unlink()
+console.print(result["perplexity"])
