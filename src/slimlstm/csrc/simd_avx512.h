@@ -44,7 +44,13 @@ struct Simd {
     static I and_words(I a, I b) { return _mm512_and_si512(a, b); }
     static I max_words(I a, I b) { return _mm512_max_epi32(a, b); }
     static int largest_word(I v) { return _mm512_reduce_max_epi32(v); }
-    static int sum_of_words(I v) { return _mm512_reduce_add_epi32(v); }
+    // Not _mm512_reduce_add_epi32, which adds with a sign: to overflow is undefined there.
+    static int sum_of_words(I v) {
+        __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+        __m128i quarter = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+        quarter = _mm_add_epi32(quarter, _mm_shuffle_epi32(quarter, 0x4E));
+        return _mm_cvtsi128_si32(_mm_add_epi32(quarter, _mm_shuffle_epi32(quarter, 0xB1)));
+    }
     static I as_words(F v) { return _mm512_castps_si512(v); }
     // The lowest byte of each word.
     static void store_bytes(int8_t* to, I words) {
