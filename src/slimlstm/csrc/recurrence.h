@@ -204,7 +204,8 @@ struct Operand {
             if (end > begin) words[end - begin - 1] = 0.0f;
             int32_t total;
             scratch.scales[row] = round_to_int8(rows[row] + from, to - from, reinterpret_cast<int8_t*>(words), total);
-            scratch.offsets[row] = 128 * total;
+            // Wraps where an input is not finite, and the scale says so.
+            scratch.offsets[row] = static_cast<int32_t>(128u * static_cast<uint32_t>(total));
             scratch.rows[row] = words - begin;
         }
         return Words{scratch.rows, scratch.scales, scratch.offsets, begin, end};
