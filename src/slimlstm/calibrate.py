@@ -272,7 +272,10 @@ class _ObservedLSTM(LowRankLSTM):
 
     def _run(self, x: Tensor, batch_sizes: Tensor | None, hx: State | None) -> tuple[Tensor, State]:
         sizes = [x.shape[1]] * x.shape[0] if batch_sizes is None else [int(size) for size in batch_sizes]
-        h0, c0 = self._first_states(x, sizes[0] if sizes else 0, hx)
+        if hx is None:
+            shape = self.num_layers * self._directions, sizes[0] if sizes else 0
+            hx = x.new_zeros(*shape, self.proj_size or self.hidden_size), x.new_zeros(*shape, self.hidden_size)
+        h0, c0 = hx
         rows = x if batch_sizes is not None else x.flatten(0, 1)
         last: list[State] = []
         for layer in range(self.num_layers):
@@ -296,11 +299,12 @@ class _ObservedCell(LowRankLSTMCell):
     recorder: _Recorder
     path: str
 
-    def _step(self, x: Tensor, h: Tensor, c: Tensor, weights: Direction) -> State:
+    def _step(self, x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Direction]) -> State:
+        (own,) = weights
         probe = self.recorder.probe(x, 4 * self.hidden_size)
         keys = _key(self.path, "weight_ih"), _key(self.path, "weight_hh")
         self.recorder.seen.append(_Observation(keys, (x.detach(), h.detach()), probe))
-        gates = product(x, weights.ih, weights.bias_ih) + product(h, weights.hh, weights.bias_hh) + probe
+        gates = product(x, own.ih, own.bias_ih) + product(h, own.hh, own.bias_hh) + probe
         return step(gates, c, None)
 
 

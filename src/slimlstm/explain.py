@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -111,28 +111,18 @@ def _choices(path: str, module: nn.Module, given: tuple[Any, ...], kwargs: dict[
     states = kwargs.get("hx", given[1] if len(given) > 1 else None) or ()
     sizes = x.batch_sizes if isinstance(x, PackedSequence) else None
     x = x.data if isinstance(x, PackedSequence) else x
-    for layer, directions in enumerate(_layers(module)):
+    for layer, directions in enumerate(module.layers()):
         backend, reason = _choose(module, x, sizes, directions, states)
         storages = dict.fromkeys(kept for weights in directions for kept in (weights.ih_storage, weights.hh_storage))
         instructions = cpu.instruction_set() if backend == "fused" and not cpu.missing else None
         yield LayerChoice(path, layer, backend, reason, ", ".join(storages), instructions, threads)
 
 
-def _layers(module: LowRankLSTM | LowRankLSTMCell) -> Iterable[list[Direction]]:
-    if isinstance(module, LowRankLSTMCell):
-        ih, hh = module.matrix("weight_ih"), module.matrix("weight_hh")
-        biases = [module.get_parameter(name) if module.bias else None for name in ("bias_ih", "bias_hh")]
-        ih_storage, hh_storage = (module.storages.get(name, "float32") for name in ("weight_ih", "weight_hh"))
-        return [[Direction(ih, hh, biases[0], biases[1], None, ih_storage, hh_storage)]]
-    endings = ("", "_reverse") if module.bidirectional else ("",)
-    return ([module.direction(f"_l{layer}{ending}") for ending in endings] for layer in range(module.num_layers))
-
-
 def _choose(
     module: LowRankLSTM | LowRankLSTMCell,
     x: Tensor,
     sizes: Tensor | None,
-    directions: list[Direction],
+    directions: Sequence[Direction],
     states: tuple[Tensor, ...],
 ) -> tuple[str, str]:
     if isinstance(module, LowRankLSTMCell):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from operator import is_
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from slimlstm import ops
 from slimlstm.errors import SlimLSTMError
 from slimlstm.ops.dense import rebuilt
-from slimlstm.ops.weights import Direction, Matrix, rounded
+from slimlstm.ops.weights import Direction, Layer, Matrix, flat, rounded
 
 State = tuple[Tensor, Tensor]
 Provenance = dict[str, str]
@@ -42,6 +43,33 @@ class FactoredModule(nn.Module):
         if f"{name}_v" in self._parameters or name in self.ranks:
             return self._weight(f"{name}_u"), self._weight(f"{name}_v")
         return getattr(self, name)
+
+    _kept: tuple[list[nn.Parameter], dict[str, str], list[Layer]] | None = None
+
+    def layers(self) -> Sequence[Sequence[Direction]]:
+        """The weights of all layers: the same objects as long as the parameters and storages are the same."""
+        kept, parameters = self._kept, self._parameters
+        if kept is not None and not torch.compiler.is_compiling():
+            known, storages, layers = kept
+            if len(known) == len(parameters) and all(map(is_, known, parameters.values())) and storages == self.storages:
+                return layers
+        made, present = self._make_layers(), set(map(id, parameters.values()))
+        # What is computed from parameters, as masked weights are, may be another the next time.
+        if torch.compiler.is_compiling() or any(
+            id(weight) not in present for one in made for weight in flat(one) if weight is not None
+        ):
+            return made
+        layers = [Layer(one) for one in made]
+        self._kept = [p for p in parameters.values() if p is not None], dict(self.storages), layers
+        return layers
+
+    def _make_layers(self) -> list[list[Direction]]:
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_kept", None)
+        return state
 
     def _weight(self, name: str) -> Tensor:
         # Every streamed step asks for every weight, and PyTorch's getattr is slow for parameters.
@@ -273,17 +301,21 @@ class LowRankLSTM(FactoredModule):
             self.storages.get(f"weight_hh{suffix}", "float32"),
         )
 
+    def _make_layers(self) -> list[list[Direction]]:
+        return [[self.direction(suffix) for suffix in self._suffixes(layer)] for layer in range(self.num_layers)]
+
     def forward(self, input: Input, hx: State | None = None) -> tuple[Input, State]:
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
-        if input.ndim not in (2, 3) or input.shape[-1] != self.input_size:
+        shape = input.shape
+        if len(shape) not in (2, 3) or shape[-1] != self.input_size:
             raise SlimLSTMError(
                 f"the input has to be [T, B, {self.input_size}] (batch_first: [B, T, {self.input_size}]) or unbatched "
-                f"[T, {self.input_size}], not {list(input.shape)}"
+                f"[T, {self.input_size}], not {list(shape)}"
             )
-        batch = () if input.ndim == 2 else (input.shape[0 if self.batch_first else 1],)
-        self._check_states(hx, batch)
-        if input.ndim == 2:
+        if hx is not None:
+            self._check_states(hx, () if len(shape) == 2 else (shape[0 if self.batch_first else 1],))
+        if len(shape) == 2:
             if hx is not None:
                 hx = hx[0].unsqueeze(1), hx[1].unsqueeze(1)
             output, state = self._run(input[:, None], None, hx)
@@ -294,7 +326,8 @@ class LowRankLSTM(FactoredModule):
     def _forward_packed(self, packed: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
         if packed.data.ndim != 2 or packed.data.shape[-1] != self.input_size:
             raise SlimLSTMError(f"the input has to be packed [N, {self.input_size}], not {list(packed.data.shape)}")
-        self._check_states(hx, (int(packed.batch_sizes[0]),))
+        if hx is not None:
+            self._check_states(hx, (int(packed.batch_sizes[0]),))
         order, inverse = packed.sorted_indices, packed.unsorted_indices
         if order is not None and hx is not None:
             hx = hx[0].index_select(1, order), hx[1].index_select(1, order)
@@ -304,40 +337,32 @@ class LowRankLSTM(FactoredModule):
         return PackedSequence(data, packed.batch_sizes, order, inverse), state
 
     def _run(self, x: Tensor, batch_sizes: Tensor | None, hx: State | None) -> tuple[Tensor, State]:
-        batch = x.shape[1] if batch_sizes is None else int(batch_sizes[0])
-        h0, c0 = self._first_states(x, batch, hx)
-        if self.num_layers == 1:
-            weights = [self.direction(suffix) for suffix in self._suffixes(0)]
-            output, h, c = ops.layer(x, batch_sizes, h0, c0, weights, self.backend)
+        layers = self.layers()
+        if len(layers) == 1:
+            h0, c0 = (None, None) if hx is None else hx
+            output, h, c = ops.layer(x, batch_sizes, h0, c0, layers[0], self.backend)
             return output, (h, c)
         last: list[ops.LayerOutput] = []
         directions = self._directions
-        for layer in range(self.num_layers):
+        for layer, weights in enumerate(layers):
             if layer > 0 and self.dropout > 0.0:
                 x = dropout(x, self.dropout, self.training)
-            weights = [self.direction(suffix) for suffix in self._suffixes(layer)]
             part = slice(layer * directions, (layer + 1) * directions)
-            last.append(ops.layer(x, batch_sizes, h0[part], c0[part], weights, self.backend))
+            h0, c0 = (None, None) if hx is None else (hx[0][part], hx[1][part])
+            last.append(ops.layer(x, batch_sizes, h0, c0, weights, self.backend))
             x = last[-1].output
         return x, (torch.cat([result.h for result in last]), torch.cat([result.c for result in last]))
 
-    def _check_states(self, hx: State | None, batch: tuple[int, ...]) -> None:
+    def _check_states(self, hx: State, batch: tuple[int, ...]) -> None:
         """``batch`` is (B,), or () for unbatched input."""
-        if hx is None:
-            return
         count = self.num_layers * self._directions
-        sizes = self.proj_size or self.hidden_size, self.hidden_size
-        for name, state, size in zip("hc", hx, sizes, strict=True):
-            shape = (count, *batch, size)
+        shapes = (count, *batch, self.proj_size or self.hidden_size), (count, *batch, self.hidden_size)
+        h0, c0 = hx
+        if h0.shape == shapes[0] and c0.shape == shapes[1]:
+            return
+        for name, state, shape in zip("hc", hx, shapes, strict=True):
             if state.shape != shape:
                 raise SlimLSTMError(f"{name}0 has to be {list(shape)} for this input, not {list(state.shape)}")
-
-    def _first_states(self, x: Tensor, batch: int, hx: State | None) -> State:
-        count = self.num_layers * self._directions
-        shapes = (count, batch, self.proj_size or self.hidden_size), (count, batch, self.hidden_size)
-        if hx is None:
-            return x.new_zeros(shapes[0]), x.new_zeros(shapes[1])
-        return hx
 
 
 class LowRankLSTMCell(FactoredModule):
@@ -393,6 +418,18 @@ class LowRankLSTMCell(FactoredModule):
         storages = f", storages={self.storages}" if self.storages else ""
         return f"{self.input_size}, {self.hidden_size}{bias}{storages}, ranks={self.ranks}"
 
+    def _make_layers(self) -> list[list[Direction]]:
+        weights = Direction(
+            self.matrix("weight_ih"),
+            self.matrix("weight_hh"),
+            self._weight("bias_ih") if self.bias else None,
+            self._weight("bias_hh") if self.bias else None,
+            None,
+            self.storages.get("weight_ih", "float32"),
+            self.storages.get("weight_hh", "float32"),
+        )
+        return [[weights]]
+
     def forward(self, input: Tensor, hx: State | None = None) -> State:
         if input.ndim not in (1, 2) or input.shape[-1] != self.input_size:
             size = self.input_size
@@ -403,21 +440,13 @@ class LowRankLSTMCell(FactoredModule):
         for name, state in zip("hc", hx, strict=True):
             if state.shape != shape:
                 raise SlimLSTMError(f"{name} has to be {list(shape)} for this input, not {list(state.shape)}")
-        weights = Direction(
-            self.matrix("weight_ih"),
-            self.matrix("weight_hh"),
-            self._weight("bias_ih") if self.bias else None,
-            self._weight("bias_hh") if self.bias else None,
-            None,
-            self.storages.get("weight_ih", "float32"),
-            self.storages.get("weight_hh", "float32"),
-        )
+        weights = self.layers()[0]
         if input.ndim == 2:
             return self._step(input, *hx, weights)
         h, c = self._step(input[None], hx[0][None], hx[1][None], weights)
         return h[0], c[0]
 
-    def _step(self, x: Tensor, h: Tensor, c: Tensor, weights: Direction) -> State:
+    def _step(self, x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Direction]) -> State:
         return ops.cell(x, h, c, weights)
 
 

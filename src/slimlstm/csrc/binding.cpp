@@ -17,8 +17,8 @@ namespace {
 using Array = nb::ndarray<const float, nb::device::cpu>;
 using MaybeArray = std::optional<Array>;
 
-// Below so many multiply-adds handing the interpreter's lock to another thread costs more than it frees.
-constexpr double work_worth_unlocking = 5e5;
+// In fewer nanoseconds, handing the interpreter's lock to another thread costs more than it frees.
+constexpr double worth_unlocking = 2e4;
 
 Source source_of(const MaybeArray& array) {
     if (!array) return {};
@@ -73,7 +73,7 @@ bool run(const Layer& layer, uintptr_t x, uintptr_t sizes, ptrdiff_t steps, ptrd
               reinterpret_cast<float*>(h),
               reinterpret_cast<float*>(c)};
     if (call.sizes) check_sizes(call);
-    if (layer.work(rows) < work_worth_unlocking) {
+    if (layer.nanoseconds(rows, batch) < worth_unlocking) {
         if (!layer.is_current(thoroughly)) return false;
         layer.run(call, threads);
         return true;

@@ -22,6 +22,7 @@ struct Panels {
     const float* scales = nullptr;  // of int8: [vectors * L]
     ptrdiff_t vectors = 0;
     ptrdiff_t inputs = 0;
+    ptrdiff_t words = 0;  // those of a lane
     Storage storage = Storage::float32;
 };
 
@@ -40,7 +41,7 @@ struct Task {
     const int64_t* sizes;     // the number of sequences at each step, never growing; null: ``batch`` at every step
     ptrdiff_t steps, batch, rows;
     ptrdiff_t first_row, last_row;
-    const float *h0, *c0;     // [batch, output_size], [batch, hidden_size]
+    const float *h0, *c0;     // [batch, output_size], [batch, hidden_size]; null: zeros
     float* output;            // [rows, ...], ``output_stride`` floats from row to row
     ptrdiff_t output_stride;
     float *h, *c;             // the last states, as the first

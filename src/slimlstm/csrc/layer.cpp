@@ -13,6 +13,7 @@ namespace {
 
 constexpr size_t alignment = 64;
 constexpr ptrdiff_t samples_per_weight = 64;
+constexpr double waking = 2e4;  // how many nanoseconds a thread takes to wake, measured
 
 std::vector<const Kernel*> kernels() {
     std::vector<const Kernel*> found;
@@ -123,14 +124,29 @@ bool Layer::is_current(bool thoroughly) const {
     return true;
 }
 
-double Layer::work(ptrdiff_t rows) const {
+double Layer::nanoseconds(ptrdiff_t rows, ptrdiff_t batch) const {
+    // Measured: a multiply-add of each storage, of one sequence and of several, which share the reading of the weights; and
+    // the gates of a hidden unit.
+    constexpr double of_one[] = {0.035, 0.022, 0.0095}, of_several[] = {0.019, 0.019, 0.0055}, of_unit = 1.5;
     double each = 0;
     for (const Direction& direction : directions_) {
         const Weights& w = direction.weights;
         for (const Panels* panels : {&w.ih_v, &w.ih, &w.hh_v, &w.hh, &w.hr})
-            each += static_cast<double>(panels->vectors * kernel_->lanes * panels->inputs);
+            each += static_cast<double>(panels->vectors * kernel_->lanes * panels->inputs) *
+                    (batch >= 4 ? of_several : of_one)[static_cast<int>(panels->storage)];
+        each += static_cast<double>(w.hidden_size) * of_unit;
     }
     return each * static_cast<double>(rows);
+}
+
+double Layer::bytes() const {
+    double all = 0;
+    for (const Direction& direction : directions_) {
+        const Weights& w = direction.weights;
+        for (const Panels* panels : {&w.ih_v, &w.ih, &w.hh_v, &w.hh, &w.hr})
+            all += static_cast<double>(panels->vectors * kernel_->lanes * panels->words) * sizeof(float);
+    }
+    return all;
 }
 
 Task Layer::task(const Call& call, ptrdiff_t index) const {
@@ -144,8 +160,8 @@ Task Layer::task(const Call& call, ptrdiff_t index) const {
     task.sizes = call.sizes;
     task.steps = call.steps, task.batch = call.batch, task.rows = call.rows;
     task.first_row = 0, task.last_row = call.batch;
-    task.h0 = call.h0 + index * call.batch * output;
-    task.c0 = call.c0 + index * call.batch * hidden;
+    if (call.h0) task.h0 = call.h0 + index * call.batch * output;
+    if (call.c0) task.c0 = call.c0 + index * call.batch * hidden;
     task.output = call.output + index * output;
     task.output_stride = directions * output;
     task.h = call.h + index * call.batch * output;
@@ -160,8 +176,9 @@ void Layer::run(const Call& call, int threads) const {
                     : threads > 1 ? share_out(call, threads)
                                   : Shares{1, 1, false};
     if (shares.threads > 1) {
-        Crew crew;
-        if (crew.available()) return run_together(call, shares, crew);
+        Crew crew(shares.threads, threads < 0 ? -1 : waking + 0.05 * nanoseconds(call.rows, call.batch));
+        if (crew.size() < shares.threads) shares = crew.size() > 1 ? share_out(call, crew.size()) : Shares{1, 1, false};
+        if (shares.threads > 1) return run_together(call, shares, crew);
     }
     for (size_t index = 0; index < directions_.size(); ++index) {
         Task whole = task(call, static_cast<ptrdiff_t>(index));
@@ -170,19 +187,16 @@ void Layer::run(const Call& call, int threads) const {
 }
 
 Layer::Shares Layer::share_out(const Call& call, int threads) const {
-    // Measured in nanoseconds: waking a thread on a processor that others use too, meeting at a barrier, a multiply-add of
-    // a batch and of a single sequence. Few steps were never faster together: they are over before all are awake.
-    constexpr double waking = 4e5, meeting = 800, of_batch = 0.015, of_one = 0.04;
-    constexpr ptrdiff_t fewest_steps = 8;
-    double alone = work(call.rows) * (call.batch >= 4 ? of_batch : of_one);
+    // Measured in nanoseconds: meeting at a barrier.
+    constexpr double meeting = 400;
+    double alone = nanoseconds(call.rows, call.batch);
     int directions = static_cast<int>(directions_.size());
     int each = std::max(1, threads / directions);
     double barriers = each > 1 ? static_cast<double>(call.steps) * meeting : 0;
     // Each part of a batch reads all weights: only where they stay in the cache of its processor is that free.
-    bool by_rows = call.batch >= 4 * each && work(1) / directions * sizeof(float) < 1 << 20;
+    bool by_rows = call.batch >= 4 * each && bytes() / directions < 1 << 19;
     double together = waking + alone / (directions * each) + (by_rows ? 0 : barriers);
-    bool useless = directions * each < 2 || directions > threads || call.steps < fewest_steps;
-    if (useless || together > 0.8 * alone) return {1, 1, false};
+    if (directions * each < 2 || directions > threads || together > 0.7 * alone) return {1, 1, false};
     return {directions * each, each, by_rows};
 }
 

@@ -65,8 +65,8 @@ class Layer {
     // it costs, which is for tests.
     void run(const Call& call, int threads) const;
 
-    // About how many multiply-adds a call of so many rows is.
-    double work(ptrdiff_t rows) const;
+    // About how long a call of so many rows takes one thread, ``batch`` of them at a step.
+    double nanoseconds(ptrdiff_t rows, ptrdiff_t batch) const;
 
   private:
     // How a call is shared out: over ``threads`` in all and ``each`` for a direction, which take a part of the batch, or
@@ -77,6 +77,7 @@ class Layer {
     };
     Task task(const Call& call, ptrdiff_t direction) const;
     Shares share_out(const Call& call, int threads) const;
+    double bytes() const;  // of all weights
     void run_together(const Call& call, const Shares& shares, Crew& crew) const;
 
     struct Sample {

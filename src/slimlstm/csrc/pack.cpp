@@ -68,7 +68,7 @@ Panels pack(const Source& source, Storage storage, ptrdiff_t hidden, ptrdiff_t l
     panels.vectors = vectors_of(source.rows, hidden, lanes);
     panels.inputs = source.columns;
     ptrdiff_t per_word = storage == Storage::float32 ? 1 : storage == Storage::bfloat16 ? 2 : 4;
-    ptrdiff_t words = (source.columns + per_word - 1) / per_word;
+    ptrdiff_t words = panels.words = (source.columns + per_word - 1) / per_word;
     memory.emplace_back(static_cast<size_t>(panels.vectors * lanes * words));
     float* data = memory.back().get();
     memory.emplace_back(static_cast<size_t>(storage == Storage::int8 ? panels.vectors * lanes : 0));

@@ -1,8 +1,12 @@
 #include "pool.h"
 
+#include <sched.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <chrono>
 #include <condition_variable>
+#include <cstdint>
 #include <thread>
 
 namespace slimlstm {
@@ -13,6 +17,17 @@ void pause() {
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
     asm volatile("yield");
+#endif
+}
+
+// The processor that this thread is on; where that is not known, one that no other is on.
+int processor() {
+#if defined(__linux__)
+    return sched_getcpu();
+#else
+    static std::atomic<int> others{0};
+    thread_local int own = others.fetch_add(1, std::memory_order_relaxed);
+    return own;
 #endif
 }
 
@@ -28,26 +43,51 @@ struct Pool {
     std::mutex users;  // held by the call that has the threads
     std::mutex mutex;
     std::condition_variable woken;
-    unsigned job = 0;  // counts them; under ``mutex``, as are the next four
+    uint32_t job = 0;  // counts them, never zero; under ``mutex``
+    int threads = 0;
+    // The job that threads may join, in the upper half, and how many have; zero while there is none.
+    std::atomic<uint64_t> open{0};
+    std::atomic<uint32_t> begun{0};  // the job whose work, which follows, is known
+    int misses = 0, pause = 0;  // in a row, and for how many calls not to try it again; under ``users``
+    std::atomic<int> caller{0};         // the processor of the call
+    std::atomic<bool> anywhere{false};  // whether threads on that processor are welcome too
     int count = 0;
     void (*work)(void*, int) = nullptr;
     void* context = nullptr;
-    int threads = 0;
     std::atomic<int> running{0};
 
-    void serve(int member) {
-        unsigned seen = 0;
+    // Which member of the job a thread becomes, 0 where it comes too late.
+    int join(uint32_t wanted) {
+        uint64_t seen = open.load(std::memory_order_acquire);
+        do {
+            if (seen >> 32 != wanted) return 0;
+        } while (!open.compare_exchange_weak(seen, seen + 1, std::memory_order_acq_rel));
+        return static_cast<int>(static_cast<uint32_t>(seen)) + 1;
+    }
+
+    void serve() {
+        uint32_t seen = 0;
         for (;;) {
-            std::unique_lock<std::mutex> lock(mutex);
-            woken.wait(lock, [&] { return job != seen; });
-            seen = job;
-            if (member >= count) continue;
-            auto* now = work;
-            void* with = context;
-            lock.unlock();
-            now(with, member);
+            {
+                std::unique_lock<std::mutex> lock(mutex);
+                woken.wait(lock, [&] { return job != seen; });
+                seen = job;
+            }
+            // On the processor of whoever called it would only be in the way.
+            if (!anywhere.load(std::memory_order_relaxed) && processor() == caller.load(std::memory_order_relaxed)) continue;
+            int member = join(seen);
+            if (!member) continue;
+            spin_until([&] { return begun.load(std::memory_order_acquire) == seen; });
+            if (member < count) work(context, member);
             running.fetch_sub(1, std::memory_order_release);
         }
+    }
+
+    // Lets those go who have joined, the members below ``count`` after some work.
+    void begin(int joined, int members, void (*what)(void*, int), void* with) {
+        count = members, work = what, context = with;
+        running.store(joined, std::memory_order_relaxed);
+        begun.store(job, std::memory_order_release);
     }
 };
 
@@ -80,23 +120,49 @@ void Barrier::wait() {
     }
 }
 
-Crew::Crew() : lock_(pool().users, std::try_to_lock) {}
+Crew::Crew(int wanted, double patience) : lock_(pool().users, std::try_to_lock) {
+    if (!lock_.owns_lock()) return;
+    Pool& threads = pool();
+    if (patience >= 0 && threads.pause > 0) {
+        --threads.pause;
+        return;
+    }
+    {
+        std::lock_guard<std::mutex> lock(threads.mutex);
+        if (++threads.job == 0) ++threads.job;
+        threads.caller.store(processor(), std::memory_order_relaxed);
+        threads.anywhere.store(patience < 0, std::memory_order_relaxed);
+        threads.open.store(static_cast<uint64_t>(threads.job) << 32, std::memory_order_release);
+        for (; threads.threads < wanted - 1; ++threads.threads) std::thread([&threads] { threads.serve(); }).detach();
+    }
+    threads.woken.notify_all();
+    auto now = std::chrono::steady_clock::now;
+    auto joined = [](uint64_t open) { return static_cast<int>(static_cast<uint32_t>(open)); };
+    auto all_came = [&] { return joined(threads.open.load(std::memory_order_acquire)) >= wanted - 1; };
+    if (patience < 0) {
+        spin_until(all_came);
+    } else {
+        // Without giving the processor away: a thread that would come then has none of its own.
+        auto end = now() + std::chrono::nanoseconds(static_cast<int64_t>(patience));
+        while (!all_came() && now() < end) pause();
+    }
+    size_ = joined(threads.open.exchange(0, std::memory_order_acq_rel)) + 1;
+    constexpr int forgiven = 8, pause_after = 64;
+    threads.misses = size_ < wanted ? std::min(threads.misses + 1, forgiven) : 0;
+    if (threads.misses == forgiven) threads.pause = pause_after;
+}
+
+Crew::~Crew() {
+    if (size_ == 1) return;
+    Pool& threads = pool();
+    threads.begin(size_ - 1, 0, nullptr, nullptr);
+    spin_until([&] { return threads.running.load(std::memory_order_acquire) == 0; });
+}
 
 void Crew::run(int count, void (*work)(void*, int), void* context) {
     Pool& threads = pool();
-    {
-        std::lock_guard<std::mutex> lock(threads.mutex);
-        for (; threads.threads < count - 1; ++threads.threads) {
-            int member = threads.threads + 1;
-            std::thread([&threads, member] { threads.serve(member); }).detach();
-        }
-        threads.count = count;
-        threads.work = work;
-        threads.context = context;
-        threads.running.store(count - 1, std::memory_order_relaxed);
-        ++threads.job;
-    }
-    threads.woken.notify_all();
+    if (size_ > 1) threads.begin(size_ - 1, count, work, context);
+    size_ = 1;
     work(context, 0);
     spin_until([&] { return threads.running.load(std::memory_order_acquire) == 0; });
 }

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <atomic>
-#include <memory>
 #include <mutex>
 
 namespace slimlstm {
@@ -22,15 +21,23 @@ class Barrier {
 // The right to use the threads, which one call at a time can have.
 class Crew {
   public:
-    // Takes the threads if nobody else has them; ask ``available``.
-    Crew();
-    bool available() const { return lock_.owns_lock(); }
+    // Calls for threads until there are ``wanted``, this one included, or so many nanoseconds are over: processors may have
+    // other work. Where they have it all the time, most calls do without. Of a negative patience it waits as long as it
+    // takes.
+    Crew(int wanted, double patience);
+    ~Crew();
+    Crew(const Crew&) = delete;
+    Crew& operator=(const Crew&) = delete;
 
-    // work(context, member) for every member in [0, count) at once, member 0 on this thread.
+    // How many came, this one included; one where another call has the threads.
+    int size() const { return size_; }
+
+    // work(context, member) for every member in [0, count) at once, member 0 on this thread; count is at most the size.
     void run(int count, void (*work)(void*, int), void* context);
 
   private:
     std::unique_lock<std::mutex> lock_;
+    int size_ = 1;
 };
 
 }  // namespace slimlstm

@@ -9,6 +9,7 @@
 //     projection   hr m is such a sum likewise, after which everybody has all of h
 #pragma once
 
+#include "elementwise.h"
 #include "kernel.h"
 
 namespace {
@@ -19,107 +20,15 @@ using slimlstm::Task;
 using slimlstm::Team;
 using slimlstm::Weights;
 
-constexpr ptrdiff_t L = Simd::lanes;
 constexpr ptrdiff_t panel_vectors = 4;
-using F = Simd::F;
-using I = Simd::I;
+// One cell waits for its own numbers most of the time.
+constexpr int cells_at_once = 2;
 
-#define SLIMLSTM_INLINE inline __attribute__((always_inline))
-#define SLIMLSTM_UNROLL _Pragma("GCC unroll 8")
-
-SLIMLSTM_INLINE ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+SLIMLSTM_INLINE constexpr ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 SLIMLSTM_INLINE ptrdiff_t larger(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
 SLIMLSTM_INLINE ptrdiff_t ceiling(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b; }
 
-inline void copy(float* to, const float* from, ptrdiff_t count) {
-    for (ptrdiff_t k = 0; k < count; ++k) to[k] = from[k];
-}
-
-// ---- elementwise ----
-
-// e^v for |v| <= 43, relative error below 1.2e-6; beyond, the value at the bound, where a sigmoid is 0 or 1 to 2e-19.
-// 2^f is a polynomial on [-1/2, 1/2] fitted to the smallest relative error, 9.1e-8.
-SLIMLSTM_INLINE F exponential(F v) {
-    v = Simd::at_most(62.0f, Simd::at_least(-62.0f, Simd::mul(v, Simd::all(1.44269504f))));
-    F whole = Simd::round(v), f = Simd::sub(v, whole);
-    F sum = Simd::all(0.00132647261f);
-    sum = Simd::fma(sum, f, Simd::all(0.00967151299f));
-    sum = Simd::fma(sum, f, Simd::all(0.0555073358f));
-    sum = Simd::fma(sum, f, Simd::all(0.240222424f));
-    sum = Simd::fma(sum, f, Simd::all(0.693147004f));
-    sum = Simd::fma(sum, f, Simd::all(1.0f));
-    return Simd::times_power_of_two(sum, whole);
-}
-
-// tanh v = p / q with relative error 3.2e-7; a fraction, so that it can share a division. The quotient of polynomials in
-// v^2 is fitted to the smallest relative error on [-9, 9], 2.1e-8; beyond, tanh is 1 in float32.
-SLIMLSTM_INLINE void tanh_fraction(F v, F& p, F& q) {
-    v = Simd::at_most(9.0f, Simd::at_least(-9.0f, v));
-    F y = Simd::mul(v, v);
-    p = Simd::all(1.33546998e-08f);
-    p = Simd::fma(p, y, Simd::all(2.06091566e-05f));
-    p = Simd::fma(p, y, Simd::all(0.00349559490f));
-    p = Simd::fma(p, y, Simd::all(0.133810322f));
-    p = Simd::fma(p, y, Simd::all(0.99999998f));
-    p = Simd::mul(p, v);
-    q = Simd::all(7.77658738e-07f);
-    q = Simd::fma(q, y, Simd::all(0.000328564426f));
-    q = Simd::fma(q, y, Simd::all(0.0258770105f));
-    q = Simd::fma(q, y, Simd::all(0.467143478f));
-    q = Simd::fma(q, y, Simd::all(1.0f));
-}
-
-// One over a sigmoid: 1 + e^-v.
-SLIMLSTM_INLINE F inverse_sigmoid(F v) {
-    return Simd::add(Simd::all(1.0f), exponential(Simd::sub(Simd::zero(), v)));
-}
-
-// One step of L cells: c = σ(f) c + σ(i) tanh(g); the result is h = σ(o) tanh(c).
-SLIMLSTM_INLINE F cell(F i, F f, F g, F o, F& c) {
-    F p, q;
-    tanh_fraction(g, p, q);
-    F input = Simd::mul(p, Simd::reciprocal(Simd::mul(q, inverse_sigmoid(i))));
-    c = Simd::fma(c, Simd::reciprocal(inverse_sigmoid(f)), input);
-    tanh_fraction(c, p, q);
-    return Simd::mul(p, Simd::reciprocal(Simd::mul(q, inverse_sigmoid(o))));
-}
-
 // ---- weights and inputs of each storage ----
-
-// How many inputs a word holds.
-SLIMLSTM_INLINE ptrdiff_t inputs_per_word(Storage storage) {
-    return storage == Storage::float32 ? 1 : storage == Storage::bfloat16 ? 2 : 4;
-}
-
-SLIMLSTM_INLINE int32_t bits_of(float value) {
-    int32_t bits;
-    __builtin_memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-// Rounds inputs [0, count) to int8 and returns the scale, NaN where an input is not finite; ``total`` is the integers' sum.
-inline float round_to_int8(const float* from, ptrdiff_t count, int8_t* to, int32_t& total) {
-    int32_t largest = 0;  // magnitudes order as their bits do
-    for (ptrdiff_t k = 0; k < count; ++k) {
-        int32_t magnitude = bits_of(from[k]) & 0x7FFFFFFF;
-        largest = magnitude > largest ? magnitude : largest;
-    }
-    float bound;
-    __builtin_memcpy(&bound, &largest, sizeof bound);
-    // Below, the inverse would be infinite; all inputs are zero for what they are multiplied with.
-    bool zero = bound < 1e-36f, finite = largest < 0x7F800000;
-    float inverse = zero || !finite ? 0.0f : 127.0f / bound;
-    int32_t sum = 0;
-    for (ptrdiff_t k = 0; k < count; ++k) {
-        // In this sum the lowest bits are the rounded integer.
-        float shifted = (finite ? from[k] : 0.0f) * inverse + 12582912.0f;
-        int8_t rounded = static_cast<int8_t>(bits_of(shifted));
-        to[k] = rounded;
-        sum += rounded;
-    }
-    total = sum;
-    return finite ? bound / 127.0f : __builtin_nanf("");
-}
 
 // What products are taken with: inputs by row, int8 four to a word, and what makes numbers of their sums.
 struct Words {
@@ -210,15 +119,19 @@ SLIMLSTM_INLINE void products(const float* panel, const Words& a, ptrdiff_t row,
         }
 }
 
-template <class Kept, int W, int M, class Take>
+// The products of P panels with M rows.
+template <class Kept, int P, int W, int M, class Take>
 void block(const Panels& matrix, ptrdiff_t vector, const Words& a, ptrdiff_t row, const Take& take) {
-    typename Kept::Sum sums[M][W];
-    products<Kept, W, M>(matrix.data + vector * L * ceiling(matrix.inputs, inputs_per_word(matrix.storage)), a, row, sums);
-    F values[M][W];
-    SLIMLSTM_UNROLL for (int m = 0; m < M; ++m)
-        SLIMLSTM_UNROLL for (int w = 0; w < W; ++w)
-            values[m][w] = Kept::value(sums[m][w], a, row + m, matrix.scales + (vector + w) * L);
-    take.template operator()<W, M>(vector, row, values);
+    F values[P * M][W];
+    SLIMLSTM_UNROLL for (int p = 0; p < P; ++p) {
+        typename Kept::Sum sums[M][W];
+        ptrdiff_t first = vector + p * W;
+        products<Kept, W, M>(matrix.data + first * L * matrix.words, a, row, sums);
+        SLIMLSTM_UNROLL for (int m = 0; m < M; ++m)
+            SLIMLSTM_UNROLL for (int w = 0; w < W; ++w)
+                values[p * M + m][w] = Kept::value(sums[m][w], a, row + m, matrix.scales + (first + w) * L);
+    }
+    take.template operator()<P, W, M>(vector, row, values);
 }
 
 template <class Kept, int W, int M, class Take>
@@ -226,7 +139,7 @@ SLIMLSTM_INLINE void block_of(int m, const Panels& matrix, ptrdiff_t vector, con
                               const Take& take) {
     if constexpr (M > 1)
         if (m < M) return block_of<Kept, W, M - 1>(m, matrix, vector, a, row, take);
-    block<Kept, W, M>(matrix, vector, a, row, take);
+    block<Kept, 1, W, M>(matrix, vector, a, row, take);
 }
 
 template <class Kept, int W, class Take>
@@ -241,7 +154,11 @@ void panel_by_rows(const Panels& matrix, ptrdiff_t vector, const Words& a, ptrdi
 
 template <class Kept, class Take>
 void multiply_as(const Panels& matrix, ptrdiff_t first, ptrdiff_t last, const Words& a, ptrdiff_t count, const Take& take) {
-    for (ptrdiff_t v = first; v < last; v += panel_vectors) switch (matrix.vectors - v) {
+    ptrdiff_t v = first;
+    if constexpr (Take::panels > 1)
+        for (ptrdiff_t step = Take::panels * panel_vectors; count == 1 && v + step <= last; v += step)
+            block<Kept, Take::panels, panel_vectors, 1>(matrix, v, a, 0, take);
+    for (; v < last; v += panel_vectors) switch (matrix.vectors - v) {
             case 1: panel_by_rows<Kept, 1>(matrix, v, a, count, take); break;
             case 2: panel_by_rows<Kept, 2>(matrix, v, a, count, take); break;
             case 3: panel_by_rows<Kept, 3>(matrix, v, a, count, take); break;
@@ -287,7 +204,8 @@ struct Operand {
             if (end > begin) words[end - begin - 1] = 0.0f;
             int32_t total;
             scratch.scales[row] = round_to_int8(rows[row] + from, to - from, reinterpret_cast<int8_t*>(words), total);
-            scratch.offsets[row] = 128 * total;
+            // Wraps where an input is not finite, and the scale says so.
+            scratch.offsets[row] = static_cast<int32_t>(128u * static_cast<uint32_t>(total));
             scratch.rows[row] = words - begin;
         }
         return Words{scratch.rows, scratch.scales, scratch.offsets, begin, end};
@@ -313,12 +231,15 @@ struct Write {
     ptrdiff_t stride;
     const float* bias;
 
-    template <int W, int M>
-    SLIMLSTM_INLINE void operator()(ptrdiff_t vector, ptrdiff_t row, F (&sums)[M][W]) const {
+    static constexpr int panels = 1;
+
+    template <int P, int W, int M>
+    SLIMLSTM_INLINE void operator()(ptrdiff_t vector, ptrdiff_t row, F (&sums)[P * M][W]) const {
         SLIMLSTM_UNROLL for (int m = 0; m < M; ++m)
             SLIMLSTM_UNROLL for (int w = 0; w < W; ++w) {
                 ptrdiff_t at = (vector + w) * L;
-                F sum = bias ? Simd::add(sums[m][w], Simd::load(bias + at)) : sums[m][w];
+                F sum = sums[m][w];
+                if (bias) sum = Simd::add(sum, Simd::load(bias + at));
                 Simd::store(to + (row + m) * stride + at, sum);
             }
     }
@@ -331,28 +252,42 @@ struct Cells {
     float* output;       // null where h is projected first
     ptrdiff_t gates_stride, c_stride, h_stride, output_stride, hidden_size;
 
-    template <int W, int M>
-    SLIMLSTM_INLINE void operator()(ptrdiff_t vector, ptrdiff_t row, F (&sums)[M][W]) const {
+    static constexpr int panels = cells_at_once;
+
+    template <int P, int W, int M>
+    SLIMLSTM_INLINE void operator()(ptrdiff_t vector, ptrdiff_t row, F (&sums)[P * M][W]) const {
         if constexpr (W == panel_vectors) {
-            ptrdiff_t unit = vector / panel_vectors * L;
-            SLIMLSTM_UNROLL for (int m = 0; m < M; ++m) {
-                const float* gate = gates + (row + m) * gates_stride + vector * L;
-                float* cells = c + (row + m) * c_stride + unit;
-                F state = Simd::load(cells);
-                F i = Simd::add(sums[m][0], Simd::load(gate));
-                F f = Simd::add(sums[m][1], Simd::load(gate + L));
-                F g = Simd::add(sums[m][2], Simd::load(gate + 2 * L));
-                F o = Simd::add(sums[m][3], Simd::load(gate + 3 * L));
-                F next = cell(i, f, g, o, state);
-                Simd::store(cells, state);
-                Simd::store(h + (row + m) * h_stride + unit, next);
-                if (!output) continue;
-                float* out = output + (row + m) * output_stride + unit;
-                if (hidden_size - unit >= L)
-                    Simd::store(out, next);
-                else
-                    Simd::store_first(out, next, hidden_size - unit);
-            }
+            constexpr int N = smaller(P * M, cells_at_once), rest = P * M % N;
+            SLIMLSTM_UNROLL for (int at = 0; at + N <= P * M; at += N) several<N, M>(vector, row, at, sums);
+            if constexpr (rest > 0) several<rest, M>(vector, row, P * M - rest, sums);
+        }
+    }
+
+    // The cells [first, first + N) of a block, of whose every panel there are M.
+    template <int N, int M, int All>
+    SLIMLSTM_INLINE void several(ptrdiff_t vector, ptrdiff_t first_row, int first, F (&sums)[All][panel_vectors]) const {
+        F sigmoids[3 * N], g[N], state[N];
+        SLIMLSTM_EACH {
+            const F(&sum)[panel_vectors] = sums[first + n];
+            ptrdiff_t row = first_row + (first + n) % M, panel = vector / panel_vectors + (first + n) / M;
+            const float* gate = gates + row * gates_stride + panel * panel_vectors * L;
+            sigmoids[n] = Simd::add(sum[0], Simd::load(gate));
+            sigmoids[N + n] = Simd::add(sum[1], Simd::load(gate + L));
+            g[n] = Simd::add(sum[2], Simd::load(gate + 2 * L));
+            sigmoids[2 * N + n] = Simd::add(sum[3], Simd::load(gate + 3 * L));
+            state[n] = Simd::load(c + row * c_stride + panel * L);
+        }
+        cells<N>(sigmoids, g, state);
+        SLIMLSTM_EACH {
+            ptrdiff_t row = first_row + (first + n) % M, unit = (vector / panel_vectors + (first + n) / M) * L;
+            Simd::store(c + row * c_stride + unit, state[n]);
+            Simd::store(h + row * h_stride + unit, g[n]);
+            if (!output) continue;
+            float* out = output + row * output_stride + unit;
+            if (hidden_size - unit >= L)
+                Simd::store(out, g[n]);
+            else
+                Simd::store_first(out, g[n], hidden_size - unit);
         }
     }
 };
@@ -491,8 +426,8 @@ struct Run {
         Operand a{b.rows, rows, 0, w.input_size, b.scratch};
         if (w.ih_v.data) {
             ptrdiff_t from = rows * member / team.size, to = rows * (member + 1) / team.size;
-            multiply(w.ih_v, 0, w.ih_v.vectors, Operand{b.rows + from, to - from, 0, w.input_size, b.scratch},
-                     Write{b.thin + from * b.thin_stride, b.thin_stride, nullptr});
+            Operand own{b.rows + from, to - from, 0, w.input_size, b.scratch};
+            multiply(w.ih_v, 0, w.ih_v.vectors, own, Write{b.thin + from * b.thin_stride, b.thin_stride, nullptr});
             wait();
             a = rows_of(b.thin, b.thin_stride, rows, w.ih.inputs);
         }
@@ -512,15 +447,14 @@ struct Run {
         }
         for (ptrdiff_t k = before; k < active; ++k) {
             ptrdiff_t row = task.first_row + k, own = smaller(last_unit, w.hidden_size) - first_unit;
-            copy(b.c + k * b.unit_stride + first_unit, task.c0 + row * w.hidden_size + first_unit, own);
-            for (ptrdiff_t unit = larger(w.hidden_size, first_unit); unit < last_unit; ++unit)
-                b.c[k * b.unit_stride + unit] = 0.0f;
-            const float* h0 = task.h0 + row * w.output_size;
-            float* h = b.h[read] + k * b.h_stride;
+            float *c = b.c + k * b.unit_stride, *h = b.h[read] + k * b.h_stride;
+            copy_or_clear(c + first_unit, task.c0 ? task.c0 + row * w.hidden_size + first_unit : nullptr, own);
+            copy_or_clear(c + first_unit + own, nullptr, last_unit - first_unit - own);
+            const float* h0 = task.h0 ? task.h0 + row * w.output_size : nullptr;
             if (w.hr.data)
-                copy(h, h0, w.output_size);
+                copy_or_clear(h, h0, w.output_size);
             else
-                copy(h + first_unit, h0 + first_unit, own);
+                copy_or_clear(h + first_unit, h0 ? h0 + first_unit : nullptr, own);
         }
         before = active;
         // Of a dense hh everybody reads all of h.
@@ -544,11 +478,11 @@ struct Run {
     // One step of the sequences [0, active).
     void advance(ptrdiff_t active, const float* gates, float* output) {
         const bool projected = w.hr.data;
-        Operand a = w.hh_v.data ? thin_state(active) : rows_of(b.h[read], b.h_stride, active, w.output_size);
+        Operand state = w.hh_v.data ? thin_state(active) : rows_of(b.h[read], b.h_stride, active, w.output_size);
         int write = read ^ 1;
         float* to = projected ? b.m : b.h[write];
         ptrdiff_t stride = projected ? b.unit_stride : b.h_stride;
-        multiply(w.hh, first_unit / L * 4, last_unit / L * 4, a,
+        multiply(w.hh, first_unit / L * 4, last_unit / L * 4, state,
                  Cells{gates, b.c, to, projected ? nullptr : output, b.gates_stride, b.unit_stride, stride, task.output_stride,
                        w.hidden_size});
         if (projected)

@@ -42,6 +42,26 @@ struct Simd {
     static F to_float(I v) { return _mm256_cvtepi32_ps(v); }
     static I add_words(I a, I b) { return _mm256_add_epi32(a, b); }
     static I subtract_words(I a, I b) { return _mm256_sub_epi32(a, b); }
+    static I and_words(I a, I b) { return _mm256_and_si256(a, b); }
+    static I max_words(I a, I b) { return _mm256_max_epi32(a, b); }
+    static int largest_word(I v) {
+        __m128i half = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+        half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4E));
+        return _mm_cvtsi128_si32(_mm_max_epi32(half, _mm_shuffle_epi32(half, 0xB1)));
+    }
+    static int sum_of_words(I v) {
+        __m128i half = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+        half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4E));
+        return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xB1)));
+    }
+    static I as_words(F v) { return _mm256_castps_si256(v); }
+    // The lowest byte of each word.
+    static void store_bytes(int8_t* to, I words) {
+        const __m128i lowest = _mm_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+        __m128i low = _mm_shuffle_epi8(_mm256_castsi256_si128(words), lowest);
+        __m128i high = _mm_shuffle_epi8(_mm256_extracti128_si256(words, 1), lowest);
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_unpacklo_epi32(low, high));
+    }
 
     // The bfloat16 in the lower and in the upper half of each word.
     static F low_halves(I words) { return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16)); }

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstddef>
+#include <cstdint>
 
 namespace {
 
@@ -40,6 +41,21 @@ struct Simd {
     static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
     static I add_words(I a, I b) { return _mm512_add_epi32(a, b); }
     static I subtract_words(I a, I b) { return _mm512_sub_epi32(a, b); }
+    static I and_words(I a, I b) { return _mm512_and_si512(a, b); }
+    static I max_words(I a, I b) { return _mm512_max_epi32(a, b); }
+    static int largest_word(I v) { return _mm512_reduce_max_epi32(v); }
+    // Not _mm512_reduce_add_epi32, which adds with a sign: to overflow is undefined there.
+    static int sum_of_words(I v) {
+        __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+        __m128i quarter = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+        quarter = _mm_add_epi32(quarter, _mm_shuffle_epi32(quarter, 0x4E));
+        return _mm_cvtsi128_si32(_mm_add_epi32(quarter, _mm_shuffle_epi32(quarter, 0xB1)));
+    }
+    static I as_words(F v) { return _mm512_castps_si512(v); }
+    // The lowest byte of each word.
+    static void store_bytes(int8_t* to, I words) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(words));
+    }
 
     // The bfloat16 in the lower and in the upper half of each word.
     static F low_halves(I words) { return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)); }
@@ -48,7 +64,8 @@ struct Simd {
     // sum + the products of four unsigned weights and four signed inputs in each word.
     static I dot_int8(I weights, I inputs, I sum) {
 #ifdef __AVX512VNNI__
-        return _mm512_dpbusd_epi32(sum, weights, inputs);
+        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(inputs));
+        return sum;
 #else
         I even = _mm512_madd_epi16(_mm512_and_si512(weights, _mm512_set1_epi16(255)),
                                    _mm512_srai_epi16(_mm512_slli_epi16(inputs, 8), 8));

@@ -56,6 +56,27 @@ struct Simd {
     static I add_words(I a, I b) { return reinterpret_cast<I>(reinterpret_cast<U>(a) + reinterpret_cast<U>(b)); }
     static I subtract_words(I a, I b) { return reinterpret_cast<I>(reinterpret_cast<U>(a) - reinterpret_cast<U>(b)); }
 
+    static I and_words(I a, I b) { return a & b; }
+    static I max_words(I a, I b) { return a > b ? a : b; }
+    static int largest_word(I v) {
+        int largest = v[0];
+        for (ptrdiff_t lane = 1; lane < lanes; ++lane) largest = v[lane] > largest ? v[lane] : largest;
+        return largest;
+    }
+    static int sum_of_words(I v) {
+        I pairs = add_words(v, I{v[2], v[3], v[0], v[1]});
+        return add_words(pairs, I{pairs[1], pairs[0], pairs[3], pairs[2]})[0];
+    }
+    static I as_words(F v) {
+        I words;
+        std::memcpy(&words, &v, sizeof words);
+        return words;
+    }
+    // The lowest byte of each word.
+    static void store_bytes(int8_t* to, I words) {
+        for (ptrdiff_t lane = 0; lane < lanes; ++lane) to[lane] = static_cast<int8_t>(words[lane]);
+    }
+
     static F as_floats(I words) {
         F v;
         std::memcpy(&v, &words, sizeof v);

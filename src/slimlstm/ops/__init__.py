@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.ops import cpu, dense, reference
-from slimlstm.ops.weights import Direction, LayerOutput, columns, rows
+from slimlstm.ops.weights import Direction, Layer, LayerOutput, columns, first_states, flat, rows
 
 BACKENDS: dict[str, Callable[[Tensor, Tensor | None, Tensor, Tensor, Sequence[Direction]], LayerOutput]] = {
     "reference": reference.layer,
@@ -35,11 +35,14 @@ class Choice(NamedTuple):
     reason: str
 
 
+_FUSED = Choice("fused", "the kernel for inference on the CPU")
+
+
 def layer(
     x: Tensor,
     batch_sizes: Tensor | None,
-    h0: Tensor,
-    c0: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
     directions: Sequence[Direction],
     backend: str = "auto",
 ) -> LayerOutput:
@@ -48,7 +51,7 @@ def layer(
     Args:
         x: [T, B, I], or packed [N, I].
         batch_sizes: None, or for packed x the number of sequences at every step, int64 [T] on the CPU.
-        h0, c0: the first states, [D, B, P] and [D, B, H].
+        h0, c0: the first states, [D, B, P] and [D, B, H], or None for zeros.
         directions: the weights, forward first.
         backend: a key of ``BACKENDS``, or "auto".
 
@@ -56,19 +59,22 @@ def layer(
         SlimLSTMError: no backend of that name, or one that cannot run this, with the reason.
     """
     if backend == "auto":
-        backend = choose(x, batch_sizes, directions, (h0, c0)).backend
+        backend = choose(x, batch_sizes, directions, () if h0 is None or c0 is None else (h0, c0)).backend
         if backend == "fused":
             return cpu.run(x, batch_sizes, h0, c0, directions)
     if backend not in BACKENDS:
         raise SlimLSTMError(f"no backend is called {backend!r}; there are 'auto', {', '.join(map(repr, BACKENDS))}")
+    if backend == "fused":
+        return cpu.layer(x, batch_sizes, h0, c0, directions)
+    h0, c0 = first_states(x, batch_sizes, h0, c0, directions)
     return BACKENDS[backend](x, batch_sizes, h0, c0, directions)
 
 
-def cell(x: Tensor, h: Tensor, c: Tensor, weights: Direction) -> tuple[Tensor, Tensor]:
-    """One step from x [B, I], h [B, P] and c [B, H]: the next h and c."""
-    if cpu.obstacle(x, (h, c), (weights,)) or not _are_parameters((weights,)):
-        return reference.cell(x, h, c, weights)
-    result = cpu.run(x[None], None, h[None], c[None], (weights,))
+def cell(x: Tensor, h: Tensor, c: Tensor, directions: Sequence[Direction]) -> tuple[Tensor, Tensor]:
+    """One step of a layer of one direction from x [B, I], h [B, P] and c [B, H]: the next h and c."""
+    if cpu.obstacle(x, (h, c), directions) or not _are_parameters(directions):
+        return reference.cell(x, h, c, directions[0])
+    result = cpu.run(x[None], None, h[None], c[None], directions)
     return result.h[0], result.c[0]
 
 
@@ -79,7 +85,7 @@ def choose(x: Tensor, batch_sizes: Tensor | None, directions: Sequence[Direction
     """
     reason = cpu.obstacle(x, states, directions)
     if reason is None and _are_parameters(directions):
-        return Choice("fused", "the kernel for inference on the CPU")
+        return _FUSED
     if reason == cpu.missing and reason is not None:
         cpu.tell_missing()
     return _choose_without_kernel(x, batch_sizes, directions, reason or "the weights are made anew for every call")
@@ -90,7 +96,7 @@ def _are_parameters(directions: Sequence[Direction]) -> bool:
 
     Compilers put something else in the place of parameters, and are believed.
     """
-    return torch.compiler.is_compiling() or set(map(type, cpu.flat(directions))) <= _KEPT
+    return type(directions) is Layer or torch.compiler.is_compiling() or set(map(type, flat(directions))) <= _KEPT
 
 
 def _choose_without_kernel(x: Tensor, batch_sizes: Tensor | None, directions: Sequence[Direction], reason: str) -> Choice:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.ops.weights import Direction, LayerOutput, columns, rows, shape_of
+from slimlstm.ops.weights import Direction, Layer, LayerOutput, columns, first_states, flat, rows, shape_of
 
 try:
     import slimlstm.ops._kernel as kernel  # pyright: ignore[reportMissingModuleSource]
@@ -83,7 +83,7 @@ class _Packed:
         aliases = [None if tensor is None else tensor.detach() for tensor in flat(directions)]
         arrays = [aliases[at : at + 7] for at in range(0, len(aliases), 7)]
         weights = directions[0]
-        self.sizes = columns(weights.ih), columns(weights.hh), rows(weights.hh) // 4
+        self.sizes = columns(weights.ih), columns(weights.hh), rows(weights.hh) // 4, len(directions)
         self.layer = kernel.Layer(instruction_set(), arrays, _storages(directions))
 
 
@@ -100,27 +100,20 @@ def _check_shapes(directions: Sequence[Direction]) -> None:
 
 
 _cache: dict[tuple[int | str, ...], _Packed] = {}
+_alive: weakref.WeakSet[_Packed] = weakref.WeakSet()
 
 
 def forget() -> None:
     """Forgets all packed weights, so that the next call of every layer packs them anew."""
+    for packed in _alive:
+        packed.state = []  # so that layers that have it find it changed
     _cache.clear()
-
-
-def flat(directions: Sequence[Direction]) -> list[Tensor | None]:
-    """The weights of the directions in the kernel's order: ih V and U, hh V and U, biases, projection."""
-    found: list[Tensor | None] = []
-    for ih, hh, bias_ih, bias_hh, hr, *_ in directions:
-        ih_u, ih_v = ih if isinstance(ih, tuple) else (ih, None)
-        hh_u, hh_v = hh if isinstance(hh, tuple) else (hh, None)
-        found += (ih_v, ih_u, hh_v, hh_u, bias_ih, bias_hh, hr)
-    return found
 
 
 _version_of = Tensor._version.__get__  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
 
 
-def _state(tensors: list[Tensor], counted: bool) -> list[int]:
+def _state(tensors: Sequence[Tensor], counted: bool) -> list[int]:
     """What changes when tensors change in ways that PyTorch knows of; those of inference mode have no count of changes."""
     places = [*map(Tensor.data_ptr, tensors), *map(Tensor.numel, tensors)]
     return [*places, *map(_version_of, tensors)] if counted else places
@@ -131,6 +124,10 @@ def _storages(directions: Sequence[Direction]) -> list[str]:
 
 
 def _packed(directions: Sequence[Direction], anew: bool = False) -> _Packed:
+    kept = directions if type(directions) is Layer else None
+    found: _Packed | None = None if kept is None or anew else kept.packed
+    if kept is not None and found is not None and _state(kept.tensors, found.counted) == found.state:
+        return found
     present = flat(directions)
     key = (*map(id, present), *_storages(directions))
     found = None if anew else _cache.get(key)
@@ -139,6 +136,9 @@ def _packed(directions: Sequence[Direction], anew: bool = False) -> _Packed:
         found = None
     if found is None:
         found = _cache[key] = _Packed(key, directions, tensors)
+        _alive.add(found)
+    if kept is not None:
+        kept.packed, kept.tensors = found, tensors
     return found
 
 
@@ -149,7 +149,7 @@ def obstacle(x: Tensor, states: Sequence[Tensor], directions: Sequence[Direction
         reason = f"the input is on {x.device.type}"
     elif x.dtype != torch.float32:
         reason = f"the input is {x.dtype}"
-    elif not all(state.is_cpu and state.dtype == torch.float32 for state in states):
+    elif states and not all(state.is_cpu and state.dtype == torch.float32 for state in states):
         reason = "the states are not of the input's device and dtype"
     elif torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, *states, *flat(directions))
@@ -168,45 +168,57 @@ def obstacle(x: Tensor, states: Sequence[Tensor], directions: Sequence[Direction
     return reason
 
 
-def layer(x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, directions: Sequence[Direction]) -> LayerOutput:
-    """One layer over x [T, B, I], or over packed x [N, I] with ``batch_sizes`` [T]; h0 [D, B, P], c0 [D, B, H].
+def layer(
+    x: Tensor, batch_sizes: Tensor | None, h0: Tensor | None, c0: Tensor | None, directions: Sequence[Direction]
+) -> LayerOutput:
+    """One layer over x [T, B, I], or over packed x [N, I] with ``batch_sizes`` [T]; h0 [D, B, P], c0 [D, B, H] or zeros.
 
     Raises:
         SlimLSTMError: the kernel is not there or cannot run this, with the reason.
     """
-    reason = obstacle(x, (h0, c0), directions)
+    reason = obstacle(x, () if h0 is None or c0 is None else (h0, c0), directions)
     if reason:
         raise SlimLSTMError(f"the fused kernel cannot run: {reason}; use backend='auto' to let slimlstm choose")
     return run(x, batch_sizes, h0, c0, directions)
 
 
-def run(x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, directions: Sequence[Direction]) -> LayerOutput:
+def run(
+    x: Tensor, batch_sizes: Tensor | None, h0: Tensor | None, c0: Tensor | None, directions: Sequence[Direction]
+) -> LayerOutput:
     """What :func:`layer` does, where there is known to be no obstacle."""
     if torch.compiler.is_compiling():
+        h0, c0 = first_states(x, batch_sizes, h0, c0, directions)
         return LayerOutput(*_operator(x, batch_sizes, h0, c0, flat(directions), ",".join(_storages(directions))))
+    packed = _packed(directions)
+    inputs, outputs, hidden, number = packed.sizes
+    # Of PyTorch's ways to allocate this is the fastest, a size by itself for every dimension.
+    new = x.new_empty
     if batch_sizes is None:
-        steps, batch, _ = x.shape
+        steps, batch, width = x.shape
         count, sizes = steps * batch, 0
+        output = new(steps, batch, number * outputs)
     else:
         batch_sizes = batch_sizes.contiguous()
-        steps, batch, count, sizes = batch_sizes.shape[0], h0.shape[1], x.shape[0], batch_sizes.data_ptr()
-    x, h0, c0 = x.contiguous(), h0.contiguous(), c0.contiguous()
-    output = x.new_empty((*x.shape[:-1], len(directions) * h0.shape[2]))
-    if count == 0:
-        return LayerOutput(output, h0.clone(), c0.clone())
-    h, c = torch.empty_like(h0), torch.empty_like(c0)
-    call = (
-        *(x.data_ptr(), sizes, steps, batch, count, h0.data_ptr(), c0.data_ptr()),
-        *(output.data_ptr(), h.data_ptr(), c.data_ptr()),
-    )
-    packed = _packed(directions)
-    inputs, outputs, hidden = packed.sizes
-    number = len(directions)
-    if x.shape[-1] != inputs or h0.shape != (number, batch, outputs) or c0.shape != (number, batch, hidden):
+        (count, width), steps, sizes = x.shape, batch_sizes.shape[0], batch_sizes.data_ptr()
+        batch = h0.shape[1] if h0 is not None else int(batch_sizes[0]) if steps else 0
+        output = new(count, number * outputs)
+    x, h0_at, c0_at = x.contiguous(), 0, 0
+    fits = width == inputs
+    if h0 is not None and c0 is not None:
+        fits = fits and h0.shape == (number, batch, outputs) and c0.shape == (number, batch, hidden)
+        h0, c0 = h0.contiguous(), c0.contiguous()
+        h0_at, c0_at = h0.data_ptr(), c0.data_ptr()
+    if not fits:
+        shapes = [None if state is None else list(state.shape) for state in (h0, c0)]
         raise SlimLSTMError(
-            f"the input {list(x.shape)} and the states {list(h0.shape)} and {list(c0.shape)} do not fit a layer of "
+            f"the input {list(x.shape)} and the states {shapes[0]} and {shapes[1]} do not fit a layer of "
             f"{inputs} inputs, {hidden} hidden units, {outputs} outputs and {number} directions"
         )
+    if count == 0:
+        h0, c0 = first_states(x, batch_sizes, h0, c0, directions)
+        return LayerOutput(output, h0.clone(), c0.clone())
+    h, c = new(number, batch, outputs), new(number, batch, hidden)
+    call = x.data_ptr(), sizes, steps, batch, count, h0_at, c0_at, output.data_ptr(), h.data_ptr(), c.data_ptr()
     thoroughly = count >= THOROUGH or not packed.counted
     while not packed.layer.run(*call, thoroughly, torch.get_num_threads()):
         packed = _packed(directions, anew=True)

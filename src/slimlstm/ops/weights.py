@@ -7,7 +7,8 @@ or H), r rank. Gates are stacked in PyTorch's order i, f, g, o.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,12 +35,42 @@ class Direction(NamedTuple):
     hh_storage: str = "float32"
 
 
+def flat(directions: Sequence[Direction]) -> list[Tensor | None]:
+    """The weights of the directions in the kernel's order: ih V and U, hh V and U, biases, projection."""
+    found: list[Tensor | None] = []
+    for ih, hh, bias_ih, bias_hh, hr, *_ in directions:
+        ih_u, ih_v = ih if isinstance(ih, tuple) else (ih, None)
+        hh_u, hh_v = hh if isinstance(hh, tuple) else (hh, None)
+        found += (ih_v, ih_u, hh_v, hh_u, bias_ih, bias_hh, hr)
+    return found
+
+
+class Layer(tuple[Direction, ...]):
+    """The directions of a layer whose weights are parameters, in an object that is kept from call to call."""
+
+    packed: Any = None
+    """What the fused kernel made of the weights."""
+    tensors: Sequence[Tensor] = ()
+    """The weights it was made of."""
+
+
 class LayerOutput(NamedTuple):
     """``output`` [T, B, D P] or packed [N, D P]; the last states ``h`` [D, B, P] and ``c`` [D, B, H]."""
 
     output: Tensor
     h: Tensor
     c: Tensor
+
+
+def first_states(
+    x: Tensor, batch_sizes: Tensor | None, h0: Tensor | None, c0: Tensor | None, directions: Sequence[Direction]
+) -> tuple[Tensor, Tensor]:
+    """h0 [D, B, P] and c0 [D, B, H] as they are, or zeros."""
+    if h0 is not None and c0 is not None:
+        return h0, c0
+    batch = x.shape[1] if batch_sizes is None else int(batch_sizes[0]) if len(batch_sizes) else 0
+    hh, number = directions[0].hh, len(directions)
+    return x.new_zeros(number, batch, columns(hh)), x.new_zeros(number, batch, rows(hh) // 4)
 
 
 def shape_of(matrix: Matrix) -> tuple[int, int] | None:

@@ -1,0 +1,87 @@
+"""The least time that a layer can take on this machine with one thread, beside what the kernel takes.
+
+    python benchmarks/floor.py --hidden 1024 --steps 35
+
+The floor is the larger of two: the multiply-adds over the machine's peak in that precision, and the bytes of the weights,
+hh's for every step and ih's once, over the speed at which memory of that size can be read. Both speeds are measured first,
+by ``floor.cpp``, which takes a C++17 compiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from slimlstm.nn import LowRankLSTM
+from slimlstm.ops.weights import STORAGES
+
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+
+
+def speeds(sizes: list[int]) -> tuple[dict[str, float], dict[int, float]]:
+    """Multiply-adds a second by precision, and bytes a second by the size of what is read."""
+    source = Path(__file__).with_name("floor.cpp")
+    headers = source.parents[1] / "src/slimlstm/csrc"
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "floor"
+        command = ["c++", "-std=c++17", "-O3", "-march=native", f"-I{headers}", source, "-o", program]
+        subprocess.run(command, check=True)
+        lines = subprocess.run([program, *map(str, sizes)], check=True, capture_output=True, text=True).stdout.splitlines()
+    values = dict(line.split() for line in lines)
+    return {name: float(values[name]) for name in BYTES}, {size: float(values[str(size)]) for size in sizes}
+
+
+def elements(hidden: int, rank: int | None) -> int:
+    """Of one matrix [4H, H], or of its factors."""
+    return 5 * hidden * rank if rank else 4 * hidden * hidden
+
+
+def measured(hidden: int, steps: int, batch: int, rank: int | None, storage: str, seconds: float = 0.5) -> float:
+    """The kernel's median in seconds."""
+    ranks = {"weight_ih_l0": rank, "weight_hh_l0": rank} if rank else None
+    layer, x = LowRankLSTM(hidden, hidden, ranks=ranks, backend="fused").eval(), torch.randn(steps, batch, hidden)
+    for name in layer.matrix_shapes:
+        layer.store(name, storage)
+    times: list[float] = []
+    with torch.no_grad():
+        while len(times) < 5 or sum(times) < seconds:
+            began = time.perf_counter()
+            layer(x)
+            times.append(time.perf_counter() - began)
+    return sorted(times)[len(times) // 2]
+
+
+def main() -> None:
+    """Prints a line for every combination of the settings."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    defaults = {"hidden": [1024], "steps": [35], "batch": [1, 16], "divisors": [8]}
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=int, nargs="+", default=default)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    dense: list[tuple[int, int | None]] = [(hidden, None) for hidden in arguments.hidden]
+    models = dense + [(hidden, hidden // divisor) for hidden in arguments.hidden for divisor in arguments.divisors]
+    sizes = {elements(*model) * width for model in models for width in BYTES.values()}
+    peak, bandwidth = speeds(sorted(sizes))
+    print("multiply-adds a second:", ", ".join(f"{name} {value / 1e9:.0f}e9" for name, value in peak.items()))
+    for (hidden, rank), steps, batch in itertools.product(models, arguments.steps, arguments.batch):
+        for storage in STORAGES:
+            size = elements(hidden, rank) * BYTES[storage]
+            reading = (1 + steps) * size / bandwidth[size]
+            computing = 2 * elements(hidden, rank) * steps * batch / peak[storage]
+            floor, took = max(reading, computing), measured(hidden, steps, batch, rank, storage)
+            print(
+                f"H {hidden}, T {steps}, B {batch}, {f'rank {rank}' if rank else 'dense'}, {storage}: reading "
+                f"{1e6 * reading:.0f} us at {bandwidth[size] / 1e9:.0f} GB/s, multiplying {1e6 * computing:.0f} us, "
+                f"took {1e6 * took:.0f} us, {took / floor:.2f} times the floor"
+            )
+
+
+if __name__ == "__main__":
+    main()

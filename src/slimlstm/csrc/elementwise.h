@@ -1,0 +1,126 @@
+// What is done to numbers one by one, for several vectors at a time: a single chain of operations waits for itself most of
+// the time. Included, like recurrence.h, by each instruction set after its ``Simd``.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace {
+
+constexpr ptrdiff_t L = Simd::lanes;
+using F = Simd::F;
+using I = Simd::I;
+
+#define SLIMLSTM_INLINE inline __attribute__((always_inline))
+#define SLIMLSTM_UNROLL _Pragma("GCC unroll 16")
+#define SLIMLSTM_EACH SLIMLSTM_UNROLL for (int n = 0; n < N; ++n)
+
+SLIMLSTM_INLINE int32_t bits_of(float value) {
+    int32_t bits;
+    __builtin_memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+inline void copy(float* to, const float* from, ptrdiff_t count) {
+    for (ptrdiff_t k = 0; k < count; ++k) to[k] = from[k];
+}
+
+inline void copy_or_clear(float* to, const float* from, ptrdiff_t count) {
+    if (from) return copy(to, from, count);
+    for (ptrdiff_t k = 0; k < count; ++k) to[k] = 0.0f;
+}
+
+// One over a sigmoid: v becomes 1 + e^-v. For |v| <= 43 the relative error of e^v is below 1.2e-6; beyond, the value is that
+// at the bound, where a sigmoid is 0 or 1 to 2e-19. 2^f is a polynomial on [-1/2, 1/2] fitted to the smallest relative
+// error, 9.1e-8.
+template <int N>
+SLIMLSTM_INLINE void inverse_sigmoids(F (&v)[N]) {
+    F whole[N], sum[N];
+    SLIMLSTM_EACH v[n] = Simd::at_most(62.0f, Simd::at_least(-62.0f, Simd::mul(v[n], Simd::all(-1.44269504f))));
+    SLIMLSTM_EACH whole[n] = Simd::round(v[n]);
+    SLIMLSTM_EACH v[n] = Simd::sub(v[n], whole[n]);
+    SLIMLSTM_EACH sum[n] = Simd::fma(Simd::all(0.00132647261f), v[n], Simd::all(0.00967151299f));
+    SLIMLSTM_EACH sum[n] = Simd::fma(sum[n], v[n], Simd::all(0.0555073358f));
+    SLIMLSTM_EACH sum[n] = Simd::fma(sum[n], v[n], Simd::all(0.240222424f));
+    SLIMLSTM_EACH sum[n] = Simd::fma(sum[n], v[n], Simd::all(0.693147004f));
+    SLIMLSTM_EACH sum[n] = Simd::fma(sum[n], v[n], Simd::all(1.0f));
+    SLIMLSTM_EACH v[n] = Simd::add(Simd::all(1.0f), Simd::times_power_of_two(sum[n], whole[n]));
+}
+
+// tanh v = p / q with relative error 3.2e-7; a fraction, so that it can share a division; v becomes p. The quotient of
+// polynomials in v^2 is fitted to the smallest relative error on [-9, 9], 2.1e-8; beyond, tanh is 1 in float32.
+template <int N>
+SLIMLSTM_INLINE void tanh_fractions(F (&v)[N], F (&q)[N]) {
+    F y[N], p[N];
+    SLIMLSTM_EACH v[n] = Simd::at_most(9.0f, Simd::at_least(-9.0f, v[n]));
+    SLIMLSTM_EACH y[n] = Simd::mul(v[n], v[n]);
+    SLIMLSTM_EACH {
+        p[n] = Simd::fma(Simd::all(1.33546998e-08f), y[n], Simd::all(2.06091566e-05f));
+        q[n] = Simd::fma(Simd::all(7.77658738e-07f), y[n], Simd::all(0.000328564426f));
+    }
+    SLIMLSTM_EACH {
+        p[n] = Simd::fma(p[n], y[n], Simd::all(0.00349559490f));
+        q[n] = Simd::fma(q[n], y[n], Simd::all(0.0258770105f));
+    }
+    SLIMLSTM_EACH {
+        p[n] = Simd::fma(p[n], y[n], Simd::all(0.133810322f));
+        q[n] = Simd::fma(q[n], y[n], Simd::all(0.467143478f));
+    }
+    SLIMLSTM_EACH {
+        p[n] = Simd::fma(p[n], y[n], Simd::all(0.99999998f));
+        q[n] = Simd::fma(q[n], y[n], Simd::all(1.0f));
+    }
+    SLIMLSTM_EACH v[n] = Simd::mul(p[n], v[n]);
+}
+
+// One step of L cells each: c = σ(f) c + σ(i) tanh(g), h = σ(o) tanh(c). ``sigmoids`` are all i, all f and all o; g becomes h.
+template <int N>
+SLIMLSTM_INLINE void cells(F (&sigmoids)[3 * N], F (&g)[N], F (&c)[N]) {
+    F q[N], p[N];
+    tanh_fractions<N>(g, q);
+    inverse_sigmoids<3 * N>(sigmoids);
+    SLIMLSTM_EACH q[n] = Simd::reciprocal(Simd::mul(q[n], sigmoids[n]));
+    SLIMLSTM_EACH sigmoids[n] = Simd::reciprocal(sigmoids[N + n]);
+    SLIMLSTM_EACH g[n] = Simd::mul(g[n], q[n]);
+    SLIMLSTM_EACH c[n] = Simd::fma(c[n], sigmoids[n], g[n]);
+    SLIMLSTM_EACH p[n] = c[n];
+    tanh_fractions<N>(p, q);
+    SLIMLSTM_EACH q[n] = Simd::reciprocal(Simd::mul(q[n], sigmoids[2 * N + n]));
+    SLIMLSTM_EACH g[n] = Simd::mul(p[n], q[n]);
+}
+
+// Rounds inputs [0, count) to int8 and returns the scale, NaN where an input is not finite; ``total`` is the integers' sum.
+inline float round_to_int8(const float* from, ptrdiff_t count, int8_t* to, int32_t& total) {
+    const ptrdiff_t whole = count / L * L;
+    const int32_t no_sign = 0x7FFFFFFF;
+    I magnitudes = Simd::no_words();  // which order as their bits do
+    for (ptrdiff_t k = 0; k < whole; k += L)
+        magnitudes = Simd::max_words(magnitudes, Simd::and_words(Simd::load_words(from + k), Simd::all_words(no_sign)));
+    int32_t largest = Simd::largest_word(magnitudes);
+    for (ptrdiff_t k = whole; k < count; ++k) {
+        int32_t magnitude = bits_of(from[k]) & no_sign;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    float bound;
+    __builtin_memcpy(&bound, &largest, sizeof bound);
+    if (largest >= 0x7F800000) bound = __builtin_nanf("");
+    // Below, the inverse would be infinite; all inputs are zero for what they are multiplied with.
+    const float inverse = bound < 1e-36f ? 0.0f : 127.0f / bound, magic = 12582912.0f;
+    // In the sum of an input and the magic number the lowest bits are the rounded integer.
+    I sums = Simd::no_words();
+    for (ptrdiff_t k = 0; k < whole; k += L) {
+        I shifted = Simd::as_words(Simd::fma(Simd::load(from + k), Simd::all(inverse), Simd::all(magic)));
+        Simd::store_bytes(to + k, shifted);
+        sums = Simd::add_words(sums, shifted);
+    }
+    uint32_t sum = static_cast<uint32_t>(Simd::sum_of_words(sums));
+    for (ptrdiff_t k = whole; k < count; ++k) {
+        int32_t shifted = bits_of(from[k] * inverse + magic);
+        to[k] = static_cast<int8_t>(shifted);
+        sum += static_cast<uint32_t>(shifted);
+    }
+    total = static_cast<int32_t>(sum - static_cast<uint32_t>(count) * static_cast<uint32_t>(bits_of(magic)));
+    return bound / 127.0f;
+}
+
+}  // namespace
