@@ -1,6 +1,6 @@
 """The least time that a layer can take on this machine with one thread, beside what the kernel takes.
 
-    python benchmarks/floor.py --hidden 1024 --steps 35
+    python benchmarks/floor.py --hidden 1024 --steps 35 --json results/floor.json
 
 The floor is the larger of two: the multiply-adds over the machine's peak in that precision, and the bytes of the weights,
 hh's for every step and ih's once, over the speed at which memory of that size can be read. Both speeds are measured first,
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import subprocess
 import tempfile
 import time
@@ -20,6 +21,7 @@ import torch
 
 from slimlstm.nn import LowRankLSTM
 from slimlstm.ops.weights import STORAGES
+from slimlstm.provenance import provenance
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
@@ -58,11 +60,12 @@ def measured(hidden: int, steps: int, batch: int, rank: int | None, storage: str
 
 
 def main() -> None:
-    """Prints a line for every combination of the settings."""
+    """Prints a line for every combination of the settings, and keeps them all as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     defaults = {"hidden": [1024], "steps": [35], "batch": [1, 16], "divisors": [8]}
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, nargs="+", default=default)
+    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     dense: list[tuple[int, int | None]] = [(hidden, None) for hidden in arguments.hidden]
@@ -70,17 +73,23 @@ def main() -> None:
     sizes = {elements(*model) * width for model in models for width in BYTES.values()}
     peak, bandwidth = speeds(sorted(sizes))
     print("multiply-adds a second:", ", ".join(f"{name} {value / 1e9:.0f}e9" for name, value in peak.items()))
+    rows: list[dict[str, float | str | None]] = []
     for (hidden, rank), steps, batch in itertools.product(models, arguments.steps, arguments.batch):
         for storage in STORAGES:
             size = elements(hidden, rank) * BYTES[storage]
             reading = (1 + steps) * size / bandwidth[size]
             computing = 2 * elements(hidden, rank) * steps * batch / peak[storage]
             floor, took = max(reading, computing), measured(hidden, steps, batch, rank, storage)
+            setting = {"hidden": hidden, "rank": rank, "steps": steps, "batch": batch, "storage": storage}
+            rows.append({**setting, "reading": reading, "computing": computing, "took": took, "floors": took / floor})
             print(
                 f"H {hidden}, T {steps}, B {batch}, {f'rank {rank}' if rank else 'dense'}, {storage}: reading "
                 f"{1e6 * reading:.0f} us at {bandwidth[size] / 1e9:.0f} GB/s, multiplying {1e6 * computing:.0f} us, "
                 f"took {1e6 * took:.0f} us, {took / floor:.2f} times the floor"
             )
+    if arguments.json:
+        content = {"peak": peak, "rows": rows, "provenance": provenance()}
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
