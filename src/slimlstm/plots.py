@@ -133,6 +133,29 @@ def _ratio_axis(axis: Any) -> None:
     axis.grid(True, alpha=0.25)
 
 
+def predictions(points: Mapping[str, Curve], path: Path) -> None:
+    """Draws measured against predicted rises of the loss, a mark for every plan and a colour for every method.
+
+    Args:
+        points: by method, (predicted, measured) of every plan; those that are not positive are left out.
+
+    Raises:
+        SlimLSTMError: as :func:`check_drawable`.
+    """
+    check_drawable(path)
+    figure, (axis,) = _subplots(1)
+    for method, pairs in points.items():
+        x, y = zip(*((x, y) for x, y in pairs if x > 0 and y > 0), strict=True)
+        axis.plot(x, y, "o", label=method, markersize=4)
+    low, high = axis.get_xlim()
+    axis.plot((low, high), (low, high), color="black", linewidth=1, linestyle="--")
+    axis.set_xscale("log")
+    axis.set_xlabel("predicted rise of the loss")
+    axis.set_ylabel("measured rise, held-out text")
+    axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=160)
+
+
 def check_available() -> None:
     """Raises :class:`SlimLSTMError` where matplotlib is not installed."""
     if find_spec("matplotlib") is None:
