@@ -16,7 +16,6 @@ import os
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -262,7 +261,8 @@ class _Recorder:
                 raise SlimLSTMError("the loss ran none of the model's LSTMs; was another copy of the model called?")
             if not total.requires_grad:
                 raise SlimLSTMError(_NO_GRADIENT)
-            gradients = torch.autograd.grad(total, [one.probe for one in seen], allow_unused=True)
+            found = torch.autograd.grad(total, [one.probe for one in seen], allow_unused=True)
+            gradients = cast(Sequence[Tensor | None], found)
             if all(gradient is None for gradient in gradients):
                 raise SlimLSTMError(_NO_GRADIENT)
         # Cells are called step by step: one product for all their rows costs a fraction of one for each.
@@ -338,11 +338,16 @@ def _observing(model: nn.Module, hosts: list[Host], recorder: _Recorder) -> Gene
         stack.callback(lambda: [setattr(module, "training", True) for module in training])
         for host in hosts:
             # Not in the place of the module: others may refer to it too.
-            attributes = vars(host.lstm)
-            restore = partial(attributes.update, forward=attributes["forward"]) if "forward" in attributes else None
-            stack.callback(restore or partial(attributes.pop, "forward"))
-            host.lstm.forward = _observer(host, recorder).forward
+            stack.callback(_set_forward, host.lstm, vars(host.lstm).get("forward"))
+            _set_forward(host.lstm, _observer(host, recorder).forward)
         yield
+
+
+def _set_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
+    """Gives a module a forward pass of its own; None gives it back that of its class."""
+    vars(module).pop("forward", None)
+    if forward is not None:
+        module.forward = forward
 
 
 def _observer(host: Host, recorder: _Recorder) -> _ObservedLSTM | _ObservedCell:
