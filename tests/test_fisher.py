@@ -148,6 +148,24 @@ def test_global_allocation_is_predicted_to_lose_no_more_than_uniform(stranger, k
     assert total_loss(shared) <= total_loss(uniform) * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("method", ["svd", "activation", "fisher"])
+def test_energy_is_the_share_of_the_loss_that_is_kept_away(method):
+    """Each rank is the lowest with Σ_{i>r} ℓ_i ≤ (1 - energy) Σ ℓ_i, and stays dense above break-even."""
+    stranger, energy = STRANGERS["seq2seq"], 0.7
+    dense, batches = stranger.make(), batches_of(stranger, 4)
+    calibration = calibrate(dense, batches, losses_of)
+    report = compress_(stranger.make(), LowRank(method, energy=energy), calibration=calibration)
+    before = matrices(dense)
+    for site in report.sites:
+        moments, matrix = calibration.sites[site.key], before[site.key]
+        eye = torch.eye(len(matrix), dtype=torch.float64)
+        a = torch.eye(matrix.shape[1], dtype=torch.float64) if method == "svd" else moments.inputs
+        losses = WeightedSVD(matrix, a, moments.gradients if method == "fisher" else eye).losses
+        enough = [r for r in range(1, len(losses) + 1) if losses[r:].sum() <= (1 - energy) * losses.sum()]
+        assert site.rank == (enough[0] if enough[0] < site.break_even_rank else None)
+    assert any(site.rank is not None for site in report.sites)
+
+
 @pytest.mark.parametrize("storage", [None, "bfloat16", "int8"])
 @pytest.mark.parametrize("method", ["svd", "activation", "fisher"])
 @settings(max_examples=8)

@@ -308,7 +308,8 @@ class _ObservedLSTM(LowRankLSTM):
                 gates = product(rows, weights.ih, weights.bias_ih) + probe
                 output, h, c = recurrence(gates, sizes, h0[index], c0[index], weights, reverse)
                 keys = _key(self.path, f"weight_ih{suffix}"), _key(self.path, f"weight_hh{suffix}")
-                inputs = rows.detach(), _states_before(output.detach(), sizes, h0[index].detach(), reverse)
+                # A copy, as what comes from outside may be overwritten before it is counted.
+                inputs = rows.detach().clone(), _states_before(output.detach(), sizes, h0[index].detach(), reverse)
                 self.recorder.seen.append(_Observation(keys, inputs, probe))
                 outputs.append(output)
                 last.append((h, c))
@@ -324,7 +325,8 @@ class _ObservedCell(LowRankLSTMCell):
     def _step(self, x: Tensor, h: Tensor, c: Tensor, weights: Direction) -> State:
         probe = self.recorder.probe(x, 4 * self.hidden_size)
         keys = _key(self.path, "weight_ih"), _key(self.path, "weight_hh")
-        self.recorder.seen.append(_Observation(keys, (x.detach(), h.detach()), probe))
+        # Copies, as a loop may overwrite what it stepped from.
+        self.recorder.seen.append(_Observation(keys, (x.detach().clone(), h.detach().clone()), probe))
         gates = product(x, weights.ih, weights.bias_ih) + product(h, weights.hh, weights.bias_hh) + probe
         return step(gates, c, None)
 
