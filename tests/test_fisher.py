@@ -187,6 +187,23 @@ def test_bytes_are_a_budget_that_is_kept(storage, method, data):
     assert bool(parts) is (storage is not None)
 
 
+def test_a_matrix_that_is_used_more_often_gets_more_ranks():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rarely, self.often = nn.LSTM(IN, H, dtype=torch.float64), nn.LSTM(IN, H, dtype=torch.float64)
+            self.often.load_state_dict(self.rarely.state_dict())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.rarely(x)[0], self.often(x.repeat(1, 50, 1))[0]], dim=1)
+
+    config = LowRank("fisher", keep=0.5, target="hh")
+    batches = [(torch.randn(T, B, IN, dtype=torch.float64),)]
+    rarely, often = compress_(Two(), config, batches=batches, loss=losses_of).sites
+    assert rarely.predicted_rise > 0.0
+    assert often.parameters_after >= rarely.parameters_after + 2 * sum(rarely.shape)
+
+
 def test_int8_buys_more_ranks_for_the_same_bytes():
     stranger, plans = STRANGERS["tagger"], []
     for storage in (None, "int8"):
