@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.factorize import SOLVERS, Factors, relative_error, semi_nmf, singular_values
+from slimlstm.factorize import DAMPING, SOLVERS, Factors, WeightedSVD, relative_error, semi_nmf, singular_values, svd
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,9 @@ REFUSED_MATRICES = {
 
 @pytest.mark.parametrize(("matrix", "message"), REFUSED_MATRICES.values(), ids=REFUSED_MATRICES)
 @pytest.mark.parametrize(
-    "use", [lambda w, solve=solve: solve(w, 1, None) for solve in SOLVERS.values()] + [singular_values]
+    "use",
+    [lambda w, solve=solve: solve(w, 1, None) for solve in SOLVERS.values()]
+    + [singular_values, lambda w: WeightedSVD(w, torch.ones(w.shape[-1]))],
 )
 def test_matrices_that_cannot_be_factored_are_refused(use, matrix, message):
     with pytest.raises(SlimLSTMError, match=message):
@@ -303,6 +305,183 @@ def test_singular_values_are_lapacks(matrix):
 )
 def test_relative_error(matrix, approximation, error):
     assert relative_error(torch.tensor(matrix), torch.tensor(approximation)) == pytest.approx(error)
+
+
+def moment(size: int, kind: str) -> torch.Tensor:
+    """A second moment [n, n]."""
+    rows = torch.randn(3 * size, size, dtype=torch.float64)
+    if kind == "dead units":
+        rows[:, torch.arange(size) % 3 == 0] = 0.0
+    elif kind == "few rows":
+        rows = rows[: max(1, size // 3)]
+    elif kind == "uneven":
+        rows *= 10.0 ** -torch.linspace(0, 3, size)
+    elif kind == "none":
+        rows *= 0.0
+    return rows.T @ rows / len(rows)
+
+
+MOMENTS = ("full", "dead units", "few rows", "uneven", "none")
+
+
+@st.composite
+def weighted_problems(draw, dtypes=(torch.float64,), kinds=("normal", "rank-deficient", "sparse", "zero"), moments=MOMENTS):
+    """A matrix, a rank for it, and the moments A and G of its inputs and gradients; G may be None."""
+    matrix, rank = draw(problems(dtypes=dtypes, kinds=kinds))
+    m, n = matrix.shape
+    a, g = moment(n, draw(st.sampled_from(moments))), draw(st.sampled_from([None, *moments]))
+    return matrix, rank, a, None if g is None else moment(m, g)
+
+
+def damped(a):
+    """A + λI, λ a thousandth of the mean of A's diagonal, and 1 where that is zero."""
+    return a + (DAMPING * float(a.diagonal().mean()) or 1.0) * torch.eye(len(a), dtype=a.dtype)
+
+
+def weighted_loss(matrix, approximation, a, g):
+    """tr(Δᵀ G Δ A), Δ being the difference."""
+    difference = matrix.double() - approximation.double()
+    return float(torch.trace(difference.T @ (difference if g is None else g @ difference) @ a))
+
+
+def scale_of(matrix, a, g):
+    """The loss of leaving everything out, beside which rounding is measured."""
+    return max(weighted_loss(matrix, torch.zeros_like(matrix), damped(a), g), 1e-300)
+
+
+@given(weighted_problems())
+def test_the_losses_of_a_weighted_svd_are_those_of_its_factors(problem):
+    """Σ_{i>r} ℓ_i = tr(Δᵀ G Δ (A + λI)) at every rank r, and so what A alone loses is at most that."""
+    matrix, _, a, g = problem
+    found, scale = WeightedSVD(matrix, a, g), scale_of(matrix, a, g)
+    assert found.losses.shape == (min(matrix.shape),)
+    assert (found.losses >= 0.0).all()
+    assert (found.losses.diff() <= 0.0).all()
+    assert float(found.losses.sum()) == pytest.approx(scale, rel=1e-9, abs=1e-200)
+    for rank in range(1, min(matrix.shape) + 1):
+        factors = found.factors(rank)
+        approximation, expected = factors.u @ factors.v, float(found.losses[rank:].sum())
+        assert weighted_loss(matrix, approximation, damped(a), g) == pytest.approx(expected, rel=1e-9, abs=1e-11 * scale)
+        assert weighted_loss(matrix, approximation, a, g) <= expected * (1 + 1e-9) + 1e-11 * scale
+        assert factors.residual == pytest.approx(product_error(matrix, factors), rel=1e-9, abs=1e-14)
+
+
+@given(weighted_problems(), st.floats(1e-6, 1.0))
+def test_no_factors_of_its_rank_lose_less_than_a_weighted_svd(problem, step):
+    """Neither those of the SVD, nor its own with any small change, nor random ones that are fitted as well as can be."""
+    matrix, rank, a, g = problem
+    ours, plain, scale = WeightedSVD(matrix, a, g).factors(rank), svd(matrix, rank), scale_of(matrix, a, g)
+    a = damped(a)
+    best = weighted_loss(matrix, ours.u @ ours.v, a, g)
+    u, v = (factor + step * torch.randn_like(factor) for factor in (ours.u, ours.v))
+    some = torch.randn_like(ours.v)
+    fitted = matrix @ a @ some.T @ torch.linalg.pinv(some @ a @ some.T, hermitian=True) @ some
+    for candidate in (plain.u @ plain.v, u @ v, u @ ours.v, ours.u @ v, fitted):
+        assert best <= weighted_loss(matrix, candidate, a, g) + 1e-9 * scale
+
+
+@given(weighted_problems(moments=("full", "uneven")), st.sampled_from(["inputs", "gradients", "both"]))
+def test_diagonal_moments_are_full_ones_with_nothing_beside_the_diagonal(problem, which):
+    matrix, rank, a, g = problem
+    g = torch.eye(len(matrix), dtype=torch.float64) if g is None else g
+    diagonals = a.diagonal() if which != "gradients" else a, g.diagonal() if which != "inputs" else g
+    fulls = [torch.diag(one) if one.ndim == 1 else one for one in diagonals]
+    ours, theirs = WeightedSVD(matrix, *diagonals), WeightedSVD(matrix, *fulls)
+    scale = scale_of(matrix, *fulls)
+    torch.testing.assert_close(ours.losses, theirs.losses, rtol=1e-9, atol=1e-11 * scale)
+    losses = [
+        weighted_loss(matrix, f.u @ f.v, damped(fulls[0]), fulls[1]) for f in (ours.factors(rank), theirs.factors(rank))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9, abs=1e-11 * scale)
+
+
+@given(problems(dtypes=(torch.float64, torch.float32)), st.booleans(), st.sampled_from([1e-6, 1.0, 1e6]))
+def test_where_all_weigh_the_same_a_weighted_svd_is_the_svd(problem, with_gradients, weight):
+    matrix, rank = problem
+    m, n = matrix.shape
+    found = WeightedSVD(matrix, weight * torch.eye(n), 2.0 * torch.eye(m) if with_gradients else None)
+    squares = singular_values(matrix).square()
+    expected = squares * (1 + DAMPING) * weight * (2.0 if with_gradients else 1.0)
+    torch.testing.assert_close(found.losses, expected, rtol=1e-6, atol=1e-12 * float(expected.max()))
+    factors = found.factors(rank)
+    allowed = 1e-7 + rounding(matrix, factors)
+    assert factors.residual == pytest.approx(svd_error(matrix, rank), rel=0, abs=allowed)
+
+
+@given(weighted_problems(moments=("full", "uneven")), st.sampled_from([1e-8, 1e8]), st.sampled_from([1e-8, 1e8]))
+def test_the_scale_of_moments_does_not_matter(problem, of_inputs, of_gradients):
+    matrix, rank, a, g = problem
+    ours, theirs = WeightedSVD(matrix, a, g), WeightedSVD(matrix, of_inputs * a, None if g is None else of_gradients * g)
+    scale = of_inputs * (1.0 if g is None else of_gradients)
+    torch.testing.assert_close(theirs.losses / scale, ours.losses, rtol=1e-7, atol=1e-11 * scale_of(matrix, a, g))
+    factors = theirs.factors(rank)
+    expected = float(ours.losses[rank:].sum())
+    loss = weighted_loss(matrix, factors.u @ factors.v, damped(a), g)
+    assert loss == pytest.approx(expected, rel=1e-7, abs=1e-9 * scale_of(matrix, a, g))
+
+
+@given(weighted_problems(dtypes=tuple(DTYPES), kinds=tuple(KINDS)))
+def test_weighted_factors_are_like_any_others(problem):
+    """Shapes, dtype, balance, and nothing left on the matrix, with moments of whatever kind."""
+    matrix, rank, a, g = problem
+    factors = WeightedSVD(matrix.requires_grad_(), a, g).factors(rank)
+    assert (factors.u.shape, factors.v.shape) == ((len(matrix), rank), (rank, matrix.shape[1]))
+    assert {factors.u.dtype, factors.v.dtype} == {matrix.dtype}
+    assert not factors.u.requires_grad
+    assert matrix.grad is None
+    for factor in (factors.u, factors.v):
+        assert torch.isfinite(factor).all()
+        assert factor.is_contiguous()
+    assert factors.residual == pytest.approx(product_error(matrix, factors), rel=1e-9, abs=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weighted_factors_in_low_precision_lose_what_was_predicted(dtype):
+    matrix, a, g = torch.randn(40, 12).to(dtype), moment(12, "uneven"), moment(40, "full")
+    found = WeightedSVD(matrix, a.float(), g.float())
+    for rank in (1, 5, 8):
+        factors = found.factors(rank)
+        loss = weighted_loss(matrix, factors.u.double() @ factors.v.double(), damped(a), g)
+        assert loss == pytest.approx(float(found.losses[rank:].sum()), rel=30 * torch.finfo(dtype).eps)
+
+
+def test_inputs_that_never_come_are_free_and_those_that_come_are_kept():
+    """Of two directions of equal size, the one that is used is kept."""
+    matrix, a = torch.eye(2, dtype=torch.float64), torch.diag(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    factors = WeightedSVD(matrix, a).factors(1)
+    torch.testing.assert_close(factors.u @ factors.v, a)
+    factors = WeightedSVD(matrix, torch.eye(2, dtype=torch.float64), a).factors(1)
+    torch.testing.assert_close(factors.u @ factors.v, a)
+
+
+REFUSED_MOMENTS = {
+    "inputs of another size": (torch.ones(4, 4), None, r"inputs of a 3 x 5 matrix are \[5, 5\] or \[5\], not \[4, 4\]"),
+    "inputs of the other side": (torch.ones(3), None, r"inputs of a 3 x 5 matrix are \[5, 5\] or \[5\], not \[3\]"),
+    "inputs 3-D": (torch.ones(5, 5, 5), None, r"not \[5, 5, 5\]"),
+    "gradients of another size": (
+        torch.ones(5),
+        torch.ones(5, 5),
+        r"gradients of a 3 x 5 matrix are \[3, 3\] or \[3\], not",
+    ),
+    "NaN inputs": (
+        torch.full((5,), math.nan),
+        None,
+        "moments of the inputs hold NaN or infinite .*; were the batches finite",
+    ),
+    "infinite gradients": (torch.ones(5), torch.full((3, 3), math.inf), "moments of the gradients hold NaN or infinite"),
+}
+
+
+@pytest.mark.parametrize(("inputs", "gradients", "message"), REFUSED_MOMENTS.values(), ids=REFUSED_MOMENTS)
+def test_moments_that_do_not_fit_are_refused(inputs, gradients, message):
+    with pytest.raises(SlimLSTMError, match=message):
+        WeightedSVD(torch.randn(3, 5), inputs, gradients)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 4, True, 2.0])
+def test_weighted_ranks_that_make_no_sense_are_refused(rank):
+    with pytest.raises(SlimLSTMError, match=rf"rank of a 3 x 5 matrix has to be an int from 1 to 3, not {rank!r}"):
+        WeightedSVD(torch.randn(3, 5), torch.ones(5)).factors(rank)
 
 
 def test_factors_cannot_be_changed():

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -6,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.rank import break_even_rank, rank_for_energy, rank_for_fraction, saves
+from slimlstm.rank import Curve, allocate, break_even_rank, rank_for_energy, rank_for_fraction, rank_of_sum, saves
 
 shapes = st.tuples(st.integers(1, 5000), st.integers(1, 5000))
 spectra = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=20).map(
@@ -97,3 +98,113 @@ def test_the_rank_for_an_energy_of_known_spectra(values, energy, rank, dtype):
 def test_an_energy_that_is_no_fraction_is_refused(energy):
     with pytest.raises(SlimLSTMError, match=rf"fraction of the squared singular values in \(0, 1\], not {energy!r}"):
         rank_for_energy(torch.ones(3), energy)
+
+
+parts = st.lists(st.floats(0.0, 1e6), min_size=1, max_size=20).map(lambda values: sorted(values, reverse=True))
+
+
+@given(parts, st.floats(0.0, 1.0))
+def test_the_rank_of_a_sum_is_the_smallest_that_reaches_it(values, fraction):
+    rank, total = rank_of_sum(torch.tensor(values, dtype=torch.float64), fraction), math.fsum(values)
+    assert type(rank) is int
+    assert 1 <= rank <= len(values)
+    assert math.fsum(values[:rank]) >= fraction * total * (1 - 1e-12)
+    assert rank == 1 or math.fsum(values[: rank - 1]) < fraction * total * (1 + 1e-12)
+
+
+def curve(shape, parts):
+    """Of a matrix [m, n] whose directions lose ``parts``, in parameters; one of rank 1 may be no smaller than it."""
+    left_out = [math.fsum(parts[rank:]) for rank in range(len(parts) + 1)]
+    return Curve(left_out, sum(shape), math.prod(shape))
+
+
+@st.composite
+def several_curves(draw, most=3, side=5):
+    """Matrices of some rank each, of which some lose nothing however small they get."""
+    curves = {}
+    for index in range(draw(st.integers(1, most))):
+        m, n = draw(st.integers(1, side)) * 4, draw(st.integers(1, side))
+        losses = draw(st.lists(st.integers(0, 100), min_size=min(m, n), max_size=min(m, n)))
+        curves[str(index)] = curve((m, n), sorted(losses, reverse=True))
+    return curves
+
+
+def cost_of(curves, ranks):
+    return sum(one.whole if ranks[key] is None else ranks[key] * one.cost for key, one in curves.items())
+
+
+def loss_of(curves, ranks):
+    return sum(0.0 if ranks[key] is None else one.losses[ranks[key]] for key, one in curves.items())
+
+
+def choices(one):
+    """The ranks that save, and the matrix as it is."""
+    return [rank for rank in range(1, len(one.losses)) if rank * one.cost < one.whole] + [None]
+
+
+def budgets(curves):
+    least = sum(min(one.cost, one.whole) for one in curves.values())
+    return st.integers(least, sum(one.whole for one in curves.values()) + 3)
+
+
+@given(several_curves(), st.data())
+def test_what_is_allocated_fits_and_saves(curves, data):
+    budget = data.draw(budgets(curves))
+    ranks = allocate(curves, budget)
+    assert ranks.keys() == curves.keys()
+    assert cost_of(curves, ranks) <= budget
+    for key, one in curves.items():
+        assert ranks[key] in choices(one)
+        if max(one.losses) == 0.0 and one.cost < one.whole:
+            assert ranks[key] == 1
+        if ranks[key] is not None and ranks[key] > 1:
+            assert one.losses[ranks[key]] < one.losses[ranks[key] - 1]
+
+
+@given(several_curves(), st.data())
+def test_what_is_allocated_is_the_best_but_for_one_step(curves, data):
+    """No choice of ranks that fits loses less by more than one purchase, of a rank or of a matrix as it is, takes away."""
+    budget = data.draw(budgets(curves))
+    ranks = allocate(curves, budget)
+    every = (dict(zip(curves, some, strict=True)) for some in itertools.product(*map(choices, curves.values())))
+    best = min(loss_of(curves, some) for some in every if cost_of(curves, some) <= budget)
+    steps = [curves[key].losses[rank] for key, rank in ranks.items() if rank is not None]
+    assert loss_of(curves, ranks) - best <= max(steps, default=0.0)
+    # Nothing that is left to buy fits.
+    left = budget - cost_of(curves, ranks)
+    for key, rank in ranks.items():
+        if rank is not None and curves[key].losses[rank] > 0.0:
+            assert curves[key].whole - rank * curves[key].cost > left
+
+
+@given(st.integers(2, 12), st.integers(2, 4), st.data())
+def test_matrices_whose_ranks_alone_are_for_sale_get_the_best_ones(size, count, data):
+    """Where every rank costs the same and whole matrices are dear, the largest losses are bought, one after the other."""
+    losses = st.lists(st.integers(1, 10**6), min_size=size, max_size=size, unique=True)
+    parts = [sorted(data.draw(losses), reverse=True) for _ in range(count)]
+    curves = {str(i): Curve([math.fsum(one[r:]) for r in range(size + 1)], 1.0, 1e9) for i, one in enumerate(parts)}
+    budget = data.draw(st.integers(count, count * size))
+    rest = sorted((value for one in parts for value in one[1:]), reverse=True)[: budget - count]
+    ranks = allocate(curves, budget)
+    bought = math.fsum(value for one, rank in zip(parts, ranks.values(), strict=True) for value in one[1:rank])
+    assert bought == math.fsum(rest)
+    assert sum(ranks.values()) == budget
+
+
+@given(several_curves())
+def test_with_enough_for_all_nothing_is_lost(curves):
+    ranks = allocate(curves, sum(one.whole for one in curves.values()))
+    assert loss_of(curves, ranks) == 0.0
+
+
+def test_a_matrix_that_matters_more_gets_more():
+    curves = {"little": curve((40, 10), [1.0] * 10), "much": curve((40, 10), [100.0] * 10)}
+    assert allocate(curves, 400) == {"little": 1, "much": 7}
+    assert allocate(curves, 450) == {"little": 1, "much": None}
+
+
+@given(several_curves(), st.integers(1, 1000))
+def test_a_budget_below_rank_1_everywhere_is_refused(curves, missing):
+    least = sum(min(one.cost, one.whole) for one in curves.values())
+    with pytest.raises(SlimLSTMError, match=f"budget of .* too small for rank 1 at every matrix, which takes {least}"):
+        allocate(curves, least - missing)

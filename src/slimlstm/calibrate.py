@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.nn.utils.rnn import PackedSequence
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.nn import LowRankLSTM, LowRankLSTMCell, State, lstm_arguments
@@ -34,6 +35,9 @@ from slimlstm.sites import Host, find_hosts, parameter_names
 Loss = Callable[[nn.Module, Any], Tensor | Distribution]
 """Takes the model and a batch. Returns the losses of the single predictions, of any shape, with none for padding; or the
 distribution that the model predicts, from which labels are drawn; or one mean loss, which leaves the scale unknown."""
+
+_NO_BATCH = "there is no batch to calibrate on; an iterator may have been used up before"
+_NO_GRADIENT = "the loss does not depend on the model's LSTMs in a way that gradients can follow"
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,11 @@ class Moments:
         inputs = difference @ self.inputs.to(difference)
         gradients = difference if self.gradients is None else self.gradients.to(difference) @ difference
         return 0.5 * float((gradients * inputs).sum())
+
+    def fit(self, shape: tuple[int, int]) -> bool:
+        """Whether they can be those of a matrix of this shape."""
+        m, n = shape
+        return len(self.inputs) == n and (self.gradients is None or len(self.gradients) == m)
 
     @classmethod
     def together(cls, several: Sequence[Moments]) -> Moments:
@@ -82,7 +91,7 @@ class Calibration:
     is_scaled: bool
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes everything to one safetensors file."""
+        """Writes everything to one safetensors file, whose folder is made where it is missing."""
         tensors: dict[str, Tensor] = {}
         entries: dict[str, dict[str, Any]] = {}
         kept: dict[int, str] = {}
@@ -95,6 +104,7 @@ class Calibration:
                 tensors[name] = moments.gradients.cpu().contiguous()
                 entries[key]["gradients"] = name
         header = {"loss": self.loss, "predictions": self.predictions, "is_scaled": self.is_scaled, "sites": entries}
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         draft = Path(path).with_name(Path(path).name + ".part")
         save_file(tensors, draft, metadata={"slimlstm": "calibration 1", "header": json.dumps(header)})
         draft.replace(path)
@@ -114,12 +124,19 @@ class Calibration:
             raise SlimLSTMError(f"{path} is no intact calibration file: {error}") from error
         if metadata.get("slimlstm") != "calibration 1":
             raise SlimLSTMError(f"{path} holds no calibration that this slimlstm can read; calibrate again")
-        header = json.loads(metadata["header"])
-        sites = {
-            key: Moments(tensors[f"{key}:inputs"], tensors.get(entry.get("gradients", "")), entry["rows"])
-            for key, entry in header["sites"].items()
-        }
-        return cls(sites, header["loss"], header["predictions"], header["is_scaled"])
+        try:
+            header = json.loads(metadata["header"])
+            sites = {
+                key: Moments(
+                    tensors[f"{key}:inputs"],
+                    tensors[entry["gradients"]] if "gradients" in entry else None,
+                    entry["rows"],
+                )
+                for key, entry in header["sites"].items()
+            }
+            return cls(sites, header["loss"], header["predictions"], header["is_scaled"])
+        except (KeyError, ValueError) as error:
+            raise SlimLSTMError(f"{path} is no intact calibration file: its header cannot be read ({error})") from error
 
 
 def calibrate(
@@ -155,7 +172,7 @@ def calibrate(
         )
     recorder = _Recorder(loss is not None)
     total, predictions, is_scaled, done = 0.0, 0, True, 0
-    with _observing(model, hosts, recorder), torch.random.fork_rng(devices=[]):
+    with _observing(model, hosts, recorder), torch.random.fork_rng():
         torch.manual_seed(seed)
         for done, batch in enumerate(batches, 1):
             if loss is None:
@@ -171,30 +188,36 @@ def calibrate(
             if progress is not None:
                 progress(done)
     if not done:
-        raise SlimLSTMError("there is no batch to calibrate on; an iterator may have been used up before")
+        raise SlimLSTMError(_NO_BATCH)
     mean = total / predictions if predictions else None
     return Calibration(recorder.result(), mean, predictions, is_scaled)
 
 
-def mean_loss(model: nn.Module, batches: Iterable[Any], loss: Loss) -> float:
-    """The mean of what ``loss`` gives, in evaluation mode, which is restored; of a distribution, its expectation by draws.
+def mean_loss(model: nn.Module, batches: Iterable[Any], loss: Loss) -> float | None:
+    """The mean of what ``loss`` gives, in evaluation mode, which is restored.
+
+    None for distributions: every model's labels are its own, so that their losses tell nothing of one model beside another.
 
     Raises:
-        SlimLSTMError: as :func:`calibrate`.
+        SlimLSTMError: no batch, or a loss that is none or is not finite.
     """
     training = [module for module in model.modules() if module.training]
     model.eval()
     total, count = 0.0, 0
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with torch.no_grad():
             for batch in batches:
-                losses, _ = _losses(loss(model, batch))
+                result = loss(model, batch)
+                if isinstance(result, Distribution):
+                    return None
+                losses, _ = _losses(result)
                 total, count = total + float(losses.double().sum()), count + losses.numel()
     finally:
         for module in training:
             module.training = True
-    return total / max(count, 1)
+    if not count:
+        raise SlimLSTMError(_NO_BATCH)
+    return total / count
 
 
 class _Observation:
@@ -238,8 +261,11 @@ class _Recorder:
             if not seen:
                 raise SlimLSTMError("the loss ran none of the model's LSTMs; was another copy of the model called?")
             if not total.requires_grad:
-                raise SlimLSTMError("the loss does not depend on the model's LSTMs in a way that gradients can follow")
-            gradients = torch.autograd.grad(total, [one.probe for one in seen], allow_unused=True)
+                raise SlimLSTMError(_NO_GRADIENT)
+            found = torch.autograd.grad(total, [one.probe for one in seen], allow_unused=True)
+            gradients = cast(Sequence[Tensor | None], found)
+            if all(gradient is None for gradient in gradients):
+                raise SlimLSTMError(_NO_GRADIENT)
         # Cells are called step by step: one product for all their rows costs a fraction of one for each.
         grouped: dict[tuple[str, str], list[tuple[_Observation, Tensor | None]]] = {}
         for one, gradient in zip(seen, gradients, strict=True):
@@ -286,7 +312,8 @@ class _ObservedLSTM(LowRankLSTM):
                 gates = product(rows, weights.ih, weights.bias_ih) + probe
                 output, h, c = recurrence(gates, sizes, h0[index], c0[index], weights, reverse)
                 keys = _key(self.path, f"weight_ih{suffix}"), _key(self.path, f"weight_hh{suffix}")
-                inputs = rows.detach(), _states_before(output.detach(), sizes, h0[index].detach(), reverse)
+                # A copy, as what comes from outside may be overwritten before it is counted.
+                inputs = rows.detach().clone(), _states_before(output.detach(), sizes, h0[index].detach(), reverse)
                 self.recorder.seen.append(_Observation(keys, inputs, probe))
                 outputs.append(output)
                 last.append((h, c))
@@ -303,7 +330,8 @@ class _ObservedCell(LowRankLSTMCell):
         (own,) = weights
         probe = self.recorder.probe(x, 4 * self.hidden_size)
         keys = _key(self.path, "weight_ih"), _key(self.path, "weight_hh")
-        self.recorder.seen.append(_Observation(keys, (x.detach(), h.detach()), probe))
+        # Copies, as a loop may overwrite what it stepped from.
+        self.recorder.seen.append(_Observation(keys, (x.detach().clone(), h.detach().clone()), probe))
         gates = product(x, own.ih, own.bias_ih) + product(h, own.hh, own.bias_hh) + probe
         return step(gates, c, None)
 
@@ -317,9 +345,16 @@ def _observing(model: nn.Module, hosts: list[Host], recorder: _Recorder) -> Gene
         stack.callback(lambda: [setattr(module, "training", True) for module in training])
         for host in hosts:
             # Not in the place of the module: others may refer to it too.
-            host.lstm.forward = _observer(host, recorder).forward
-            stack.callback(host.lstm.__dict__.pop, "forward")
+            stack.callback(_set_forward, host.lstm, vars(host.lstm).get("forward"))
+            _set_forward(host.lstm, _observer(host, recorder).forward)
         yield
+
+
+def _set_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
+    """Gives a module a forward pass of its own; None gives it back that of its class."""
+    vars(module).pop("forward", None)
+    if forward is not None:
+        module.forward = forward
 
 
 def _observer(host: Host, recorder: _Recorder) -> _ObservedLSTM | _ObservedCell:
@@ -353,19 +388,20 @@ def _states_before(outputs: Tensor, sizes: list[int], h0: Tensor, reverse: bool)
 
 def _losses(result: object) -> tuple[Tensor, bool]:
     """The losses of single predictions, and whether they are that rather than a mean."""
+    is_drawn = isinstance(result, Distribution)
     if isinstance(result, Distribution):
         result = -result.log_prob(result.sample())
     if not isinstance(result, Tensor):
         raise SlimLSTMError(f"the loss returned {type(result).__name__}; it has to return a tensor or a distribution")
     if not result.numel() or not bool(torch.isfinite(result).all()):
         raise SlimLSTMError(f"the loss returned {result.numel()} numbers, which have to be finite and at least one")
-    return result, result.ndim > 0
+    return result, is_drawn or result.ndim > 0
 
 
 def _call(model: nn.Module, batch: Any) -> None:
     if isinstance(batch, Mapping):
         model(**cast(Mapping[str, Any], batch))
-    elif isinstance(batch, tuple | list):
+    elif isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence):
         model(*cast(Sequence[Any], batch))
     else:
         model(batch)

@@ -82,8 +82,12 @@ def compress_(
     methods = (
         {site.method for site in config.sites.values()} if isinstance(config, Plan) else {getattr(config, "method", "")}
     )
-    if calibration is None and batches is not None and (loss is not None or methods & set(WEIGHTED)):
+    loss_before = None
+    if calibration is not None and batches is not None and loss is not None and repeatable:
+        loss_before = mean_loss(model, batches, loss)  # those of the calibration may have been others
+    elif calibration is None and batches is not None and (loss is not None or methods & set(WEIGHTED)):
         calibration = calibrate(model, batches, loss)
+        loss_before = calibration.loss if repeatable else None
     spectra = _Spectra(hosts, calibration, getattr(config, "method", ""))
     plan = make_plan(config, sites, spectra)
     chosen = [(host, site) for host in hosts for site in host.sites() if site.key in plan.sites]
@@ -123,15 +127,17 @@ def compress_(
             if site_plan.storage is not None and isinstance(module, FactoredModule):
                 module.store(name, site_plan.storage)
     hosts = find_hosts(model)
-    loss_before = calibration.loss if calibration is not None and loss is not None and repeatable else None
+    loss_after = None
+    if batches is not None and loss is not None and loss_before is not None:
+        loss_after = mean_loss(model, batches, loss)
     return Report(
         reports,
         plan,
         Total.between(lstm_before, size([host.module for host in hosts], hosts)),
         Total.between(model_before, size([model], hosts)),
         notes,
-        loss_before,
-        mean_loss(model, batches, loss) if batches is not None and loss is not None and loss_before is not None else None,
+        None if loss_after is None else loss_before,
+        loss_after,
     )
 
 
@@ -225,8 +231,11 @@ class _Spectra:
         self._calibration = calibration
         self._method = method
         self._tied: dict[int, list[str]] = {}
-        for key, host in self._hosts.items():
-            self._tied.setdefault(host.identity(key.rpartition(".")[2]), []).append(key)
+        for site in (site for host in hosts if host.problem is None for site in host.sites()):
+            self._tied.setdefault(self.identity(site), []).append(site.key)
+            moments = calibration.sites.get(site.key) if calibration is not None else None
+            if moments is not None and not moments.fit(site.shape):
+                raise SlimLSTMError(f"{site.key} had another shape when the model was calibrated; calibrate this model")
         self.weighted = cache(self._weighted)
 
     def identity(self, site: Site) -> int:
@@ -236,10 +245,13 @@ class _Spectra:
         return self._hosts[site.key].stored(site.name).element_size()
 
     def losses(self, site: Site) -> Tensor:
-        if self._method not in WEIGHTED:
-            return singular_values(self._hosts[site.key].matrix(site.name)).square()
-        # Moments are means over rows, of which a site may see more than another.
-        return self._moments(site, self._method).rows * self.weighted(site, self._method).losses
+        try:
+            if self._method not in WEIGHTED:
+                return singular_values(self._hosts[site.key].matrix(site.name)).square()
+            # Moments are means over rows, of which a site may see more than another.
+            return self._moments(site, self._method).rows * self.weighted(site, self._method).losses
+        except SlimLSTMError as error:
+            raise SlimLSTMError(f"{site.key}: {error}") from error
 
     def predicted(self, site: Site, result: Compressed) -> float | None:
         """By how much the mean loss is predicted to rise; None where that cannot be told."""

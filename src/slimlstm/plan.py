@@ -64,7 +64,9 @@ class LowRank:
         if len(given) != 1:
             raise SlimLSTMError(f"give one of rank, keep, bytes and energy, not {' and '.join(given) or 'none'}")
         _check_rank_or_keep(self.rank, self.keep)
-        if self.energy is not None and not 0.0 < self.energy <= 1.0:
+        if self.bytes is not None and (type(self.bytes) is not int or self.bytes < 1):
+            raise SlimLSTMError(f"bytes are an int of at least 1, not {self.bytes!r}")
+        if self.energy is not None and not (type(self.energy) in (int, float) and 0.0 < self.energy <= 1.0):
             raise SlimLSTMError(f"energy is a fraction in (0, 1], not {self.energy!r}")
         if self.storage is not None:
             check_storage(self.storage)
@@ -325,7 +327,9 @@ def _shared_out(config: LowRank, sites: list[Site], spectra: Spectra) -> Plan:
         # Scales of rows cost the same at every rank.
         fixed += 2 * one - two
         curves[site.key] = Curve(left_out[: (site.rank or len(losses)) + 1], two - one, whole - (2 * one - two))
-    budget = config.bytes or (config.keep or 0.0) * sum(m * n for m, n in (site.shape for site in firsts.values()))
+    size = sum(m * n for m, n in (site.shape for site in firsts.values()))
+    # As for a single matrix, a whole number that rounding put just below itself is meant.
+    budget = config.bytes or (config.keep or 0.0) * size * (1 + 1e-12)
     ranks = allocate(curves, budget - fixed)
     plans: dict[str, SitePlan] = {}
     for site in sites:
