@@ -24,6 +24,7 @@ ARROWS = {
     "sites": {"nn", "ops", "prune", "errors"},
     "plan": {"calibrate", "sites", "ops", "rank", "factorize", "prune", "errors"},
     "report": {"plan", "errors"},
+    "search": {"calibrate", "compress", "plan", "errors"},
     "compress": {"plan", "report", "rank", "factorize", "prune", "calibrate", "sites", "nn", "ops", "errors"},
     "checkpoint": {"sites", "compress", "factorize", "nn", "persist", "ops", "plan", "report", "errors"},
     "calibrate": {"sites", "nn", "ops", "errors"},
