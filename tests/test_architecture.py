@@ -22,7 +22,7 @@ ARROWS = {
     "rank": {"factorize", "errors"},
     "nn": {"ops", "errors"},
     "sites": {"nn", "ops", "prune", "errors"},
-    "plan": {"calibrate", "sites", "ops", "rank", "factorize", "prune", "errors"},
+    "plan": {"sites", "ops", "rank", "factorize", "prune", "errors"},
     "report": {"plan", "errors"},
     "search": {"calibrate", "compress", "plan", "errors"},
     "compress": {"plan", "report", "rank", "factorize", "prune", "calibrate", "sites", "nn", "ops", "errors"},
