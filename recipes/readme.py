@@ -201,6 +201,6 @@ if arguments.check:
     sys.exit(0 if text == before else "README.md is out of date; run `make figures`")
 readme.write_text(text, encoding="utf-8")
 points = {}
-for run in quality["quality_ptb"]:
+for run in sorted(quality["quality_ptb"], key=lambda run: quality_methods.index(run["method"])):
     points.setdefault(run["method"], []).append((run["predicted_rise"], run["rise"]))
 plots.predictions(points, ROOT / "docs" / "prediction.png")

@@ -379,3 +379,11 @@ def test_the_picture_of_ratios(tmp_path):
         rows.append(setting | {"candidates": candidates, "refused": {}})
     plots.speed_ratios(rows, tmp_path / "ratios.png")
     assert (tmp_path / "ratios.png").stat().st_size > 10_000
+
+
+def test_predictions_are_drawn(tmp_path):
+    plots.predictions({"svd": [(0.01, 0.02), (0.1, 0.2)], "prune": [(0.5, 0.9), (0.0, -0.1)]}, tmp_path / "p.png")
+    picture = imread(tmp_path / "p.png")
+    assert min(picture.shape[:2]) > 300 and picture[..., :3].std() > 0.05
+    with pytest.raises(SlimLSTMError, match="a picture can be drawn as"):
+        plots.predictions({}, tmp_path / "p.txt")

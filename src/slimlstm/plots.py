@@ -97,7 +97,7 @@ def _ratio_panel(axis: Any, rows: Sequence[Mapping[str, Any]], precision: str) -
     _ratio_axis(axis)
     axis.set_xscale("log", base=2)
     hidden = sorted({row["hidden"] for row in rows})
-    axis.set_xticks(hidden, [str(size) for size in hidden], fontsize=7)
+    axis.set_xticks(hidden, [str(size) for size in hidden], fontsize=7, rotation=60)
     axis.set_xlabel("H")
 
 
@@ -143,6 +143,8 @@ def predictions(points: Mapping[str, Curve], path: Path) -> None:
         SlimLSTMError: as :func:`check_drawable`.
     """
     check_drawable(path)
+    from matplotlib.ticker import LogFormatterSciNotation, LogLocator
+
     figure, (axis,) = _subplots(1)
     for method, pairs in points.items():
         x, y = zip(*((x, y) for x, y in pairs if x > 0 and y > 0), strict=True)
@@ -150,6 +152,8 @@ def predictions(points: Mapping[str, Curve], path: Path) -> None:
     low, high = axis.get_xlim()
     axis.plot((low, high), (low, high), color="black", linewidth=1, linestyle="--")
     axis.set_xscale("log")
+    axis.yaxis.set_major_locator(LogLocator())
+    axis.yaxis.set_major_formatter(LogFormatterSciNotation())
     axis.set_xlabel("predicted rise of the loss")
     axis.set_ylabel("measured rise, held-out text")
     axis.legend(frameon=False, fontsize=8)
