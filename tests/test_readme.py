@@ -32,7 +32,8 @@ class Tagger(nn.Module):
 
 def test_python_code_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    names = {"model": Tagger(), "fresh_dense_model": Tagger()}
+    names = {"model": Tagger(), "fresh_dense_model": Tagger(), "dense_model": Tagger()}
+    names["batches"] = [torch.randn(9, 4, 40) for _ in range(3)]
     compressed = names["model"]
     for code in blocks("python"):
         exec(code, names)  # noqa: S102 (the README's own lines)
