@@ -28,8 +28,6 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "int8": 5e-2}
 
 SECONDS, FEWEST, MOST = 0.3, 5, 200
 """How long every candidate is timed, and in how many turns at least and at most."""
-PAUSE, PAUSED = 0.06, 15
-"""Seconds before every turn where engines have several threads, and how many turns there are then at most."""
 
 
 class Candidate(NamedTuple):
@@ -149,8 +147,7 @@ def measure(
             if not errors[name] <= TOLERANCE[one.precision]:
                 refused[name] = f"wrong by {errors[name]:.2g} of the output's norm"
                 del candidates[name]
-        pause = PAUSE if threads > 1 else 0.0
-        times = seconds_by_turns({name: one.call for name, one in candidates.items()}, seconds, pause=pause)
+        times = seconds_by_turns({name: one.call for name, one in candidates.items()}, seconds)
     medians = {name: statistics.median(values) for name, values in times.items()}
     rows: dict[str, Any] = {}
     for name, one in candidates.items():
@@ -162,29 +159,23 @@ def measure(
     return {"candidates": rows, "refused": refused}
 
 
-def seconds_by_turns(
-    calls: Mapping[str, Callable[[], object]], seconds: float = SECONDS, *, pause: float = 0.0
-) -> dict[str, list[float]]:
+def seconds_by_turns(calls: Mapping[str, Callable[[], object]], seconds: float = SECONDS) -> dict[str, list[float]]:
     """Wall-clock seconds of every call, taking turns that are spread evenly over the run.
 
     A turn is a call that is not timed and one that is: what a model costs that runs again and again, not one whose caches
-    others have used. Every call gets about as long in all, in ``FEWEST`` to ``MOST`` turns. Before each turn is a ``pause``
-    in seconds, with which there are at most ``PAUSED`` turns: threads of one engine may spin for some time after its call,
-    on processors that the next one would use.
+    others have used. Every call gets about as long in all, in ``FEWEST`` to ``MOST`` turns.
     """
     turns: dict[str, int] = {}
     for name, call in calls.items():
         call()
         began = time.perf_counter()
         call()
-        most = PAUSED if pause else MOST
-        turns[name] = min(max(round(seconds / (time.perf_counter() - began)), FEWEST), most)
+        turns[name] = min(max(round(seconds / (time.perf_counter() - began)), FEWEST), MOST)
     found: dict[str, list[float]] = {name: [] for name in calls}
     rounds = max(turns.values(), default=0)
     for index in range(rounds):
         for name, call in calls.items():
             if (index + 1) * turns[name] // rounds > index * turns[name] // rounds:
-                time.sleep(pause)
                 call()
                 began = time.perf_counter()
                 call()
