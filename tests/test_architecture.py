@@ -30,7 +30,7 @@ ARROWS = {
     "calibrate": {"sites", "nn", "ops", "errors"},
     "finetune": {"errors"},
     "evaluate": {"errors"},
-    "explain": {"nn", "ops", "errors"},
+    "explain": {"nn", "ops", "report", "errors"},
     "onnx_layers": {"ops", "errors"},
     "engines": {"nn", "ops", "onnx_layers", "errors"},
     "bench": {"engines", "nn", "ops", "provenance", "errors"},

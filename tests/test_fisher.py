@@ -454,3 +454,18 @@ def test_a_trained_model_loses_less_by_what_it_was_calibrated_for(calibrated):
     rises = {method: rise(LowRank(method, keep=0.25), calibrated) for method in ("svd", "activation", "fisher")}
     assert rises["fisher"] < 0.5 * rises["svd"]
     assert rises["activation"] < rises["svd"]
+
+
+def test_a_missing_loss_is_told_before_any_batch_runs():
+    def batches():
+        raise AssertionError("nothing has to run")
+        yield
+
+    with pytest.raises(SlimLSTMError, match="give it loss= beside batches="):
+        compress_(nn.ModuleList([nn.LSTM(3, 4)]), LowRank("fisher", keep=0.5), batches=batches())
+
+
+def test_a_budget_that_is_too_small_is_told_as_it_was_given():
+    model = nn.ModuleList([nn.LSTM(8, 8)])
+    with pytest.raises(SlimLSTMError, match="a budget of 300 is too small"):
+        compress_(model, LowRank(bytes=300, storage="int8"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -78,10 +78,12 @@ def compress_(
     hosts = find_hosts(model)
     sites = [site for host in hosts for site in host.sites()]
     make_plan(_without_spectra(config), sites)  # what can be said against it is said before the work of calibration
-    repeatable = batches is not None and iter(batches) is not batches
+    repeatable = batches is not None and not isinstance(batches, Iterator)
     methods = (
         {site.method for site in config.sites.values()} if isinstance(config, Plan) else {getattr(config, "method", "")}
     )
+    if "fisher" in methods and calibration is None and batches is not None and loss is None:
+        raise SlimLSTMError("'fisher' needs a loss, which compress_ had not; give it loss= beside batches=")
     loss_before = None
     if calibration is not None and batches is not None and loss is not None and repeatable:
         loss_before = mean_loss(model, batches, loss)  # those of the calibration may have been others

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -18,6 +16,7 @@ from slimlstm.errors import SlimLSTMError
 from slimlstm.nn import FactoredModule, LowRankLSTM, LowRankLSTMCell
 from slimlstm.ops import cpu
 from slimlstm.ops.weights import Direction
+from slimlstm.report import as_text
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,7 @@ class Explanation:
         return table
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=160, color_system=None)
-        console.print(self)
-        assert isinstance(console.file, io.StringIO)  # noqa: S101 (made above)
-        return console.file.getvalue().rstrip()
+        return as_text(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The explanation as JSON types."""

@@ -319,18 +319,16 @@ def _shared_out(config: LowRank, sites: list[Site], spectra: Spectra) -> Plan:
         return site.shape[0] * site.shape[1] if rank is None else rank * sum(site.shape)
 
     curves: dict[str, Curve] = {}
-    fixed = 0.0
     for site in firsts.values():
         losses = spectra.losses(site)
         left_out = [*losses.flip(0).cumsum(0).flip(0).tolist(), 0.0]
         one, two, whole = (unit(site, rank) for rank in (1, 2, site.rank))
-        # Scales of rows cost the same at every rank.
-        fixed += 2 * one - two
-        curves[site.key] = Curve(left_out[: (site.rank or len(losses)) + 1], two - one, whole - (2 * one - two))
+        fixed = 2 * one - two  # scales of U's rows
+        curves[site.key] = Curve(left_out[: (site.rank or len(losses)) + 1], two - one, whole - fixed, fixed)
     size = sum(m * n for m, n in (site.shape for site in firsts.values()))
     # As for a single matrix, a whole number that rounding put just below itself is meant.
     budget = config.bytes or (config.keep or 0.0) * size * (1 + 1e-12)
-    ranks = allocate(curves, budget - fixed)
+    ranks = allocate(curves, budget)
     plans: dict[str, SitePlan] = {}
     for site in sites:
         rank = ranks[firsts[spectra.identity(site)].key]

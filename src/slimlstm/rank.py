@@ -57,11 +57,13 @@ class Curve:
         losses: [k + 1], the losses of ranks 0, 1, ..., k; falling and convex, as what singular values leave out is.
         cost: of one rank, in the unit of the budget.
         whole: the cost of the matrix as it is, which loses nothing.
+        fixed: what the matrix costs besides, at any rank and as it is.
     """
 
     losses: Sequence[float]
     cost: float
     whole: float
+    fixed: float = 0.0
 
 
 def allocate(curves: Mapping[str, Curve], budget: float) -> dict[str, int | None]:
@@ -75,7 +77,7 @@ def allocate(curves: Mapping[str, Curve], budget: float) -> dict[str, int | None
         SlimLSTMError: rank 1 everywhere is above the budget.
     """
     ranks = {key: 1 if curve.cost < curve.whole else None for key, curve in curves.items()}
-    left = budget - sum(min(curve.cost, curve.whole) for curve in curves.values())
+    left = budget - sum(curve.fixed + min(curve.cost, curve.whole) for curve in curves.values())
     if left < 0:
         raise SlimLSTMError(
             f"a budget of {budget:g} is too small for rank 1 at every matrix, which takes {budget - left:g}"

@@ -7,10 +7,18 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 from slimlstm.plan import Plan
+
+
+def as_text(table: RenderableType) -> str:
+    """What is printed of it where nobody resizes the window."""
+    console = Console(file=io.StringIO(), width=160, color_system=None)
+    console.print(table)
+    assert isinstance(console.file, io.StringIO)  # noqa: S101 (made above)
+    return console.file.getvalue().rstrip()
 
 
 @dataclass(frozen=True)
@@ -134,10 +142,7 @@ class Report:
         return table
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=160, color_system=None)
-        console.print(self)
-        assert isinstance(console.file, io.StringIO)  # noqa: S101 (made above)
-        return console.file.getvalue().rstrip()
+        return as_text(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON types."""
