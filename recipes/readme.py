@@ -191,7 +191,8 @@ speed_part = "\n\n".join(
         f"A second thread makes calls of 35 steps at H = {max(row['hidden'] for row in two)} {min(largest):.1f} to "
         f"{max(largest):.1f} times faster, and in none of {len(two)} settings the ratio is below "
         f"{min(r['speedup'] for r in two):.2f} ([`results/threads.json`](results/threads.json), nothing else running). "
-        "Where threads of other engines spin beside it, the kernel takes one thread, and large dense layers are then slower than those engines with two.",
+        "Where threads of other engines spin beside it, the kernel takes one thread, and large dense layers are then "
+        "slower than those engines with two.",
         *([picture] if (ROOT / "docs" / "engines.png").exists() else []),
     ]
 )
