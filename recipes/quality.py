@@ -27,6 +27,7 @@ from slimlstm.data import CORPORA, Vocabulary, read_text, read_words
 from slimlstm.evaluate import perplexity
 from slimlstm.models.awd_lstm import load_awd_lstm
 from slimlstm.models.embedded import embedded_model, encode
+from slimlstm.plan import WEIGHTED
 from slimlstm.provenance import provenance
 
 STREAMS, STEPS = 60, 70
@@ -54,22 +55,22 @@ tokens = read(arguments.split)[: arguments.evaluate]
 size = 4 * sum(site.shape[0] * site.shape[1] for site in sl.find_sites(dense))
 
 
-class Batches:
-    """Pieces of the training text in their order, as (inputs, targets, state); the state is carried by ``loss``."""
+class NextWords:
+    """The losses of pieces of text (where they start, tokens); the state is carried from piece to piece."""
 
-    def __iter__(self):
-        length = arguments.tokens // STREAMS
-        text = read("train")[: length * STREAMS].view(STREAMS, length).t().contiguous()
-        self.state = None
-        for start in range(0, length - 1, STEPS):
-            targets = text[start + 1 : start + 1 + STEPS]
-            yield text[start : start + len(targets)], targets
+    state = None
 
+    def __call__(self, model, batch):
+        start, piece = batch
+        logits, state = model(piece[:-1], self.state if start else None)
+        self.state = [(h.detach(), c.detach()) for h, c in state]
+        return cross_entropy(logits.flatten(0, 1), piece[1:].flatten(), reduction="none")
 
-def loss(model, batch):
-    logits, state = model(batch[0], batches.state)
-    batches.state = [(h.detach(), c.detach()) for h, c in state]
-    return cross_entropy(logits.flatten(0, 1), batch[1].flatten(), reduction="none")
+    def state_dict(self):
+        return {"state": self.state}
+
+    def load_state_dict(self, state):
+        self.state = state["state"]
 
 
 def config_of(method, keep):
@@ -87,7 +88,10 @@ def write(name, result):
     path.with_suffix(".part").replace(path)
 
 
-batches = Batches()
+length = arguments.tokens // STREAMS
+text = read("train")[: length * STREAMS].view(STREAMS, length).t().contiguous()
+batches = [(start, text[start : start + STEPS + 1]) for start in range(0, length - 1, STEPS)]
+loss = NextWords()
 kept = arguments.output / "calibration.safetensors"  # large, and ignored by git
 seconds = 0.0
 if not kept.exists():
@@ -116,7 +120,8 @@ for keep, method in itertools.product(arguments.keep, arguments.methods):
     if (arguments.output / f"{name}.json").exists():
         continue
     began, model = time.monotonic(), copy.deepcopy(dense)
-    report = sl.compress_(model, config_of(method, keep), calibration=calibration)
+    data = {"batches": batches, "loss": loss} if method.partition("-")[0] in WEIGHTED else {}
+    report = sl.compress_(model, config_of(method, keep), calibration=calibration, **data)
     solved = time.monotonic()
     found = perplexity(model, tokens, steps=350)
     lstm_before, lstm_after = sum(s.bytes_before for s in report.sites), sum(s.bytes_after for s in report.sites)

@@ -25,9 +25,13 @@ ARROWS = {
     "plan": {"sites", "ops", "rank", "factorize", "prune", "errors"},
     "report": {"plan", "errors"},
     "search": {"calibrate", "compress", "plan", "errors"},
-    "compress": {"plan", "report", "rank", "factorize", "prune", "calibrate", "sites", "nn", "ops", "errors"},
+    "compress": {
+        *("plan", "report", "rank", "factorize", "prune", "calibrate", "refit", "observe", "sites", "nn", "ops", "errors")
+    },
     "checkpoint": {"sites", "compress", "factorize", "nn", "persist", "ops", "plan", "report", "errors"},
-    "calibrate": {"sites", "nn", "ops", "errors"},
+    "observe": {"sites", "nn", "ops", "errors"},
+    "calibrate": {"observe", "errors"},
+    "refit": {"observe", "factorize", "sites", "ops", "errors"},
     "finetune": {"errors"},
     "evaluate": {"errors"},
     "explain": {"nn", "ops", "report", "errors"},

@@ -12,20 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimlstm.calibrate import Calibration, Loss, Moments, calibrate, mean_loss
+from slimlstm.calibrate import Calibration, Moments, calibrate, mean_loss
 from slimlstm.errors import SlimLSTMError
 from slimlstm.factorize import SOLVERS, WeightedSVD, check_matrix, relative_error, singular_values
 from slimlstm.nn import FactoredModule
+from slimlstm.observe import Loss
 from slimlstm.ops.dense import rebuilt
 from slimlstm.ops.weights import Matrix, matrix_bytes, rounded, stored_bytes
 from slimlstm.plan import DENSE, PRUNE, WEIGHTED, LowRank, Plan, Prune, Quantize, SitePlan, make_plan
 from slimlstm.prune import magnitude_mask
 from slimlstm.rank import break_even_rank
+from slimlstm.refit import OtherPathError, Solve, refit
 from slimlstm.report import Report, SiteReport, Total
 from slimlstm.sites import Host, Site, find_hosts, provenance_of, replace
 
 Progress = Callable[[str, float], None]
 """Called with a site's key and the fraction of the whole work that is done."""
+
+PASSES = 2
+"""How often factors are fitted again where it is not said; a third pass gains nothing more."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,14 @@ class Compressed:
     converged: bool = True
     source_sha256: str = ""
 
+    def stands_for(self, matrix: Tensor) -> Matrix:
+        """What is computed with in the place of ``matrix``."""
+        if self.factors is not None:
+            return self.factors
+        if self.weight is not None:
+            return self.weight
+        return matrix if self.mask is None else matrix * self.mask
+
 
 def compress_(
     model: nn.Module,
@@ -49,6 +62,7 @@ def compress_(
     batches: Iterable[Any] | None = None,
     loss: Loss | None = None,
     calibration: Calibration | None = None,
+    refit: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Compresses the LSTMs of ``model`` in place, without training.
@@ -65,6 +79,9 @@ def compress_(
         batches, loss: what to calibrate on; see :func:`slimlstm.calibrate`. ``"activation"`` needs batches, ``"fisher"``
             both. Where both are given and can be gone through again, the loss on them is measured before and after.
         calibration: what :func:`slimlstm.calibrate` found for this model before, in the place of calibrating anew.
+        refit: how often the factors of calibrated methods are fitted again to what goes into them once all matrices are
+            compressed; see :mod:`slimlstm.refit`. Each time the dense and the compressed model see all batches. By default
+            twice, if the batches can be gone through again and both models call their LSTMs alike.
         progress: called with a site's key and the fraction done, now and then.
 
     Returns:
@@ -73,7 +90,8 @@ def compress_(
 
     Raises:
         SlimLSTMError: no site is meant, a site cannot be compressed, a matrix holds NaN, it is not float32 that would be
-            quantised, or calibration is needed and not there, or did not reach a site. Nothing has changed then.
+            quantised, calibration is needed and not there or did not reach a site, or ``refit`` is asked for and cannot be
+            done. Nothing has changed then.
     """
     hosts = find_hosts(model)
     sites = [site for host in hosts for site in host.sites()]
@@ -94,18 +112,21 @@ def compress_(
     plan = make_plan(config, sites, spectra)
     chosen = [(host, site) for host in hosts for site in host.sites() if site.key in plan.sites]
     results = _solve(plan, chosen, spectra, progress)
+    predicted = {site.key: spectra.predicted(site, results[site.key]) for _, site in chosen}
+    notes: list[str] = []
+    if refit or (refit is None and methods & set(WEIGHTED)):
+        notes.append(_fit_again(model, hosts, plan, results, spectra, batches if repeatable else None, loss, refit))
     reports = [
         site_report(
             site,
             plan.sites[site.key],
             results[site.key],
             host.stored(site.name).element_size(),
-            spectra.predicted(site, results[site.key]),
+            predicted[site.key],
         )
         for host, site in chosen
     ]
     model_before, lstm_before = size([model], hosts), size([host.module for host in hosts], hosts)
-    notes: list[str] = []
     for host in hosts:
         compressed = {site.name: results[site.key] for owner, site in chosen if owner is host}
         changed = {name: result for name, result in compressed.items() if result.source_sha256}
@@ -262,14 +283,32 @@ class _Spectra:
             return None
         if result.factors is None and result.weight is None and result.mask is None:
             return 0.0
-        matrix = self._hosts[site.key].matrix(site.name)
-        after = matrix if result.weight is None else result.weight
-        if result.factors is not None:
-            after = result.factors[0] @ result.factors[1]
-        elif result.weight is None and result.mask is not None:
-            after = matrix * result.mask
-        moments = found.sites[site.key]
-        return moments.loss_of(matrix.double() - after.detach().double()) * moments.rows / found.predictions
+        matrix, moments = self._hosts[site.key].matrix(site.name), found.sites[site.key]
+        after = rebuilt(result.stands_for(matrix)).detach()
+        return moments.loss_of(matrix.double() - after.double()) * moments.rows / found.predictions
+
+    def solver(self, site: Site, plan: SitePlan, results: dict[str, Compressed]) -> Solve:
+        """Puts what a method makes of another matrix, whose inputs have another moment, into ``results``."""
+        host, gradients = self._hosts[site.key], None
+        if plan.method == "fisher":
+            gradients = self._moments(site, plan.method).gradients
+        matrix = host.matrix(site.name)
+
+        def solve(fitted: Tensor, moment: Tensor) -> Matrix:
+            found = WeightedSVD(fitted, moment, gradients).factors(plan.rank or 0)
+            factors = found.u.to(matrix.dtype), found.v.to(matrix.dtype)
+            error = relative_error(matrix, factors[0].double() @ factors[1].double())
+            result = dataclasses.replace(results[site.key], relative_error=error)
+            results[site.key] = result = _stored(result, factors, matrix, plan.storage)
+            for parameter in result.factors or ():
+                parameter.requires_grad_(host.is_trained(site.name))
+            return result.stands_for(matrix)
+
+        return solve
+
+    def is_alone(self, site: Site) -> bool:
+        """Whether no other site has the same parameter."""
+        return len(self._tied[self.identity(site)]) == 1
 
     def _weighted(self, site: Site, method: str) -> WeightedSVD:
         moments = self._moments(site, method)
@@ -324,6 +363,45 @@ def _solve(
                 parameter.requires_grad_(host.is_trained(site.name))
         on_fraction(1.0)
     return results
+
+
+def _fit_again(
+    model: nn.Module,
+    hosts: list[Host],
+    plan: Plan,
+    results: dict[str, Compressed],
+    spectra: _Spectra,
+    batches: Iterable[Any] | None,
+    loss: Loss | None,
+    passes: int | None,
+) -> str:
+    """Replaces results of calibrated methods by such as are fitted again, and says what was done."""
+    sites = {site.key: (host, site) for host in hosts if host.problem is None for site in host.sites()}
+    solvers = {
+        key: spectra.solver(site, plan.sites[key], results)
+        for key, (_, site) in sites.items()
+        if key in results and plan.sites[key].method in WEIGHTED and results[key].factors and spectra.is_alone(site)
+    }
+    problem = ""
+    if batches is None:
+        problem = "that takes batches that can be gone through more than once"
+    elif not solvers:
+        problem = "no matrix of its own was factored by a method that is calibrated"
+    else:
+        weights = {
+            key: results[key].stands_for(host.matrix(site.name)) for key, (host, site) in sites.items() if key in results
+        }
+        first, seen = dict(results), [host for host in hosts if host.problem is None]
+        try:
+            refit(model, seen, weights, solvers, batches, loss, passes or PASSES)
+        except OtherPathError as error:
+            results.update(first)
+            problem = str(error)
+    if problem and passes:
+        raise SlimLSTMError(f"factors cannot be fitted again: {problem}; leave refit out, or 0")
+    if problem:
+        return f"factors were not fitted again to what goes into them now: {problem}"
+    return f"{len(solvers)} matrices were fitted {passes or PASSES} times again to what goes into them now"
 
 
 def _check_storable(host: Host, name: str) -> None:

@@ -1,0 +1,162 @@
+"""Factors fitted again to what really goes into them once the whole model is compressed.
+
+What is lost below a matrix and at earlier steps reaches it as other inputs: z' in the place of the dense model's z. With
+z = [x; h] and W = [W_ih W_hh] of one direction, what its gates should be is W z, and what they can be is W' z'. So each
+matrix is replaced by the ridge regression of what it should give on its own z', the other matrix being as it is, and that
+is truncated to its rank in the metric of its method: a reduced-rank regression (Izenman 1975) on the moments E[z' z'ᵀ] and
+E[z z'ᵀ]. Changed inputs were taken into account in the same spirit, one layer after another, for convolutional networks
+by Zhang et al. (2016); recurrences have no order of layers in which their own inputs could be known, so that all matrices
+are fitted at once and passes are repeated.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimlstm.errors import SlimLSTMError
+from slimlstm.factorize import DAMPING
+from slimlstm.observe import Keys, Loss, Recorder, Rows, call, observed_losses, observing
+from slimlstm.ops.dense import rebuilt
+from slimlstm.ops.weights import Matrix
+from slimlstm.sites import Host
+
+Solve = Callable[[Tensor, Tensor], Matrix]
+"""Takes a matrix B [m, n] and the moment A [n, n] of its inputs; returns what stands for B, as factors or rounded."""
+
+_ALTERNATIONS = 2
+
+
+class OtherPathError(SlimLSTMError):
+    """The compressed model did not call its LSTMs as the dense one did."""
+
+
+def refit(
+    model: nn.Module,
+    hosts: list[Host],
+    weights: Mapping[str, Matrix],
+    solvers: Mapping[str, Solve],
+    batches: Iterable[Any],
+    loss: Loss | None,
+    passes: int,
+) -> None:
+    """Calls the ``solvers`` of sites, in every pass over the batches anew; the model itself does not change.
+
+    Args:
+        model: the dense model, with its ``hosts``.
+        weights: what stands for the matrices that are compressed, by key; all others are the model's own.
+        solvers: take what a site's matrix should be now, and keep what they make of it; by the keys of the sites.
+        batches, loss: as of :func:`slimlstm.calibrate`; both models see every batch. A loss that carries something from
+            batch to batch, such as a state, has ``state_dict`` and ``load_state_dict``, so that each model gets its own.
+
+    Raises:
+        OtherPathError: how often an LSTM is called depends on its weights, so that rows cannot be paired.
+        SlimLSTMError: as :func:`slimlstm.calibrate`.
+    """
+    matrices = {site.key: host.matrix(site.name).double() for host in hosts for site in host.sites()}
+    now = dict(weights)
+    for _ in range(passes):
+        seen = _moments(model, hosts, now, batches, loss)
+        after = dict(now)
+        for keys, moments in seen.items():
+            for _ in range(_ALTERNATIONS):
+                # hh first: it sees what was lost at every step before.
+                for index in (1, 0):
+                    if keys[index] in solvers:
+                        current = [_of(key, after, matrices) for key in keys]
+                        fitted = moments.regression([matrices[key] for key in keys], current, index)
+                        after[keys[index]] = solvers[keys[index]](*fitted)
+        now = after
+
+
+def _of(key: str, weights: Mapping[str, Matrix], matrices: Mapping[str, Tensor]) -> Tensor:
+    return rebuilt(weights[key]).detach().double() if key in weights else matrices[key]
+
+
+class _Moments:
+    """Sums over N rows of z' z'ᵀ and z z'ᵀ [I + P, I + P], with z = [x; h] of the dense model and z' of the compressed."""
+
+    def __init__(self, inputs: int, size: int) -> None:
+        self.rows = 0
+        self.own = self.cross = torch.zeros(size, size, dtype=torch.float64)
+        self.parts = slice(0, inputs), slice(inputs, size)
+
+    def add(self, dense: Rows, compressed: Rows) -> None:
+        z, own = torch.cat(dense.inputs, dim=1), torch.cat(compressed.inputs, dim=1)
+        if z.dtype != torch.float64:
+            z, own = z.float(), own.float()
+        if dense.reached is not None:
+            z, own = z[dense.reached], own[dense.reached]
+        self.rows += len(z)
+        self.own = self.own.to(z.device) + (own.T @ own).double()
+        self.cross = self.cross.to(z.device) + (z.T @ own).double()
+
+    def regression(self, dense: list[Tensor], now: list[Tensor], index: int) -> tuple[Tensor, Tensor]:
+        """B [m, n] for ih (0) or hh (1), and the moment A of its inputs.
+
+        B minimises E‖W z - W'_other z'_other - B z'_own‖² + λ ‖B - W_own‖². What N rows cannot tell about n inputs is left
+        at W by λ = (``DAMPING`` + n / N) times the mean of A's diagonal.
+        """
+        own, other = self.parts[index], self.parts[1 - index]
+        moment = self.own[own, own] / self.rows
+        wanted = (torch.cat(dense, dim=1) @ self.cross[:, own] - now[1 - index] @ self.own[other, own]) / self.rows
+        n = len(moment)
+        strength = (DAMPING + n / self.rows) * float(moment.diagonal().mean()) or 1.0
+        damped = moment + strength * torch.eye(n, dtype=moment.dtype, device=moment.device)
+        return torch.linalg.solve(damped, (wanted + strength * dense[index]).T).T, damped
+
+
+def _moments(
+    model: nn.Module, hosts: list[Host], weights: Mapping[str, Matrix], batches: Iterable[Any], loss: Loss | None
+) -> dict[Keys, _Moments]:
+    """What both models see, row by row; rows that the dense one's loss does not depend on are left out."""
+    models = _Observed(model, hosts, {}, loss, loss is not None), _Observed(model, hosts, weights, loss, False)
+    found: dict[Keys, _Moments] = {}
+    with torch.random.fork_rng():
+        for number, batch in enumerate(batches):
+            dense, compressed = (one.run(number, batch) for one in models)
+            if {keys: len(rows.inputs[0]) for keys, rows in dense.items()} != {
+                keys: len(rows.inputs[0]) for keys, rows in compressed.items()
+            }:
+                raise OtherPathError("the number of steps that an LSTM takes depends on its weights")
+            for keys, rows in dense.items():
+                if keys not in found:
+                    inputs, outputs = (part.shape[1] for part in rows.inputs)
+                    found[keys] = _Moments(inputs, inputs + outputs)
+                found[keys].add(rows, compressed[keys])
+    return {keys: moments for keys, moments in found.items() if moments.rows}
+
+
+class _Observed:
+    """The model by certain weights, and what the loss carries for it from batch to batch."""
+
+    def __init__(
+        self, model: nn.Module, hosts: list[Host], weights: Mapping[str, Matrix], loss: Loss | None, with_gradients: bool
+    ) -> None:
+        self._model, self._hosts, self._weights = model, hosts, weights
+        self._loss, self._with_gradients = loss, with_gradients
+        self._carries = hasattr(loss, "state_dict") and hasattr(loss, "load_state_dict")
+        self._carried = self._state()
+
+    def run(self, number: int, batch: Any) -> dict[Keys, Rows]:
+        torch.manual_seed(number)
+        if self._carries:
+            getattr(self._loss, "load_state_dict")(self._carried)
+        recorder = Recorder(self._with_gradients)
+        with observing(self._model, self._hosts, recorder, self._weights), torch.set_grad_enabled(self._with_gradients):
+            total = None
+            if self._loss is None:
+                call(self._model, batch)
+            else:
+                total = observed_losses(self._model, batch, self._loss)[0].sum()
+            rows = recorder.take(total if self._with_gradients else None)
+        self._carried = self._state()
+        return rows
+
+    def _state(self) -> Any:
+        # What is returned may be the very object that the next batch changes.
+        return copy.deepcopy(getattr(self._loss, "state_dict")()) if self._carries else None
