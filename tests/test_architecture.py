@@ -24,7 +24,7 @@ ARROWS = {
     "sites": {"nn", "ops", "prune", "errors"},
     "plan": {"sites", "ops", "rank", "factorize", "prune", "errors"},
     "report": {"plan", "errors"},
-    "search": {"calibrate", "compress", "plan", "errors"},
+    "search": {"calibrate", "observe", "compress", "plan", "errors"},
     "compress": {
         *("plan", "report", "rank", "factorize", "prune", "calibrate", "refit", "observe", "sites", "nn", "ops", "errors")
     },

@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import nn
 
 from slimlstm.calibrate import Calibration
 from slimlstm.compress import compress_
 from slimlstm.errors import SlimLSTMError
+from slimlstm.observe import Loss
 from slimlstm.plan import LowRank
 
 
@@ -25,6 +27,8 @@ def find_keep(
     smallest_keep: float = 0.01,
     evaluations: int = 6,
     calibration: Calibration | None = None,
+    batches: Iterable[Any] | None = None,
+    loss: Loss | None = None,
     progress: Callable[[float, float], None] | None = None,
 ) -> LowRank:
     """``config`` with the smallest ``keep`` at which a copy of ``model``, compressed so, has a metric of at most ``limit``.
@@ -38,6 +42,7 @@ def find_keep(
         evaluations: how often the metric may be asked; the answer is within (1 / smallest_keep)^(2^-(evaluations - 1)) of
             where the metric meets the limit.
         calibration: for the methods that need it.
+        batches, loss: as of :func:`compress_`, so that the factors of every copy are fitted again.
         progress: called with every keep that was tried and its metric.
 
     Raises:
@@ -53,7 +58,7 @@ def find_keep(
 
     def accepts(keep: float) -> bool:
         trial = copy.deepcopy(model)
-        compress_(trial, at(keep), calibration=calibration)
+        compress_(trial, at(keep), calibration=calibration, batches=batches, loss=loss)
         value = metric(trial)
         if progress is not None:
             progress(keep, value)
