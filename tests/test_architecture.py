@@ -41,7 +41,7 @@ ARROWS = {
     "analysis": {"factorize", "errors"},
     "plots": {"analysis", "errors"},
     "persist": {"nn", "ops", "sites", "errors"},
-    "export": {"nn", "sites", "errors"},
+    "export": {"nn", "sites", "observe", "onnx_layers", "ops", "errors"},
     "demo": {"bench", "calibrate", "compress", "evaluate", "models", "nn", "plan", "provenance", "sites", "errors"},
 }
 """The rooms that each room may import; its own files it always may."""

@@ -6,11 +6,13 @@ report = sl.compress_(model, sl.LowRank(rank=64, target="hh"))
 print(report)
 sl.save(model, "small/")
 model = sl.load("small/", fresh_dense_model)
+sl.export_onnx(model, example_inputs, "small.onnx")
 """
 
 from slimlstm.calibrate import calibrate
 from slimlstm.compress import compress_
 from slimlstm.errors import SlimLSTMError
+from slimlstm.export import export_onnx
 from slimlstm.finetune import finetune
 from slimlstm.nn import LowRankLSTM, LowRankLSTMCell
 from slimlstm.persist import load, save
@@ -29,6 +31,7 @@ __all__ = [
     "SlimLSTMError",
     "calibrate",
     "compress_",
+    "export_onnx",
     "find_sites",
     "finetune",
     "load",

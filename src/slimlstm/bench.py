@@ -257,7 +257,7 @@ def _bench_layer(
     exact = {"dense": exact_output(plain, x), "compressed": exact_output(compressed, x)}
     with only_threads(threads), torch.no_grad():
         candidates = dict(dense_rivals(plain.to_dense().eval(), x, threads, refused))
-        if compressed.ranks.keys() == compressed.matrix_shapes.keys() and not compressed.bidirectional:
+        if compressed.ranks:
             candidates |= low_rank_rivals(compressed, "compressed", x, threads, refused)
     candidates["slimlstm dense"] = Candidate(True, "float32", "dense", lambda: plain(x)[0])
     if compressed.ranks or compressed.storages:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.nn import LowRankLSTM
-from slimlstm.onnx_layers import lstm_model, scan_model
+from slimlstm.onnx_layers import layer_model
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "int8": 5e-2}
 """How far an output may be from that in float64, relative to its norm."""
@@ -99,12 +99,15 @@ def onnx_engines(
 def dense_rivals(lstm: nn.LSTM, x: Tensor, threads: int, refused: dict[str, str]) -> Found:
     """Every rival that computes a dense layer."""
     yield from pytorch(lstm, x, refused)
-    yield from onnx_engines(lambda: lstm_model(lstm), "LSTM", "dense", x, threads, refused)
+    yield from onnx_engines(
+        lambda: layer_model(LowRankLSTM.from_dense(lstm).layers()[0]), "LSTM", "dense", x, threads, refused
+    )
 
 
 def low_rank_rivals(layer: LowRankLSTM, model: str, x: Tensor, threads: int, refused: dict[str, str]) -> Found:
-    """Every rival that computes a layer with factors at both matrices, written out as an ONNX Scan."""
-    yield from onnx_engines(lambda: scan_model(layer.direction("_l0")), f"Scan {model}", model, x, threads, refused)
+    """Every rival that computes a layer with factors, written out as an ONNX Scan; engines round by themselves."""
+    exact = [weights._replace(ih_storage="float32", hh_storage="float32") for weights in layer.layers()[0]]
+    yield from onnx_engines(lambda: layer_model(exact), f"Scan {model}", model, x, threads, refused)
 
 
 def exact_output(layer: LowRankLSTM, x: Tensor) -> Tensor:
@@ -209,7 +212,7 @@ def _onnx_runtime(path: Path, x: Tensor, threads: int) -> Callable[[], Tensor]:
     options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
     session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     array = x.numpy()
-    return lambda: _in_order(session.run(None, {"x": array})[0])
+    return lambda: torch.from_numpy(session.run(None, {"x": array})[0])
 
 
 def _onnx_runtime_int8(path: Path, x: Tensor, threads: int) -> Callable[[], Tensor]:
@@ -235,13 +238,7 @@ def _openvino(path: Path, x: Tensor, threads: int) -> Callable[[], Tensor]:
     network = core.read_model(str(path))
     network.reshape(list(x.shape))
     request, array = core.compile_model(network, "CPU", settings).create_infer_request(), x.numpy()
-    return lambda: _in_order(request.infer([array], share_inputs=True)[0])
-
-
-def _in_order(output: Any) -> Tensor:
-    """[T, B, D H] of what ONNX's LSTM gives, [T, D, B, H], without a copy where there is one direction."""
-    tensor = torch.from_numpy(output)
-    return tensor if tensor.ndim == 3 else tensor.transpose(1, 2).flatten(2)
+    return lambda: torch.from_numpy(request.infer([array], share_inputs=True)[0])
 
 
 def _reason(error: Exception) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ Loss = Callable[[nn.Module, Any], Tensor | Distribution]
 """Takes the model and a batch. Returns the losses of the single predictions, of any shape, with none for padding; or the
 distribution that the model predicts, from which labels are drawn; or one mean loss, which leaves the scale unknown."""
 
+AnyLSTM = TypeVar("AnyLSTM", bound=LowRankLSTM)
+AnyCell = TypeVar("AnyCell", bound=LowRankLSTMCell)
 Keys = tuple[str, str]
 """The keys of ih and hh of one direction."""
 
@@ -121,11 +123,18 @@ def observing(
     model: nn.Module, hosts: Iterable[Host], recorder: Recorder, weights: Mapping[str, Matrix] | None = None
 ) -> Generator[None]:
     """The model in evaluation mode, its LSTMs computing through observers; ``weights`` go before its own, by key."""
-    with evaluating(model), ExitStack() as stack:
-        for host in hosts:
+    with evaluating(model), computing_by((host.lstm, _observer(host, recorder, weights or {})) for host in hosts):
+        yield
+
+
+@contextmanager
+def computing_by(pairs: Iterable[tuple[nn.Module, nn.Module]]) -> Generator[None]:
+    """The first module of every pair has the forward pass of the second."""
+    with ExitStack() as stack:
+        for module, other in pairs:
             # Not in the place of the module: others may refer to it too.
-            stack.callback(_set_forward, host.lstm, vars(host.lstm).get("forward"))
-            _set_forward(host.lstm, _observer(host, recorder, weights or {}).forward)
+            stack.callback(_set_forward, module, vars(module).get("forward"))
+            _set_forward(module, other.forward)
         yield
 
 
@@ -215,20 +224,31 @@ def _set_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
 
 
 def _observer(host: Host, recorder: Recorder, weights: Mapping[str, Matrix]) -> _ObservedLSTM | _ObservedCell:
+    path = host.paths[0]
+
+    def matrix(name: str) -> Matrix:
+        return weights.get(_key(path, name), host.matrix(name))
+
+    observer = stand_in(host, _ObservedLSTM, _ObservedCell, matrix)
+    observer.recorder, observer.path = recorder, path
+    return observer
+
+
+def stand_in(host: Host, lstm: type[AnyLSTM], cell: type[AnyCell], matrix: Callable[[str], Matrix]) -> AnyLSTM | AnyCell:
+    """A module of one of the classes, whichever is like the host's, whose weights are what ``matrix`` gives by name."""
     old = cast(Any, host.lstm)
     if hasattr(old, "num_layers"):
-        observer = _ObservedLSTM(**lstm_arguments(old), device="meta")
+        made = lstm(**lstm_arguments(old), device="meta")
     else:
-        observer = _ObservedCell(old.input_size, old.hidden_size, old.bias, device="meta")
-    observer.recorder, observer.path = recorder, host.paths[0]
+        made = cell(old.input_size, old.hidden_size, old.bias, device="meta")
     for name in parameter_names(old):
-        kept_as = weights.get(_key(observer.path, name))
+        kept_as = matrix(name)
         if isinstance(kept_as, tuple):
-            observer.set_factors(name, *(nn.Parameter(factor.detach(), requires_grad=False) for factor in kept_as))
+            made.set_factors(name, *(nn.Parameter(factor.detach(), requires_grad=False) for factor in kept_as))
         else:
-            weight = host.matrix(name) if kept_as is None else kept_as.detach()
-            observer.register_parameter(name, nn.Parameter(weight, requires_grad=False))
-    return observer.eval()
+            made.register_parameter(name, nn.Parameter(kept_as.detach(), requires_grad=False))
+    made.eval()
+    return made
 
 
 def _key(path: str, name: str) -> str:

@@ -1,116 +1,266 @@
-"""One LSTM layer as ONNX: the LSTM operator, and factors as a Scan. Shapes as in :mod:`slimlstm.ops.weights`.
+"""LSTM layers as ONNX: the LSTM operator where everything is dense, a Scan over time elsewhere.
 
-ONNX orders gates i, o, f, c.
+Shapes as in :mod:`slimlstm.ops.weights`. ONNX orders gates i, o, f, c.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.ops.weights import Direction
+from slimlstm.ops.weights import Direction, Matrix, columns, rows, to_int8
 
-OPSET = 17
+OPSET = 18
+_TYPES = {
+    torch.float32: "FLOAT",
+    torch.float64: "DOUBLE",
+    torch.bfloat16: "BFLOAT16",
+    torch.int8: "INT8",
+    torch.uint8: "UINT8",
+    torch.int64: "INT64",
+}
 
 
-def lstm_model(lstm: nn.LSTM) -> Any:
-    """One layer, x [T, B, I] to y [T, D, B, H], as the LSTM operator.
+class Ports(NamedTuple):
+    """The names of what goes into a layer, x [T, B, I], h0 [D, B, P] and c0 [D, B, H], and of what comes out of it,
+    y [T, B, D P], h [D, B, P] and c [D, B, H]."""
+
+    x: str
+    h0: str
+    c0: str
+    y: str
+    h: str
+    c: str
+
+
+class Graph:
+    """Nodes in the order they were added, and constants, each of which is kept once; names begin with ``prefix``.
+
+    The graph of a step keeps its constants in that of its ``parent``, where all steps see them.
+    """
+
+    def __init__(self, prefix: str, parent: Graph | None = None) -> None:
+        self.prefix, self.nodes, self._named = prefix, list[Any](), 0
+        self.constants: list[Any] = [] if parent is None else parent.constants
+        self._known: dict[tuple[int, str], tuple[object, str]] = {} if parent is None else parent._known
+
+    def add(self, operator: str, *inputs: str, to: str | None = None, **attributes: Any) -> str:
+        """A node with one output, which is called ``to`` or has a new name; returns the name."""
+        return self.add_many(operator, inputs, [to or self._name()], **attributes)[0]
+
+    def add_many(self, operator: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> Sequence[str]:
+        """A node with these outputs."""
+        from onnx import helper
+
+        self.nodes.append(helper.make_node(operator, inputs, outputs, name=self._name(), **attributes))
+        return outputs
+
+    def constant(self, value: Tensor) -> str:
+        """An initializer with a new name, which is returned."""
+        from onnx import TensorProto, helper
+
+        name, value = self._name(), value.detach().cpu()
+        content = value.flatten().contiguous().view(torch.uint8).numpy().tobytes()
+        kind: int = getattr(TensorProto, _TYPES[value.dtype])
+        self.constants.append(helper.make_tensor(name, kind, value.shape, content, raw=True))
+        return name
+
+    def once(self, owner: object, kind: str, make: Callable[[], Tensor]) -> str:
+        """The constant of some kind that belongs to an object, made when it is first asked for."""
+        key = id(owner), kind
+        if key not in self._known:
+            self._known[key] = owner, self.constant(make())  # as long as it is kept, no other has its id
+        return self._known[key][1]
+
+    def names(self, count: int) -> list[str]:
+        """So many new names."""
+        return [self._name() for _ in range(count)]
+
+    def _name(self) -> str:
+        self._named += 1
+        return f"{self.prefix}_{self._named}"
+
+
+def add_layer(graph: Graph, directions: Sequence[Direction], ports: Ports) -> None:
+    """Adds what computes a layer of one or two directions to a graph; sizes of time and batch are left open.
+
+    Weights stored in int8 stay so: inputs are quantised as they come, products are of integers. Those in bfloat16 are
+    widened where they are used.
 
     Raises:
-        SlimLSTMError: the layer has a projection, which the operator has not.
+        SlimLSTMError: weights of another dtype than float32 and float64.
         ImportError: onnx is not installed.
     """
-    from onnx import helper
+    dtype = _dtype(directions)
+    if all(_is_plain(weights) for weights in directions):
+        _add_operator(graph, directions, ports)
+        return
+    ends: list[tuple[str, str, str]] = []
+    for index, weights in enumerate(directions):
+        number = graph.constant(torch.tensor(index))
+        states = [graph.add("Gather", name, number, axis=0) for name in (ports.h0, ports.c0)]
+        ends.append(_add_scan(graph, weights, ports.x, states, dtype, reverse=index == 1))
+    graph.add("Concat", *(y for y, _, _ in ends), to=ports.y, axis=2)
+    axis = graph.constant(torch.tensor([0]))
+    for which, name in ((1, ports.h), (2, ports.c)):
+        parts = [graph.add("Unsqueeze", end[which], axis) for end in ends]
+        graph.add("Concat", *parts, to=name, axis=0)
 
-    if lstm.proj_size:
-        raise SlimLSTMError("ONNX's LSTM has no projections")
-    endings = ["_l0", "_l0_reverse"][: 1 + lstm.bidirectional]
 
-    def stacked(*kinds: str) -> Tensor:
-        return torch.stack([torch.cat([_reordered(lstm, kind + ending) for kind in kinds]) for ending in endings])
-
-    weights = {"W": stacked("weight_ih"), "R": stacked("weight_hh")}
-    if lstm.bias:
-        weights["B"] = stacked("bias_ih", "bias_hh")
-    direction = "bidirectional" if lstm.bidirectional else "forward"
-    node = helper.make_node("LSTM", ["x", *weights], ["y"], hidden_size=lstm.hidden_size, direction=direction)
-    return _model([node], weights, lstm.input_size, [None, len(endings), None, lstm.hidden_size])
-
-
-def scan_model(weights: Direction) -> Any:
-    """One direction with biases and factors at both matrices: thin products of all inputs, then a Scan over time.
+def layer_model(directions: Sequence[Direction]) -> Any:
+    """A model of a layer alone, x [T, B, I] to y [T, B, D P], from zero states.
 
     Raises:
-        SlimLSTMError: a matrix is dense, or there are no biases.
-        ImportError: onnx is not installed.
+        SlimLSTMError, ImportError: as :func:`add_layer`.
     """
-    from onnx import helper
-
-    ih, hh = weights.ih, weights.hh
-    if isinstance(ih, Tensor) or isinstance(hh, Tensor) or weights.bias_ih is None or weights.bias_hh is None:
-        raise SlimLSTMError("the Scan is written for factors at both matrices and biases")
-    hidden = hh[1].shape[1]
-    nodes = [
-        helper.make_node("MatMul", ["h", "hh_v"], ["z"]),
-        helper.make_node("MatMul", ["z", "hh_u"], ["recurrent"]),
-        helper.make_node("Add", ["gates_of_x", "recurrent"], ["gates"]),
-        helper.make_node("Split", ["gates"], ["i", "f", "g", "o"], axis=1),
-        *(helper.make_node("Sigmoid", [gate], [f"{gate}s"]) for gate in "ifo"),
-        helper.make_node("Tanh", ["g"], ["gt"]),
-        helper.make_node("Mul", ["fs", "c"], ["kept"]),
-        helper.make_node("Mul", ["is", "gt"], ["new"]),
-        helper.make_node("Add", ["kept", "new"], ["c_next"]),
-        helper.make_node("Tanh", ["c_next"], ["ct"]),
-        helper.make_node("Mul", ["os", "ct"], ["h_next"]),
-        helper.make_node("Identity", ["h_next"], ["h_out"]),
-    ]
-    body = helper.make_graph(
-        nodes,
-        "step",
-        [_info(name, [None, size]) for name, size in (("h", hidden), ("c", hidden), ("gates_of_x", 4 * hidden))],
-        [_info(name, [None, hidden]) for name in ("h_next", "c_next", "h_out")],
-        _initializers({"hh_v": hh[1].T, "hh_u": hh[0].T}),
-    )
-    outer = {"ih_v": ih[1].T, "ih_u": ih[0].T, "bias": weights.bias_ih + weights.bias_hh, "width": torch.tensor([hidden])}
-    graph = [
-        helper.make_node("MatMul", ["x", "ih_v"], ["thin"]),
-        helper.make_node("MatMul", ["thin", "ih_u"], ["products"]),
-        helper.make_node("Add", ["products", "bias"], ["all_gates"]),
-        helper.make_node("Shape", ["x"], ["batch"], start=1, end=2),
-        helper.make_node("Concat", ["batch", "width"], ["state"], axis=0),
-        helper.make_node("ConstantOfShape", ["state"], ["zeros"]),
-        helper.make_node("Scan", ["zeros", "zeros", "all_gates"], ["h_last", "c_last", "y"], body=body, num_scan_inputs=1),
-    ]
-    return _model(graph, outer, ih[1].shape[1], [None, None, hidden])
-
-
-def _reordered(lstm: nn.LSTM, name: str) -> Tensor:
-    i, f, g, o = lstm.get_parameter(name).detach().chunk(4)
-    return torch.cat([i, o, f, g])
-
-
-def _info(name: str, shape: Sequence[int | None]) -> Any:
-    from onnx import TensorProto, helper
-
-    return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-
-
-def _initializers(weights: Mapping[str, Tensor]) -> list[Any]:
-    from onnx import numpy_helper
-
-    return [numpy_helper.from_array(value.detach().contiguous().numpy(), name) for name, value in weights.items()]
-
-
-def _model(nodes: Sequence[Any], weights: Mapping[str, Tensor], inputs: int, output: Sequence[int | None]) -> Any:
     import onnx
     from onnx import helper
 
-    entry = [_info("x", [None, None, inputs])]
-    graph = helper.make_graph(nodes, "layer", entry, [_info("y", output)], _initializers(weights))
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8)
+    graph, dtype, first = Graph("layer"), _dtype(directions), directions[0]
+    number, outputs, hidden = len(directions), columns(first.hh), rows(first.hh) // 4
+    batch = graph.add("Shape", "x", start=1, end=2)
+    count = graph.constant(torch.tensor([number]))
+    zero = helper.make_tensor("", getattr(onnx.TensorProto, _TYPES[dtype]), [1], [0.0])
+    h0, c0 = (
+        graph.add(
+            "ConstantOfShape", graph.add("Concat", count, batch, graph.constant(torch.tensor([size])), axis=0), value=zero
+        )
+        for size in (outputs, hidden)
+    )
+    h, c = graph.names(2)
+    add_layer(graph, directions, Ports("x", h0, c0, "y", h, c))
+    made = helper.make_graph(
+        graph.nodes,
+        "layer",
+        [_info("x", dtype, [None, None, columns(first.ih)])],
+        [_info("y", dtype, [None, None, number * outputs])],
+        graph.constants,
+    )
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8)
     onnx.checker.check_model(model)
     return model
+
+
+def _is_plain(weights: Direction) -> bool:
+    """Whether ONNX's LSTM, which knows neither factors nor projections, can compute it from weights as they are kept."""
+    is_dense = isinstance(weights.ih, Tensor) and isinstance(weights.hh, Tensor) and weights.hr is None
+    return is_dense and weights.ih_storage == weights.hh_storage == "float32"
+
+
+def _dtype(directions: Sequence[Direction]) -> torch.dtype:
+    hh = directions[0].hh
+    dtype = (hh if isinstance(hh, Tensor) else hh[0]).dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise SlimLSTMError(f"layers are written to ONNX in float32 or float64, not {dtype}; convert the model first")
+    return dtype
+
+
+def _add_operator(graph: Graph, directions: Sequence[Direction], ports: Ports) -> None:
+    hidden = rows(directions[0].hh) // 4
+    weights = [
+        graph.once(directions, kind, lambda which=which: torch.stack([_reordered(one[which]) for one in directions]))
+        for which, kind in enumerate(("W", "R"))
+    ]
+    bias = ""
+    if directions[0].bias_ih is not None:
+        biases = [(one.bias_ih, one.bias_hh) for one in directions]
+        bias = graph.once(directions, "B", lambda: torch.stack([torch.cat([*map(_reordered, pair)]) for pair in biases]))
+    (y,) = graph.names(1)
+    inputs = [ports.x, *weights, bias, "", ports.h0, ports.c0]
+    direction = "bidirectional" if len(directions) == 2 else "forward"
+    graph.add_many("LSTM", inputs, [y, ports.h, ports.c], hidden_size=hidden, direction=direction)
+    # [T, D, B, H]
+    together = graph.add("Transpose", y, perm=[0, 2, 1, 3])
+    graph.add("Reshape", together, graph.constant(torch.tensor([0, 0, -1])), to=ports.y)
+
+
+def _add_scan(
+    graph: Graph, weights: Direction, x: str, states: list[str], dtype: torch.dtype, reverse: bool
+) -> tuple[str, str, str]:
+    """One direction from states h0 [B, P] and c0 [B, H]; the names of y [T, B, P], h and c."""
+    from onnx import helper
+
+    hidden, outputs = rows(weights.hh) // 4, columns(weights.hh)
+    gates_of_x = _add_product(graph, x, weights.ih, weights.ih_storage)
+    biases = [bias for bias in (weights.bias_ih, weights.bias_hh) if bias is not None]
+    if biases:
+        gates_of_x = graph.add("Add", gates_of_x, graph.once(weights, "bias", lambda: torch.stack(biases).sum(0)))
+    step = Graph(f"{graph.names(1)[0]}_step", graph)
+    h, c, at, h_next, c_next, y = step.names(6)
+    gates = step.add("Add", at, _add_product(step, h, weights.hh, weights.hh_storage))
+    parts = step.constant(torch.full((4,), hidden))
+    i, f, g, o = step.add_many("Split", [gates, parts], step.names(4), axis=1)
+    kept = step.add("Mul", step.add("Sigmoid", f), c)
+    new = step.add("Mul", step.add("Sigmoid", i), step.add("Tanh", g))
+    step.add("Add", kept, new, to=c_next)
+    out = step.add("Mul", step.add("Sigmoid", o), step.add("Tanh", c_next))
+    if weights.hr is not None:
+        out = _add_product(step, out, weights.hr, weights.hh_storage)
+    step.add("Identity", out, to=h_next)
+    step.add("Identity", h_next, to=y)
+    body = helper.make_graph(
+        step.nodes,
+        step.prefix,
+        [_info(name, dtype, [None, size]) for name, size in ((h, outputs), (c, hidden), (at, 4 * hidden))],
+        [_info(name, dtype, [None, size]) for name, size in ((h_next, outputs), (c_next, hidden), (y, outputs))],
+    )
+    last_h, last_c, all_h = graph.add_many(
+        "Scan",
+        [*states, gates_of_x],
+        graph.names(3),
+        body=body,
+        num_scan_inputs=1,
+        scan_input_directions=[int(reverse)],
+        scan_output_directions=[int(reverse)],
+    )
+    return all_h, last_h, last_c
+
+
+def _add_product(graph: Graph, x: str, matrix: Matrix, storage: str) -> str:
+    """x Wᵀ, or x Vᵀ Uᵀ, of the last axis."""
+    for weight in (matrix,) if isinstance(matrix, Tensor) else reversed(matrix):
+        x = _add_thin_product(graph, x, weight, storage)
+    return x
+
+
+def _add_thin_product(graph: Graph, x: str, weight: Tensor, storage: str) -> str:
+    if storage == "int8":
+        # A scale for every row of inputs, as in the fused kernel; DynamicQuantizeLinear has one for all time and batch.
+        largest = graph.add("ReduceMax", graph.add("Abs", x), graph.constant(torch.tensor([-1])))
+        least = graph.constant(torch.tensor(torch.finfo(torch.float32).tiny))
+        scale = graph.add("Max", graph.add("Mul", largest, graph.constant(torch.tensor(1 / 127))), least)
+        signed = graph.add("Round", graph.add("Div", x, scale))
+        # ONNX Runtime is fast, and right, where inputs have no sign.
+        quantized = _cast(graph, graph.add("Add", signed, graph.constant(torch.tensor(128.0))), torch.uint8)
+        zero = graph.constant(torch.tensor(128, dtype=torch.uint8))
+        integers = graph.once(weight, "integers", lambda: to_int8(weight)[0].T)
+        scales = graph.once(weight, "scales", lambda: to_int8(weight)[1])
+        total = graph.add("MatMulInteger", quantized, integers, zero)
+        # Both scales multiplied first would be a pattern that ONNX Runtime takes for one with a single scale of inputs.
+        return graph.add("Mul", graph.add("Mul", _cast(graph, total), scale), scales)
+    if storage == "bfloat16":
+        return graph.add("MatMul", x, _cast(graph, graph.once(weight, storage, weight.T.bfloat16)))
+    return graph.add("MatMul", x, graph.once(weight, storage, lambda: weight.T))
+
+
+def _cast(graph: Graph, name: str, dtype: torch.dtype = torch.float32) -> str:
+    from onnx import TensorProto
+
+    (result,) = graph.names(1)
+    graph.add_many("Cast", [name], [result], to=getattr(TensorProto, _TYPES[dtype]))
+    return result
+
+
+def _reordered(weight: Any) -> Tensor:
+    i, f, g, o = weight.detach().chunk(4)
+    return torch.cat([i, o, f, g])
+
+
+def _info(name: str, dtype: torch.dtype, shape: Sequence[int | None]) -> Any:
+    from onnx import TensorProto, helper
+
+    return helper.make_tensor_value_info(name, getattr(TensorProto, _TYPES[dtype]), shape)

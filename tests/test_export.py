@@ -1,0 +1,251 @@
+"""Files that ``export_onnx`` writes, run by ONNX Runtime beside the models."""
+
+import copy
+
+import pytest
+import torch
+from strangers import B, H, T
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from slimlstm import LowRank, LowRankLSTM, LowRankLSTMCell, Prune, Quantize, SlimLSTMError, compress_, export_onnx
+from slimlstm.models.embedded import embedded_model
+from slimlstm.onnx_layers import layer_model
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="what was written is run by ONNX Runtime")
+onnx = pytest.importorskip("onnx")
+IN = 12
+
+ARGUMENTS = {
+    "one direction": {},
+    "bidirectional": {"bidirectional": True},
+    "stacked": {"num_layers": 2, "dropout": 0.3},
+    "projected": {"proj_size": 5, "num_layers": 2, "bidirectional": True},
+    "no bias": {"bias": False, "batch_first": True},
+}
+CONFIGS = {
+    "dense": None,
+    "low rank": LowRank(rank=3),
+    "hh only": LowRank(rank=2, target="hh"),
+    "masked": Prune(keep=0.5),
+    "int8": LowRank(rank=3, storage="int8"),
+    "bfloat16": Quantize("bfloat16"),
+}
+
+
+class Streaming(nn.Module):
+    """States in and out."""
+
+    def __init__(self, **arguments):
+        super().__init__()
+        self.lstm = nn.LSTM(IN, H, **arguments)
+        self.head = nn.Linear((arguments.get("proj_size") or H) * (1 + arguments.get("bidirectional", False)), 4)
+
+    def forward(self, x, state):
+        y, state = self.lstm(x, state)
+        return self.head(y), state
+
+    def example(self, steps, batch):
+        lstm = self.lstm
+        count, outputs = lstm.num_layers * (1 + lstm.bidirectional), lstm.proj_size or H
+        shape = (batch, steps) if lstm.batch_first else (steps, batch)
+        return torch.randn(*shape, IN), (torch.randn(count, batch, outputs), torch.randn(count, batch, H))
+
+
+class Steps(nn.Module):
+    """A cell in a loop, and no state from outside."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.LSTMCell(IN, H)
+
+    def forward(self, x):
+        state, outputs = None, []
+        for at in x.unbind(0):
+            state = self.cell(at, state)
+            outputs.append(state[0])
+        return {"y": torch.stack(outputs)}
+
+
+def made(model, config):
+    if config is not None:
+        compress_(model, config)
+    return model.eval()
+
+
+def run(path, *inputs):
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [entry.name for entry in session.get_inputs()]
+    outputs = session.run(None, {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)})
+    return [torch.from_numpy(output) for output in outputs]
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=ARGUMENTS)
+@pytest.mark.parametrize("config", [name for name in CONFIGS if name != "masked"])
+def test_a_layer_alone_is_the_layer(arguments, config):
+    one = {name: value for name, value in arguments.items() if name not in ("num_layers", "dropout", "batch_first")}
+    holder = made(nn.Sequential(nn.LSTM(IN, H, **one)), CONFIGS[config])
+    lstm = holder[0] if isinstance(holder[0], LowRankLSTM) else LowRankLSTM.from_dense(holder[0])
+    session = onnxruntime.InferenceSession(
+        layer_model(lstm.layers()[0]).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    for steps, batch in ((1, 1), (7, 3), (200, 2)):
+        x = torch.randn(steps, batch, IN)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), lstm(x)[0], **near(CONFIGS[config])
+            )
+
+
+def near(config):
+    # The kernel and the file round inputs alike, but for ties.
+    return {"rtol": 1e-4, "atol": 2e-3 if getattr(config, "storage", None) == "int8" else 1e-4}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "config"),
+    [
+        ("one direction", "dense"),
+        ("bidirectional", "low rank"),
+        ("stacked", "masked"),
+        ("stacked", "int8"),
+        ("projected", "dense"),
+        ("projected", "low rank"),
+        ("no bias", "hh only"),
+    ],
+)
+def test_a_streaming_model_at_any_length_and_batch(arguments, config, tmp_path):
+    model, path = made(Streaming(**ARGUMENTS[arguments]), CONFIGS[config]), tmp_path / "deep" / "small.onnx"
+    found = export_onnx(model, model.example(T, B), path, input_names=["x", "h0", "c0"], output_names=["y", "h", "c"])
+    assert (list(found.inputs), list(found.outputs)) == (["x", "h0", "c0"], ["y", "h", "c"])
+    assert found.bytes == path.stat().st_size
+    assert len(found.checked) == 3
+    assert found.engine == "ONNX Runtime"
+    assert {node.domain for node in onnx.load(path).graph.node} <= {"", "ai.onnx"}
+    for steps in (1, 7, 200):
+        for batch in (1, 3):
+            x, state = model.example(steps, batch)
+            with torch.no_grad():
+                y, (h, c) = model(x, state)
+            for one, other in zip(run(path, x, *state), (y, h, c), strict=True):
+                torch.testing.assert_close(one, other, **near(CONFIGS[config]))
+
+
+def test_an_example_of_one_sequence_leaves_the_batch_open(tmp_path):
+    model = made(Streaming(), CONFIGS["low rank"])
+    export_onnx(model, model.example(1, 1), tmp_path / "small.onnx")
+    x, state = model.example(6, 4)
+    with torch.no_grad():
+        expected = model(x, state)[0]
+    torch.testing.assert_close(run(tmp_path / "small.onnx", x, *state)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", ["dense", "low rank", "int8"])
+def test_a_cell_in_a_loop_keeps_its_weights_once(config, tmp_path):
+    model = made(Steps(), CONFIGS[config])
+    assert config == "dense" or isinstance(model.cell, LowRankLSTMCell)
+    few, many = (export_onnx(model, torch.randn(steps, B, IN), tmp_path / f"{steps}.onnx") for steps in (2, 6))
+    x = torch.randn(6, B, IN)
+    with torch.no_grad():
+        torch.testing.assert_close(run(tmp_path / "6.onnx", x)[0], model(x)["y"], **near(CONFIGS[config]))
+    sizes = [sum(len(one.raw_data) for one in onnx.load(tmp_path / f"{n}.onnx").graph.initializer) for n in (2, 6)]
+    assert sizes[1] - sizes[0] < 4 * 4 * H * IN
+    assert few.bytes < many.bytes
+
+
+def test_a_compressed_language_model_is_smaller_and_the_same(tmp_path):
+    model, sizes = embedded_model(), []
+    for config in (None, LowRank(rank=32, storage="int8")):
+        made(model, config)
+        sizes.append(export_onnx(model, torch.randint(4096, (5, 2)), tmp_path / "model.onnx").bytes)
+    lstm = sum(site.shape[0] * site.shape[1] for site in compress_(copy.deepcopy(model), Quantize("int8")).sites)
+    assert sizes[0] - sizes[1] > 0.9 * 4 * lstm
+    tokens = torch.randint(4096, (30, 3))
+    with torch.no_grad():
+        expected = model(tokens)[0]
+    found = run(tmp_path / "model.onnx", tokens)[0]
+    assert float((found - expected).norm() / expected.norm()) < 0.02
+
+
+def test_the_model_stays_as_it_was(tmp_path):
+    model = made(Streaming(), CONFIGS["low rank"]).train()
+    before, forwards = copy.deepcopy(model.state_dict()), [vars(module).get("forward") for module in model.modules()]
+    export_onnx(model, model.example(T, B), tmp_path / "small.onnx")
+    with pytest.raises(SlimLSTMError, match="PyTorch cannot follow the model"):
+        export_onnx(model, (torch.randn(T, B, IN), None, "too many"), tmp_path / "none.onnx")
+    assert model.training
+    assert [vars(module).get("forward") for module in model.modules()] == forwards
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+    assert [path.name for path in tmp_path.iterdir()] == ["small.onnx"]
+
+
+def test_a_file_that_does_not_compute_the_same_is_not_written(tmp_path, monkeypatch):
+    path, model = tmp_path / "small.onnx", made(Streaming(), None)
+    path.write_text("precious")
+    monkeypatch.setattr("slimlstm.export.add_layer", lambda graph, layers, ports: graph.add_many("LSTM", [], [ports.y]))
+    with pytest.raises(Exception, match="LSTM"):
+        export_onnx(model, model.example(T, B), path)
+    monkeypatch.undo()
+    monkeypatch.setattr("slimlstm.export._runner", lambda content: (lambda inputs: [0 * y for y in expected], "none"))
+    x, state = model.example(T, B)
+    with torch.no_grad():
+        y, (h, c) = model(x, state)
+    expected = [y, h, c]
+    with pytest.raises(
+        SlimLSTMError, match=r"output 0 differs from the model's by 1 of its norm at .* = 4.*nothing was written"
+    ):
+        export_onnx(model, (x, state), path)
+    assert path.read_text() == "precious"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+class Packed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(IN, H)
+
+    def forward(self, x):
+        return self.lstm(pack_padded_sequence(x, torch.tensor([T, 2, 1])))[1]
+
+
+class Half(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(IN, H).half()
+
+    def forward(self, x):
+        return self.lstm(x.half())[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [(Packed, "packed sequences cannot be written to ONNX"), (Half, "float32 or float64, not torch.float16")],
+)
+def test_what_cannot_be_written_is_told(model, message, tmp_path):
+    with pytest.raises(SlimLSTMError, match=message):
+        export_onnx(model(), torch.randn(T, 3, IN), tmp_path / "none.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_there_is_no_onnx_runtime_the_reference_runs_the_file(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    model = made(Streaming(), CONFIGS["low rank"])
+    assert export_onnx(model, model.example(T, B), tmp_path / "small.onnx").engine == "onnx reference"
+
+
+@pytest.mark.parametrize("config", ["dense", "low rank", "int8"])
+def test_torch_export_and_compile_see_one_node_a_recurrence(config):
+    model = nn.Sequential(nn.Linear(IN, IN), LowRankLSTM(IN, H, num_layers=2, bidirectional=True)).eval()
+    made(model, CONFIGS[config])
+    open_ends = ({0: torch.export.Dim("steps", min=2), 1: torch.export.Dim("batch", min=2)},)
+    with torch.no_grad():
+        program = torch.export.export(model, (torch.randn(T, B, IN),), dynamic_shapes=open_ends)
+        ours = [node for node in program.graph.nodes if str(node.target).startswith("slimlstm.layer")]
+        assert len(ours) == 2
+        assert len([node for node in program.graph.nodes if node.op == "call_function"]) < 40
+        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+        for steps, batch in ((7, 3), (40, 2)):
+            x = torch.randn(steps, batch, IN)
+            for found in (program.module()(x), compiled(x)):
+                torch.testing.assert_close(found[0], model(x)[0], rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(found[1], model(x)[1], rtol=1e-5, atol=1e-5)
