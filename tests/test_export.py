@@ -1,6 +1,7 @@
 """Files that ``export_onnx`` writes, run by ONNX Runtime beside the models."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -8,7 +9,19 @@ from strangers import B, H, T
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from slimlstm import LowRank, LowRankLSTM, LowRankLSTMCell, Prune, Quantize, SlimLSTMError, compress_, export_onnx
+from slimlstm import (
+    LowRank,
+    LowRankLSTM,
+    LowRankLSTMCell,
+    Prune,
+    Quantize,
+    SlimLSTMError,
+    compress_,
+    export_onnx,
+    load,
+    save,
+)
+from slimlstm.cli import app
 from slimlstm.models.embedded import embedded_model
 from slimlstm.onnx_layers import layer_model
 
@@ -249,3 +262,19 @@ def test_torch_export_and_compile_see_one_node_a_recurrence(config):
             for found in (program.module()(x), compiled(x)):
                 torch.testing.assert_close(found[0], model(x)[0], rtol=1e-5, atol=1e-5)
                 torch.testing.assert_close(found[1], model(x)[1], rtol=1e-5, atol=1e-5)
+
+
+def test_the_command_writes_a_language_model(tmp_path, capsys):
+    save(made(embedded_model(), LowRank(rank=16)), tmp_path / "small")
+    app(["export", str(tmp_path / "small"), "-o", str(tmp_path / "small.onnx"), "--json"], standalone_mode=False)
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["inputs"]) == ["tokens", "h0", "c0", "h1", "c1", "h2", "c2"]
+    assert found["bytes"] == (tmp_path / "small.onnx").stat().st_size
+    tokens = torch.randint(4096, (9, 1))
+    states = [torch.zeros(1, 1, size) for size in (448, 448, 448, 448, 256, 256)]
+    with torch.no_grad():
+        expected = load(tmp_path / "small", embedded_model())(tokens)[0]
+    # In two calls, with what came out of the first.
+    first, *states = run(tmp_path / "small.onnx", tokens[:4], *states)
+    second = run(tmp_path / "small.onnx", tokens[4:], *states)[0]
+    torch.testing.assert_close(torch.cat([first, second]), expected, rtol=1e-4, atol=1e-4)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -24,6 +25,7 @@ from slimlstm.checkpoint import compress_file, find_matrices, layers_of, matrix_
 from slimlstm.compress import compress_, size
 from slimlstm.errors import SlimLSTMError
 from slimlstm.evaluate import perplexity
+from slimlstm.export import export_onnx
 from slimlstm.factorize import SOLVERS, singular_values
 from slimlstm.models import embedded
 from slimlstm.models.awd_lstm import AWDLSTM, config_of, load_awd_lstm
@@ -240,6 +242,33 @@ def eval_command(
                 f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value,
             )
     _show(result, as_json, table)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="'embedded', the folder of an AWD-LSTM, or one that slimlstm saved.")],
+    file: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")],
+    as_json: Json = False,
+) -> None:
+    """Write an AWD-LSTM language model, dense or compressed, as an ONNX file; its states go in and come out."""
+    network = _language_model(model)
+    lstms: list[Any] = list(network.lstms)
+    state = [(torch.zeros(1, 2, lstm.hidden_size), torch.zeros(1, 2, lstm.hidden_size)) for lstm in lstms]
+    tokens = torch.randint(network.config.vocab_size, (3, 2))
+    names = [f"{kind}{layer}" for layer in range(len(lstms)) for kind in "hc"]
+    found = export_onnx(
+        network,
+        (tokens, state),
+        file,
+        input_names=["tokens", *names],
+        output_names=["logits", *(f"{name}_next" for name in names)],
+    )
+    table = Table("name", "shape")
+    for name, shape in (*found.inputs.items(), *found.outputs.items()):
+        table.add_row(name, " x ".join(map(str, shape)))
+    text = f"{found.bytes:,} bytes in {file}; {found.engine} is within {found.difference:.1g} of PyTorch at "
+    sizes = " and ".join(", ".join(f"{name} = {size}" for name, size in at.items()) for at in found.checked)
+    _show({"model": model, "file": str(file), **asdict(found)}, as_json, table, f"{text}{sizes}.")
 
 
 def draw_tour(tour: demo.Tour, path: Path) -> None:
