@@ -7,6 +7,7 @@ import torch
 from strangers import IN, STRANGERS, B, H, T, V
 from test_fisher import batches_of, every_stranger, losses_of, matrices, state_of
 from torch import nn
+from torch.distributions import Categorical
 from torch.nn.functional import cross_entropy
 
 from slimlstm import LowRank, Quantize, SlimLSTMError, compress_
@@ -156,6 +157,34 @@ def test_less_is_lost_on_text_that_was_not_seen():
     dense = float(cross_entropy(logits.flatten(0, 1), unseen[1:].flatten()))
     assert losses[None] - dense < 0.95 * (losses[0] - dense)
     assert f"6 matrices were fitted {PASSES} times again to what goes into them now" in report.notes
+
+
+def test_factors_that_lose_more_are_not_kept(monkeypatch):
+    stranger = STRANGERS["seq2seq"]
+    models, batches = [stranger.make() for _ in range(2)], batches_of(stranger)
+    compress_(models[0], LowRank("fisher", keep=0.5), batches=batches, loss=losses_of, refit=0)
+    worse = lambda self, dense, now, index: (30 * dense[index].flip(0), torch.eye(dense[index].shape[1]).double())  # noqa: E731
+    monkeypatch.setattr("slimlstm.refit._Moments.regression", worse)
+    report = compress_(models[1], LowRank("fisher", keep=0.5), batches=batches, loss=losses_of)
+    assert report.notes == [
+        "factors were fitted again to what goes into them now, but lost more then, and stay as they were"
+    ]
+    for name, value in state_of(models[0]).items():
+        assert value.equal(state_of(models[1])[name])
+
+
+def test_the_divergence_from_the_dense_models_predictions_counts_where_labels_are_drawn():
+    stranger = STRANGERS["CRNN"]
+    model, batches, seen = stranger.make(), batches_of(stranger, 5), []
+    report = compress_(
+        model,
+        LowRank("fisher", keep=0.5),
+        batches=batches,
+        loss=lambda model, batch: seen.append(1) or Categorical(logits=model(*batch)),
+    )
+    # Calibration, then twice both models, and at last both once more to see what the last factors lose.
+    assert len(seen) == 5 * (1 + 2 * (PASSES + 1)) + 2
+    assert any("fitted" in note for note in report.notes)
 
 
 def test_by_default_factors_of_calibrated_methods_are_fitted_again():

@@ -175,7 +175,7 @@ def calibrate(
                 seen = recorder.take(None)
             else:
                 with torch.enable_grad():
-                    losses, scaled = observed_losses(model, batch, loss)
+                    losses, scaled = observed_losses(loss(model, batch))
                     seen = recorder.take(losses.sum())
                 total, predictions = total + float(losses.detach().double().sum()), predictions + losses.numel()
                 is_scaled = is_scaled and scaled

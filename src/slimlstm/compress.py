@@ -80,8 +80,9 @@ def compress_(
             both. Where both are given and can be gone through again, the loss on them is measured before and after.
         calibration: what :func:`slimlstm.calibrate` found for this model before, in the place of calibrating anew.
         refit: how often the factors of calibrated methods are fitted again to what goes into them once all matrices are
-            compressed; see :mod:`slimlstm.refit`. Each time the dense and the compressed model see all batches. By default
-            twice, if the batches can be gone through again and both models call their LSTMs alike.
+            compressed; see :mod:`slimlstm.refit`. Each time the dense and the compressed model see all batches, and those
+            factors stay that lose least on them. By default twice, if the batches can be gone through again and both
+            models call their LSTMs alike.
         progress: called with a site's key and the fraction done, now and then.
 
     Returns:
@@ -287,22 +288,15 @@ class _Spectra:
         after = rebuilt(result.stands_for(matrix)).detach()
         return moments.loss_of(matrix.double() - after.double()) * moments.rows / found.predictions
 
-    def solver(self, site: Site, plan: SitePlan, results: dict[str, Compressed]) -> Solve:
-        """Puts what a method makes of another matrix, whose inputs have another moment, into ``results``."""
-        host, gradients = self._hosts[site.key], None
-        if plan.method == "fisher":
-            gradients = self._moments(site, plan.method).gradients
-        matrix = host.matrix(site.name)
+    def solver(self, site: Site, plan: SitePlan) -> Solve:
+        """What a method makes of another matrix in the site's place, whose inputs have another moment."""
+        gradients = self._moments(site, plan.method).gradients if plan.method == "fisher" else None
+        dtype = self._hosts[site.key].stored(site.name).dtype
 
         def solve(fitted: Tensor, moment: Tensor) -> Matrix:
             found = WeightedSVD(fitted, moment, gradients).factors(plan.rank or 0)
-            factors = found.u.to(matrix.dtype), found.v.to(matrix.dtype)
-            error = relative_error(matrix, factors[0].double() @ factors[1].double())
-            result = dataclasses.replace(results[site.key], relative_error=error)
-            results[site.key] = result = _stored(result, factors, matrix, plan.storage)
-            for parameter in result.factors or ():
-                parameter.requires_grad_(host.is_trained(site.name))
-            return result.stands_for(matrix)
+            storage = plan.storage or "float32"
+            return rounded(found.u.to(dtype), storage), rounded(found.v.to(dtype), storage)
 
         return solve
 
@@ -378,11 +372,11 @@ def _fit_again(
     """Replaces results of calibrated methods by such as are fitted again, and says what was done."""
     sites = {site.key: (host, site) for host in hosts if host.problem is None for site in host.sites()}
     solvers = {
-        key: spectra.solver(site, plan.sites[key], results)
+        key: spectra.solver(site, plan.sites[key])
         for key, (_, site) in sites.items()
         if key in results and plan.sites[key].method in WEIGHTED and results[key].factors and spectra.is_alone(site)
     }
-    problem = ""
+    best, fitted, problem = 0, dict[str, Matrix](), ""
     if batches is None:
         problem = "that takes batches that can be gone through more than once"
     elif not solvers:
@@ -391,17 +385,27 @@ def _fit_again(
         weights = {
             key: results[key].stands_for(host.matrix(site.name)) for key, (host, site) in sites.items() if key in results
         }
-        first, seen = dict(results), [host for host in hosts if host.problem is None]
+        seen = [host for host in hosts if host.problem is None]
         try:
-            refit(model, seen, weights, solvers, batches, loss, passes or PASSES)
+            best, fitted = refit(model, seen, weights, solvers, batches, loss, passes or PASSES)
         except OtherPathError as error:
-            results.update(first)
             problem = str(error)
     if problem and passes:
         raise SlimLSTMError(f"factors cannot be fitted again: {problem}; leave refit out, or 0")
     if problem:
         return f"factors were not fitted again to what goes into them now: {problem}"
-    return f"{len(solvers)} matrices were fitted {passes or PASSES} times again to what goes into them now"
+    if not best:
+        return "factors were fitted again to what goes into them now, but lost more then, and stay as they were"
+    for key in solvers:
+        host, site = sites[key]
+        results[key] = _refitted(results[key], fitted[key], host.matrix(site.name), host.is_trained(site.name))
+    return f"{len(solvers)} matrices were fitted {best} times again to what goes into them now"
+
+
+def _refitted(result: Compressed, factors: Matrix, matrix: Tensor, is_trained: bool) -> Compressed:
+    u, v = (nn.Parameter(factor, requires_grad=is_trained) for factor in factors)
+    error = relative_error(matrix, u.double() @ v.double())
+    return dataclasses.replace(result, factors=(u, v), relative_error=error)
 
 
 def _check_storable(host: Host, name: str) -> None:

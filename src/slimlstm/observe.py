@@ -138,17 +138,17 @@ def computing_by(pairs: Iterable[tuple[nn.Module, nn.Module]]) -> Generator[None
         yield
 
 
-def observed_losses(model: nn.Module, batch: Any, loss: Loss) -> tuple[Tensor, bool]:
-    """What ``loss`` gives, labels drawn from distributions, and whether it is of single predictions rather than a mean.
+def observed_losses(result: object) -> tuple[Tensor, bool]:
+    """What a loss gave, labels drawn from a distribution, and whether it is of single predictions rather than a mean.
 
     Raises:
         SlimLSTMError: a loss that is none, or is not finite.
     """
-    result = loss(model, batch)
     is_drawn = isinstance(result, Distribution)
     if isinstance(result, Distribution):
         result = -result.log_prob(result.sample())
-    return checked_losses(result), is_drawn or result.ndim > 0
+    losses = checked_losses(result)
+    return losses, is_drawn or losses.ndim > 0
 
 
 def checked_losses(result: object) -> Tensor:

@@ -12,15 +12,17 @@ are fitted at once and passes are repeated.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution, kl_divergence
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.factorize import DAMPING
-from slimlstm.observe import Keys, Loss, Recorder, Rows, call, observed_losses, observing
+from slimlstm.observe import Keys, Loss, Recorder, Rows, call, checked_losses, observed_losses, observing
 from slimlstm.ops.dense import rebuilt
 from slimlstm.ops.weights import Matrix
 from slimlstm.sites import Host
@@ -43,34 +45,51 @@ def refit(
     batches: Iterable[Any],
     loss: Loss | None,
     passes: int,
-) -> None:
-    """Calls the ``solvers`` of sites, in every pass over the batches anew; the model itself does not change.
+) -> tuple[int, dict[str, Matrix]]:
+    """Fits the matrices of the ``solvers`` again in every pass over the batches; the model itself does not change.
 
     Args:
         model: the dense model, with its ``hosts``.
         weights: what stands for the matrices that are compressed, by key; all others are the model's own.
-        solvers: take what a site's matrix should be now, and keep what they make of it; by the keys of the sites.
+        solvers: make what stands for a matrix of what it should be now; by the keys of the matrices to be fitted.
         batches, loss: as of :func:`slimlstm.calibrate`; both models see every batch. A loss that carries something from
             batch to batch, such as a state, has ``state_dict`` and ``load_state_dict``, so that each model gets its own.
+
+    Returns:
+        After how many passes the loss on the batches was lowest, or of distributions the divergence from the dense model's,
+        and what stood for all matrices then. Without a loss those are all passes.
 
     Raises:
         OtherPathError: how often an LSTM is called depends on its weights, so that rows cannot be paired.
         SlimLSTMError: as :func:`slimlstm.calibrate`.
     """
     matrices = {site.key: host.matrix(site.name).double() for host in hosts for site in host.sites()}
-    now = dict(weights)
-    for _ in range(passes):
-        seen = _moments(model, hosts, now, batches, loss)
-        after = dict(now)
-        for keys, moments in seen.items():
-            for _ in range(_ALTERNATIONS):
-                # hh first: it sees what was lost at every step before.
-                for index in (1, 0):
-                    if keys[index] in solvers:
-                        current = [_of(key, after, matrices) for key in keys]
-                        fitted = moments.regression([matrices[key] for key in keys], current, index)
-                        after[keys[index]] = solvers[keys[index]](*fitted)
-        now = after
+    now, lowest, best = dict(weights), math.inf, (0, dict(weights))
+    for number in range(passes + 1):
+        is_last = number == passes
+        if is_last and loss is None:
+            return number, now
+        seen, cost = _moments(model, hosts, now, batches, loss, costs_only=is_last)
+        if cost < lowest:
+            lowest, best = cost, (number, now)
+        if not is_last:
+            now = _fitted(seen, matrices, now, solvers)
+    return best
+
+
+def _fitted(
+    seen: Mapping[Keys, _Moments], matrices: Mapping[str, Tensor], now: Mapping[str, Matrix], solvers: Mapping[str, Solve]
+) -> dict[str, Matrix]:
+    after = dict(now)
+    for keys, moments in seen.items():
+        for _ in range(_ALTERNATIONS):
+            # hh first: it sees what was lost at every step before.
+            for index in (1, 0):
+                if keys[index] in solvers:
+                    current = [_of(key, after, matrices) for key in keys]
+                    fitted = moments.regression([matrices[key] for key in keys], current, index)
+                    after[keys[index]] = solvers[keys[index]](*fitted)
+    return after
 
 
 def _of(key: str, weights: Mapping[str, Matrix], matrices: Mapping[str, Tensor]) -> Tensor:
@@ -111,11 +130,19 @@ class _Moments:
 
 
 def _moments(
-    model: nn.Module, hosts: list[Host], weights: Mapping[str, Matrix], batches: Iterable[Any], loss: Loss | None
-) -> dict[Keys, _Moments]:
-    """What both models see, row by row; rows that the dense one's loss does not depend on are left out."""
-    models = _Observed(model, hosts, {}, loss, loss is not None), _Observed(model, hosts, weights, loss, False)
+    model: nn.Module,
+    hosts: list[Host],
+    weights: Mapping[str, Matrix],
+    batches: Iterable[Any],
+    loss: Loss | None,
+    costs_only: bool,
+) -> tuple[dict[Keys, _Moments], float]:
+    """What both models see, row by row, without rows that the dense one's loss does not depend on; and the mean cost of
+    the compressed one."""
+    with_gradients = loss is not None and not costs_only
+    models = _Observed(model, hosts, {}, loss, with_gradients), _Observed(model, hosts, weights, loss, False)
     found: dict[Keys, _Moments] = {}
+    costs: list[Tensor] = []
     with torch.random.fork_rng():
         for number, batch in enumerate(batches):
             dense, compressed = (one.run(number, batch) for one in models)
@@ -123,16 +150,31 @@ def _moments(
                 keys: len(rows.inputs[0]) for keys, rows in compressed.items()
             }:
                 raise OtherPathError("the number of steps that an LSTM takes depends on its weights")
-            for keys, rows in dense.items():
+            for keys, rows in () if costs_only else dense.items():
                 if keys not in found:
                     inputs, outputs = (part.shape[1] for part in rows.inputs)
                     found[keys] = _Moments(inputs, inputs + outputs)
                 found[keys].add(rows, compressed[keys])
-    return {keys: moments for keys, moments in found.items() if moments.rows}
+            if loss is not None:
+                costs.append(_costs(models[0].result, models[1].result).detach().double().flatten())
+    cost = float(torch.cat(costs).mean()) if costs else 0.0
+    return {keys: moments for keys, moments in found.items() if moments.rows}, cost
+
+
+def _costs(dense: object, compressed: object) -> Tensor:
+    """The compressed model's losses, or how far the distribution that it predicts is from the dense one's."""
+    if not isinstance(dense, Distribution) or not isinstance(compressed, Distribution):
+        return checked_losses(compressed)
+    try:
+        return kl_divergence(dense, compressed)
+    except NotImplementedError:
+        return -compressed.log_prob(dense.sample())
 
 
 class _Observed:
-    """The model by certain weights, and what the loss carries for it from batch to batch."""
+    """The model by certain weights, what the loss carries for it from batch to batch, and its last result."""
+
+    result: object = None
 
     def __init__(
         self, model: nn.Module, hosts: list[Host], weights: Mapping[str, Matrix], loss: Loss | None, with_gradients: bool
@@ -148,12 +190,11 @@ class _Observed:
             getattr(self._loss, "load_state_dict")(self._carried)
         recorder = Recorder(self._with_gradients)
         with observing(self._model, self._hosts, recorder, self._weights), torch.set_grad_enabled(self._with_gradients):
-            total = None
             if self._loss is None:
                 call(self._model, batch)
             else:
-                total = observed_losses(self._model, batch, self._loss)[0].sum()
-            rows = recorder.take(total if self._with_gradients else None)
+                self.result = self._loss(self._model, batch)
+            rows = recorder.take(observed_losses(self.result)[0].sum() if self._with_gradients else None)
         self._carried = self._state()
         return rows
 
