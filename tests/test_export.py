@@ -24,6 +24,7 @@ from slimlstm import (
 from slimlstm.cli import app
 from slimlstm.models.embedded import embedded_model
 from slimlstm.onnx_layers import layer_model
+from slimlstm.ops import cpu
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="what was written is run by ONNX Runtime")
 onnx = pytest.importorskip("onnx")
@@ -183,7 +184,9 @@ def test_a_compressed_language_model_is_smaller_and_the_same(tmp_path):
 def test_the_model_stays_as_it_was(tmp_path):
     model = made(Streaming(), CONFIGS["low rank"]).train()
     before, forwards = copy.deepcopy(model.state_dict()), [vars(module).get("forward") for module in model.modules()]
-    export_onnx(model, model.example(T, B), tmp_path / "small.onnx")
+    example, random = model.example(T, B), torch.get_rng_state()
+    export_onnx(model, example, tmp_path / "small.onnx")
+    assert torch.get_rng_state().equal(random)
     with pytest.raises(SlimLSTMError, match="PyTorch cannot follow the model"):
         export_onnx(model, (torch.randn(T, B, IN), None, "too many"), tmp_path / "none.onnx")
     assert model.training
@@ -240,10 +243,166 @@ def test_what_cannot_be_written_is_told(model, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+class Picky(Streaming):
+    """Tells of a length that it does not like where it is not compiled."""
+
+    def forward(self, x, state):
+        if not torch.compiler.is_compiling() and x.shape[:2] != (T, B):
+            raise ValueError(x.shape)
+        return super().forward(x, state)
+
+
+def test_a_file_that_cannot_be_checked_at_other_sizes_is_not_written(tmp_path):
+    model = made(Picky(), None)
+    with pytest.raises(SlimLSTMError, match="neither at larger ones nor at the least"):
+        export_onnx(model, model.example(T, B), tmp_path / "none.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+class Fixed(nn.Module):
+    """For T steps only."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(IN, H), nn.Linear(T * H, 2)
+
+    def forward(self, x):
+        return self.head(self.lstm(x)[0].transpose(0, 1).reshape(x.shape[1], T * H))
+
+
+def test_an_axis_that_the_model_closes_is_told(tmp_path):
+    model, x = made(Fixed(), CONFIGS["low rank"]), torch.randn(T, 3, IN)
+    found = export_onnx(model, x, tmp_path / "fixed.onnx")
+    assert found.inputs["x"][0] == T
+    assert isinstance(found.inputs["x"][1], str)
+    with pytest.raises(SlimLSTMError, match="the axis steps was to stay open, but the model runs at the example's size"):
+        export_onnx(model, x, tmp_path / "open.onnx", dynamic_shapes=({0: torch.export.Dim("steps")},))
+    found = export_onnx(model, x, tmp_path / "named.onnx", dynamic_shapes=({1: torch.export.Dim("batch")},))
+    assert found.inputs == {"x": [T, "batch", IN]}
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"input_names": ["x"]}, r"input_names are \['x'\]; the model has 3 input tensors"),
+        ({"input_names": ["x", "h", "h"]}, "each takes a name of its own"),
+        ({"output_names": ["y", "h"]}, "the model has 3 output tensors"),
+        ({"input_names": ["x", "h", "c"], "output_names": ["y", "h", "c"]}, "'h' is the name of an input and of an output"),
+    ],
+    ids=["few", "twice", "few outputs", "in and out"],
+)
+def test_names_that_do_not_fit_are_told(names, message, tmp_path):
+    model = made(Streaming(), None)
+    with pytest.raises(SlimLSTMError, match=message):
+        export_onnx(model, model.example(T, B), tmp_path / "none.onnx", **names)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_example_that_holds_nothing_is_told(tmp_path):
+    model = made(Streaming(), None)
+    with pytest.raises(SlimLSTMError, match=r"an example input of shape \[0, 3, 12\] holds nothing"):
+        export_onnx(model, model.example(0, 3), tmp_path / "none.onnx")
+
+
+def test_names_may_look_like_those_of_our_nodes(tmp_path):
+    model = made(Streaming(), CONFIGS["low rank"])
+    export_onnx(model, model.example(T, B), tmp_path / "small.onnx", input_names=["lstm_1", "lstm_2", "lstm_3"])
+    x, state = model.example(7, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(run(tmp_path / "small.onnx", x, *state)[0], model(x, state)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", ["dense", "low rank"])
+def test_double_precision(config, tmp_path):
+    model = made(nn.Sequential(nn.LSTM(IN, H, 2)), CONFIGS[config]).double()
+    export_onnx(model, torch.randn(T, B, IN, dtype=torch.float64), tmp_path / "double.onnx")
+    x = torch.randn(7, 2, IN, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(run(tmp_path / "double.onnx", x)[0], model(x)[0], rtol=1e-10, atol=1e-10)
+
+
+def test_a_model_that_is_an_lstm_itself(tmp_path):
+    lstm = nn.LSTM(IN, H, 2, proj_size=5)
+    forward = vars(lstm).get("forward")
+    export_onnx(lstm, torch.randn(T, B, IN), tmp_path / "lstm.onnx")
+    assert vars(lstm).get("forward") is forward
+    x = torch.randn(7, 2, IN)
+    with torch.no_grad():
+        torch.testing.assert_close(run(tmp_path / "lstm.onnx", x)[0], lstm(x)[0], rtol=1e-4, atol=1e-4)
+
+
+class Translator(nn.Module):
+    """A bidirectional encoder whose last states start a decoder that attends to its outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(20, IN)
+        self.encoder = nn.LSTM(IN, H, bidirectional=True, batch_first=True)
+        self.decoder = nn.LSTM(IN, 2 * H, batch_first=True)
+
+    def forward(self, source, target):
+        memory, state = self.encoder(self.embedding(source))
+        first = tuple(torch.cat([*one], -1)[None] for one in state)
+        y, state = self.decoder(self.embedding(target), first)
+        return {"y": y + (y @ memory.transpose(1, 2)).softmax(-1) @ memory, "state": {"h": state[0], "c": [state[1]]}}
+
+
+@pytest.mark.parametrize("config", ["low rank", "masked"])
+def test_a_translator_with_named_inputs_and_nested_outputs(config, tmp_path):
+    model = made(Translator(), CONFIGS[config])
+    # Sizes that are equal by chance stay apart.
+    example = {"target": torch.randint(20, (B, B)), "source": torch.randint(20, (B, B))}
+    found = export_onnx(model, example, tmp_path / "small.onnx")
+    assert list(found.inputs) == ["target", "source"]
+    inputs = {"target": torch.randint(20, (2, 9)), "source": torch.randint(20, (2, 5))}
+    with torch.no_grad():
+        expected = model(**inputs)
+    wanted = expected["y"], expected["state"]["h"], expected["state"]["c"][0]
+    for one, other in zip(run(tmp_path / "small.onnx", *inputs.values()), wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 def test_where_there_is_no_onnx_runtime_the_reference_runs_the_file(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     model = made(Streaming(), CONFIGS["low rank"])
     assert export_onnx(model, model.example(T, B), tmp_path / "small.onnx").engine == "onnx reference"
+
+
+class Whole(nn.Module):
+    """A stack of layers with states, and a cell."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = LowRankLSTM(IN, H, 2, bidirectional=True)
+        self.cell = LowRankLSTMCell(2 * H, H)
+
+    def forward(self, x, state):
+        y, state = self.lstm(x, state)
+        return y, state, self.cell(y[-1])
+
+    def example(self, steps, batch):
+        return torch.randn(steps, batch, IN), (torch.randn(4, batch, H), torch.randn(4, batch, H))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("gradients", [False, True])
+def test_exported_programs_run_the_kernel_at_any_size(config, gradients, monkeypatch):
+    model = made(Whole(), CONFIGS[config])
+    steps, batch = torch.export.Dim("steps", min=1, max=999), torch.export.Dim("batch", min=1, max=99)
+    sizes = {"x": {0: steps, 1: batch}, "state": ({1: batch}, {1: batch})}
+    with torch.set_grad_enabled(gradients):
+        program = torch.export.export(model, model.example(T, B), dynamic_shapes=sizes)
+    assert [str(node.target) for node in program.graph.nodes].count("slimlstm.layer.default") == 3
+    calls, run_kernel = [], cpu.run
+    monkeypatch.setattr(cpu, "run", lambda *inputs: calls.append(inputs) or run_kernel(*inputs))
+    with torch.no_grad():
+        for one in ((1, 1), (7, 3), (200, 2)):
+            example = model.example(*one)
+            expected = model(*example)
+            calls.clear()
+            found = program.module()(*example)
+            assert len(calls) == 3
+            torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("config", ["dense", "low rank", "int8"])

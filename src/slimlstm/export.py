@@ -83,33 +83,44 @@ def export_onnx(
         dynamic_shapes: as of ``torch.export.export``, where only certain axes are to stay open.
 
     Raises:
-        SlimLSTMError: PyTorch is older than 2.8, the model cannot be exported, its outputs differ from the file's by more
-            than ``TOLERANCE``, or it is larger than the 2 GiB that such a file can have.
+        SlimLSTMError: PyTorch is older than 2.8, the model cannot be exported, names do not fit or an axis that
+            ``dynamic_shapes`` names cannot stay open, outputs differ from the file's by more than ``TOLERANCE`` or cannot
+            be compared at other sizes than the example's, or the file would be larger than the 2 GiB that it can have.
         ImportError: onnx or onnxscript is not installed.
     """
     if not hasattr(torch.onnx, "ops"):
         raise SlimLSTMError(f"export takes PyTorch 2.8 or newer, and this is {torch.__version__}")
     arguments, named = _arguments(example_inputs)
-    hosts = find_hosts(model)
+    _check_example([value for value in pytree.tree_leaves((arguments, named)) if isinstance(value, Tensor)], input_names)
+    # A model that is an LSTM itself has no place to be replaced in, but need not be replaced.
+    hosts = find_hosts(nn.ModuleDict({"model": model}) if isinstance(model, nn.LSTM | nn.LSTMCell) else model)
     problem = next((host.problem for host in hosts if host.problem is not None), None)
     if problem is not None:
         raise SlimLSTMError(problem)
     layers = list[Sequence[Direction]]()
     modules = [(host.lstm, _written(host, layers)) for host in hosts]
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
         with computing_by(modules), _quiet():
             program = _followed(model, arguments, named, input_names, output_names, dynamic_shapes)
         shapes, sizes, closed = _axes(program)
         proto = _complete(program, layers, closed)
+        _check_open(_shapes(proto.graph.input), dynamic_shapes)
         content: bytes = proto.SerializeToString()
         run, engine = _runner(content)
         is_rounded = any("int8" in one[-2:] for layer in layers for one in layer)
         checked, difference = _check(model, arguments, named, run, shapes, sizes, is_rounded)
-    file = Path(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.with_name(file.name + ".part").write_bytes(content)
-    file.with_name(file.name + ".part").replace(file)
+    _write(Path(path), content)
     return Exported(_shapes(proto.graph.input), _shapes(proto.graph.output), len(content), checked, difference, engine)
+
+
+def _write(file: Path, content: bytes) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(file.name + ".part")
+    try:
+        draft.write_bytes(content)
+        draft.replace(file)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 class _WrittenLSTM(LowRankLSTM):
@@ -168,6 +179,53 @@ def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)), {}
 
 
+def _check_example(tensors: Sequence[Tensor], input_names: Sequence[str] | None) -> None:
+    empty = next((list(tensor.shape) for tensor in tensors if tensor.numel() == 0), None)
+    if empty is not None:
+        raise SlimLSTMError(
+            f"an example input of shape {empty} holds nothing; give one with at least one step and sequence"
+        )
+    if input_names is not None:
+        _check_names("input", input_names, len(tensors))
+
+
+def _check_names(kind: str, names: Sequence[str], count: int) -> None:
+    if len(names) != count or len(set(names)) != count or isinstance(names, str):
+        raise SlimLSTMError(
+            f"{kind}_names are {list(names)}; the model has {count} {kind} tensors, each takes a name of its own"
+        )
+
+
+def _check_outputs(graph: Any, names: Sequence[str] | None) -> None:
+    inputs, outputs = ([value.name for value in values] for values in (graph.inputs, graph.outputs))
+    if names is not None:
+        _check_names("output", names, len(outputs))
+    both = [name for name in outputs if name in inputs]
+    if both:
+        raise SlimLSTMError(f"{both[0]!r} is the name of an input and of an output, which ONNX cannot have; rename one")
+
+
+def _check_open(shapes: Mapping[str, Sequence[int | str]], dynamic_shapes: Any) -> None:
+    """PyTorch's exporter closes axes that were to stay open where the model wants it, and says nothing."""
+    asked = {axis.__name__ for axis in _named_axes(dynamic_shapes)}
+    closed = sorted(asked - {str(size) for shape in shapes.values() for size in shape})
+    if closed:
+        raise SlimLSTMError(
+            f"the axis {closed[0]} was to stay open, but the model runs at the example's size only; inputs are {shapes}"
+        )
+
+
+def _named_axes(shapes: Any) -> list[Any]:
+    """The ``torch.export.Dim`` with names of their own in what was given as dynamic shapes."""
+    parts: list[Any] = []
+    if isinstance(shapes, Mapping):
+        parts = list(cast(Mapping[Any, Any], shapes).values())
+    elif isinstance(shapes, list | tuple):
+        parts = list(cast(Sequence[Any], shapes))
+    own = [shapes] if type(shapes) is torch.export.Dim else []
+    return own + [axis for part in parts for axis in _named_axes(part)]
+
+
 def _followed(
     model: nn.Module,
     arguments: tuple[Any, ...],
@@ -201,6 +259,7 @@ def _followed(
         raise SlimLSTMError(f"PyTorch cannot follow the model: {reason}") from error
     if program is None:
         raise SlimLSTMError("PyTorch's exporter gave nothing back")
+    _check_outputs(program.model.graph, output_names)
     return program
 
 
@@ -218,7 +277,12 @@ def _complete(program: Any, layers: Sequence[Sequence[Direction]], closed: Mappi
         for axis in entry.type.tensor_type.shape.dim:
             if axis.dim_param in closed:
                 axis.dim_value = closed[axis.dim_param]
-    known = Graph("lstm")
+    names = {name for node in nodes for name in (node.name, *node.input, *node.output)}
+    names |= {entry.name for entry in (*graph.input, *graph.output, *graph.initializer)}
+    prefix = "lstm"
+    while any(name.startswith(prefix) for name in names):
+        prefix += "_"
+    known = Graph(prefix)
     del graph.node[:]
     for node in nodes:
         if (node.domain, node.op_type) == (_DOMAIN, _NODE):
@@ -282,7 +346,12 @@ def _runner(content: bytes) -> tuple[Call, str]:
 
     def run(inputs: Sequence[Tensor]) -> list[Tensor]:
         given = {name: tensor.cpu().numpy() for name, tensor in zip(names, inputs, strict=True)}
-        return [torch.as_tensor(output) for output in cast(Any, start)(None, given)]
+        try:
+            outputs = cast(Any, start)(None, given)
+        except Exception as error:  # each engine raises classes of its own
+            shapes = {name: list(array.shape) for name, array in given.items()}
+            raise SlimLSTMError(f"{engine} cannot run the file at {shapes}: {error}; nothing was written") from error
+        return [torch.as_tensor(output) for output in outputs]
 
     return run, engine
 
@@ -319,6 +388,11 @@ def _check(
         found = run([values[index] for index in places])
         largest = max(largest, _compare(expected, found, sizes, is_rounded))
         checked.append({str(symbol): size for symbol, size in sizes.items()})
+    if limits and len(checked) == 1:
+        raise SlimLSTMError(
+            f"the model runs at the example's sizes {checked[0]}, but neither at larger ones nor at the least, so that the "
+            "file could not be checked; give dynamic_shapes for what may vary"
+        )
     return checked, largest
 
 

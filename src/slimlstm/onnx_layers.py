@@ -27,7 +27,11 @@ _TYPES = {
 
 class Ports(NamedTuple):
     """The names of what goes into a layer, x [T, B, I], h0 [D, B, P] and c0 [D, B, H], and of what comes out of it,
-    y [T, B, D P], h [D, B, P] and c [D, B, H]."""
+    y [T, B, D P], h [D, B, P] and c [D, B, H].
+
+    Without names for both, the first states are zeros. ``lengths``, int32 [B], are those of the sequences where they
+    differ, as ONNX's LSTM has them: y is zero from a sequence's end on, and the backward direction starts there.
+    """
 
     x: str
     h0: str
@@ -35,6 +39,7 @@ class Ports(NamedTuple):
     y: str
     h: str
     c: str
+    lengths: str = ""
 
 
 class Graph:
@@ -85,8 +90,10 @@ class Graph:
         return f"{self.prefix}_{self._named}"
 
 
-def add_layer(graph: Graph, directions: Sequence[Direction], ports: Ports) -> None:
+def add_layer(graph: Graph, directions: Sequence[Direction], ports: Ports, reverse: bool = False) -> None:
     """Adds what computes a layer of one or two directions to a graph; sizes of time and batch are left open.
+
+    Of two directions the second runs backward, of one if ``reverse`` says so.
 
     Weights stored in int8 stay so: inputs are quantised as they come, products are of integers. Those in bfloat16 are
     widened where they are used.
@@ -96,14 +103,19 @@ def add_layer(graph: Graph, directions: Sequence[Direction], ports: Ports) -> No
         ImportError: onnx is not installed.
     """
     dtype = _dtype(directions)
+    backward = [reverse] if len(directions) == 1 else [False, True]
     if all(_is_plain(weights) for weights in directions):
-        _add_operator(graph, directions, ports)
+        way = "bidirectional" if len(directions) == 2 else "reverse" if reverse else "forward"
+        _add_operator(graph, directions, ports, way)
         return
+    if not (ports.h0 and ports.c0):
+        ports = ports._replace(h0=_zeros(graph, directions, ports.x, 0), c0=_zeros(graph, directions, ports.x, 1))
+    going = _add_going(graph, ports.x, ports.lengths) if ports.lengths else ""
     ends: list[tuple[str, str, str]] = []
     for index, weights in enumerate(directions):
         number = graph.constant(torch.tensor(index))
         states = [graph.add("Gather", name, number, axis=0) for name in (ports.h0, ports.c0)]
-        ends.append(_add_scan(graph, weights, ports.x, states, dtype, reverse=index == 1))
+        ends.append(_add_scan(graph, weights, ports.x, states, going, dtype, backward[index]))
     graph.add("Concat", *(y for y, _, _ in ends), to=ports.y, axis=2)
     axis = graph.constant(torch.tensor([0]))
     for which, name in ((1, ports.h), (2, ports.c)):
@@ -121,23 +133,13 @@ def layer_model(directions: Sequence[Direction]) -> Any:
     from onnx import helper
 
     graph, dtype, first = Graph("layer"), _dtype(directions), directions[0]
-    number, outputs, hidden = len(directions), columns(first.hh), rows(first.hh) // 4
-    batch = graph.add("Shape", "x", start=1, end=2)
-    count = graph.constant(torch.tensor([number]))
-    zero = helper.make_tensor("", getattr(onnx.TensorProto, _TYPES[dtype]), [1], [0.0])
-    h0, c0 = (
-        graph.add(
-            "ConstantOfShape", graph.add("Concat", count, batch, graph.constant(torch.tensor([size])), axis=0), value=zero
-        )
-        for size in (outputs, hidden)
-    )
     h, c = graph.names(2)
-    add_layer(graph, directions, Ports("x", h0, c0, "y", h, c))
+    add_layer(graph, directions, Ports("x", "", "", "y", h, c))
     made = helper.make_graph(
         graph.nodes,
         "layer",
         [_info("x", dtype, [None, None, columns(first.ih)])],
-        [_info("y", dtype, [None, None, number * outputs])],
+        [_info("y", dtype, [None, None, len(directions) * columns(first.hh)])],
         graph.constants,
     )
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8)
@@ -146,9 +148,12 @@ def layer_model(directions: Sequence[Direction]) -> Any:
 
 
 def _is_plain(weights: Direction) -> bool:
-    """Whether ONNX's LSTM, which knows neither factors nor projections, can compute it from weights as they are kept."""
+    """Whether ONNX's LSTM, which knows neither factors nor projections, can compute it from weights as they are kept.
+
+    ONNX Runtime has it for float32 only.
+    """
     is_dense = isinstance(weights.ih, Tensor) and isinstance(weights.hh, Tensor) and weights.hr is None
-    return is_dense and weights.ih_storage == weights.hh_storage == "float32"
+    return is_dense and _dtype([weights]) == torch.float32 and weights.ih_storage == weights.hh_storage == "float32"
 
 
 def _dtype(directions: Sequence[Direction]) -> torch.dtype:
@@ -159,7 +164,29 @@ def _dtype(directions: Sequence[Direction]) -> torch.dtype:
     return dtype
 
 
-def _add_operator(graph: Graph, directions: Sequence[Direction], ports: Ports) -> None:
+def _zeros(graph: Graph, directions: Sequence[Direction], x: str, which: int) -> str:
+    """The first h (0) or c (1) where none is given."""
+    from onnx import TensorProto, helper
+
+    hh = directions[0].hh
+    size = (columns(hh), rows(hh) // 4)[which]
+    batch = graph.add("Shape", x, start=1, end=2)
+    count, width = (graph.constant(torch.tensor([value])) for value in (len(directions), size))
+    zero = helper.make_tensor("", getattr(TensorProto, _TYPES[_dtype(directions)]), [1], [0.0])
+    return graph.add("ConstantOfShape", graph.add("Concat", count, batch, width, axis=0), value=zero)
+
+
+def _add_going(graph: Graph, x: str, lengths: str) -> str:
+    """bool [T, B, 1]: whether a sequence has not ended."""
+    first, one, two = (graph.constant(torch.tensor([number])) for number in (0, 1, 2))
+    steps = graph.add("Squeeze", graph.add("Shape", x, start=0, end=1))
+    start, stride = (graph.constant(torch.tensor(number)) for number in (0, 1))
+    at = graph.add("Unsqueeze", graph.add("Range", start, steps, stride), one)
+    until = graph.add("Unsqueeze", _cast(graph, lengths, torch.int64), first)
+    return graph.add("Unsqueeze", graph.add("Less", at, until), two)
+
+
+def _add_operator(graph: Graph, directions: Sequence[Direction], ports: Ports, direction: str) -> None:
     hidden = rows(directions[0].hh) // 4
     weights = [
         graph.once(directions, kind, lambda which=which: torch.stack([_reordered(one[which]) for one in directions]))
@@ -170,8 +197,7 @@ def _add_operator(graph: Graph, directions: Sequence[Direction], ports: Ports) -
         biases = [(one.bias_ih, one.bias_hh) for one in directions]
         bias = graph.once(directions, "B", lambda: torch.stack([torch.cat([*map(_reordered, pair)]) for pair in biases]))
     (y,) = graph.names(1)
-    inputs = [ports.x, *weights, bias, "", ports.h0, ports.c0]
-    direction = "bidirectional" if len(directions) == 2 else "forward"
+    inputs = [ports.x, *weights, bias, ports.lengths, ports.h0, ports.c0]
     graph.add_many("LSTM", inputs, [y, ports.h, ports.c], hidden_size=hidden, direction=direction)
     # [T, D, B, H]
     together = graph.add("Transpose", y, perm=[0, 2, 1, 3])
@@ -179,10 +205,13 @@ def _add_operator(graph: Graph, directions: Sequence[Direction], ports: Ports) -
 
 
 def _add_scan(
-    graph: Graph, weights: Direction, x: str, states: list[str], dtype: torch.dtype, reverse: bool
+    graph: Graph, weights: Direction, x: str, states: list[str], going: str, dtype: torch.dtype, reverse: bool
 ) -> tuple[str, str, str]:
-    """One direction from states h0 [B, P] and c0 [B, H]; the names of y [T, B, P], h and c."""
-    from onnx import helper
+    """One direction from states h0 [B, P] and c0 [B, H]; the names of y [T, B, P], h and c.
+
+    Where a sequence is not ``going`` on, [T, B, 1], its states stay; so the backward direction starts at its end.
+    """
+    from onnx import TensorProto, helper
 
     hidden, outputs = rows(weights.hh) // 4, columns(weights.hh)
     gates_of_x = _add_product(graph, x, weights.ih, weights.ih_storage)
@@ -196,25 +225,35 @@ def _add_scan(
     i, f, g, o = step.add_many("Split", [gates, parts], step.names(4), axis=1)
     kept = step.add("Mul", step.add("Sigmoid", f), c)
     new = step.add("Mul", step.add("Sigmoid", i), step.add("Tanh", g))
-    step.add("Add", kept, new, to=c_next)
-    out = step.add("Mul", step.add("Sigmoid", o), step.add("Tanh", c_next))
+    new_c = step.add("Add", kept, new)
+    out = step.add("Mul", step.add("Sigmoid", o), step.add("Tanh", new_c))
     if weights.hr is not None:
         out = _add_product(step, out, weights.hr, weights.hh_storage)
-    step.add("Identity", out, to=h_next)
-    step.add("Identity", h_next, to=y)
+    entries = [_info(name, dtype, [None, size]) for name, size in ((h, outputs), (c, hidden), (at, 4 * hidden))]
+    if going:
+        (goes,) = step.names(1)
+        entries.append(helper.make_tensor_value_info(goes, TensorProto.BOOL, [None, 1]))
+        step.add("Where", goes, out, h, to=h_next)
+        step.add("Where", goes, new_c, c, to=c_next)
+        step.add("Where", goes, out, step.constant(torch.zeros((), dtype=dtype)), to=y)
+    else:
+        step.add("Identity", out, to=h_next)
+        step.add("Identity", new_c, to=c_next)
+        step.add("Identity", out, to=y)
     body = helper.make_graph(
         step.nodes,
         step.prefix,
-        [_info(name, dtype, [None, size]) for name, size in ((h, outputs), (c, hidden), (at, 4 * hidden))],
+        entries,
         [_info(name, dtype, [None, size]) for name, size in ((h_next, outputs), (c_next, hidden), (y, outputs))],
     )
+    scanned = [gates_of_x, going] if going else [gates_of_x]
     last_h, last_c, all_h = graph.add_many(
         "Scan",
-        [*states, gates_of_x],
+        [*states, *scanned],
         graph.names(3),
         body=body,
-        num_scan_inputs=1,
-        scan_input_directions=[int(reverse)],
+        num_scan_inputs=len(scanned),
+        scan_input_directions=[int(reverse)] * len(scanned),
         scan_output_directions=[int(reverse)],
     )
     return all_h, last_h, last_c

@@ -142,6 +142,12 @@ def _packed(directions: Sequence[Direction], anew: bool = False) -> _Packed:
     return found
 
 
+def _is_exporting() -> bool:
+    """Whether ``torch.export`` follows the call, whose programs are for inference although gradients are on by default."""
+    ask: Any = getattr(torch.compiler, "is_exporting", None)  # since 2.7
+    return ask is not None and ask()
+
+
 def obstacle(x: Tensor, states: Sequence[Tensor], directions: Sequence[Direction]) -> str | None:
     """Why the fused kernel cannot run this, or None if it can."""
     reason = None
@@ -151,8 +157,10 @@ def obstacle(x: Tensor, states: Sequence[Tensor], directions: Sequence[Direction
         reason = f"the input is {x.dtype}"
     elif states and not all(state.is_cpu and state.dtype == torch.float32 for state in states):
         reason = "the states are not of the input's device and dtype"
-    elif torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, *states, *flat(directions))
+    elif (
+        torch.is_grad_enabled()
+        and not _is_exporting()
+        and any(tensor is not None and tensor.requires_grad for tensor in (x, *states, *flat(directions)))
     ):
         reason = "gradients are wanted"
     elif torch.is_autocast_enabled("cpu"):
