@@ -28,13 +28,18 @@ ARROWS = {
     "compress": {
         *("plan", "report", "rank", "factorize", "prune", "calibrate", "refit", "observe", "sites", "nn", "ops", "errors")
     },
-    "checkpoint": {"sites", "compress", "factorize", "nn", "persist", "ops", "plan", "report", "errors"},
+    "checkpoint": {"sites", "compress", "factorize", "nn", "onnx_graph", "persist", "ops", "plan", "report", "errors"},
     "observe": {"sites", "nn", "ops", "errors"},
     "calibrate": {"observe", "errors"},
     "refit": {"observe", "factorize", "sites", "ops", "errors"},
     "finetune": {"errors"},
     "evaluate": {"errors"},
     "explain": {"nn", "ops", "report", "errors"},
+    "onnx_graph": {"ops", "errors"},
+    "onnx_calibrate": {"calibrate", "onnx_graph", "errors"},
+    "onnx_models": {
+        *("onnx_calibrate", "onnx_graph", "calibrate", "compress", "factorize", "plan", "report", "sites", "ops", "errors")
+    },
     "onnx_layers": {"ops", "errors"},
     "engines": {"nn", "ops", "onnx_layers", "errors"},
     "bench": {"engines", "nn", "ops", "provenance", "errors"},

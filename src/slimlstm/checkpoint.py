@@ -1,11 +1,10 @@
 """LSTMs in weight files, without the code of their models: ``.safetensors``, ``.pt`` / ``.pth``, ``.onnx``, saved folders.
 
-Names and gate order are PyTorch's; ONNX's order i, o, f, c is converted here.
+Names and gate order are PyTorch's.
 """
 
 from __future__ import annotations
 
-import itertools
 import pickle
 import re
 import warnings
@@ -23,6 +22,7 @@ from slimlstm.compress import Progress, compress_matrix, site_report
 from slimlstm.errors import SlimLSTMError
 from slimlstm.factorize import check_matrix
 from slimlstm.nn import LowRankLSTM
+from slimlstm.onnx_graph import read_tensors_of
 from slimlstm.ops.weights import Matrix, from_int8, rounded, stored_bytes
 from slimlstm.persist import CONFIG, SCALE, read_config, read_folder, site_entry, stored_names, write_folder
 from slimlstm.plan import DENSE, LowRank, Plan, Prune, Quantize, make_plan
@@ -33,8 +33,6 @@ Tensors = dict[str, Tensor]
 
 _PARAMETRIZED = re.compile(r"(?:(.*)\.)?parametrizations\.(weight_[^.]*)\.original")
 _LSTM_PART = re.compile(r"(parametrizations\.)?(weight|bias)_(ih|hh|hr)[^.]*(\.original)?")
-_ONNX_GATES = (0, 2, 3, 1)
-_ONNX_SHAPING = {"Cast", "Concat", "Constant", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
 
 
 def read_tensors(path: Path) -> Tensors:
@@ -53,7 +51,7 @@ def read_tensors(path: Path) -> Tensors:
     if not path.is_file():
         raise SlimLSTMError(f"there is no file {path}")
     readers = {".safetensors": _read_safetensors, ".pt": _read_torch, ".pth": _read_torch, ".bin": _read_torch}
-    reader = {**readers, ".ckpt": _read_torch, ".onnx": _read_onnx}.get(path.suffix.lower())
+    reader = {**readers, ".ckpt": _read_torch, ".onnx": read_tensors_of}.get(path.suffix.lower())
     if reader is None:
         raise SlimLSTMError(f"{path} ends in {path.suffix or 'nothing'}; .safetensors, .pt, .pth and .onnx can be read")
     return reader(path)
@@ -349,92 +347,3 @@ def _state_dicts(content: object, prefix: str, seen: set[int]) -> Iterator[tuple
         yield prefix, tensors
     for key, value in items.items():
         yield from _state_dicts(value, f"{prefix}{key}.", seen)
-
-
-def _read_onnx(path: Path) -> Tensors:
-    try:
-        import onnx
-    except ImportError as error:
-        raise SlimLSTMError("reading ONNX files takes onnx: pip install 'slimlstm[onnx]'") from error
-    try:
-        model = onnx.load(path)
-    except Exception as error:  # protobuf and onnx raise classes of several libraries
-        raise SlimLSTMError(f"{path} is no intact ONNX file: {error}") from error
-    try:
-        return _onnx_tensors(model)
-    except Exception as error:  # a damaged file may hold anything that protocol buffers can say
-        raise SlimLSTMError(f"{path} is no intact ONNX file: {error}") from error
-
-
-def _onnx_tensors(model: Any) -> Tensors:
-    tensors: Tensors = {}
-    for node, constants in _onnx_lstms(model.graph, {}, {entry.domain: entry.version for entry in model.opset_import}):
-        weights = [_onnx_tensor(constants[name]) if name in constants else None for name in node.input[1:4]]
-        weights += [None] * (3 - len(weights))
-        name = node.name or next(output for output in node.output if output)
-        if weights[0] is None or weights[1] is None:
-            continue
-        direction = next((attribute.s.decode() for attribute in node.attribute if attribute.name == "direction"), "forward")
-        endings = {"forward": [""], "reverse": ["_reverse"], "bidirectional": ["", "_reverse"]}[direction]
-        # The branches of an If may use one name twice.
-        taken, again = name, itertools.count(2)
-        while f"{name}.weight_ih_l0{endings[0]}" in tensors:
-            name = f"{taken}_{next(again)}"
-        for index, ending in enumerate(endings):
-            tensors.update(_onnx_direction(f"{name}.", f"_l0{ending}", [w if w is None else w[index] for w in weights]))
-    return tensors
-
-
-def _onnx_tensor(array: Any) -> Tensor:
-    if array.dtype.name == "bfloat16":  # which NumPy does not know
-        return torch.from_numpy(array.view("int16").copy()).view(torch.bfloat16)
-    return torch.from_numpy(array.copy())
-
-
-def _onnx_direction(prefix: str, suffix: str, weights: list[Tensor | None]) -> Tensors:
-    """W [4H, I], R [4H, H] and B [8H] of one direction of an ONNX LSTM, as PyTorch would name and order them."""
-    w, r, b = weights
-    assert w is not None and r is not None  # noqa: S101 (the caller left others out)
-    named = {"weight_ih": w, "weight_hh": r}
-    if b is not None:
-        named["bias_ih"], named["bias_hh"] = b.chunk(2)
-    return {
-        f"{prefix}{kind}{suffix}": torch.cat([tensor.chunk(4)[gate] for gate in _ONNX_GATES])
-        for kind, tensor in named.items()
-    }
-
-
-def _onnx_lstms(graph: Any, outer: Mapping[str, Any], opsets: Mapping[str, int]) -> Iterator[tuple[Any, Mapping[str, Any]]]:
-    """Every LSTM node of an ONNX graph and of the graphs inside its nodes, with the constant arrays that it can see.
-
-    Exporters cut and reorder PyTorch's weights by nodes; what these make of constants is worked out here.
-    """
-    from onnx import numpy_helper
-
-    constants = dict(outer)
-    constants.update((tensor.name, numpy_helper.to_array(tensor)) for tensor in graph.initializer)
-    for node in graph.node:
-        if node.op_type in _ONNX_SHAPING and all(name in constants for name in node.input if name):
-            constants.update(_onnx_results(node, constants, opsets))
-        if node.op_type == "LSTM":
-            yield node, constants
-        for attribute in node.attribute:
-            for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
-                yield from _onnx_lstms(inner, constants, opsets)
-
-
-def _onnx_results(node: Any, constants: Mapping[str, Any], opsets: Mapping[str, int]) -> dict[str, Any]:
-    """What a node makes of constants; nothing where it cannot be worked out, and what hangs on it is left out."""
-    from onnx import helper
-    from onnx.reference import ReferenceEvaluator
-
-    inputs = {name: constants[name] for name in node.input if name}
-    values = [helper.make_empty_tensor_value_info(name) for name in inputs]
-    results = [helper.make_empty_tensor_value_info(name) for name in node.output]
-    graph = helper.make_graph([node], "node", values, results)
-    imports = [helper.make_opsetid(domain, number) for domain, number in opsets.items()]
-    try:
-        evaluator = ReferenceEvaluator(helper.make_model(graph, opset_imports=imports))
-        return dict(zip(node.output, evaluator.run(None, inputs), strict=True))
-    except Exception:  # the evaluator raises whatever NumPy does
-        return {}

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -30,6 +30,8 @@ from slimlstm.factorize import SOLVERS, singular_values
 from slimlstm.models import embedded
 from slimlstm.models.awd_lstm import AWDLSTM, config_of, load_awd_lstm
 from slimlstm.nn import LowRankLSTM
+from slimlstm.onnx_calibrate import read_batches
+from slimlstm.onnx_models import compress_onnx
 from slimlstm.persist import CONFIG, load, read_config, read_folder
 from slimlstm.plan import PRUNE, LowRank, Prune, Quantize, Target, make_plan
 from slimlstm.rank import break_even_rank, rank_for_energy
@@ -136,24 +138,33 @@ def inspect(
 @app.command()
 def compress(
     file: Annotated[Path, typer.Argument(help="A .safetensors, .pt, .pth or .onnx file.")],
-    folder: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
-    method: Method = "svd",
+    folder: Annotated[Path, typer.Option("--output", "-o", help="The folder, or of an ONNX file the ONNX file, to write.")],
+    method: Annotated[str, typer.Option(help=f"{', '.join(SOLVERS)}, {PRUNE} or, with --batches, activation.")] = "svd",
     rank: Rank = None,
     keep: Keep = None,
     target: TargetOption = "both",
     storage: Storage = None,
+    batches: Annotated[
+        list[Path] | None,
+        typer.Option(help="A .npz file, or several, of an ONNX file's inputs by name, with an axis in front for the runs."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compress the LSTMs in a weight file; slimlstm.load puts the folder into the model."""
+    """Compress the LSTMs in a weight file, into a folder for slimlstm.load, or of an ONNX file into another one."""
     config = _config(method, rank, keep, target, storage)
+    is_onnx = file.suffix.lower() == folder.suffix.lower() == ".onnx"
+    if batches and not is_onnx:
+        raise SlimLSTMError("--batches are inputs of an ONNX file that is compressed to another, by -o small.onnx")
     with _progress("compressing") as progress:
-        report = compress_file(file, config, folder, progress, storage)
-    _show(
-        report.to_dict(),
-        as_json,
-        report,
-        f"Written to {folder}; slimlstm.load({str(folder)!r}, model) puts it into the model.",
-    )
+        if is_onnx:
+            config = replace(config, storage=storage) if isinstance(config, LowRank) else config
+            read = [run for path in batches for run in read_batches(path)] if batches else None
+            report = compress_onnx(file, config, folder, batches=read, progress=progress)
+            use = "ONNX Runtime and others run it as they ran the file before."
+        else:
+            report = compress_file(file, config, folder, progress, storage)
+            use = f"slimlstm.load({str(folder)!r}, model) puts it into the model."
+    _show(report.to_dict(), as_json, report, f"Written to {folder}; {use}")
 
 
 @app.command("bench")
