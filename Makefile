@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types figures clean
+.PHONY: demo test lint types figures docs clean
 
 demo: $(READY)
 	$(BIN)/slimlstm demo
@@ -23,6 +23,10 @@ figures: $(READY)
 	$(BIN)/slimlstm demo --plot docs/demo.png --json > docs/demo.json.part
 	mv docs/demo.json.part docs/demo.json
 	$(BIN)/python recipes/readme.py
+
+docs: $(READY)
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[docs]"
+	$(BIN)/mkdocs build --strict
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

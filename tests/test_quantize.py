@@ -559,3 +559,14 @@ def test_outputs_of_a_trained_model(backend, data_folder):
     compress_(model, Quantize("int8"))
     model[1].backend = backend
     assert float((model(text)[0] - expected).norm() / expected.norm()) < 0.02
+
+
+def test_a_matrix_that_int8_would_make_larger_stays_as_it_is():
+    """One column has as many scales as integers: m + 4 m bytes against 4 m."""
+    model = nn.Sequential(nn.LSTM(1, H))
+    before = model[0].weight_ih_l0.detach().clone()
+    ih, hh = compress_(model, Quantize("int8")).sites
+    assert (ih.storage, hh.storage) == (None, "int8")
+    assert ih.bytes_after == ih.bytes_before
+    assert "no fewer bytes" in ih.note
+    assert torch.equal(model[0].weight_ih_l0, before)

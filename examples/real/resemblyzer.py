@@ -1,0 +1,59 @@
+"""Resemblyzer's speaker encoder: three LSTMs of 256, from mel spectra of 1.6 s to embeddings that tell speakers apart."""
+
+import torch
+from registry import package, speech, study
+from torch import nn
+from torch.distributions import Independent, Normal
+
+import slimlstm as sl
+
+
+class SpeakerEncoder(nn.Module):
+    """The published network; called with spectra [B, 160, 40], gives embeddings [B, 256] of norm 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(40, 256, 3, batch_first=True)
+        self.linear = nn.Linear(256, 256)
+
+    def forward(self, mels):
+        return nn.functional.normalize(self.linear(self.lstm(mels)[1][0][-1]).relu())
+
+
+def mel_spectra(sound):
+    """Energies [T, 40] in bands that are linear up to 1 kHz and logarithmic above, every 10 ms (Slaney 1998)."""
+    spectrum = (
+        torch.stft(sound, 400, 160, window=torch.hann_window(400), pad_mode="constant", return_complex=True).abs() ** 2
+    )
+    mels = torch.linspace(0, 15 + 27 * torch.log(torch.tensor(8.0)) / torch.log(torch.tensor(6.4)), 42)
+    edges = torch.where(mels < 15, mels * 200 / 3, 1000 * 6.4 ** ((mels - 15) / 27))
+    rising = (torch.arange(201)[:, None] * 40 - edges[:-1]) / edges.diff()
+    bands = torch.minimum(rising[:, :-1], 1 - rising[:, 1:]).clamp(min=0) * 2 / (edges[2:] - edges[:-2])
+    return spectrum.T @ bands
+
+
+@torch.no_grad()
+def similarity(model):
+    return float((model(held_out) * embeddings).sum(1).mean())
+
+
+folder = package("Resemblyzer==0.1.4", "8f12eb2f1a9982d32e8db7856de754709b59c93a77bcf0ff536584b619a9dd1f")
+state = torch.load(folder / "resemblyzer/pretrained.pt", map_location="cpu", weights_only=True)["model_state"]
+dense = SpeakerEncoder().eval()
+dense.load_state_dict({name: state[name] for name in dense.state_dict()})
+slices = mel_spectra(speech()).unfold(0, 160, 20).transpose(1, 2).contiguous()
+cut = 2 * len(slices) // 3
+seen, held_out = slices[: cut - 8], slices[cut:]  # no frame is in both
+with torch.no_grad():
+    embeddings = dense(held_out)
+# Mels range over orders of magnitude, which integers with one scale for all of them cannot say.
+not_mels = {"storage": "int8", "filter": lambda site: not site.key.endswith("weight_ih_l0")}
+configs = {
+    "bfloat16": sl.Quantize("bfloat16"),
+    "int8 but for mels": sl.Quantize(**not_mels),
+    "int8": sl.Quantize("int8"),
+    "fisher 80%, int8 but for mels": sl.LowRank("fisher", keep=0.8, **not_mels),
+}
+# Labels are drawn around what the dense model says: none are needed.
+training = {"batches": seen.split(32), "loss": lambda model, batch: Independent(Normal(model(batch), 1.0), 1)}
+study("resemblyzer", "cosine similarity", dense, configs, similarity, held_out[:1], **training)

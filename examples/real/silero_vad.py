@@ -1,0 +1,64 @@
+"""Silero's voice activity detector: convolutions and an LSTM cell, which read a stream 32 ms at a time."""
+
+import torch
+from registry import package, speech, study
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributions import Bernoulli
+
+import slimlstm as sl
+
+CHUNK, CONTEXT = 512, 64
+
+
+class SileroVAD(nn.Module):
+    """The published network; called as (samples [B, 576], (h, c) or None), gives (probability of speech [B], (h, c))."""
+
+    def __init__(self):
+        super().__init__()
+        self.stft_conv = nn.Conv1d(1, 258, 256, stride=128, bias=False)
+        self.conv1 = nn.Conv1d(129, 128, 3, padding=1)
+        self.conv2 = nn.Conv1d(128, 64, 3, stride=2, padding=1)
+        self.conv3 = nn.Conv1d(64, 64, 3, stride=2, padding=1)
+        self.conv4 = nn.Conv1d(64, 128, 3, padding=1)
+        self.lstm_cell = nn.LSTMCell(128, 128)
+        self.final_conv = nn.Conv1d(128, 1, 1)
+
+    def forward(self, samples, state=None):
+        x = self.stft_conv(nn.functional.pad(samples, (0, 64), mode="reflect")[:, None])
+        x = (x[:, :129] ** 2 + x[:, 129:] ** 2).sqrt()
+        for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
+            x = conv(x).relu()
+        h, c = self.lstm_cell(x[:, :, 0], state)
+        return self.final_conv(h.relu()[:, :, None]).sigmoid()[:, 0, 0], (h, c)
+
+
+def probabilities(model, chunks):
+    state, found = None, []
+    for chunk in chunks:
+        speaking, state = model(chunk[None], state)
+        found.append(speaking)
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def agreement(model):
+    return float(((probabilities(model, held_out) > 0.5) == decisions).float().mean())
+
+
+folder = package("silero-vad==6.2.3", "7b7f5436cfcb02fae583a05b512ea96467fd449fe54cb49a5e4f06c51a1e43b8")
+dense = SileroVAD().eval()
+dense.load_state_dict(load_file(folder / "silero_vad/data/silero_vad_16k.safetensors"))
+chunks = nn.functional.pad(speech(), (CONTEXT, 0)).unfold(0, CHUNK + CONTEXT, CHUNK)
+seen, held_out = chunks[: len(chunks) // 3], chunks[len(chunks) // 3 :]
+with torch.no_grad():
+    decisions = probabilities(dense, held_out) > 0.5
+    state = dense(held_out[:1])[1]
+configs = {
+    "int8": sl.Quantize("int8"),
+    "fisher 50%, int8": sl.LowRank("fisher", keep=0.5, storage="int8"),
+    "fisher 25%, int8": sl.LowRank("fisher", keep=0.25, storage="int8"),
+}
+# Labels are drawn from what the dense model predicts: none are needed.
+training = {"batches": seen.split(100), "loss": lambda model, batch: Bernoulli(probabilities(model, batch))}
+study("silero-vad", "same decisions", dense, configs, agreement, held_out[1:2], state, **training)
