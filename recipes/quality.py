@@ -1,7 +1,7 @@
 """What compression costs by every method at the same size, without training, on a language model.
 
     python recipes/quality.py --model checkpoints/awd_lstm_ptb --corpus ptb --output results/quality_ptb
-    python recipes/quality.py --model embedded --corpus wikitext-2 --output results/quality_embedded
+    python recipes/quality.py --model embedded --corpus wikitext-2 --evaluate 60000 --output results/quality_embedded
 
 Calibrated methods see ``--tokens`` of the training text only. Every run compresses all recurrent matrices to ``--keep``
 of their bytes and writes one JSON file with its provenance; runs whose file is there are skipped. Methods ending in -int8
@@ -12,6 +12,7 @@ import argparse
 import copy
 import itertools
 import json
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -114,7 +115,13 @@ common = {
 if not (arguments.output / "dense.json").exists():
     found = perplexity(dense, tokens, steps=350)
     write("dense", {"method": "dense", **asdict(found), "calibration_seconds": round(seconds, 1), **common})
-baseline = json.loads((arguments.output / "dense.json").read_text(encoding="utf-8"))["loss"]
+reference = json.loads((arguments.output / "dense.json").read_text(encoding="utf-8"))
+unlike = {key for key, value in common["config"].items() if key != "threads" and reference["config"][key] != value}
+if unlike:
+    sys.exit(
+        f"{arguments.output / 'dense.json'} was made with other {', '.join(unlike)}; repeat that, or name another folder"
+    )
+baseline = reference["loss"]
 for keep, method in itertools.product(arguments.keep, arguments.methods):
     name = f"{method}-{round(100 * keep):02d}"
     if (arguments.output / f"{name}.json").exists():
