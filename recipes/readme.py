@@ -56,8 +56,9 @@ demo_part = "\n\n".join(
 
 results = [json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "results" / "ptb_untuned").glob("*.json")]
 perplexities = {(result["method"], result["target"], result["rank"]): result["perplexity"] for result in results}
-methods, ranks = ("svd", "semi-nmf", "prune"), sorted({rank for _, _, rank in perplexities if rank})
-columns = [(method, target) for target in ("hh", "ih") for method in methods]
+columns = [(method, target) for target in ("hh", "ih") for method in ("svd", "semi-nmf", "prune")]
+measured = sorted({rank for _, _, rank in perplexities if rank})
+ranks = [rank for rank in measured if all((*column, rank) in perplexities for column in columns)]
 ptb_part = "\n\n".join(
     [
         markdown(

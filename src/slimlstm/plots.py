@@ -192,3 +192,33 @@ def _subplots(count: int) -> tuple[Any, list[Any]]:
         axis.yaxis.set_major_formatter(ScalarFormatter())
         axis.yaxis.set_minor_formatter(NullFormatter())
     return figure, list(axes)
+
+
+def norm_curves(panels: Mapping[str, Mapping[str, Curve]], dense: Mapping[str, float], path: Path) -> None:
+    """Draws a number of a matrix against rank, a panel for every title and a line for every method; writes a PNG or PDF.
+
+    Args:
+        panels: the title of every panel, and in it the name and the points (rank, value) of every line; two columns.
+        dense: by title, the dense matrix's value, drawn as a dashed line.
+        path: where to; the ending says which format.
+
+    Raises:
+        SlimLSTMError: as :func:`check_drawable`.
+    """
+    check_drawable(path)
+    from matplotlib.figure import Figure
+
+    rows = (len(panels) + 1) // 2
+    figure = Figure(figsize=(7.6, 2.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, 2, sharex=True, squeeze=False)
+    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
+        axis.axhline(dense[title], color="black", linestyle="--", linewidth=1, label="dense")
+        for name, points in curves.items():
+            axis.plot(*zip(*points, strict=True), label=name, **_STYLE.get(name, {"marker": "o"}))
+        axis.set_title(title, fontsize=10)
+        axis.set_ylim(bottom=0.0)
+        axis.grid(True, alpha=0.25)
+    for axis in axes[-1]:
+        axis.set_xlabel("rank")
+    axes[0][-1].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)

@@ -5,6 +5,7 @@ Dimensions: T time steps, B streams, E embedding size, H hidden size, V vocabula
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -118,7 +119,8 @@ def config_of(tensors: Mapping[str, Tensor]) -> AWDLSTMConfig:
 def load_awd_lstm(folder: str | Path) -> AWDLSTM:
     """The AWD-LSTM of ``model.safetensors`` in ``folder``, in float32 and evaluation mode.
 
-    Names are PyTorch's: ``embedding.weight`` [V, E], ``lstms.{i}.weight_ih_l0`` and so on, ``decoder.bias`` [V].
+    Names are PyTorch's: ``embedding.weight`` [V, E], ``lstms.{i}.weight_ih_l0`` and so on, ``decoder.bias`` [V]; or those
+    of the published code: ``encoder.weight``, ``rnns.{i}.module.weight_ih_l0``, ``rnns.{i}.module.weight_hh_l0_raw``.
 
     Raises:
         SlimLSTMError: the file is missing, damaged, or does not hold such a model.
@@ -127,7 +129,7 @@ def load_awd_lstm(folder: str | Path) -> AWDLSTM:
     if not path.is_file():
         raise SlimLSTMError(f"no model.safetensors in {folder}; give the folder of an AWD-LSTM checkpoint")
     try:
-        state = {name: tensor.float() for name, tensor in load_file(path).items()}
+        state = {name: tensor.float() for name, tensor in _renamed(load_file(path)).items()}
         model = AWDLSTM(config_of(state))
         if not state.setdefault("decoder.weight", state["embedding.weight"]).equal(state["embedding.weight"]):
             raise SlimLSTMError("its softmax has weights of its own, not the embedding's")
@@ -135,3 +137,14 @@ def load_awd_lstm(folder: str | Path) -> AWDLSTM:
     except (SafetensorError, RuntimeError, SlimLSTMError) as error:
         raise SlimLSTMError(f"{path} does not hold an AWD-LSTM: {error}") from error
     return model.eval()
+
+
+def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by their names here, where they have those of the published code."""
+    renamed = {
+        re.sub(r"^rnns\.(\d+)\.(module\.)?", r"lstms.\1.", name).replace("encoder.weight", "embedding.weight"): tensor
+        for name, tensor in tensors.items()
+    }
+    # Weight drop keeps the weights as *_raw, and beside them what it has made of them.
+    raw = {name.removesuffix("_raw"): tensor for name, tensor in renamed.items() if name.endswith("_raw")}
+    return {name: tensor for name, tensor in renamed.items() if not name.endswith("_raw")} | raw

@@ -1,0 +1,65 @@
+"""Norms and spectra of a trained AWD-LSTM's matrices, as they are and after every method and rank.
+
+    python recipes/norms.py --model checkpoints/awd_lstm_ptb --output results/ptb_norms.json
+
+A matrix whose factors would be no smaller stays dense, as it does in ``compress_``. A file that is there is left alone.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.progress import track
+
+from slimlstm.analysis import energy, norms
+from slimlstm.factorize import semi_nmf, singular_values, svd
+from slimlstm.models.awd_lstm import load_awd_lstm
+from slimlstm.provenance import provenance
+from slimlstm.prune import kept_by_rank, magnitude_mask
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--model", type=Path, required=True, help="folder with model.safetensors")
+parser.add_argument("--output", type=Path, required=True)
+parser.add_argument("--ranks", nargs="+", type=int, default=[10, 50, 100, 200, 250, 300, 350, 400])
+arguments = parser.parse_args()
+if arguments.output.exists():
+    sys.exit(f"{arguments.output} is there")
+
+
+def approximations(matrix, rank):
+    """Every method's approximation at a rank."""
+    kept = kept_by_rank(tuple(matrix.shape), rank)
+    if kept >= matrix.numel():
+        return dict.fromkeys(("svd", "semi-nmf", "prune"), matrix)
+    factors = {"svd": svd(matrix, rank), "semi-nmf": semi_nmf(matrix, rank)}
+    products = {method: found.u.double() @ found.v.double() for method, found in factors.items()}
+    return products | {"prune": matrix * magnitude_mask(matrix, kept)}
+
+
+rows, spectra = [], []
+matrices = [
+    (target, layer, getattr(lstm, f"weight_{target}_l0").detach())
+    for layer, lstm in enumerate(load_awd_lstm(arguments.model).lstms)
+    for target in ("ih", "hh")
+]
+for target, layer, matrix in track(matrices, "norms"):
+    values = singular_values(matrix)
+    held = energy(values)
+    spectra.append(
+        {
+            "target": target,
+            "layer": layer,
+            "shape": list(matrix.shape),
+            "singular_values": [float(f"{value:.5g}") for value in values.tolist()],
+            "energy": {rank: float(held[min(rank, len(held)) - 1]) for rank in arguments.ranks},
+        }
+    )
+    rows.append({"method": "dense", "target": target, "layer": layer, "rank": 0, **asdict(norms(matrix))})
+    for rank in arguments.ranks:
+        for method, found in approximations(matrix, rank).items():
+            rows.append({"method": method, "target": target, "layer": layer, "rank": rank, **asdict(norms(found))})
+result = {"rows": rows, "spectra": spectra, "config": {"model": arguments.model.name}, "provenance": provenance()}
+arguments.output.with_suffix(".part").write_text(json.dumps(result) + "\n", encoding="utf-8")
+arguments.output.with_suffix(".part").replace(arguments.output)

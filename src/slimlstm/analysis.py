@@ -1,0 +1,83 @@
+"""Numbers about matrices and results: norms, spectra, energy, efficiency. Draws nothing.
+
+Equations are those of Winata et al. (2019, arXiv 1908.09982); W is an [m, n] matrix with entries w_ij.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from slimlstm.errors import SlimLSTMError
+from slimlstm.factorize import check_matrix, singular_values
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Norms of one matrix, from its column sums L_j = Σ_i |w_ij| and its singular values s_k.
+
+    Attributes:
+        l1: ‖W‖₁ = max_j L_j.
+        l1_std: σ(‖W‖₁) = √(1/n Σ_j (L_j - L̄)²), the standard deviation of the column sums.
+        l1_spread: Σ_j (L_j - L̄)², as the paper prints it, without 1/n and root.
+        nuclear: ‖W‖_Nuc = Σ_k s_k.
+    """
+
+    l1: float
+    l1_std: float
+    l1_spread: float
+    nuclear: float
+
+
+def norms(matrix: Tensor) -> Norms:
+    """The norms of a matrix [m, n], computed in float64.
+
+    Raises:
+        SlimLSTMError: the matrix is not a finite, non-empty, floating-point one.
+    """
+    check_matrix(matrix)
+    sums = matrix.detach().double().abs().sum(0)
+    spread = (sums - sums.mean()).square().sum()
+    return Norms(
+        l1=float(sums.max()),
+        l1_std=float((spread / len(sums)).sqrt()),
+        l1_spread=float(spread),
+        nuclear=float(singular_values(matrix).sum()),
+    )
+
+
+def energy(spectrum: Tensor) -> Tensor:
+    """What part of ‖W‖_F² the first r singular values hold, for r = 1, 2, ...: Σ_{k≤r} s_k² / Σ_k s_k².
+
+    Args:
+        spectrum: singular values [min(m, n)], largest first, as :func:`slimlstm.factorize.singular_values` gives them.
+
+    Raises:
+        SlimLSTMError: the spectrum is empty or holds only zeros.
+    """
+    squares = spectrum.double().square().cumsum(0)
+    if len(squares) == 0 or float(squares[-1]) == 0.0:
+        raise SlimLSTMError("a spectrum without a positive value has no energy to be shared out")
+    return squares / squares[-1]
+
+
+def efficiency(metric: float, metric_dense: float, parameters: int, parameters_dense: int, lower: bool = False) -> float:
+    """E(r), the loss of quality for every part of the parameters saved; lower is better, negative means improved.
+
+    E = R(M, M') / R(P, P') where R(M, M') ≥ 0, else R(M, M') / (1 - R(P, P')). R(P, P') = (P - P') / P of the whole model's
+    parameters, and R(M, M') = (M - M') / M, or (M' - M) / M where a ``lower`` metric is better, such as perplexity.
+
+    Raises:
+        SlimLSTMError: the dense value is not positive, or the parameters are not fewer, or none.
+    """
+    if metric_dense <= 0.0:
+        raise SlimLSTMError(f"a relative loss needs a positive dense value, not {metric_dense}")
+    if not 0 < parameters < parameters_dense:
+        what = "none is left" if parameters <= 0 else "none is saved"
+        raise SlimLSTMError(
+            f"of {parameters_dense} parameters {what}, with {parameters}; E(r) is of models between the two"
+        )
+    saved = (parameters_dense - parameters) / parameters_dense
+    loss = (metric - metric_dense if lower else metric_dense - metric) / metric_dense
+    return loss / saved if loss >= 0.0 else loss / (1.0 - saved)
