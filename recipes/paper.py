@@ -270,9 +270,9 @@ Winata et al., *On the Effectiveness of Low-Rank Matrix Factorization for LSTM M
 ## What was trained, and what was not
 
 - {TRAINING}.
-  It has a test perplexity of {base:.2f}; the published AWD-LSTM has 58.8, the paper's {baseline["ppl"]}. So our perplexities
-  and the printed ones cannot be compared with each other; the changes from dense to compressed say which method, matrix and rank cost more, for this model. Whether they are the same
-  for one that was trained to the end is open.
+  It has a test perplexity of {base:.2f}; the published AWD-LSTM has 58.8, the paper's {baseline["ppl"]}. So our
+  perplexities and the printed ones cannot be compared with each other; the changes from dense to compressed say which
+  method, matrix and rank cost more, for this model. Whether they are the same for one that was trained to the end is open.
 - Without fine-tuning, {len(cells) - len(missing)} of {len(cells)} cells have been run{absent}.
 - {tuned_cells}.
 - Not run: WikiText-2, the TT-LSTM baseline, the speed claim (2.13x at r = 10).
