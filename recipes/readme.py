@@ -106,7 +106,8 @@ foreign = {
     path.stem: json.loads(path.read_text(encoding="utf-8"))["rows"]
     for path in sorted((ROOT / "results" / "registry_models").glob("*.json"))
 }
-foreign_methods = quality_methods
+in_all = [{row["method"] for row in rows} for rows in foreign.values()]
+foreign_methods = [method for method in quality_methods if all(method in methods for methods in in_all)]
 foreign_rows = [
     [f"{name}, {keep:.0%}"]
     + [

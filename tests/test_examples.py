@@ -32,6 +32,12 @@ def test_numbered(path, monkeypatch, tmp_path, capsys):
     assert len(path.read_text(encoding="utf-8").splitlines()) < 60
 
 
+@pytest.mark.parametrize("path", NUMBERED, ids=lambda path: path.stem)
+def test_the_documentation_shows_it(path):
+    pages = (EXAMPLES.parent / "docs").glob("*.md")
+    assert any(f'\n--8<-- "examples/{path.name}"\n' in page.read_text(encoding="utf-8") for page in pages)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", REAL, ids=lambda path: path.stem)
 def test_real_models_keep_their_quality_in_half_the_bytes(path, monkeypatch, tmp_path):
