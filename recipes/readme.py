@@ -78,16 +78,14 @@ quality = {
 quality_methods = ("prune", "svd", "svd-global", "activation", "fisher", "svd-int8", "fisher-int8")
 
 
-def rises(folder, keep, method):
-    return next(run["rise"] for run in quality[folder] if (run["keep"], run["method"]) == (keep, method))
+def rise(folder, keep, method):
+    """What a method loses, and in brackets that against SVD; a dash for what has not been run."""
+    found = {run["method"]: run["rise"] for run in quality[folder] if run["keep"] == keep}
+    return f"{found[method]:+.4f} ({found[method] / found['svd']:.2f})" if method in found else "-"
 
 
 quality_rows = [
-    [f"{name}, {keep:.0%}"]
-    + [
-        f"{rises(folder, keep, method):+.4f} ({rises(folder, keep, method) / rises(folder, keep, 'svd'):.2f})"
-        for method in quality_methods
-    ]
+    [f"{name}, {keep:.0%}", *(rise(folder, keep, method) for method in quality_methods)]
     for name, folder in (("Penn Treebank", "quality_ptb"), ("embedded", "quality_embedded"))
     for keep in sorted({run["keep"] for run in quality[folder]}, reverse=True)
 ]
