@@ -33,6 +33,8 @@ class FactoredModule(nn.Module):
     """The recurrent matrices that may be factored, and their shapes."""
     provenance: dict[str, Provenance]
     """Where the factors come from, by matrix; filled in by those who compress and save."""
+    cell_clip: float | None = None
+    proj_clip: float | None = None
     storages: dict[str, str]
     """What the fused kernel keeps a matrix in, by matrix, "float32" where none is given; see :meth:`store`."""
 
@@ -44,14 +46,15 @@ class FactoredModule(nn.Module):
             return self._weight(f"{name}_u"), self._weight(f"{name}_v")
         return getattr(self, name)
 
-    _kept: tuple[list[nn.Parameter], dict[str, str], list[Layer]] | None = None
+    _kept: tuple[list[nn.Parameter], dict[str, str], tuple[float | None, float | None], list[Layer]] | None = None
 
     def layers(self) -> Sequence[Sequence[Direction]]:
         """The weights of all layers: the same objects as long as the parameters and storages are the same."""
         kept, parameters = self._kept, self._parameters
         if kept is not None and not torch.compiler.is_compiling():
-            known, storages, layers = kept
-            if len(known) == len(parameters) and all(map(is_, known, parameters.values())) and storages == self.storages:
+            known, storages, bounds, layers = kept
+            same = len(known) == len(parameters) and all(map(is_, known, parameters.values()))
+            if same and storages == self.storages and bounds == (self.cell_clip, self.proj_clip):
                 return layers
         made, present = self._make_layers(), set(map(id, parameters.values()))
         # What is computed from parameters, as masked weights are, may be another the next time.
@@ -60,7 +63,8 @@ class FactoredModule(nn.Module):
         ):
             return made
         layers = [Layer(one) for one in made]
-        self._kept = [p for p in parameters.values() if p is not None], dict(self.storages), layers
+        known = [parameter for parameter in parameters.values() if parameter is not None]
+        self._kept = known, dict(self.storages), (self.cell_clip, self.proj_clip), layers
         return layers
 
     def _make_layers(self) -> list[list[Direction]]:
@@ -200,6 +204,7 @@ class LowRankLSTM(FactoredModule):
         ranks: the rank of every matrix to be kept as factors, by the name it has in ``nn.LSTM``
             (``weight_hh_l0_reverse`` is then kept as ``weight_hh_l0_reverse_u`` and ``..._v``); the others are dense.
         backend: which implementation of the recurrence runs; see :mod:`slimlstm.ops`. It may be set at any time.
+        cell_clip, proj_clip: bounds that cells, and projected outputs, are clipped to, as in ELMo (Peters et al. 2018).
 
     The forward pass takes and returns what that of ``nn.LSTM`` does: [T, B, I], with ``batch_first`` [B, T, I],
     unbatched [T, I], or a ``PackedSequence``; optionally ``(h0, c0)`` of shapes [D L, B, P] and [D L, B, H].
@@ -223,6 +228,8 @@ class LowRankLSTM(FactoredModule):
         *,
         ranks: Mapping[str, int] | None = None,
         backend: str = "auto",
+        cell_clip: float | None = None,
+        proj_clip: float | None = None,
     ) -> None:
         super().__init__()
         if min(input_size, hidden_size, num_layers) < 1 or not 0 <= proj_size < hidden_size:
@@ -232,9 +239,15 @@ class LowRankLSTM(FactoredModule):
             )
         if not 0.0 <= dropout <= 1.0:
             raise SlimLSTMError(f"dropout is a probability in [0, 1], not {dropout}")
+        for name, bound in (("cell_clip", cell_clip), ("proj_clip", proj_clip)):
+            if bound is not None and not bound > 0.0:
+                raise SlimLSTMError(f"{name} is a bound above zero, or None for no bound, not {bound}")
+        if proj_clip is not None and not proj_size:
+            raise SlimLSTMError("proj_clip bounds what a projection gives, but proj_size is 0")
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
         self.bidirectional, self.proj_size, self.backend = bidirectional, proj_size, backend
+        self.cell_clip, self.proj_clip = cell_clip, proj_clip
         self.matrix_shapes = lstm_matrix_shapes(**lstm_arguments(self))
         self.provenance, self.storages = {}, {}
         ranks = ranks or {}
@@ -260,12 +273,18 @@ class LowRankLSTM(FactoredModule):
         Raises:
             SlimLSTMError: a name or shape in ``factors`` does not fit, or ``lstm`` has parameters of its own.
         """
-        module = cls(**lstm_arguments(lstm), device="meta")
+        module = cls(**lstm_arguments(lstm), **clips(lstm), device="meta")
         module._take_over(lstm, factors)
         return module
 
     def to_dense(self) -> nn.LSTM:
-        """An ``nn.LSTM`` with the same weights, factors multiplied and masks applied."""
+        """An ``nn.LSTM`` with the same weights, factors multiplied and masks applied.
+
+        Raises:
+            SlimLSTMError: this module clips, which ``nn.LSTM`` cannot.
+        """
+        if any(bound is not None for bound in clips(self).values()):
+            raise SlimLSTMError("nn.LSTM does not clip cells or projections; set cell_clip and proj_clip to None first")
         some = next(self.parameters())
         lstm = nn.LSTM(**lstm_arguments(self), device=some.device, dtype=some.dtype)
         self._fill(lstm)
@@ -285,6 +304,7 @@ class LowRankLSTM(FactoredModule):
         settings = [f"{self.input_size}, {self.hidden_size}", f"num_layers={self.num_layers}"]
         settings += [name for name in ("batch_first", "bidirectional") if getattr(self, name)]
         settings += [f"{name}={getattr(self, name)}" for name in ("dropout", "proj_size") if getattr(self, name)]
+        settings += [f"{name}={bound}" for name, bound in clips(self).items() if bound is not None]
         settings += [] if self.bias else ["bias=False"]
         settings += [f"storages={self.storages}"] if self.storages else []
         return ", ".join([*settings, f"ranks={self.ranks}"])
@@ -299,6 +319,8 @@ class LowRankLSTM(FactoredModule):
             self._weight(f"weight_hr{suffix}") if self.proj_size else None,
             self.storages.get(f"weight_ih{suffix}", "float32"),
             self.storages.get(f"weight_hh{suffix}", "float32"),
+            self.cell_clip,
+            self.proj_clip,
         )
 
     def _make_layers(self) -> list[list[Direction]]:
@@ -482,6 +504,11 @@ def lstm_arguments(lstm: nn.RNNBase | LowRankLSTM) -> dict[str, Any]:
         "proj_size",
     )
     return {name: getattr(lstm, name, 0) for name in names}
+
+
+def clips(lstm: nn.Module) -> dict[str, Any]:
+    """The bounds that an LSTM clips its cells and projections to, None where it does not."""
+    return {name: getattr(lstm, name, None) for name in ("cell_clip", "proj_clip")}
 
 
 def _as_parameter(tensor: Tensor) -> nn.Parameter:

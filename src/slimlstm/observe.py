@@ -17,7 +17,7 @@ from torch.distributions import Distribution
 from torch.nn.utils.rnn import PackedSequence
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.nn import LowRankLSTM, LowRankLSTMCell, State, lstm_arguments
+from slimlstm.nn import LowRankLSTM, LowRankLSTMCell, State, clips, lstm_arguments
 from slimlstm.ops.reference import product, recurrence, step
 from slimlstm.ops.weights import Direction, Matrix
 from slimlstm.sites import Host, find_hosts, parameter_names
@@ -213,7 +213,7 @@ class _ObservedCell(LowRankLSTMCell):
         # Copies, as a loop may overwrite what it stepped from.
         self.recorder.add(_keys(self.path, ""), (x.detach().clone(), h.detach().clone()), probe)
         gates = product(x, own.ih, own.bias_ih) + product(h, own.hh, own.bias_hh) + probe
-        return step(gates, c, None)
+        return step(gates, c, own)
 
 
 def _set_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
@@ -238,7 +238,7 @@ def stand_in(host: Host, lstm: type[AnyLSTM], cell: type[AnyCell], matrix: Calla
     """A module of one of the classes, whichever is like the host's, whose weights are what ``matrix`` gives by name."""
     old = cast(Any, host.lstm)
     if hasattr(old, "num_layers"):
-        made = lstm(**lstm_arguments(old), device="meta")
+        made = lstm(**lstm_arguments(old), **clips(old), device="meta")
     else:
         made = cell(old.input_size, old.hidden_size, old.bias, device="meta")
     for name in parameter_names(old):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.ops.weights import Direction, Matrix, columns, rows, to_int8
+from slimlstm.ops.weights import Direction, Matrix, columns, is_clipped, rows, to_int8
 
 OPSET = 18
 _TYPES = {
@@ -148,11 +148,13 @@ def layer_model(directions: Sequence[Direction]) -> Any:
 
 
 def _is_plain(weights: Direction) -> bool:
-    """Whether ONNX's LSTM, which knows neither factors nor projections, can compute it from weights as they are kept.
+    """Whether ONNX's LSTM can compute it from weights as they are kept: it knows no factors or projections, and clips only
+    gates.
 
     ONNX Runtime has it for float32 only.
     """
     is_dense = isinstance(weights.ih, Tensor) and isinstance(weights.hh, Tensor) and weights.hr is None
+    is_dense = is_dense and not is_clipped([weights])
     return is_dense and _dtype([weights]) == torch.float32 and weights.ih_storage == weights.hh_storage == "float32"
 
 
@@ -204,6 +206,12 @@ def _add_operator(graph: Graph, directions: Sequence[Direction], ports: Ports, d
     graph.add("Reshape", together, graph.constant(torch.tensor([0, 0, -1])), to=ports.y)
 
 
+def _add_clip(graph: Graph, x: str, bound: float | None, dtype: torch.dtype) -> str:
+    if bound is None:
+        return x
+    return graph.add("Clip", x, *(graph.constant(torch.tensor(limit, dtype=dtype)) for limit in (-bound, bound)))
+
+
 def _add_scan(
     graph: Graph, weights: Direction, x: str, states: list[str], going: str, dtype: torch.dtype, reverse: bool
 ) -> tuple[str, str, str]:
@@ -225,10 +233,10 @@ def _add_scan(
     i, f, g, o = step.add_many("Split", [gates, parts], step.names(4), axis=1)
     kept = step.add("Mul", step.add("Sigmoid", f), c)
     new = step.add("Mul", step.add("Sigmoid", i), step.add("Tanh", g))
-    new_c = step.add("Add", kept, new)
+    new_c = _add_clip(step, step.add("Add", kept, new), weights.cell_clip, dtype)
     out = step.add("Mul", step.add("Sigmoid", o), step.add("Tanh", new_c))
     if weights.hr is not None:
-        out = _add_product(step, out, weights.hr, weights.hh_storage)
+        out = _add_clip(step, _add_product(step, out, weights.hr, weights.hh_storage), weights.proj_clip, dtype)
     entries = [_info(name, dtype, [None, size]) for name, size in ((h, outputs), (c, hidden), (at, 4 * hidden))]
     if going:
         (goes,) = step.names(1)

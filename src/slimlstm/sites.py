@@ -1,5 +1,6 @@
 """Finds, reads and replaces the recurrent matrices of any model: ``nn.LSTM`` and ``nn.LSTMCell``, with or without weight
-drop or other parametrizations, and the modules of :mod:`slimlstm.nn`.
+drop or other parametrizations, and the modules of :mod:`slimlstm.nn`. A subclass of ``nn.LSTM`` whose attributes
+``cell_clip`` or ``proj_clip`` hold a bound is taken to clip its cells or projections to it, as ELMo's do.
 
 A *site* is one recurrent matrix of one layer and direction; a *host* is the module that holds sites, once, however many
 names the model has for it.
@@ -23,6 +24,7 @@ from slimlstm.nn import (
     LowRankLSTMCell,
     Provenance,
     cell_matrix_shapes,
+    clips,
     lstm_arguments,
     lstm_matrix_shapes,
 )
@@ -305,6 +307,8 @@ def _successor(host: Host, factors: Mapping[str, tuple[Tensor, Tensor]], weights
     old = host.lstm
     if isinstance(old, nn.LSTM):
         plain = nn.LSTM(**lstm_arguments(old), device="meta")
+        for name, bound in clips(old).items():
+            setattr(plain, name, bound)
         make = LowRankLSTM.from_dense
     else:
         assert isinstance(old, nn.LSTMCell)  # noqa: S101 (find_hosts knows no other kind)
@@ -313,7 +317,7 @@ def _successor(host: Host, factors: Mapping[str, tuple[Tensor, Tensor]], weights
     for name, parameter in {**host.dense_parameters(), **weights}.items():
         plain.register_parameter(name, parameter)
     plain.train(old.training)
-    module = make(plain, factors) if factors or weights else plain  # pyright: ignore[reportArgumentType] (one kind each)
+    module = make(plain, factors) if factors or weights or _is_clipping(old) else plain  # pyright: ignore[reportArgumentType] (one kind each)
     for name in matrix_shapes(old):
         mask = host.mask(name)
         if mask is not None and name not in factors:
@@ -353,6 +357,11 @@ def _is_weight_drop(parent: nn.Module, module: nn.Module) -> bool:
     return not raw.isdisjoint(own) or (not raw.isdisjoint(inner) and list(parent.children()) == [module])
 
 
+def _is_clipping(lstm: nn.Module) -> bool:
+    """Whether an LSTM clips its cells or projections to its ``cell_clip`` and ``proj_clip``, as ELMo's do."""
+    return any(bound is not None for bound in clips(lstm).values())
+
+
 def _problem(host: Host) -> str | None:
     """Why the host's matrices cannot be compressed, or None."""
     lstm, path = host.lstm, host.paths[0]
@@ -364,7 +373,7 @@ def _problem(host: Host) -> str | None:
     if isinstance(lstm, FactoredModule):
         return None
     base = nn.LSTM if isinstance(lstm, nn.LSTM) else nn.LSTMCell
-    if type(lstm).forward is not base.forward:
+    if type(lstm).forward is not base.forward and not _is_clipping(lstm):
         return f"{where} is a {kind} with a forward pass of its own, which a plain LSTM cannot stand in for"
     if not host.paths[0]:
         return (

@@ -73,16 +73,20 @@ SLIMLSTM_INLINE void tanh_fractions(F (&v)[N], F (&q)[N]) {
     SLIMLSTM_EACH v[n] = Simd::mul(p[n], v[n]);
 }
 
-// One step of L cells each: c = σ(f) c + σ(i) tanh(g), h = σ(o) tanh(c). ``sigmoids`` are all i, all f and all o; g becomes h.
+// v within ``bound`` on either side of zero; what is not a number stays so.
+SLIMLSTM_INLINE F clipped(F v, float bound) { return Simd::at_most(bound, Simd::at_least(-bound, v)); }
+
+// One step of L cells each: c = clip(σ(f) c + σ(i) tanh(g)), h = σ(o) tanh(c). ``sigmoids`` are all i, all f and all o; g
+// becomes h.
 template <int N>
-SLIMLSTM_INLINE void cells(F (&sigmoids)[3 * N], F (&g)[N], F (&c)[N]) {
+SLIMLSTM_INLINE void cells(F (&sigmoids)[3 * N], F (&g)[N], F (&c)[N], float clip) {
     F q[N], p[N];
     tanh_fractions<N>(g, q);
     inverse_sigmoids<3 * N>(sigmoids);
     SLIMLSTM_EACH q[n] = Simd::reciprocal(Simd::mul(q[n], sigmoids[n]));
     SLIMLSTM_EACH sigmoids[n] = Simd::reciprocal(sigmoids[N + n]);
     SLIMLSTM_EACH g[n] = Simd::mul(g[n], q[n]);
-    SLIMLSTM_EACH c[n] = Simd::fma(c[n], sigmoids[n], g[n]);
+    SLIMLSTM_EACH c[n] = clipped(Simd::fma(c[n], sigmoids[n], g[n]), clip);
     SLIMLSTM_EACH p[n] = c[n];
     tanh_fractions<N>(p, q);
     SLIMLSTM_EACH q[n] = Simd::reciprocal(Simd::mul(q[n], sigmoids[2 * N + n]));

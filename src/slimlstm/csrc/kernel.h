@@ -31,6 +31,7 @@ struct Weights {
     Panels ih_v, ih, hh_v, hh, hr;
     const float* bias = nullptr;  // bias_ih + bias_hh, ordered as the gates of a panel
     ptrdiff_t input_size = 0, hidden_size = 0, output_size = 0;
+    float cell_clip = 0, proj_clip = 0;  // bounds of c and of what hr gives; infinite where there is none
 };
 
 // The sequences [first_row, last_row) of one direction of a layer over a whole batch.

@@ -83,6 +83,7 @@ Layer::Layer(const std::string& isa, const std::vector<Sources>& directions) : k
         weights.hidden_size = from.hh.rows / 4;
         weights.input_size = from.ih_v.data ? from.ih_v.columns : from.ih.columns;
         weights.output_size = from.hh_v.data ? from.hh_v.columns : from.hh.columns;
+        weights.cell_clip = from.cell_clip, weights.proj_clip = from.proj_clip;
         ptrdiff_t hidden = weights.hidden_size, lanes = kernel_->lanes;
         if (from.ih_v.data) weights.ih_v = pack(from.ih_v, from.ih_storage, 0, lanes, to.memory);
         if (from.hh_v.data) weights.hh_v = pack(from.hh_v, from.hh_storage, 0, lanes, to.memory);

@@ -23,6 +23,7 @@ struct Source {
 struct Sources {
     Source ih_v, ih, hh_v, hh, bias_ih, bias_hh, hr;
     Storage ih_storage = Storage::float32, hh_storage = Storage::float32;  // the projection's is that of hh
+    float cell_clip = 0, proj_clip = 0;  // infinite where there is none
 };
 
 // 64-byte aligned floats, not initialised.

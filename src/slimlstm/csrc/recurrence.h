@@ -225,11 +225,12 @@ void multiply(const Panels& matrix, ptrdiff_t first, ptrdiff_t last, const Opera
     }
 }
 
-// Writes products to rows ``stride`` apart, plus a bias where there is one.
+// Writes products to rows ``stride`` apart, plus a bias where there is one, within a bound where that is finite.
 struct Write {
     float* to;
     ptrdiff_t stride;
     const float* bias;
+    float bound = __builtin_inff();
 
     static constexpr int panels = 1;
 
@@ -240,6 +241,7 @@ struct Write {
                 ptrdiff_t at = (vector + w) * L;
                 F sum = sums[m][w];
                 if (bias) sum = Simd::add(sum, Simd::load(bias + at));
+                if (bound < __builtin_inff()) sum = clipped(sum, bound);
                 Simd::store(to + (row + m) * stride + at, sum);
             }
     }
@@ -251,6 +253,7 @@ struct Cells {
     float *c, *h;        // [rows, stride]
     float* output;       // null where h is projected first
     ptrdiff_t gates_stride, c_stride, h_stride, output_stride, hidden_size;
+    float clip;
 
     static constexpr int panels = cells_at_once;
 
@@ -277,7 +280,7 @@ struct Cells {
             sigmoids[2 * N + n] = Simd::add(sum[3], Simd::load(gate + 3 * L));
             state[n] = Simd::load(c + row * c_stride + panel * L);
         }
-        cells<N>(sigmoids, g, state);
+        cells<N>(sigmoids, g, state, clip);
         SLIMLSTM_EACH {
             ptrdiff_t row = first_row + (first + n) % M, unit = (vector / panel_vectors + (first + n) / M) * L;
             Simd::store(c + row * c_stride + unit, state[n]);
@@ -484,7 +487,7 @@ struct Run {
         ptrdiff_t stride = projected ? b.unit_stride : b.h_stride;
         multiply(w.hh, first_unit / L * 4, last_unit / L * 4, state,
                  Cells{gates, b.c, to, projected ? nullptr : output, b.gates_stride, b.unit_stride, stride, task.output_stride,
-                       w.hidden_size});
+                       w.hidden_size, w.cell_clip});
         if (projected)
             project(active, output);
         else
@@ -499,24 +502,24 @@ struct Run {
                      Write{b.z, b.z_stride, nullptr});
         } else {
             Operand own = rows_of(b.h[0], b.h_stride, active, w.hidden_size);
-            sum_over_members(w.hh_v, own, b.z, b.z_stride);
+            sum_over_members(w.hh_v, own, b.z, b.z_stride, __builtin_inff());
         }
         return rows_of(b.z, b.z_stride, active, w.hh.inputs);
     }
 
     void project(ptrdiff_t active, float* output) {
         Operand own = rows_of(b.m, b.unit_stride, active, w.hidden_size);
-        sum_over_members(w.hr, own, b.h[0], b.h_stride);
+        sum_over_members(w.hr, own, b.h[0], b.h_stride, w.proj_clip);
         if (member != 0) return;
         for (ptrdiff_t k = 0; k < active; ++k)
             copy(output + k * task.output_stride, b.h[0] + k * b.h_stride, w.output_size);
     }
 
-    // matrix · a, where each member has computed its own hidden units of ``a``.
-    void sum_over_members(const Panels& matrix, Operand a, float* to, ptrdiff_t stride) {
+    // matrix · a within ``bound``, where each member has computed its own hidden units of ``a``.
+    void sum_over_members(const Panels& matrix, Operand a, float* to, ptrdiff_t stride, float bound) {
         a.from = first_unit;
         a.to = smaller(last_unit, w.hidden_size);
-        if (team.size == 1) return multiply(matrix, 0, matrix.vectors, a, Write{to, stride, nullptr});
+        if (team.size == 1) return multiply(matrix, 0, matrix.vectors, a, Write{to, stride, nullptr, bound});
         ptrdiff_t size = batch * b.part_stride;
         float* parts = b.parts[parity];
         parity ^= 1;
@@ -527,7 +530,7 @@ struct Run {
                 const float* part = parts + k * b.part_stride + at;
                 F sum = Simd::load(part);
                 for (int other = 1; other < team.size; ++other) sum = Simd::add(sum, Simd::load(part + other * size));
-                Simd::store(to + k * stride + at, sum);
+                Simd::store(to + k * stride + at, clipped(sum, bound));
             }
     }
 };

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.ops import cpu, dense, reference
-from slimlstm.ops.weights import Direction, Layer, LayerOutput, columns, first_states, flat, rows
+from slimlstm.ops.weights import Direction, Layer, LayerOutput, columns, first_states, flat, is_clipped, rows
 
 BACKENDS: dict[str, Callable[[Tensor, Tensor | None, Tensor, Tensor, Sequence[Direction]], LayerOutput]] = {
     "reference": reference.layer,
@@ -100,6 +100,8 @@ def _are_parameters(directions: Sequence[Direction]) -> bool:
 
 
 def _choose_without_kernel(x: Tensor, batch_sizes: Tensor | None, directions: Sequence[Direction], reason: str) -> Choice:
+    if is_clipped(directions):
+        return Choice("reference", f"{reason}; PyTorch's LSTM does not clip")
     factored = [weights.hh for weights in directions if not isinstance(weights.hh, Tensor)]
     training = torch.is_grad_enabled() and (x.requires_grad or any(u.requires_grad or v.requires_grad for u, v in factored))
     if x.device.type != "cpu" or training:

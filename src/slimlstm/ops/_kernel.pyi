@@ -5,7 +5,14 @@ from torch import Tensor
 def names() -> list[str]: ...
 
 class Layer:
-    def __init__(self, isa: str, directions: Sequence[Sequence[Tensor | None]], storages: Sequence[str], /) -> None: ...
+    def __init__(
+        self,
+        isa: str,
+        directions: Sequence[Sequence[Tensor | None]],
+        storages: Sequence[str],
+        clips: Sequence[float],
+        /,
+    ) -> None: ...
     def run(
         self,
         x: int,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import weakref
 from collections.abc import Sequence
@@ -66,7 +67,7 @@ def tell_missing() -> None:
 class _Packed:
     """The packed weights of a layer, and what they were packed from."""
 
-    def __init__(self, key: tuple[int | str, ...], directions: Sequence[Direction], tensors: list[Tensor]) -> None:
+    def __init__(self, key: tuple[int | float | str, ...], directions: Sequence[Direction], tensors: list[Tensor]) -> None:
         for tensor in tensors:
             if type(tensor) not in _plain or tensor.dtype != torch.float32 or not tensor.is_cpu:
                 raise SlimLSTMError(
@@ -84,7 +85,7 @@ class _Packed:
         arrays = [aliases[at : at + 7] for at in range(0, len(aliases), 7)]
         weights = directions[0]
         self.sizes = columns(weights.ih), columns(weights.hh), rows(weights.hh) // 4, len(directions)
-        self.layer = kernel.Layer(instruction_set(), arrays, _storages(directions))
+        self.layer = kernel.Layer(instruction_set(), arrays, _storages(directions), _clips(directions))
 
 
 def _check_shapes(directions: Sequence[Direction]) -> None:
@@ -99,7 +100,7 @@ def _check_shapes(directions: Sequence[Direction]) -> None:
             raise SlimLSTMError(f"the weights of a layer do not fit each other: {shapes}")
 
 
-_cache: dict[tuple[int | str, ...], _Packed] = {}
+_cache: dict[tuple[int | float | str, ...], _Packed] = {}
 _alive: weakref.WeakSet[_Packed] = weakref.WeakSet()
 
 
@@ -123,13 +124,19 @@ def _storages(directions: Sequence[Direction]) -> list[str]:
     return [storage for weights in directions for storage in (weights.ih_storage, weights.hh_storage)]
 
 
+def _clips(directions: Sequence[Direction]) -> list[float]:
+    """The bounds of cells and projections, infinite where there is none."""
+    bounds = [bound for weights in directions for bound in (weights.cell_clip, weights.proj_clip)]
+    return [math.inf if bound is None else bound for bound in bounds]
+
+
 def _packed(directions: Sequence[Direction], anew: bool = False) -> _Packed:
     kept = directions if type(directions) is Layer else None
     found: _Packed | None = None if kept is None or anew else kept.packed
     if kept is not None and found is not None and _state(kept.tensors, found.counted) == found.state:
         return found
     present = flat(directions)
-    key = (*map(id, present), *_storages(directions))
+    key = (*map(id, present), *_storages(directions), *_clips(directions))
     found = None if anew else _cache.get(key)
     tensors = [tensor for tensor in present if tensor is not None]
     if found is not None and _state(tensors, found.counted) != found.state:
@@ -196,7 +203,8 @@ def run(
     """What :func:`layer` does, where there is known to be no obstacle."""
     if torch.compiler.is_compiling():
         h0, c0 = first_states(x, batch_sizes, h0, c0, directions)
-        return LayerOutput(*_operator(x, batch_sizes, h0, c0, flat(directions), ",".join(_storages(directions))))
+        storages = ",".join(_storages(directions))
+        return LayerOutput(*_operator(x, batch_sizes, h0, c0, flat(directions), storages, _clips(directions)))
     packed = _packed(directions)
     inputs, outputs, hidden, number = packed.sizes
     # Of PyTorch's ways to allocate this is the fastest, a size by itself for every dimension.
@@ -241,6 +249,7 @@ def _operator(
     c0: Tensor,
     weights: Sequence[Tensor | None],
     storages: str,
+    clips: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`run` as ``torch.compile`` and ``torch.export`` see it; weights as of :func:`flat`, storages by commas."""
     directions: list[Direction] = []
@@ -248,7 +257,9 @@ def _operator(
     for index in range(len(kept) // 2):
         ih_v, ih, hh_v, hh, bias_ih, bias_hh, hr = weights[7 * index : 7 * index + 7]
         ih_storage, hh_storage = kept[2 * index : 2 * index + 2]
-        directions.append(Direction(_matrix(ih, ih_v), _matrix(hh, hh_v), bias_ih, bias_hh, hr, ih_storage, hh_storage))
+        matrices = _matrix(ih, ih_v), _matrix(hh, hh_v)
+        bounds = clips[2 * index : 2 * index + 2]
+        directions.append(Direction(*matrices, bias_ih, bias_hh, hr, ih_storage, hh_storage, *bounds))
     result = run(x, batch_sizes, h0, c0, directions)
     return result.output, result.h, result.c
 
@@ -259,6 +270,12 @@ def _matrix(u: Tensor | None, v: Tensor | None) -> Any:
 
 @_operator.register_fake
 def _(
-    x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, weights: Sequence[Tensor | None], storages: str
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor,
+    c0: Tensor,
+    weights: Sequence[Tensor | None],
+    storages: str,
+    clips: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty((*x.shape[:-1], h0.shape[0] * h0.shape[2])), torch.empty_like(h0), torch.empty_like(c0)

@@ -11,11 +11,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from slimlstm.ops.weights import Direction, LayerOutput, Matrix
+from slimlstm.errors import SlimLSTMError
+from slimlstm.ops.weights import Direction, LayerOutput, Matrix, is_clipped
 
 
 def layer(x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, directions: Sequence[Direction]) -> LayerOutput:
-    """One layer over x [T, B, I], or over packed x [N, I] with ``batch_sizes`` [T]; h0 [D, B, P], c0 [D, B, H]."""
+    """One layer over x [T, B, I], or over packed x [N, I] with ``batch_sizes`` [T]; h0 [D, B, P], c0 [D, B, H].
+
+    Raises:
+        SlimLSTMError: the layer clips, which PyTorch's LSTM does not.
+    """
+    if is_clipped(directions):
+        raise SlimLSTMError("PyTorch's LSTM does not clip; use backend='auto' or 'reference' for a layer that does")
     x, ih = _thin_input(x, [weights.ih for weights in directions])
     parameters = [
         tensor

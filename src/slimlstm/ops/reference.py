@@ -1,10 +1,11 @@
 """The recurrence as a plain loop over time: the definition of correct, and the fastest plain PyTorch for few steps.
 
 (i, f, g, o) = (σ, σ, tanh, σ)(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)
-c_t = f ⊙ c_{t-1} + i ⊙ g
-h_t = W_hr (o ⊙ tanh c_t)
+c_t = clip(f ⊙ c_{t-1} + i ⊙ g)
+h_t = clip(W_hr (o ⊙ tanh c_t))
 
-W_hr is left out where there is no projection. Factors are applied one after the other: W x = U (V x).
+W_hr is left out where there is no projection, clip where no bound is given. Factors are applied one after the other:
+W x = U (V x).
 """
 
 from __future__ import annotations
@@ -26,18 +27,22 @@ def product(x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
     return linear(linear(x, v), u, bias)
 
 
-def step(gates: Tensor, c: Tensor, hr: Tensor | None) -> tuple[Tensor, Tensor]:
+def step(gates: Tensor, c: Tensor, weights: Direction) -> tuple[Tensor, Tensor]:
     """h [B, P] and c [B, H] after one step, from the gates' pre-activations [B, 4H] and the last c [B, H]."""
     i, f, g, o = gates.chunk(4, dim=-1)
-    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    c = _clip(f.sigmoid() * c + i.sigmoid() * g.tanh(), weights.cell_clip)
     h = o.sigmoid() * c.tanh()
-    return h if hr is None else linear(h, hr), c
+    return h if weights.hr is None else _clip(linear(h, weights.hr), weights.proj_clip), c
+
+
+def _clip(x: Tensor, bound: float | None) -> Tensor:
+    return x if bound is None else x.clamp(-bound, bound)
 
 
 def cell(x: Tensor, h: Tensor, c: Tensor, weights: Direction) -> tuple[Tensor, Tensor]:
     """One step from x [B, I], h [B, P] and c [B, H]: the next h and c."""
     gates = product(x, weights.ih, weights.bias_ih) + product(h, weights.hh, weights.bias_hh)
-    return step(gates, c, weights.hr)
+    return step(gates, c, weights)
 
 
 def layer(x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, directions: Sequence[Direction]) -> LayerOutput:
@@ -69,7 +74,7 @@ def recurrence(
     for gates_at in reversed(gates_of_x) if reverse else gates_of_x:
         active = len(gates_at)
         recurrent = product(h[:active], weights.hh, weights.bias_hh)
-        new_h, new_c = step(gates_at + recurrent, c[:active], weights.hr)
+        new_h, new_c = step(gates_at + recurrent, c[:active], weights)
         outputs.append(new_h)
         h, c = torch.cat([new_h, h[active:]]), torch.cat([new_c, c[active:]])
     return torch.cat(outputs[::-1] if reverse else outputs), h, c

@@ -23,7 +23,8 @@ class Direction(NamedTuple):
     """The weights of one direction: ih [4H, I], hh [4H, P], biases [4H] or None, projection hr [P, H] or None.
 
     The storages, "float32", "bfloat16" or "int8", are what the fused kernel keeps ih, and hh with hr, in; see
-    :func:`rounded`. Other backends use the weights as they are.
+    :func:`rounded`. Other backends use the weights as they are. c stays within ``cell_clip`` on either side of zero, and
+    what hr gives within ``proj_clip``; None leaves them as they are.
     """
 
     ih: Matrix
@@ -33,6 +34,8 @@ class Direction(NamedTuple):
     hr: Tensor | None
     ih_storage: str = "float32"
     hh_storage: str = "float32"
+    cell_clip: float | None = None
+    proj_clip: float | None = None
 
 
 def flat(directions: Sequence[Direction]) -> list[Tensor | None]:
@@ -43,6 +46,11 @@ def flat(directions: Sequence[Direction]) -> list[Tensor | None]:
         hh_u, hh_v = hh if isinstance(hh, tuple) else (hh, None)
         found += (ih_v, ih_u, hh_v, hh_u, bias_ih, bias_hh, hr)
     return found
+
+
+def is_clipped(directions: Sequence[Direction]) -> bool:
+    """Whether any direction clips its cells or its projections."""
+    return any(weights.cell_clip is not None or weights.proj_clip is not None for weights in directions)
 
 
 class Layer(tuple[Direction, ...]):
@@ -130,7 +138,9 @@ def from_int8(integers: Tensor, scale: Tensor) -> Tensor:
 def stored_bytes(shape: tuple[int, ...], storage: str | None, itemsize: int) -> int:
     """The bytes of a weight [m, n] in ``storage``; where that is None, its numbers take ``itemsize`` bytes each."""
     size = math.prod(shape)
-    return {"float32": 4 * size, "bfloat16": 2 * size, "int8": size + 4 * shape[0]}.get(storage or "", itemsize * size)
+    if storage == "int8":
+        return size + 4 * shape[0]
+    return size * {"float32": 4, "bfloat16": 2}.get(storage or "", itemsize)
 
 
 def matrix_bytes(shape: tuple[int, int], rank: int | None, storage: str | None, itemsize: int) -> int:
