@@ -5,6 +5,7 @@ Dimensions: T time steps, B sequences, I input size, H hidden size, D directions
 
 import gc
 import logging
+import math
 import os
 import pickle
 import platform
@@ -609,7 +610,8 @@ def test_the_operator_keeps_the_rules_of_pytorch():
     both = [weights.direction("_l0"), weights.direction("_l0_reverse")]
     states = torch.randn(2, 3, 33), torch.randn(2, 3, 33)
     for x, sizes in ((torch.randn(4, 3, 5), None), (torch.randn(6, 5), torch.tensor([3, 2, 1]))):
-        torch.library.opcheck(cpu._operator, (x, sizes, *states, cpu.flat(both), ",".join(["float32"] * 4)))
+        weights = cpu.flat(both), ",".join(["float32"] * 4), [0.5, math.inf] * 2
+        torch.library.opcheck(cpu._operator, (x, sizes, *states, *weights))
 
 
 @torch.no_grad()
