@@ -9,10 +9,13 @@ The optimizer is SGD that turns into averaged SGD once validation stops improvin
 ``--max-minutes`` ended, goes on with the same command and ends with the same files: the best weights in
 ``model.safetensors``, or in the folder ``compressed``, ``vocab.txt``, ``log.jsonl`` with a line for every epoch, and
 ``result.json``. Weight drop acts on matrices that have not been factored; pruned ones keep their masks.
+Two configs are controls for compressed models of Penn Treebank: ``ptb-13m`` has as many parameters as factors of rank 10 at
+hh leave, all of them dense, ``ptb-tensor-train`` its recurrent matrices as tensor trains, and 12 million parameters in all.
 ``torchrun --nproc-per-node N`` shares the streams out among N processes.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -26,21 +29,24 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import Progress
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, dropout
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
 
 import slimlstm as sl
 from slimlstm.data import CORPORA, EOS, Vocabulary, read_words, words_of
 from slimlstm.evaluate import perplexity
-from slimlstm.models.awd_lstm import AWDLSTM, AWDLSTMConfig, load_awd_lstm
+from slimlstm.models.awd_lstm import AWDLSTM, AWDLSTMConfig, load_awd_lstm, save_awd_lstm
 from slimlstm.provenance import provenance
 
 CONFIGS = {
     "ptb": {"streams": 20, "sizes": {}},
     "wikitext-2": {"streams": 80, "sizes": {"dropout_input": 0.65, "dropout_hidden": 0.2}},
     "small": {"streams": 20, "sizes": {"embedding_size": 200, "hidden_size": 400}},
+    "ptb-13m": {"streams": 20, "sizes": {"hidden_size": 717}},
+    "ptb-tensor-train": {"streams": 20, "sizes": {}, "tensor_train": 0.394},
 }
 LR = {"ntasgd": 30.0, "asgd": 30.0, "adamw": 3e-3}
 CLIP, ALPHA, BETA, WEIGHT_DECAY, PATIENCE = 0.25, 2.0, 1.0, 1.2e-6, 5
@@ -56,6 +62,12 @@ parser.add_argument("--embedding", type=int, help="embedding size, in the place 
 parser.add_argument("--hidden", type=int, help="hidden size, likewise")
 parser.add_argument("--streams", type=int, help="text streams side by side (the batch size), likewise")
 parser.add_argument("--dropout", type=float, default=1.0, help="multiplies every dropout rate")
+parser.add_argument(
+    "--tensor-train",
+    type=float,
+    metavar="SHARE",
+    help="recurrent matrices as tensor trains of this share of their parameters",
+)
 parser.add_argument("--start", type=Path, help="folder of a trained AWD-LSTM to go out from")
 parser.add_argument("--compress", choices=["svd", "semi-nmf", "prune"], help="what to do to it first")
 parser.add_argument("--target", choices=["hh", "ih", "both"], default="hh")
@@ -67,7 +79,7 @@ parser.add_argument("--bptt", type=int, default=70, help="mean number of tokens 
 parser.add_argument("--seed", type=int, default=1)
 parser.add_argument("--device", default="cpu")
 parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="what is computed in")
-parser.add_argument("--half", action="store_true", help="write the weights of a dense model in half precision")
+parser.add_argument("--half", action="store_true", help="write a dense model in half precision, in files below 16 MB")
 parser.add_argument("--max-minutes", type=float, default=math.inf, help="stop then; the same command goes on later")
 parser.add_argument("--checkpoint-seconds", type=float, default=180.0)
 arguments = parser.parse_args()
@@ -75,6 +87,9 @@ arguments = parser.parse_args()
 config = CONFIGS[arguments.config or arguments.corpus or "small"]
 arguments.streams = arguments.streams or config["streams"]
 arguments.lr = arguments.lr or LR[arguments.optimizer]
+arguments.tensor_train = arguments.tensor_train or config.get("tensor_train")
+if arguments.tensor_train and (arguments.start or arguments.half):
+    parser.error("tensor trains are trained from the start, and kept in float32; leave out --start and --half")
 if arguments.compress and not (arguments.start and arguments.rank):
     parser.error("--compress takes --start, the model that is compressed, and --rank")
 processes, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
@@ -105,6 +120,31 @@ def words(split):
     return read_words(arguments.corpus, split)
 
 
+def modes(size):
+    """Three factors of a size, as near to each other as can be, largest first."""
+    triples = itertools.combinations_with_replacement([n for n in range(1, size + 1) if size % n == 0], 3)
+    return sorted(min((triple for triple in triples if math.prod(triple) == size), key=sum), reverse=True)
+
+
+class TensorTrain(nn.Module):
+    """A matrix [m, n] as the product of three cores [r, m_k, n_k, r'], with weight drop like that of dense ones."""
+
+    def __init__(self, shape, drop):
+        super().__init__()
+        (a, b, c), (d, e, f) = map(modes, shape)
+        # Small modes in the middle, where ranks count twice, make for high ranks.
+        self.shape, self.drop = (a, c, b, e, f, d), drop
+
+    def forward(self, *cores):
+        return dropout(tt_matrix_to_matrix(cores), self.drop, self.training)
+
+    def right_inverse(self, matrix):
+        cores = tensor_train_matrix(matrix.reshape(self.shape), arguments.tensor_train).factors
+        # Cores that start from random numbers hold little of their norm, which training is to start from.
+        lost = matrix.norm() / tt_matrix_to_matrix(cores).norm()
+        return [core * lost ** (1 / len(cores)) for core in cores]
+
+
 seed("weights")
 if arguments.start:
     vocabulary = Vocabulary.read(arguments.start / "vocab.txt")
@@ -119,7 +159,17 @@ else:
 if arguments.compress:
     rule = {"rank": arguments.rank, "target": arguments.target}
     sl.compress_(model, sl.Prune(**rule) if arguments.compress == "prune" else sl.LowRank(arguments.compress, **rule))
+if arguments.tensor_train:
+    import tensorly
+    from tensorly.decomposition import tensor_train_matrix
+    from tensorly.tt_matrix import tt_matrix_to_matrix
+
+    tensorly.set_backend("pytorch")
+    for lstm in model.lstms:
+        for name, drop in (("weight_ih_l0", 0.0), ("weight_hh_l0", model.config.weight_drop)):
+            parametrize.register_parametrization(lstm, name, TensorTrain(getattr(lstm, name).shape, drop))
 model = model.to(device)
+console.print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters")
 tokens = {split: vocabulary.encode(words(split)).to(device) for split in ("train", "valid", "test")}
 length = len(tokens["train"]) // arguments.streams
 train = tokens["train"][: length * arguments.streams].view(arguments.streams, length).t().contiguous()
@@ -204,7 +254,7 @@ def read_checkpoint():
         theirs = json.loads(file.metadata()["settings"])
         place.update(json.loads(file.metadata()["place"]))
     for name in settings.keys() | theirs.keys():
-        if settings.get(name) != theirs.get(name):
+        if settings.get(name, "None") != theirs.get(name, "None"):  # checkpoints lack options that are newer
             raise sl.SlimLSTMError(
                 f"{checkpoint} is of a run with {name}={theirs.get(name)}, not {settings.get(name)}; "
                 "go on with that, or name another output"
@@ -246,8 +296,10 @@ def write_weights():
     if arguments.compress:
         sl.save(model, output / "compressed")
         return
-    weights = {name: tensor for name, tensor in model.state_dict().items() if name != "decoder.weight"}
-    write(output / "model.safetensors", {k: v.half() if arguments.half else v for k, v in weights.items()})
+    if arguments.half:
+        save_awd_lstm(model, output)
+        return
+    write(output / "model.safetensors", {name: t for name, t in model.state_dict().items() if name != "decoder.weight"})
 
 
 def measured(split):
@@ -275,7 +327,8 @@ def step(state):
     start = place["position"]
     taken = min(max(5, int(torch.normal(mean, 5.0, ()))), length - 1 - start)
     seed("dropout", place["epoch"], place["piece"], rank)
-    with torch.autocast(device.type, torch.bfloat16, enabled=arguments.dtype == "bfloat16"):
+    # A matrix that is computed from others, by a mask or a tensor train, is so once a step.
+    with torch.autocast(device.type, torch.bfloat16, enabled=arguments.dtype == "bfloat16"), parametrize.cached():
         loss, entropy, state = trainer(mine[start : start + taken], mine[start + 1 : start + 1 + taken], state)
     optimizer.zero_grad()
     loss.backward()
@@ -349,8 +402,11 @@ while place["epoch"] < arguments.epochs:
 
 if arguments.compress:
     model = sl.load(output / "compressed", AWDLSTM(model.config)).to(device)
-else:
+elif arguments.half:
     model = load_awd_lstm(output).to(device)
+else:
+    best = load_file(output / "model.safetensors")
+    model.load_state_dict(best | {"decoder.weight": best["embedding.weight"]})
 losses = {split: measured(split) for split in ("valid", "test")}
 if rank == 0:
     chosen = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
@@ -359,6 +415,7 @@ if rank == 0:
         "loss": losses,
         "epochs": len(place["log"]),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "sizes": {name: getattr(model.config, name) for name in ("embedding_size", "hidden_size", "num_layers")},
         "config": {name: value for name, value in chosen.items() if name not in ("output", "max_minutes")}
         | {"processes": processes, "start": arguments.start and arguments.start.name},
         "seconds": round(place["seconds"], 1),

@@ -1,11 +1,18 @@
-"""Results to the paper's Penn Treebank table, its pictures and its claims, with the printed numbers beside ours.
+"""Results to the paper's language-model tables, its pictures and its claims, with the printed numbers beside ours.
 
     python recipes/paper.py
 
-Reads what recipes/sweep.py, recipes/norms.py and recipes/language_model.py wrote (of the last, every ``result.json`` as
-``METHOD-TARGET-RANK.json``, and that of the dense
-model as ``dense.json``); writes the tables and pictures into docs/paper, and docs/reproduction.md. Cells that have not
-been run stay empty.
+Reads from the folder of results, for each corpus C of ``ptb`` and ``wikitext2``, what is there of
+
+    C_untuned/      recipes/sweep.py
+    C_fine_tuned/   recipes/sweep.py --tune
+    C_controls/     recipes/language_model.py: the ``result.json`` of each config of a control, as CONFIG.json
+    C_trained.json  recipes/language_model.py: the ``result.json`` of the dense model
+    C_norms.json    recipes/norms.py
+    C_speed.json    recipes/speed.py
+
+and writes tables and pictures into docs/paper, where recipes/heatmaps.py puts its own, and docs/reproduction.md. What has
+not been run stays empty, and is said to be missing.
 """
 
 import argparse
@@ -16,139 +23,88 @@ import statistics
 from pathlib import Path
 
 from slimlstm.analysis import efficiency
-from slimlstm.plots import norm_curves, quality_curves
+from slimlstm.plots import norm_curves, quality_curves, spectra
 
 ROOT = Path(__file__).parents[1]
+DRAWN = ROOT / "docs" / "paper"
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--untuned", type=Path, default=ROOT / "results" / "ptb_untuned")
-parser.add_argument("--tuned", type=Path, default=ROOT / "results" / "ptb_fine_tuned")
-parser.add_argument("--norms", type=Path, default=ROOT / "results" / "ptb_norms.json")
+parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder")
 parser.add_argument("--printed", type=Path, default=ROOT / "results" / "printed.json")
-parser.add_argument("--pictures", type=Path, default=ROOT / "docs" / "paper", help="folder for tables and pictures")
+parser.add_argument("--pictures", type=Path, default=DRAWN, help="folder for tables and pictures")
 parser.add_argument("--page", type=Path, default=ROOT / "docs" / "reproduction.md")
 arguments = parser.parse_args()
+arguments.pictures.mkdir(parents=True, exist_ok=True)
+printed = json.loads(arguments.printed.read_text(encoding="utf-8"))
+inside = arguments.pictures.is_relative_to(arguments.page.parent)
+folder = arguments.pictures.relative_to(arguments.page.parent) if inside else arguments.pictures
 
-METHODS, TARGETS, RANKS = ("svd", "semi-nmf", "prune"), ("hh", "ih"), (10, 50, 100, 200, 250, 300, 350, 400)
-TRAINING = (
-    "The dense model has the paper's architecture and sizes, but was trained for eight epochs only, on two CPU cores, by "
-    "AdamW with one cycle in bfloat16, with dropout at 0.6 of the published rates"
+# By the name of their files: what they are called, their key among the printed tables, the published AWD-LSTM's perplexity.
+CORPORA = {"ptb": ("Penn Treebank", "penn_treebank", 58.8), "wikitext2": ("WikiText-2", "wikitext2", 65.6)}
+METHODS, BEYOND, TARGETS = ("svd", "semi-nmf", "prune"), ("activation", "fisher"), ("hh", "ih")
+RANKS = (10, 50, 100, 200, 250, 300, 350, 400)
+CELLS = list(itertools.product(METHODS, TARGETS, RANKS))
+SMALLEST = min(RANKS)
+NORMS = {"l1": "‖W‖₁", "l1_std": "σ(‖W‖₁)", "nuclear": "‖W‖_Nuc"}
+HEADER = (
+    *("method", "target", "rank", "parameters"),
+    *("perplexity", "printed", "E(r)", "printed E(r)", "tuned", "printed tuned", "tuned E(r)", "printed tuned E(r)"),
 )
+# What a control is, its file, and its row among the printed baselines.
+CONTROLS = (
+    ("dense", "untuned/dense", "AWD-LSTM"),
+    ("hh as SVD factors of rank 10", "untuned/svd-hh-010", ""),
+    ("hh as SVD factors of rank 10, fine-tuned", "fine_tuned/svd-hh-010", ""),
+    ("int8, this library", "untuned/int8", ""),
+    ("int8, PyTorch's dynamic quantisation", "untuned/pytorch-int8", ""),
+    ("a smaller dense AWD-LSTM", "controls/ptb-13m", ""),
+    ("TT-LSTM", "controls/ptb-tensor-train", "TT-LSTM"),
+)
+OPTIMIZERS = {"ntasgd": "SGD that turns into averaged SGD", "asgd": "averaged SGD", "adamw": "AdamW with one cycle"}
+# How the model was made whose result.json is not there.
+TRAINING = {
+    "ptb": "has the paper's architecture and sizes, but was trained for eight epochs only, on two CPU cores, by AdamW with "
+    "one cycle in bfloat16, with dropout at 0.6 of the published rates"
+}
 
 
-def read(folder):
+def load(name):
+    """A result, or None where there is none."""
+    path = arguments.results / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def load_cells(name):
     """Results by (method, target, rank)."""
     found = {}
-    for path in sorted(folder.glob("*-*-*.json")):
+    for path in sorted((arguments.results / name).glob("*-*-*.json")):
         method, target, rank = path.stem.rsplit("-", 2)
         found[method, target, int(rank)] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
-untuned, tuned = read(arguments.untuned), read(arguments.tuned)
-dense = json.loads((arguments.untuned / "dense.json").read_text(encoding="utf-8"))
-printed = json.loads(arguments.printed.read_text(encoding="utf-8"))["penn_treebank"]
-baseline = printed["baseline"]["AWD-LSTM"]
-measured = json.loads(arguments.norms.read_text(encoding="utf-8")) if arguments.norms.exists() else None
-arguments.pictures.mkdir(parents=True, exist_ok=True)
-cells = list(itertools.product(METHODS, TARGETS, RANKS))
-missing = [f"{method} {target} {rank}" for method, target, rank in cells if (method, target, rank) not in untuned]
-theirs = {(row["method"].replace("pruning", "prune"), row["target"], row["rank"]): row for row in printed["rows"]}
+def on_test(result):
+    perplexity = result["perplexity"]
+    return perplexity["test"] if isinstance(perplexity, dict) else perplexity
 
 
-def ours(cell, tuning):
-    """Our perplexity and E(r) of a cell, None where it was not run."""
-    if cell not in untuned or (tuning and cell not in tuned):
-        return None, None
-    perplexity = tuned[cell]["perplexity"]["test"] if tuning else untuned[cell]["perplexity"]
-    return perplexity, efficiency(
-        perplexity, dense["perplexity"], untuned[cell]["parameters"], dense["parameters"], lower=True
-    )
+def markdown(header, rows, left=1):
+    """A table whose first ``left`` columns are text."""
+    rule = ["---"] * left + ["---:"] * (len(header) - left)
+    texts = [["" if entry is None else str(entry) for entry in row] for row in (header, rule, *rows)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in texts)
 
 
-HEADER = (
-    *("method", "target", "rank", "parameters"),
-    *("perplexity", "printed", "E(r)", "printed E(r)", "tuned", "printed tuned", "tuned E(r)", "printed tuned E(r)"),
-)
+def picture(draw, name, *data, **options):
+    for ending in ("png", "pdf"):
+        draw(*data, arguments.pictures / f"{name}.{ending}", **options)
 
 
-def row_of(cell):
-    paper = theirs.get(cell, {})
-    (perplexity, share), (perplexity_tuned, share_tuned) = ours(cell, False), ours(cell, True)
-    parameters = untuned[cell]["parameters"] if cell in untuned else None
-    return (
-        *cell,
-        parameters and f"{parameters / 1e6:.2f}M",
-        *(perplexity and f"{perplexity:.2f}", paper.get("ppl")),
-        *(None if share is None else f"{share:.3f}", paper.get("efficiency")),
-        *(perplexity_tuned and f"{perplexity_tuned:.2f}", paper.get("ppl_finetuned")),
-        *(None if share_tuned is None else f"{share_tuned:.3f}", paper.get("efficiency_finetuned")),
-    )
+def share(number, form="{:.3f}"):
+    return None if number is None else form.format(number)
 
 
-rows = [
-    (
-        *("dense", "", "", f"{dense['parameters'] / 1e6:.2f}M", f"{dense['perplexity']:.2f}", baseline["ppl"]),
-        *("", "", "", baseline["ppl_finetuned"], "", ""),
-    ),
-    *(row_of(cell) for cell in cells),
-]
-texts = [["" if entry is None else str(entry) for entry in row] for row in rows]
-with (arguments.pictures / "ptb.csv").open("w", newline="", encoding="utf-8") as file:
-    csv.writer(file, lineterminator="\n").writerows([HEADER, *texts])
-latex = [" & ".join(line) + r" \\" for line in (HEADER, *texts)]
-(arguments.pictures / "ptb.tex").write_text(
-    "\\begin{tabular}{llr"
-    + "r" * (len(HEADER) - 3)
-    + "}\n\\hline\n"
-    + "\n".join([latex[0], r"\hline", *latex[1:]])
-    # A hash or an underscore would need a backslash; there is none.
-    + "\n\\hline\n\\end{tabular}\n",
-    encoding="utf-8",
-)
-table = "\n".join("| " + " | ".join(line) + " |" for line in (HEADER, ["---"] * 3 + ["---:"] * (len(HEADER) - 3), *texts))
-
-norms = {}
-for row in measured["rows"] if measured else []:
-    norms.setdefault((row["method"], row["target"], row["rank"]), []).append(row)
-
-
-def mean_norm(name, method, target, rank=0):
-    """The mean over the layers."""
-    return statistics.mean(row[name] for row in norms[method, target, rank])
-
-
-NORMS = {"l1": "‖W‖₁", "l1_std": "σ(‖W‖₁)", "nuclear": "‖W‖_Nuc"}
-titles = {f"{symbol} of {target}": (name, target) for name, symbol in NORMS.items() for target in ("ih", "hh")}
-for ending in ("png", "pdf") if measured else ():
-    norm_curves(
-        {
-            title: {
-                method: [(rank, mean_norm(name, method, target, rank)) for rank in RANKS if (method, target, rank) in norms]
-                for method in METHODS
-            }
-            for title, (name, target) in titles.items()
-        },
-        {title: mean_norm(name, "dense", target) for title, (name, target) in titles.items()},
-        arguments.pictures / f"norms.{ending}",
-    )
-for ending in ("png", "pdf"):
-    quality_curves(
-        {
-            target: {
-                method: [
-                    (rank, untuned[method, target, rank]["perplexity"])
-                    for rank in RANKS
-                    if (method, target, rank) in untuned
-                ]
-                for method in METHODS
-            }
-            for target in TARGETS
-        },
-        dense["perplexity"],
-        arguments.pictures / f"perplexity.{ending}",
-        x_label="rank",
-        y_label="test perplexity",
-    )
+def millions(count):
+    return f"{count / 1e6:.2f}M"
 
 
 def verdict(outcomes):
@@ -160,122 +116,318 @@ def verdict(outcomes):
     return f"**{word}** ({sum(outcomes)} of {len(outcomes)} comparisons)"
 
 
-pairs = [(method, rank) for method, rank in itertools.product(METHODS, RANKS)]
-hh_against_ih = [
-    untuned[method, "hh", rank]["perplexity"] < untuned[method, "ih", rank]["perplexity"]
-    for method, rank in pairs
-    if {(method, "hh", rank), (method, "ih", rank)} <= untuned.keys()
-]
-factors_against_pruning = [
-    untuned[method, target, rank]["perplexity"] < untuned["prune", target, rank]["perplexity"]
-    for method, target, rank in cells
-    if method != "prune" and {(method, target, rank), ("prune", target, rank)} <= untuned.keys()
-]
-lost = [
-    f"{method} {target} {rank}"
-    for method, target, rank in cells
-    if method != "prune"
-    and {(method, target, rank), ("prune", target, rank)} <= untuned.keys()
-    and untuned[method, target, rank]["perplexity"] >= untuned["prune", target, rank]["perplexity"]
-]
-smallest = min(RANKS)
-base = dense["perplexity"]
-# A dense model that was not trained to the end gains by tuning too, so that only the tuned one is a fair measure.
-tuned_dense = arguments.tuned / "dense.json"
-tuned_base = json.loads(tuned_dense.read_text(encoding="utf-8"))["perplexity"]["test"] if tuned_dense.exists() else 0.0
-tuned_hh = [
-    entry["perplexity"]["test"] <= tuned_base
-    for cell, entry in tuned.items()
-    if tuned_base and cell[1:] == ("hh", smallest)
-]
-of_spread = of_nuclear = verdict([])
-if measured:
-    spread = [
-        (mean_norm("l1_std", method, target, smallest) < mean_norm("l1_std", "dense", target)) == (method == "prune")
-        for method, target in itertools.product(METHODS, TARGETS)
-    ]
-    nuclear = {target: [row["nuclear"] for row in norms["dense", target, 0]] for target in TARGETS}
-    ratios = [ih / hh for ih, hh in zip(nuclear["ih"], nuclear["hh"], strict=True)]
-    sigma = "; ".join(
-        f"{target}: dense {mean_norm('l1_std', 'dense', target):.3g}, "
-        + ", ".join(f"{method} {mean_norm('l1_std', method, target, smallest):.3g}" for method in METHODS)
-        for target in TARGETS
-    )
-    held = {
-        target: statistics.mean(
-            entry["energy"][str(smallest)] for entry in measured["spectra"] if entry["target"] == target
+class Corpus:
+    """What was measured on one corpus, and what the paper printed of it."""
+
+    def __init__(self, key):
+        self.key = key
+        self.name, printed_key, self.published = CORPORA[key]
+        self.paper = printed[printed_key]
+        self.printed = {(r["method"].replace("pruning", "prune"), r["target"], r["rank"]): r for r in self.paper["rows"]}
+        self.untuned, self.tuned = load_cells(f"{key}_untuned"), load_cells(f"{key}_fine_tuned")
+        self.dense, self.tuned_dense = load(f"{key}_untuned/dense"), load(f"{key}_fine_tuned/dense")
+        self.trained, self.measured, self.speed = load(f"{key}_trained"), load(f"{key}_norms"), load(f"{key}_speed")
+        beyond = list(itertools.product(BEYOND, TARGETS, RANKS))
+        self.cells = CELLS + [cell for cell in beyond if cell in self.untuned]
+        self.norms = {}
+        for row in self.measured["rows"] if self.measured else []:
+            self.norms.setdefault((row["method"], row["target"], row["rank"]), []).append(row)
+
+    def perplexity(self, cell):
+        return self.untuned[cell]["perplexity"]
+
+    def efficiency(self, cell, result):
+        """E(r) of a cell, None where it was not run or saves nothing."""
+        if result is None or cell not in self.untuned or self.untuned[cell]["parameters"] >= self.dense["parameters"]:
+            return None
+        sizes = self.untuned[cell]["parameters"], self.dense["parameters"]
+        return efficiency(on_test(result), self.dense["perplexity"], *sizes, lower=True)
+
+    def row_of(self, cell):
+        paper, found, tuned = self.printed.get(cell, {}), self.untuned.get(cell), self.tuned.get(cell)
+        return (
+            *cell,
+            found and millions(found["parameters"]),
+            *(found and f"{found['perplexity']:.2f}", paper.get("ppl")),
+            *(share(self.efficiency(cell, found)), paper.get("efficiency")),
+            *(tuned and f"{on_test(tuned):.2f}", paper.get("ppl_finetuned")),
+            *(share(self.efficiency(cell, tuned)), paper.get("efficiency_finetuned")),
         )
-        for target in TARGETS
-    }
-    of_spread = f"{verdict(spread)}; {sigma}"
-    of_nuclear = (
-        f"{verdict([1.5 <= ratio <= 2.5 for ratio in ratios])}; ratios "
-        f"{', '.join(f'{ratio:.2f}' for ratio in ratios)}, of their sums {sum(nuclear['ih']) / sum(nuclear['hh']):.2f}; "
-        f"rank {smallest} holds of ‖W‖_F² on average {held['hh']:.1%} (hh) and {held['ih']:.1%} (ih)"
-    )
-claims = [
-    ("Compressing W_h costs less than compressing W_i at the same rank.", verdict(hh_against_ih)),
-    (
-        "Factorisation beats pruning that keeps as many weights.",
-        verdict(factors_against_pruning) + (f"; pruning is ahead at {', '.join(lost)}" if lost else ""),
-    ),
-    (
-        f"At low rank σ(‖W‖₁) falls under pruning and rises under factorisation (r = {smallest}, mean over layers).",
-        of_spread,
-    ),
-    (
-        "The nuclear norm of W_i is about twice that of W_h (a ratio from 1.5 to 2.5, layer by layer).",
-        of_nuclear,
-    ),
-    (
-        f"With fine-tuning, W_h at r = {smallest} costs nothing (no higher a perplexity than the dense model tuned alike).",
-        verdict(tuned_hh),
-    ),
+
+    def rows(self):
+        paper, tuned = self.paper["baseline"]["AWD-LSTM"], self.tuned_dense and on_test(self.tuned_dense)
+        dense = (
+            *("dense", None, None, millions(self.dense["parameters"])),
+            *(f"{self.dense['perplexity']:.2f}", paper["ppl"], None, None),
+            *(tuned and f"{tuned:.2f}", paper.get("ppl_finetuned"), None, None),
+        )
+        return [dense, *map(self.row_of, self.cells)]
+
+    def write_tables(self):
+        texts = [["" if entry is None else str(entry) for entry in row] for row in (HEADER, *self.rows())]
+        with (arguments.pictures / f"{self.key}.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows(texts)
+        # A hash or an underscore would need a backslash; there is none.
+        header, *lines = (" & ".join(line) + r" \\" for line in texts)
+        begin = "\\begin{tabular}{ll" + "r" * (len(HEADER) - 2) + "}"
+        text = "\n".join([begin, r"\hline", header, r"\hline", *lines, r"\hline", r"\end{tabular}", ""])
+        (arguments.pictures / f"{self.key}.tex").write_text(text, encoding="utf-8")
+
+    def curve(self, method, target):
+        cells = [(method, target, rank) for rank in RANKS]
+        return [(cell[-1], self.perplexity(cell)) for cell in cells if cell in self.untuned]
+
+    def draw(self):
+        curves = {
+            target: {method: points for method in (*METHODS, *BEYOND) if (points := self.curve(method, target))}
+            for target in TARGETS
+        }
+        labels = {"x_label": "rank", "y_label": "test perplexity"}
+        picture(quality_curves, f"{self.key}-perplexity", curves, self.dense["perplexity"], **labels)
+        if self.measured:
+            titles = {f"{symbol} of {target}": (name, target) for name, symbol in NORMS.items() for target in ("ih", "hh")}
+            panels = {
+                title: {method: self.norm_curve(name, method, target) for method in METHODS}
+                for title, (name, target) in titles.items()
+            }
+            dense = {title: self.mean_norm(name, "dense", target) for title, (name, target) in titles.items()}
+            picture(norm_curves, f"{self.key}-norms", panels, dense)
+            found = self.measured["spectra"]
+            values = {target: [one["singular_values"] for one in found if one["target"] == target] for target in TARGETS}
+            picture(spectra, f"{self.key}-spectra", values)
+
+    def mean_norm(self, name, method, target, rank=0):
+        """The mean over the layers."""
+        return statistics.mean(row[name] for row in self.norms[method, target, rank])
+
+    def norm_curve(self, name, method, target):
+        ranks = [rank for rank in RANKS if (method, target, rank) in self.norms]
+        return [(rank, self.mean_norm(name, method, target, rank)) for rank in ranks]
+
+    def both(self, one, other):
+        return {one, other} <= self.untuned.keys()
+
+    # ---- the claims ----
+
+    def hh_against_ih(self):
+        pairs = [((method, "hh", rank), (method, "ih", rank)) for method, rank in itertools.product(METHODS, RANKS)]
+        return verdict([self.perplexity(hh) < self.perplexity(ih) for hh, ih in pairs if self.both(hh, ih)])
+
+    def factors_against_pruning(self):
+        ahead = {
+            cell: self.perplexity(cell) < self.perplexity(("prune", *cell[1:]))
+            for cell in CELLS
+            if cell[0] != "prune" and self.both(cell, ("prune", *cell[1:]))
+        }
+        lost = ", ".join(" ".join(map(str, cell)) for cell, won in ahead.items() if not won)
+        return verdict(list(ahead.values())) + (f"; pruning is ahead at {lost}" if lost else "")
+
+    def spread(self):
+        if not self.measured:
+            return verdict([])
+        at = {
+            (method, target): self.mean_norm("l1_std", method, target, SMALLEST)
+            for method, target in itertools.product(METHODS, TARGETS)
+        }
+        dense = {target: self.mean_norm("l1_std", "dense", target) for target in TARGETS}
+        right = [(value < dense[target]) == (method == "prune") for (method, target), value in at.items()]
+        numbers = "; ".join(
+            f"{target}: dense {dense[target]:.3g}, " + ", ".join(f"{method} {at[method, target]:.3g}" for method in METHODS)
+            for target in TARGETS
+        )
+        return f"{verdict(right)}; {numbers}"
+
+    def nuclear(self):
+        if not self.measured:
+            return verdict([])
+        sums = {target: [row["nuclear"] for row in self.norms["dense", target, 0]] for target in TARGETS}
+        ratios = [ih / hh for ih, hh in zip(sums["ih"], sums["hh"], strict=True)]
+        held = {
+            target: statistics.mean(e["energy"][str(SMALLEST)] for e in self.measured["spectra"] if e["target"] == target)
+            for target in TARGETS
+        }
+        told = verdict([1.5 <= ratio <= 2.5 for ratio in ratios])
+        return (
+            f"{told}; ratios {', '.join(f'{ratio:.2f}' for ratio in ratios)}, of their sums "
+            f"{sum(sums['ih']) / sum(sums['hh']):.2f}; rank {SMALLEST} holds of ‖W‖_F² on average {held['hh']:.1%} (hh) "
+            f"and {held['ih']:.1%} (ih)"
+        )
+
+    def tuning(self):
+        # A dense model that was not trained to the end gains by tuning too, so that only the tuned one is a fair measure.
+        base = self.tuned_dense and on_test(self.tuned_dense)
+        at = [on_test(found) for cell, found in self.tuned.items() if cell[1:] == ("hh", SMALLEST)]
+        return verdict([value <= base for value in at] if base else [])
+
+    # ---- the page ----
+
+    def training(self):
+        """What was trained, and how far it is from the paper's."""
+        found, paper = self.trained, self.paper["baseline"]["AWD-LSTM"]["ppl"]
+        how = TRAINING.get(self.key, "was trained in a way that is not recorded")
+        if found:
+            config, size = found["config"], f"{millions(found['parameters'])} parameters"
+            if "sizes" in found:
+                size += " (embedding {embedding_size}, hidden {hidden_size}; the paper's: 400, 1150)".format(
+                    **found["sizes"]
+                )
+            how = (
+                f"has {size} and was trained on {config['corpus'] or config['text']} for {found['epochs']} epochs by "
+                f"{OPTIMIZERS[config['optimizer']]} in {config['dtype']}, with dropout at {config['dropout']:g} of the "
+                f"published rates, in {found['seconds'] / 60:.0f} minutes on {config['device']} "
+                f"({found['provenance']['processor']})"
+            )
+        base = self.dense["perplexity"]
+        far = (
+            "So our perplexities and the printed ones cannot be compared with each other; the changes from dense to "
+            "compressed say which method, matrix and rank cost more, for this model. Whether they are the same for one "
+            "that was trained to the end is open."
+        )
+        near = "Our perplexities can be compared with the printed ones."
+        return (
+            f"The dense model {how}. It has a test perplexity of {base:.2f}; the published AWD-LSTM has {self.published}, "
+            f"the paper's {paper}. {near if base < 1.1 * paper else far}"
+        )
+
+    def coverage(self):
+        missing = [" ".join(map(str, cell)) for cell in CELLS if cell not in self.untuned]
+        yield (
+            f"Without fine-tuning, {len(CELLS) - len(missing)} of {len(CELLS)} cells have been run"
+            + (f"; missing: {', '.join(missing)}." if missing else ".")
+        )
+        printed_tuned = sum("ppl_finetuned" in row for row in self.printed.values())
+        run = ", ".join(f"{' '.join(map(str, cell))} ({found['epochs']} epochs)" for cell, found in self.tuned.items())
+        if run:
+            yield f"{len(self.tuned)} cells were fine-tuned, of {printed_tuned} that are printed: {run}."
+        elif printed_tuned:
+            yield f"None of the printed table's {printed_tuned} fine-tuned cells has been run; their columns are empty."
+
+    def section(self):
+        text = f"## {self.name}\n\n{markdown(HEADER, self.rows(), left=3)}\n\n"
+        text += f"Also as [CSV]({folder}/{self.key}.csv) and [LaTeX]({folder}/{self.key}.tex).\n\n"
+        return text + f"![Perplexity against rank, {self.name}]({folder}/{self.key}-perplexity.png)"
+
+    def norms_section(self):
+        if not self.measured:
+            return (
+                f"The norms of the paper's second figure, on which claims 3 and 4 rest, were not measured on {self.name} "
+                "(`recipes/norms.py`)."
+            )
+        return f"""## Norms and spectra, {self.name}
+
+Means over the layers; σ is the standard deviation of the column sums. The paper prints it without 1/n and root, which is
+`l1_spread` in `results/`; the scale of its axes is not known.
+
+![Norms against rank]({folder}/{self.key}-norms.png)
+
+![Singular values, and the energy that they hold, against rank]({folder}/{self.key}-spectra.png)"""
+
+    def results(self):
+        """All that was read, for the commits."""
+        single = (self.dense, self.tuned_dense, self.trained, self.measured, self.speed)
+        return [*filter(None, single), *self.untuned.values(), *self.tuned.values()]
+
+
+def controls():
+    """The table of controls on Penn Treebank, what is missing in it, and what was read."""
+    rows, missing, read = [], [], []
+    for name, path, key in CONTROLS:
+        paper, found = printed["penn_treebank"]["baseline"].get(key, {}), load(f"ptb_{path}")
+        parameters = f"{paper['params_millions']}M" if paper else None
+        if found is None:
+            missing.append(name)
+            rows.append((name, None, None, None, None, parameters, paper.get("ppl")))
+            continue
+        read.append(found)
+        size = found.get("bytes", 4 * found["parameters"]) / 1e6
+        numbers = millions(found["parameters"]), f"{size:.1f}", found.get("epochs"), f"{on_test(found):.2f}"
+        rows.append((name, *numbers, parameters, paper.get("ppl")))
+    header = ("model", "parameters", "MB", "epochs trained", "perplexity", "printed parameters", "printed")
+    return markdown(header, rows), missing, read
+
+
+def speed(result):
+    """The table of how much faster hh as SVD factors makes the model."""
+    paper = printed["penn_treebank"]["speedup"]
+    rows = [
+        (
+            *("LSTM layers" if row["scope"] == "layers" else "whole model", row["steps"], row["batch"], rank),
+            *(f"{ratios['fused']:.2f}x", f"{ratios['plain PyTorch']:.2f}x", share(paper.get(f"svd hh {rank}"), "{:.2f}x")),
+        )
+        for row in result["rows"]
+        for rank, ratios in ((int(name.split()[1]), ratios) for name, ratios in row["faster"].items())
+    ]
+    return f"""How many times faster hh as SVD factors makes the model than the better of PyTorch's two engines for a dense
+`nn.LSTM`, oneDNN and its own, on one thread; T time steps, B sequences. Of the printed speed neither hardware nor batch is
+known; the paper also tells of about 1.5x at little loss.
+
+{markdown(("timed", "T", "B", "rank", "fused kernel", "plain PyTorch", "printed"), rows)}"""
+
+
+everything = [Corpus(key) for key in CORPORA]
+corpora, ptb = [corpus for corpus in everything if corpus.dense], everything[0]
+for corpus in corpora:
+    corpus.write_tables()
+    corpus.draw()
+
+
+def over_corpora(claim):
+    """A claim's verdicts, with the corpus where there are several."""
+    return "; ".join(f"{corpus.name}: {claim(corpus)}" if len(corpora) > 1 else claim(corpus) for corpus in corpora)
+
+
+CLAIMS = {
+    "Compressing W_h costs less than compressing W_i at the same rank.": Corpus.hh_against_ih,
+    "Factorisation beats pruning that keeps as many weights.": Corpus.factors_against_pruning,
+    f"At low rank σ(‖W‖₁) falls under pruning and rises under factorisation (r = {SMALLEST}, mean over "
+    "layers).": Corpus.spread,
+    "The nuclear norm of W_i is about twice that of W_h (a ratio from 1.5 to 2.5, layer by layer).": Corpus.nuclear,
+    f"With fine-tuning, W_h at r = {SMALLEST} costs nothing (no higher a perplexity than the dense model tuned "
+    "alike).": Corpus.tuning,
+}
+numbered = "\n".join(f"{index}. {claim} {over_corpora(found)}" for index, (claim, found) in enumerate(CLAIMS.items(), 1))
+of_controls, without, control_results = controls()
+absent = [corpus.name for corpus in everything if not corpus.dense] + without
+absent += [] if ptb.speed else ["the speed claim (2.13x at r = 10)"]
+trained = [f"- {corpus.name}: {corpus.training()}\n  " + "\n  ".join(corpus.coverage()) for corpus in corpora]
+trained += [f"- Not run: {'; '.join(absent)}."] if absent else []
+pictures = f"""## Heatmaps
+
+|W| of a layer's matrices on Penn Treebank, block by block (the largest entry of each), rows by gate; beside it the product
+of its SVD factors, and what pruning leaves with as many weights. Marked are the rows and columns with the largest sums.
+
+![hh, its low-rank product, and pruned]({folder}/heatmap-hh.png)
+
+![ih, its low-rank product, and pruned]({folder}/heatmap-ih.png)"""
+sections = [
+    *(corpus.section() for corpus in corpora),
+    """E(r) = R(M, M') / R(P, P') where the perplexity rises, R(M, M') / (1 - R(P, P')) where it falls; R is the relative
+change against the dense model as it came, P the parameters of the whole model. The paper applies it unevenly: on Penn
+Treebank from a dense base of 59.0 and, for SVD without fine-tuning, without dividing by R(P, P'). A matrix whose factors
+would be no smaller stays dense: at the paper's sizes and rank 400 those of 4600 x 400 and 1600 x 400.""",
+    f"""## Controls, Penn Treebank
+
+{of_controls}
+
+Both int8 models keep all of ih and hh so. The smaller dense AWD-LSTM has as many parameters as factors of rank 10 at hh
+leave, and is trained from scratch, as the TT-LSTM is. The paper does not say which matrices that keeps as tensor trains,
+nor their ranks; ours has three cores for each ih and hh, and as many parameters in all as theirs.""",
+    *([f"## Speed\n\n{speed(ptb.speed)}"] if ptb.speed else []),
+    *(corpus.norms_section() for corpus in corpora),
+    *([pictures] if (DRAWN / "heatmap-hh.png").exists() else []),
 ]
-commits = sorted(
-    {
-        entry["provenance"]["commit"]
-        for entry in (dense, *([measured] if measured else []), *untuned.values(), *tuned.values())
-    }
-)
-tuned_cells = (
-    f"{len(tuned)} of the printed table's {len(theirs)} cells were fine-tuned: "
-    + ", ".join(f"{' '.join(map(str, cell))} ({entry['epochs']} epochs)" for cell, entry in tuned.items())
-    if tuned
-    else f"None of the printed table's {len(theirs)} fine-tuned cells has been run; their columns are empty"
-)
-absent = f"; missing: {', '.join(missing)}" if missing else ""
-folder = (
-    arguments.pictures.relative_to(arguments.page.parent)
-    if arguments.pictures.is_relative_to(arguments.page.parent)
-    else arguments.pictures
-)
-of_norms = (
-    f"""## Norms
-
-Means over the three layers; σ is the standard deviation of the column sums. The paper prints it without 1/n and root, which
-is `l1_spread` in `results/`; the scale of its axes is not known.
-
-![Norms against rank]({folder}/norms.png)"""
-    if measured
-    else "The norms of the paper's second figure, on which claims 3 and 4 rest, were not measured (`recipes/norms.py`)."
-)
-numbered = "\n".join(f"{index}. {claim} {found}" for index, (claim, found) in enumerate(claims, 1))
+commits = {result["provenance"]["commit"] for result in [*control_results, *(r for c in corpora for r in c.results())]}
+body, lines = "\n\n".join(sections), "\n".join(trained)
 arguments.page.write_text(
-    f"""# The paper's language model, reproduced
+    f"""# The paper's language models, reproduced
 
 Winata et al., *On the Effectiveness of Low-Rank Matrix Factorization for LSTM Model Compression* (PACLIC 2019, arXiv
-1908.09982), on Penn Treebank. This page is generated by `python recipes/paper.py` from the files in `results/`.
+1908.09982), on Penn Treebank and WikiText-2. This page is generated by `python recipes/paper.py` from the files in
+`results/`.
 
 ## What was trained, and what was not
 
-- {TRAINING}.
-  It has a test perplexity of {base:.2f}; the published AWD-LSTM has 58.8, the paper's {baseline["ppl"]}. So our
-  perplexities and the printed ones cannot be compared with each other; the changes from dense to compressed say which
-  method, matrix and rank cost more, for this model. Whether they are the same for one that was trained to the end is open.
-- Without fine-tuning, {len(cells) - len(missing)} of {len(cells)} cells have been run{absent}.
-- {tuned_cells}.
-- Not run: WikiText-2, the TT-LSTM baseline, the speed claim (2.13x at r = 10).
+{lines}
 
 ## The claims, from our numbers alone
 
@@ -284,20 +436,9 @@ part between.
 
 {numbered}
 
-## Penn Treebank
+{body}
 
-{table}
-
-E(r) = R(M, M') / R(P, P') where the perplexity rises, R(M, M') / (1 - R(P, P')) where it falls; R is the relative change
-against the dense model as it came, P the parameters of the whole model. The paper applies it unevenly: from a dense base of
-59.0 and, for SVD without fine-tuning, without dividing by R(P, P'). A matrix whose factors would be no smaller stays dense:
-at rank 400 those of 4600 x 400 and 1600 x 400. Also as [CSV]({folder}/ptb.csv) and [LaTeX]({folder}/ptb.tex).
-
-![Perplexity against rank]({folder}/perplexity.png)
-
-{of_norms}
-
-Measured at {", ".join(map(str, commits))}; processor and versions stand in every file.
+Measured at {", ".join(sorted(map(str, commits)))}; processor and versions stand in every file.
 """,
     encoding="utf-8",
 )

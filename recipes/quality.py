@@ -20,12 +20,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.nn.functional import cross_entropy
 
 import slimlstm as sl
 from slimlstm.calibrate import Calibration
 from slimlstm.data import CORPORA, Vocabulary, read_text, read_words
-from slimlstm.evaluate import perplexity
+from slimlstm.evaluate import NextTokens, perplexity, pieces
 from slimlstm.models.awd_lstm import load_awd_lstm
 from slimlstm.models.embedded import embedded_model, encode
 from slimlstm.plan import WEIGHTED
@@ -56,24 +55,6 @@ tokens = read(arguments.split)[: arguments.evaluate]
 size = 4 * sum(site.shape[0] * site.shape[1] for site in sl.find_sites(dense))
 
 
-class NextWords:
-    """The losses of pieces of text (where they start, tokens); the state is carried from piece to piece."""
-
-    state = None
-
-    def __call__(self, model, batch):
-        start, piece = batch
-        logits, state = model(piece[:-1], self.state if start else None)
-        self.state = [(h.detach(), c.detach()) for h, c in state]
-        return cross_entropy(logits.flatten(0, 1), piece[1:].flatten(), reduction="none")
-
-    def state_dict(self):
-        return {"state": self.state}
-
-    def load_state_dict(self, state):
-        self.state = state["state"]
-
-
 def config_of(method, keep):
     kind, _, variant = method.partition("-")
     if kind == "prune":
@@ -89,10 +70,8 @@ def write(name, result):
     path.with_suffix(".part").replace(path)
 
 
-length = arguments.tokens // STREAMS
-text = read("train")[: length * STREAMS].view(STREAMS, length).t().contiguous()
-batches = [(start, text[start : start + STEPS + 1]) for start in range(0, length - 1, STEPS)]
-loss = NextWords()
+batches = pieces(read("train")[: arguments.tokens], streams=STREAMS, steps=STEPS)
+loss = NextTokens()
 kept = arguments.output / "calibration.safetensors"  # large, and ignored by git
 seconds = 0.0
 if not kept.exists():

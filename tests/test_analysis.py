@@ -1,15 +1,19 @@
 """The equations of the paper's norms, spectra and efficiency."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from slimlstm import SlimLSTMError
-from slimlstm.analysis import efficiency, energy, norms
-from slimlstm.plots import norm_curves
+from slimlstm.analysis import block_maxima, efficiency, energy, norms, salient_lines
+from slimlstm.models.awd_lstm import AWDLSTM, AWDLSTMConfig
+from slimlstm.plots import norm_curves, spectra
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,8 +70,132 @@ def test_norms_are_drawn(tmp_path):
         norm_curves(panels, dict.fromkeys(titles, 2.5), tmp_path / "norms.nothing")
 
 
+def test_block_maxima_by_hand():
+    matrix = torch.tensor([[1.0, -2.0, 0.0, 3.0], [0.0, 0.0, -5.0, 0.0], [4.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, -1.0]])
+    assert block_maxima(matrix, 2, 2, groups=2).tolist() == [[2.0, 5.0], [4.0, 1.0]]
+    assert torch.equal(block_maxima(matrix, 9, 9, groups=1), matrix.abs())
+    assert torch.equal(block_maxima(matrix.T, 9, 9), matrix.T.abs())
+
+
+def test_no_block_reaches_over_the_border_of_a_gate():
+    gates = torch.arange(1.0, 5.0).repeat_interleave(7)[:, None].expand(28, 5)
+    assert block_maxima(gates, 11, 3).tolist() == [[gate] * 3 for gate in (1.0, 1.0, 2.0, 2.0, 3.0, 3.0, 4.0, 4.0)]
+
+
+@pytest.mark.parametrize(("rows", "columns", "groups"), [(3, 2, 4), (4, 0, 4), (4, 2, 3), (4, 2, 0)])
+def test_pictures_that_cannot_be_are_refused(rows, columns, groups):
+    with pytest.raises(SlimLSTMError, match="8 rows in"):
+        block_maxima(torch.ones(8, 3), rows, columns, groups)
+
+
+def test_salient_lines_by_hand():
+    matrix = torch.ones(4, 10)
+    matrix[2] *= -5.0
+    matrix[:, 7] *= 3.0
+    found = salient_lines(matrix, 0.1)
+    # Rows sum to 12, 12, 60, 12, columns to 8, and one to 24.
+    assert (found.rows, found.columns) == ((2,), (7,))
+    assert (found.rows_hold, found.columns_hold) == pytest.approx((60 / 96, 24 / 96))
+    assert salient_lines(torch.ones(20, 40), 0.05).columns_hold == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(("matrix", "share"), [(torch.zeros(2, 2), 0.5), (torch.ones(2, 2), 0.0), (torch.ones(2, 2), 1.1)])
+def test_lines_of_nothing_are_refused(matrix, share):
+    with pytest.raises(SlimLSTMError, match="no largest ones"):
+        salient_lines(matrix, share)
+
+
+def test_spectra_are_drawn(tmp_path):
+    spectra({"hh": [[2.0, 1.0, 0.5], [1.0, 0.1]], "ih": [[3.0, 3.0]]}, tmp_path / "spectra.png")
+    assert (tmp_path / "spectra.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SlimLSTMError, match="without a positive value"):
+        spectra({"hh": [[0.0, 0.0]]}, tmp_path / "spectra.png")
+
+
+def test_matrices_are_drawn_from_a_trained_model(tmp_path):
+    torch.manual_seed(0)
+    model = AWDLSTM(AWDLSTMConfig(11, embedding_size=8, hidden_size=12))
+    weights = {name: tensor.detach() for name, tensor in model.state_dict().items() if name != "decoder.weight"}
+    save_file(weights, tmp_path / "model.safetensors")
+    command = [sys.executable, ROOT / "recipes" / "heatmaps.py", "--model", tmp_path, "--rank", "2", "--output", tmp_path]
+    subprocess.run(command, check=True)
+    for target in ("hh", "ih"):
+        assert (tmp_path / f"heatmap-{target}.png").read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / f"heatmap-{target}.pdf").read_bytes().startswith(b"%PDF")
+
+
 def test_the_page_about_the_paper_says_what_the_results_do(tmp_path):
     options = ("--pictures", tmp_path / "paper", "--page", tmp_path / "reproduction.md")
     subprocess.run([sys.executable, ROOT / "recipes" / "paper.py", *options], check=True)
     for name in ("reproduction.md", "paper/ptb.csv", "paper/ptb.tex"):
         assert (tmp_path / name).read_text(encoding="utf-8") == (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Made-up results of everything that the page can tell of, beside those on Penn Treebank that are there."""
+    folder = tmp_path / "results"
+    shutil.copytree(ROOT / "results" / "ptb_untuned", folder / "ptb_untuned")
+    origin = {"provenance": {"commit": "abc", "processor": "a processor"}}
+    control = {"perplexity": {"valid": 9.0, "test": 170.25}, "parameters": 12_000_000, "epochs": 8}
+    cell = {"perplexity": 70.0, "parameters": 20_000_000}
+    trained = {
+        **{"sizes": {"embedding_size": 400, "hidden_size": 650}, "parameters": 30_000_000, "epochs": 5, "seconds": 600.0},
+        "config": {"corpus": "wikitext-2", "optimizer": "adamw", "dtype": "bfloat16", "dropout": 0.5, "device": "cpu"},
+    }
+    matrices = [
+        (method, target, rank) for method in ("svd", "semi-nmf", "prune") for target in ("hh", "ih") for rank in (10, 50)
+    ]
+    numbers = {"l1": 1.0, "l1_std": 0.5, "l1_spread": 2.0, "nuclear": 3.0, "layer": 0}
+    norms = {
+        "rows": [
+            {"method": method, "target": target, "rank": rank, **numbers}
+            for method, target, rank in [("dense", "hh", 0), ("dense", "ih", 0), *matrices]
+        ],
+        "spectra": [
+            {"target": target, "layer": 0, "singular_values": [2.0, 1.0], "energy": {"10": 0.25}} for target in ("hh", "ih")
+        ],
+    }
+    speed = {
+        "scope": "layers",
+        **{"steps": 35, "batch": 20, "faster": {"rank 10": {"fused": 3.5, "plain PyTorch": 1.75}}},
+    }
+    for name, result in {
+        "ptb_untuned/int8": {**cell, "bytes": 36_000_000},
+        "ptb_controls/ptb-tensor-train": control,
+        "ptb_speed": {"rows": [speed]},
+        "wikitext2_untuned/dense": {"perplexity": 66.0, "parameters": 30_000_000},
+        "wikitext2_untuned/svd-hh-010": cell,
+        "wikitext2_untuned/svd-ih-010": {**cell, "perplexity": 90.0},
+        "wikitext2_untuned/fisher-ih-400": {**cell, "parameters": 30_000_000},
+        "wikitext2_trained": trained,
+        "wikitext2_norms": norms,
+    }.items():
+        path = folder / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(result | origin), encoding="utf-8")
+    return folder
+
+
+def test_the_page_tells_of_all_that_is_there_and_what_is_missing(results, tmp_path):
+    options = ("--results", results, "--pictures", tmp_path / "paper", "--page", tmp_path / "page.md")
+    subprocess.run([sys.executable, ROOT / "recipes" / "paper.py", *options], check=True)
+    page = (tmp_path / "page.md").read_text(encoding="utf-8")
+    for line in (
+        "| TT-LSTM | 12.00M | 48.0 | 8 | 170.25 | 12M | 168.6 |",
+        "| int8, this library | 20.00M | 36.0 |  | 70.00 |  |  |",
+        "| LSTM layers | 35 | 20 | 10 | 3.50x | 1.75x | 2.13x |",
+        # (70 - 66) / 66 of the perplexity for a third of the parameters; where none is saved there is no E(r).
+        "| svd | hh | 10 | 20.00M | 70.00 | 99.92 | 0.182 | 62.49 |  |  |  |  |",
+        "| fisher | ih | 400 | 30.00M | 70.00 |  |  |  |  |  |  |  |",
+    ):
+        assert line in page.splitlines()
+    assert "WikiText-2: **holds** (1 of 1 comparisons)" in page
+    assert "has 30.00M parameters (embedding 400, hidden 650; the paper's: 400, 1150) and was trained" in page
+    assert "on wikitext-2 for 5 epochs by AdamW with one cycle in bfloat16, with dropout at 0.5" in page
+    assert "10 minutes on cpu (a processor). It has a test perplexity of 66.00" in page
+    assert "WikiText-2, were not measured" not in page
+    assert "- Not run: hh as SVD factors of rank 10, fine-tuned; int8, PyTorch's dynamic quantisation; a smaller" in page
+    for name in ("ptb-perplexity", "wikitext2-perplexity", "wikitext2-norms", "wikitext2-spectra"):
+        assert (tmp_path / "paper" / f"{name}.png").exists()
+    assert "wikitext2-spectra.png" in page

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from slimlstm import SlimLSTMError, bench
 from slimlstm.bench import interleaved_seconds, median_ratios
 from slimlstm.data import Vocabulary, read_words
-from slimlstm.evaluate import Perplexity, perplexity
+from slimlstm.evaluate import NextTokens, Perplexity, perplexity, pieces
 from slimlstm.models.awd_lstm import AWDLSTM, AWDLSTMConfig, load_awd_lstm
 
 V = 7
@@ -89,6 +89,34 @@ def test_a_language_model_reads_a_text_in_calls_as_it_does_at_once():
     expected = -logits[:, 0].double().log_softmax(-1).gather(1, tokens[1:, None]).mean()
     for steps in (1, 7, 59):
         assert perplexity(model.train(), tokens, streams=1, steps=steps).loss == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_the_losses_of_the_pieces_of_a_text_are_those_of_the_whole():
+    model, tokens = AWDLSTM(AWDLSTMConfig(V, 5, 6, 2)).eval(), torch.randint(V, (62,))
+    whole, parts = NextTokens(), NextTokens()
+    with torch.no_grad():
+        (one,) = pieces(tokens, streams=3, steps=19)
+        losses = [parts(model, piece) for piece in pieces(tokens, streams=3, steps=7)]
+        assert [len(entry) for entry in losses] == [21, 21, 15]
+        torch.testing.assert_close(torch.cat(losses), whole(model, one))
+    assert float(torch.cat(losses).mean()) == pytest.approx(perplexity(model, tokens, streams=3).loss, rel=1e-6)
+
+
+def test_the_state_between_pieces_can_be_kept_and_given_back():
+    model, (first, second) = AWDLSTM(AWDLSTMConfig(V, 5, 6, 2)).eval(), pieces(torch.randint(V, (30,)), streams=2, steps=7)
+    loss = NextTokens()
+    loss(model, first)
+    kept = loss.state_dict()
+    expected = loss(model, second)
+    assert not torch.equal(loss(model, second), expected)
+    loss.load_state_dict(kept)
+    assert torch.equal(loss(model, second), expected)
+
+
+@pytest.mark.parametrize(("streams", "steps"), [(0, 1), (1, 0), (9, 5)])
+def test_pieces_that_cannot_be_are_refused(streams, steps):
+    with pytest.raises(SlimLSTMError, match="10 tokens cannot be read"):
+        pieces(torch.arange(10), streams=streams, steps=steps)
 
 
 def test_a_loss_beyond_all_bounds_is_still_a_number():

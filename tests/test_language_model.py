@@ -1,6 +1,7 @@
 """The program that trains language models: it learns, survives kill -9, and shares its work out among processes."""
 
 import json
+import math
 import os
 import signal
 import socket
@@ -90,8 +91,9 @@ def test_training_learns_the_text(trained):
 
 
 RUNS = {
-    "training": ("--optimizer", "adamw", "--epochs", "3"),
+    "training": ("--optimizer", "adamw", "--epochs", "3", "--half"),
     "factors": ("--optimizer", "asgd", "--lr", "1", "--epochs", "3", "--compress", "svd", "--rank", "2"),
+    "trains": ("--optimizer", "adamw", "--lr", "0.1", "--dropout", "0.1", "--epochs", "2", "--tensor-train", "0.5"),
     "masks": ("--optimizer", "asgd", "--lr", "1", "--epochs", "3", "--compress", "prune", "--rank", "2"),
 }
 
@@ -117,6 +119,16 @@ def test_a_killed_run_ends_with_the_same_files(text, trained, tmp_path, name):
     if name == "masks":
         pruned = sl.load(tmp_path / "parts" / "compressed", load_awd_lstm(trained)).lstms[0].weight_hh_l0
         assert int((pruned != 0).sum()) == 2 * sum(pruned.shape)
+    if name == "training":
+        assert expected[0].keys() == {Path("model-00001-of-00001.safetensors")}
+        assert load_awd_lstm(tmp_path / "parts").config.hidden_size == 12
+    if name == "trains":
+        weights = load_file(tmp_path / "parts" / "model.safetensors")
+        cores = [weights[f"lstms.0.parametrizations.weight_ih_l0.original{index}"] for index in range(3)]
+        assert expected[1][-1]["valid_loss"] < 0.9 * math.log(6)
+        # 48 = 4 * 3 * 4 and 8 = 2 * 2 * 2; half of its parameters, or nearly so.
+        assert [core.shape[1:3] for core in cores] == [(4, 2), (3, 2), (4, 2)]
+        assert 0.3 * 48 * 8 < sum(core.numel() for core in cores) <= 0.5 * 48 * 8
     if name == "factors":
         factored = sl.load(tmp_path / "parts" / "compressed", load_awd_lstm(trained))
         assert {site.rank for site in sl.find_sites(factored) if site.name.startswith("weight_hh")} == {2}
@@ -164,11 +176,28 @@ def test_a_cluster_finds_what_one_machine_does_and_a_killed_sweep_goes_on(text, 
     assert cells(tmp_path / "many") == cells(tmp_path / "one")
 
 
-def test_every_cell_of_a_sweep_is_fine_tuned(text, trained, tmp_path):
-    options = ["--ranks", "2", "--targets", "hh", "--tune", "--optimizer asgd --lr 1 --epochs 1 --streams 4 --bptt 10"]
-    command = [*SWEEP, "--model", trained, "--text", text, "--output", tmp_path, *options]
-    subprocess.run([str(part) for part in command], env=ENVIRONMENT, check=True)
-    assert cells(tmp_path).keys() == {"dense.json", "svd-hh-002.json"}
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+def test_every_cell_of_a_sweep_is_fine_tuned_and_a_killed_one_goes_on(text, trained, tmp_path):
+    tuning = "--optimizer asgd --lr 1 --epochs 1 --streams 4 --bptt 10 --checkpoint-seconds 0.1"
+    options = ["--ranks", "2", "--targets", "hh", "--tune", tuning, "--model", trained, "--text", text]
+    whole, parts = ([str(part) for part in (*SWEEP, *options, "--output", tmp_path / name)] for name in ("one", "two"))
+    subprocess.run(whole, env=ENVIRONMENT, check=True)
+    # Its own session, so that the program that tunes dies with it.
+    process = subprocess.Popen(parts, env=ENVIRONMENT, start_new_session=True)
+    until = time.monotonic() + 60.0
+    while not (tmp_path / "two" / "dense" / "checkpoint.safetensors").exists() and time.monotonic() < until:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the sweep ended before it could be killed"
+    assert not list((tmp_path / "two").glob("*.json"))
+    subprocess.run(parts, env=ENVIRONMENT, check=True)
+    assert cells(tmp_path / "one").keys() == {"dense.json", "svd-hh-002.json"}
+    assert cells(tmp_path / "two") == cells(tmp_path / "one")
+    for cell in ("dense", "svd-hh-002"):
+        found, expected = (outcome(tmp_path / name / cell) for name in ("two", "one"))
+        for weights, *_ in (found, expected):
+            del weights[Path("checkpoint.safetensors")]
+        assert_same(found, expected)
 
 
 def test_other_settings_are_refused(text, tmp_path):
@@ -194,3 +223,68 @@ def test_the_published_layout_is_read(tmp_path):
     save_file({name: tensor.detach().contiguous() for name, tensor in published.items()}, tmp_path / "model.safetensors")
     tokens = torch.arange(8).view(4, 2)
     assert torch.equal(load_awd_lstm(tmp_path)(tokens)[0], model(tokens)[0])
+
+
+def test_speed_is_told_of_outputs_that_were_checked(trained, tmp_path):
+    command = [sys.executable, RECIPE.with_name("speed.py"), "--model", trained, "--output", tmp_path / "speed.json"]
+    command += ["--ranks", "2", "3", "--steps", "5", "1", "--batch", "1", "3", "--seconds", "0.001"]
+    subprocess.run([str(part) for part in command], env=ENVIRONMENT, check=True)
+    result = json.loads((tmp_path / "speed.json").read_text(encoding="utf-8"))
+    assert len(result["rows"]) == 8
+    for row in result["rows"]:
+        assert set(row["candidates"]) == {
+            *("PyTorch oneDNN", "PyTorch native"),
+            *(f"{backend} rank {rank}" for backend in ("fused", "reference", "dense") for rank in (2, 3)),
+        }
+        assert all(one["error"] < 1e-5 for one in row["candidates"].values())
+        times = {name: one["microseconds"] for name, one in row["candidates"].items()}
+        dense = min(times["PyTorch oneDNN"], times["PyTorch native"])
+        for name, ratios in row["faster"].items():
+            assert ratios["fused"] == pytest.approx(dense / times[f"fused {name}"])
+            plain = min(times[f"reference {name}"], times[f"dense {name}"])
+            assert ratios["plain PyTorch"] == pytest.approx(dense / plain)
+
+
+def test_calibrated_and_quantised_cells_beside_the_papers(text, trained, tmp_path):
+    methods = ("activation", "fisher", "int8", "pytorch-int8")
+    command = [*SWEEP, "--methods", *methods, "--calibrate", "1200", "--targets", "hh", "--ranks", "2"]
+    command += ["--model", trained, "--text", text, "--output", tmp_path]
+    subprocess.run([str(part) for part in command], env=ENVIRONMENT, check=True)
+    names = ("activation-hh-002", "dense", "fisher-hh-002", "int8", "pytorch-int8")
+    assert list(cells(tmp_path)) == [f"{name}.json" for name in names]
+    found = {name: json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8")) for name in names}
+    for name in ("activation-hh-002", "fisher-hh-002"):
+        assert {site["rank"] for site in found[name]["sites"]} == {2}
+        assert found[name]["config"]["calibration_tokens"] == 1200
+        assert found[name]["parameters"] < found["dense"]["parameters"]
+    matrices = sum(site.shape[0] * site.shape[1] for site in sl.find_sites(load_awd_lstm(trained)))
+    assert found["pytorch-int8"]["bytes"] == found["dense"]["bytes"] - 3 * matrices
+    for name in ("int8", "pytorch-int8"):
+        assert found[name]["bytes"] < found["dense"]["bytes"]
+        assert found[name]["loss"] == pytest.approx(found["dense"]["loss"], rel=0.02)
+        assert found[name]["loss"] != found["dense"]["loss"]
+    first = (tmp_path / "calibration.safetensors").stat().st_mtime_ns
+    (tmp_path / "fisher-hh-002.json").unlink()
+    subprocess.run([str(part) for part in command], env=ENVIRONMENT, check=True)
+    assert (tmp_path / "calibration.safetensors").stat().st_mtime_ns == first
+    again = json.loads((tmp_path / "fisher-hh-002.json").read_text(encoding="utf-8"))
+    assert again["loss"] == found["fisher-hh-002"]["loss"]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A text of 10,000 words, as Penn Treebank has."""
+    folder = tmp_path_factory.mktemp("wide")
+    for split, count in (("train", 9999), ("valid", 60), ("test", 60)):
+        (folder / f"{split}.txt").write_text(" ".join(f"w{index}" for index in range(count)) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(("config", "millions"), [("ptb-13m", 13.1366), ("ptb-tensor-train", 12.0)])
+def test_controls_are_as_large_as_what_they_are_compared_with(wide, tmp_path, config, millions):
+    options = ("--config", config, "--streams", "2", "--bptt", "5", "--max-minutes", "0")
+    told = subprocess.run(
+        [sys.executable, *command(wide, tmp_path, *options)], env=ENVIRONMENT, check=True, capture_output=True, text=True
+    )
+    line = next(line for line in told.stdout.splitlines() if line.endswith(" parameters"))
+    assert int(line.removesuffix(" parameters").replace(",", "")) / 1e6 == pytest.approx(millions, rel=1e-3)

@@ -1,15 +1,17 @@
+import json
+import re
 from dataclasses import astuple
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
 from slimlstm import LowRank, Prune, SlimLSTMError, compress_
 from slimlstm.evaluate import perplexity
 from slimlstm.models import embedded
-from slimlstm.models.awd_lstm import AWDLSTM, AWDLSTMConfig, config_of, load_awd_lstm, locked_dropout
+from slimlstm.models.awd_lstm import AWDLSTM, AWDLSTMConfig, config_of, load_awd_lstm, locked_dropout, save_awd_lstm
 
 V, E, H, LAYERS, T, B = 11, 6, 8, 3, 7, 4
 DRY = AWDLSTMConfig(V, E, H, LAYERS).scaled(0.0)
@@ -211,6 +213,108 @@ def test_load_awd_lstm_refuses_a_cut_file(kept, tmp_path):
 def test_load_awd_lstm_names_the_missing_file(tmp_path):
     with pytest.raises(SlimLSTMError, match=r"no model\.safetensors in .*nowhere"):
         load_awd_lstm(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("shard_bytes", [16_000_000, 10_250, 10_100])
+def test_shards_hold_the_model_in_half_precision(shard_bytes, tmp_path):
+    model = make()
+    save_awd_lstm(model, tmp_path, shard_bytes=shard_bytes)
+    files = sorted(path.name for path in tmp_path.iterdir())
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    assert files == sorted({"model.safetensors.index.json", *index["weight_map"].values()})
+    assert (len(files) > 2) == (shard_bytes < 16_000_000)
+    assert any(".part1" in name for name in index["weight_map"]) == (shard_bytes < 16_000_000)
+    sizes = [sum(2 * tensor.numel() for tensor in load_file(tmp_path / file).values()) for file in files[:-1]]
+    assert max(sizes) <= shard_bytes - 10_000
+    assert sum(sizes) == index["metadata"]["total_size"]
+    found, state = state_of(load_awd_lstm(tmp_path)), state_of(model, torch.float16)
+    assert all(torch.equal(found[name], tensor.float()) for name, tensor in state.items())
+
+
+def test_shards_of_a_model_as_large_as_the_published_ones_are_small(tmp_path):
+    save_awd_lstm(AWDLSTM(AWDLSTMConfig(33_278, num_layers=2)), tmp_path)
+    shards = list(tmp_path.glob("*.safetensors"))
+    # The embedding alone takes 26.6 MB.
+    assert len(shards) >= 3
+    assert max(path.stat().st_size for path in shards) <= 16_000_000
+    assert load_awd_lstm(tmp_path).config.vocab_size == 33_278
+
+
+def test_what_shards_cannot_hold_is_refused(tmp_path):
+    def refused(model, message, **options):
+        with pytest.raises(SlimLSTMError, match=message):
+            save_awd_lstm(model, tmp_path / "new", **options)
+        assert not list(tmp_path.glob("new/model-*"))
+
+    refused(make(), "a row of", shard_bytes=10_001)
+    large, compressed = make(), make()
+    with torch.no_grad():
+        large.lstms[0].weight_hh_l0[0, 0] = 1e5
+    refused(large, r"lstms\.0\.weight_hh_l0: beyond 65504")
+    compress_(compressed, LowRank(rank=1))
+    refused(compressed, "only dense")
+    (tmp_path / "new").mkdir()
+    save_file(state_of(make()), tmp_path / "new" / "model.safetensors")
+    refused(make(), "is there")
+
+
+@pytest.mark.parametrize("index", ["", "[]", "{}", '{"weight_map": {"a": "../a"}}', '{"weight_map": {"a": 1}}'])
+def test_an_index_that_says_nothing_is_refused(index, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+    with pytest.raises(SlimLSTMError, match="its index cannot be read"):
+        load_awd_lstm(tmp_path)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    save_awd_lstm(make(), tmp_path, shard_bytes=10_250)
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    shards[1].rename(tmp_path / "elsewhere")
+    with pytest.raises(SlimLSTMError, match=shards[1].name):
+        load_awd_lstm(tmp_path)
+    shards[0].replace(shards[1])
+    save_file({"other": torch.ones(1)}, shards[0])
+    with pytest.raises(SlimLSTMError, match=r"index and shards differ in .*other"):
+        load_awd_lstm(tmp_path)
+
+
+def published(model):
+    """The tensors by the names of the published code."""
+    return {
+        re.sub(r"^lstms\.(\d+)\.", r"rnns.\1.module.", name).replace("embedding.", "encoder."): tensor
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def test_a_pickled_state_dict_is_read(tmp_path):
+    model = make()
+    torch.save(published(model), tmp_path / "model.pt")
+    found = state_of(load_awd_lstm(tmp_path))
+    assert all(torch.equal(found[name], tensor.float()) for name, tensor in state_of(model).items())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([make(), nn.CrossEntropyLoss()], r"pickled code, which is not run here.*model\.state_dict\(\)"),
+        ([1, 2], "no dictionary of tensors"),
+        ({"epoch": 3}, "no dictionary of tensors"),
+        ({"a": torch.ones(1)}, "not the tensors of an AWD-LSTM"),
+    ],
+    ids=["modules", "numbers", "a number", "another model"],
+)
+def test_other_pickles_are_refused(content, message, tmp_path):
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(SlimLSTMError, match=message):
+        load_awd_lstm(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, -1])
+def test_a_cut_pickle_is_refused(kept, tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save(published(make()), path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(SlimLSTMError, match="does not hold an AWD-LSTM"):
+        load_awd_lstm(tmp_path)
 
 
 class TestEmbedded:

@@ -5,15 +5,18 @@ Dimensions: T time steps, B streams, E embedding size, H hidden size, V vocabula
 
 from __future__ import annotations
 
+import json
+import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import dropout, embedding
@@ -21,6 +24,10 @@ from torch.nn.functional import dropout, embedding
 from slimlstm.errors import SlimLSTMError
 
 State = list[tuple[Tensor, Tensor]]
+
+WEIGHTS, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "model.pt"
+_HEADER = 10_000
+"""Bytes that are left free in every shard for the names of its tensors."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +104,13 @@ class AWDLSTM(nn.Module):
         rate = self.config.weight_drop
         if not self.training or rate == 0.0 or not isinstance(lstm, nn.LSTM):
             return lstm(x, state)
-        # Under a mask or another parametrization it has a longer name.
-        name, weight = next(entry for entry in lstm.named_parameters() if "weight_hh_l0" in entry[0])
-        return functional_call(lstm, {name: dropout(weight, rate)}, (x, state))
+        # Under a mask it has a longer name; what is computed from several parameters is dropped where it is computed.
+        dropped = {
+            name: dropout(weight, rate)
+            for name, weight in lstm.named_parameters()
+            if name.removesuffix(".original").endswith("weight_hh_l0")
+        }
+        return functional_call(lstm, dropped, (x, state))
 
 
 def config_of(tensors: Mapping[str, Tensor]) -> AWDLSTMConfig:
@@ -117,26 +128,120 @@ def config_of(tensors: Mapping[str, Tensor]) -> AWDLSTMConfig:
 
 
 def load_awd_lstm(folder: str | Path) -> AWDLSTM:
-    """The AWD-LSTM of ``model.safetensors`` in ``folder``, in float32 and evaluation mode.
+    """The AWD-LSTM in ``folder``, in float32 and evaluation mode.
 
-    Names are PyTorch's: ``embedding.weight`` [V, E], ``lstms.{i}.weight_ih_l0`` and so on, ``decoder.bias`` [V]; or those
-    of the published code: ``encoder.weight``, ``rnns.{i}.module.weight_ih_l0``, ``rnns.{i}.module.weight_hh_l0_raw``.
+    It is in ``model.safetensors``, in the shards that ``model.safetensors.index.json`` names, such as
+    :func:`save_awd_lstm` writes, or in ``model.pt``, a pickled dictionary of tensors and nothing else; the first of them
+    that is there is read. Names are PyTorch's: ``embedding.weight`` [V, E], ``lstms.{i}.weight_ih_l0`` and so on,
+    ``decoder.bias`` [V]; or those of the published code: ``encoder.weight``, ``rnns.{i}.module.weight_ih_l0``,
+    ``rnns.{i}.module.weight_hh_l0_raw``.
 
     Raises:
-        SlimLSTMError: the file is missing, damaged, or does not hold such a model.
+        SlimLSTMError: the file is missing, damaged, holds pickled code, or does not hold such a model.
     """
-    path = Path(folder) / "model.safetensors"
-    if not path.is_file():
-        raise SlimLSTMError(f"no model.safetensors in {folder}; give the folder of an AWD-LSTM checkpoint")
+    path = next((found for name in (WEIGHTS, INDEX, PICKLED) if (found := Path(folder) / name).is_file()), None)
+    if path is None:
+        raise SlimLSTMError(
+            f"no {WEIGHTS} in {folder}, nor {INDEX} or {PICKLED}; give the folder of an AWD-LSTM checkpoint"
+        )
     try:
-        state = {name: tensor.float() for name, tensor in _renamed(load_file(path)).items()}
+        read = {WEIGHTS: load_file, INDEX: _read_shards, PICKLED: _read_pickled}[path.name]
+        state = {name: tensor.float() for name, tensor in _renamed(read(path)).items()}
         model = AWDLSTM(config_of(state))
         if not state.setdefault("decoder.weight", state["embedding.weight"]).equal(state["embedding.weight"]):
             raise SlimLSTMError("its softmax has weights of its own, not the embedding's")
         model.load_state_dict(state)
-    except (SafetensorError, RuntimeError, SlimLSTMError) as error:
+    except (SafetensorError, OSError, RuntimeError, SlimLSTMError) as error:
         raise SlimLSTMError(f"{path} does not hold an AWD-LSTM: {error}") from error
     return model.eval()
+
+
+def save_awd_lstm(model: AWDLSTM, folder: str | Path, *, shard_bytes: int = 16_000_000) -> None:
+    """Writes a dense AWD-LSTM in half precision, as safetensors files of at most ``shard_bytes`` each and their index.
+
+    The index, ``model.safetensors.index.json``, is that of the Hugging Face libraries; it is written last. A tensor that
+    takes more than a shard is cut along its rows into ``{name}.part0``, ``{name}.part1`` and so on. The softmax's weights
+    are the embedding's and are written once.
+
+    Raises:
+        SlimLSTMError: the model is compressed or parametrized, a weight is too large for half precision, a row for a
+            shard, or the folder holds another checkpoint that would be read in its place.
+    """
+    folder = Path(folder)
+    state = {name: tensor.detach().cpu().half() for name, tensor in model.state_dict().items() if name != "decoder.weight"}
+    expected = AWDLSTM(model.config).state_dict().keys() - {"decoder.weight"}
+    if state.keys() != expected:
+        odd = ", ".join(sorted(state.keys() ^ expected))
+        raise SlimLSTMError(f"only dense AWD-LSTMs are written in half precision, and here is or lacks {odd}")
+    infinite = [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]
+    if infinite:
+        raise SlimLSTMError(f"half precision cannot hold {', '.join(infinite)}: beyond 65504, or not finite before")
+    for name in (WEIGHTS, PICKLED):
+        if (folder / name).exists():
+            raise SlimLSTMError(f"{folder / name} is there; name another folder, or remove it")
+    shards = list(_packed(state, shard_bytes - _HEADER))
+    names = [f"model-{index:05d}-of-{len(shards):05d}.safetensors" for index in range(1, len(shards) + 1)]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, shard in zip(names, shards, strict=True):
+        save_file(shard, folder / f"{name}.part")
+        (folder / f"{name}.part").replace(folder / name)
+    index = {
+        "metadata": {"total_size": sum(2 * tensor.numel() for tensor in state.values())},
+        "weight_map": {part: name for name, shard in zip(names, shards, strict=True) for part in shard},
+    }
+    draft = (folder / INDEX).with_suffix(".part")
+    draft.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    draft.replace(folder / INDEX)
+
+
+def _packed(state: Mapping[str, Tensor], most: int) -> Iterator[dict[str, Tensor]]:
+    """The tensors, one after the other, in groups of at most ``most`` bytes."""
+    shard: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        rows = most * len(tensor) // (2 * tensor.numel())
+        if rows < 1:
+            raise SlimLSTMError(f"a row of {name} {list(tensor.shape)} does not fit into a shard; shard_bytes is too small")
+        parts = tensor.split(rows)
+        for index, part in enumerate(parts):
+            if 2 * (part.numel() + sum(held.numel() for held in shard.values())) > most:
+                yield shard
+                shard = {}
+            shard[name if len(parts) == 1 else f"{name}.part{index}"] = part.contiguous()
+    yield shard
+
+
+def _read_shards(path: Path) -> dict[str, Tensor]:
+    """The tensors of all shards that an index names, those that were cut joined again."""
+    try:
+        places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(places.values()))
+        if any(Path(file).name != file for file in files):
+            raise ValueError("a shard lies outside the folder")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SlimLSTMError(f"its index cannot be read ({error})") from error
+    tensors = {name: tensor for file in files for name, tensor in load_file(path.with_name(file)).items()}
+    if tensors.keys() != places.keys():
+        raise SlimLSTMError(f"index and shards differ in {', '.join(sorted(tensors.keys() ^ places.keys()))}")
+    parts: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in tensors.items():
+        whole, _, index = name.partition(".part")
+        parts.setdefault(whole, {})[int(index or 0)] = tensor
+    return {name: torch.cat([found[index] for index in sorted(found)]) for name, found in parts.items()}
+
+
+def _read_pickled(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickled dictionary; nothing else that a pickle may do is done."""
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError) as error:
+        reason = next(iter(str(error).splitlines()), "it is cut short")
+        raise SlimLSTMError(
+            "it is damaged, or holds pickled code, which is not run here; load it where its code is and save "
+            f"model.state_dict() instead ({reason})"
+        ) from error
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise SlimLSTMError("it is no dictionary of tensors; save model.state_dict() alone")
+    return dict(content)
 
 
 def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,128 @@
+"""How much faster a trained AWD-LSTM is once hh is factored, whole, in the fused kernel and in plain PyTorch.
+
+    python recipes/speed.py --model checkpoints/awd_lstm_ptb --output results/ptb_speed.json
+
+Times the LSTM layers one after the other ("layers"), and with them the embedding and the softmax ("model"), on one thread.
+Every output is checked against float64 of the same weights first; then all take turns, and only ratios of medians to the
+best dense ``nn.LSTM``, with oneDNN or without, are told. Plain PyTorch is the loop over time with thin factors, or
+``nn.LSTM`` on U V, whichever is the faster. A file that is there is left alone.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from torch import nn
+
+import slimlstm as sl
+from slimlstm.engines import SECONDS, Candidate, measure
+from slimlstm.models.awd_lstm import load_awd_lstm
+from slimlstm.ops import cpu
+from slimlstm.provenance import provenance
+
+PLAIN = ("reference", "dense")
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--model", type=Path, required=True, help="folder with model.safetensors")
+parser.add_argument("--output", type=Path, required=True)
+parser.add_argument("--ranks", nargs="+", type=int, default=[10, 400])
+parser.add_argument("--steps", nargs="+", type=int, default=[35, 70, 1], help="time steps of a call")
+parser.add_argument("--batch", nargs="+", type=int, default=[1, 20])
+parser.add_argument("--seconds", type=float, default=SECONDS, help="about how long each is timed")
+arguments = parser.parse_args()
+if arguments.output.exists():
+    sys.exit(f"{arguments.output} is there")
+# Switching oneDNN off and on says something about GPUs that are not used.
+warnings.filterwarnings("ignore", "TF32 acceleration")
+
+
+class Layers(nn.Module):
+    """Token ids [T, B] to the outputs of the last LSTM layer [T, B, E]; looking words up costs next to nothing."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens):
+        return self.model.features(tokens)
+
+
+SCOPES = {"layers": Layers, "model": lambda model: model}
+
+
+def with_backend(model, backend):
+    """A copy all of whose low-rank layers run in one backend."""
+    copied = copy.deepcopy(model)
+    for layer in copied.modules():
+        if isinstance(layer, sl.LowRankLSTM):
+            layer.backend = backend
+    return copied
+
+
+def in_double(model, tokens):
+    with torch.no_grad():
+        return with_backend(model, "reference").double()(tokens)[0]
+
+
+def call_dense(module, tokens, enabled):
+    with torch.backends.mkldnn.flags(enabled=enabled):
+        return module(tokens)[0]
+
+
+def call(module, tokens):
+    return module(tokens)[0]
+
+
+dense = load_awd_lstm(arguments.model)
+compressed, parameters = {}, {"dense": sum(parameter.numel() for parameter in dense.parameters())}
+for rank in arguments.ranks:
+    compressed[f"rank {rank}"] = copy.deepcopy(dense)
+    report = sl.compress_(compressed[f"rank {rank}"], sl.LowRank("svd", rank=rank, target="hh"))
+    parameters[f"rank {rank}"] = report.model.parameters_after
+
+
+def measured(scope, steps, batch):
+    """One row of the result."""
+    whole = SCOPES[scope]
+    tokens = torch.randint(dense.config.vocab_size, (steps, batch), generator=torch.Generator().manual_seed(0))
+    exact = {name: in_double(whole(model), tokens) for name, model in {"dense": dense, **compressed}.items()}
+    found = {
+        name: Candidate(False, "float32", "dense", partial(call_dense, whole(dense), tokens, enabled))
+        for name, enabled in (("PyTorch oneDNN", True), ("PyTorch native", False))
+    }
+    for (name, model), backend in itertools.product(compressed.items(), ("fused", *PLAIN)):
+        run = partial(call, whole(with_backend(model, backend)), tokens)
+        # "Ours" is what is compared with the best rival; the plain backends are PyTorch's operators alone.
+        found[f"{backend} {name}"] = Candidate(True, "float32", name, run)
+    result = measure(found, exact, {}, threads=1, seconds=arguments.seconds)
+    if result["refused"]:
+        sys.exit(f"{scope}, T = {steps}, B = {batch}: no speed is told where outputs are wrong: {result['refused']}")
+    ratios = {name: one["faster"]["dense"]["ratio"] for name, one in result["candidates"].items() if one["ours"]}
+    faster = {
+        name: {"fused": ratios[f"fused {name}"], "plain PyTorch": max(ratios[f"{backend} {name}"] for backend in PLAIN)}
+        for name in compressed
+    }
+    return {"scope": scope, "steps": steps, "batch": batch, "faster": faster, **result}
+
+
+settings = list(itertools.product(SCOPES, arguments.steps, arguments.batch))
+result = {
+    "rows": [measured(*setting) for setting in track(settings, "speed")],
+    "parameters": parameters,
+    "config": {"model": arguments.model.name, "seconds": arguments.seconds, "threads": 1},
+    "provenance": provenance() | {"instruction_set": cpu.instruction_set()},
+}
+arguments.output.parent.mkdir(parents=True, exist_ok=True)
+arguments.output.with_suffix(".part").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+arguments.output.with_suffix(".part").replace(arguments.output)
+for row in result["rows"]:
+    for name, ratios in row["faster"].items():
+        told = ", ".join(f"{engine} {ratio:.2f}x" for engine, ratio in ratios.items())
+        print("{scope}, T = {steps}, B = {batch}".format(**row) + f", {name}: {told}")
