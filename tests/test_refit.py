@@ -177,6 +177,25 @@ def test_factors_that_lose_more_are_not_kept(monkeypatch):
         assert value.equal(state_of(models[1])[name])
 
 
+@pytest.mark.parametrize("held_out", [5, 100], ids=["the last fifth", "none"])
+def test_batches_that_are_not_fitted_to_decide(held_out, monkeypatch):
+    """All but the last fifth show a single direction of the inputs, which is all that factors fitted to them know."""
+    monkeypatch.setattr("slimlstm.refit._HELD_OUT", held_out)
+    batches = [torch.randn(T, B, IN, dtype=torch.float64) for _ in range(10)]
+    for x in batches[:8]:
+        x[..., 1:] = 0.0
+    dense = OneLayer().eval()
+
+    def loss(model, x):
+        counts = 1e-3 if x[..., 1:].any() else 1.0
+        return counts * (model(x) - dense(x).detach() - 0.01).square()
+
+    model = nn.Sequential(OneLayer())
+    report = compress_(model, LowRank("fisher", rank=1, target="both"), batches=batches, loss=loss)
+    stays = any("lost more then, and stay as they were" in note for note in report.notes)
+    assert stays == (held_out == 5), report.notes
+
+
 def test_the_divergence_from_the_dense_models_predictions_counts_where_labels_are_drawn():
     stranger = STRANGERS["CRNN"]
     model, batches, seen = stranger.make(), batches_of(stranger, 5), []
@@ -186,9 +205,9 @@ def test_the_divergence_from_the_dense_models_predictions_counts_where_labels_ar
         batches=batches,
         loss=lambda model, batch: seen.append(1) or Categorical(logits=model(*batch)),
     )
-    # Calibration, then twice both models, and both once more to see what the last factors lose; the report asks once, and
-    # learns that the loss is a distribution.
-    assert len(seen) == 5 * (1 + 2 * (PASSES + 1)) + 1
+    # Calibration, then twice both models, and both once more on the last fifth to see what the last factors lose; the report
+    # asks once, and learns that the loss is a distribution.
+    assert len(seen) == 5 * (1 + 2 * PASSES) + 2 * 1 + 1
     assert any("fitted" in note for note in report.notes)
 
 

@@ -80,9 +80,9 @@ def compress_(
             both. Where both are given and can be gone through again, the loss on them is measured before and after.
         calibration: what :func:`slimlstm.calibrate` found for this model before, in the place of calibrating anew.
         refit: how often the factors of calibrated methods are fitted again to what goes into them once all matrices are
-            compressed; see :mod:`slimlstm.refit`. Each time the dense and the compressed model see all batches, and those
-            factors stay that lose least on them. By default twice, if the batches can be gone through again and both
-            models call their LSTMs alike.
+            compressed; see :mod:`slimlstm.refit`. Each time the dense and the compressed model see all batches; the last
+            fifth of them is not fitted to, and those factors stay that lose least on it. By default twice, if the batches
+            can be gone through again and both models call their LSTMs alike.
         progress: called with a site's key and the fraction done, now and then.
 
     Returns:

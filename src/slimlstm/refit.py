@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ Solve = Callable[[Tensor, Tensor], Matrix]
 """Takes a matrix B [m, n] and the moment A [n, n] of its inputs; returns what stands for B, as factors or rounded."""
 
 _ALTERNATIONS = 2
+_HELD_OUT = 5
+"""Of so many batches the last one judges; of fewer all do."""
 
 
 class OtherPathError(SlimLSTMError):
@@ -54,10 +56,11 @@ def refit(
         solvers: make what stands for a matrix of what it should be now; by the keys of the matrices to be fitted.
         batches, loss: as of :func:`slimlstm.calibrate`; both models see every batch. A loss that carries something from
             batch to batch, such as a state, has ``state_dict`` and ``load_state_dict``, so that each model gets its own.
+            With a loss, the last fifth of the batches is not fitted to but decides; fewer than five do both.
 
     Returns:
-        After how many passes the loss on the batches was lowest, or of distributions the divergence from the dense model's,
-        and what stood for all matrices then. Without a loss those are all passes.
+        After how many passes the loss on the deciding batches was lowest, or of distributions the divergence from the dense
+        model's, and what stood for all matrices then. Without a loss those are all passes.
 
     Raises:
         OtherPathError: how often an LSTM is called depends on its weights, so that rows cannot be paired.
@@ -65,16 +68,24 @@ def refit(
     """
     matrices = {site.key: host.matrix(site.name).double() for host in hosts for site in host.sites()}
     now, lowest, best = dict(weights), math.inf, (0, dict(weights))
+    fitting, judging = _shared_out(batches, loss)
     for number in range(passes + 1):
         is_last = number == passes
         if is_last and loss is None:
             return number, now
-        seen, cost = _moments(model, hosts, now, batches, loss, costs_only=is_last)
+        seen, cost = _moments(model, hosts, now, batches, loss, range(0) if is_last else fitting, judging)
         if cost < lowest:
             lowest, best = cost, (number, now)
         if not is_last:
             now = _fitted(seen, matrices, now, solvers)
     return best
+
+
+def _shared_out(batches: Iterable[Any], loss: Loss | None) -> tuple[range, range]:
+    """The numbers of the batches to fit to, and of those that decide whether that was good."""
+    count = len(batches) if isinstance(batches, Sized) else sum(1 for _ in batches)
+    held_out = count // _HELD_OUT if loss is not None else 0
+    return range(count - held_out), range(count - held_out if held_out else 0, count)
 
 
 def _fitted(
@@ -135,27 +146,30 @@ def _moments(
     weights: Mapping[str, Matrix],
     batches: Iterable[Any],
     loss: Loss | None,
-    costs_only: bool,
+    fitting: range,
+    judging: range,
 ) -> tuple[dict[Keys, _Moments], float]:
-    """What both models see, row by row, without rows that the dense one's loss does not depend on; and the mean cost of
-    the compressed one."""
-    with_gradients = loss is not None and not costs_only
-    models = _Observed(model, hosts, {}, loss, with_gradients), _Observed(model, hosts, weights, loss, False)
+    """What both models see in the batches of ``fitting``, row by row, without rows that the dense one's loss does not
+    depend on; and the mean cost of the compressed one in those of ``judging``."""
+    models = _Observed(model, hosts, {}, loss), _Observed(model, hosts, weights, loss)
     found: dict[Keys, _Moments] = {}
     costs: list[Tensor] = []
     with torch.random.fork_rng():
         for number, batch in enumerate(batches):
-            dense, compressed = (one.run(number, batch) for one in models)
+            if number not in fitting and number not in judging and not models[0].carries:
+                continue
+            with_gradients = loss is not None and number in fitting
+            dense, compressed = models[0].run(number, batch, with_gradients), models[1].run(number, batch, False)
             if {keys: len(rows.inputs[0]) for keys, rows in dense.items()} != {
                 keys: len(rows.inputs[0]) for keys, rows in compressed.items()
             }:
                 raise OtherPathError("the number of steps that an LSTM takes depends on its weights")
-            for keys, rows in () if costs_only else dense.items():
+            for keys, rows in dense.items() if number in fitting else ():
                 if keys not in found:
                     inputs, outputs = (part.shape[1] for part in rows.inputs)
                     found[keys] = _Moments(inputs, inputs + outputs)
                 found[keys].add(rows, compressed[keys])
-            if loss is not None:
+            if loss is not None and number in judging:
                 costs.append(_costs(models[0].result, models[1].result).detach().double().flatten())
     cost = float(torch.cat(costs).mean()) if costs else 0.0
     return {keys: moments for keys, moments in found.items() if moments.rows}, cost
@@ -176,28 +190,25 @@ class _Observed:
 
     result: object = None
 
-    def __init__(
-        self, model: nn.Module, hosts: list[Host], weights: Mapping[str, Matrix], loss: Loss | None, with_gradients: bool
-    ) -> None:
-        self._model, self._hosts, self._weights = model, hosts, weights
-        self._loss, self._with_gradients = loss, with_gradients
-        self._carries = hasattr(loss, "state_dict") and hasattr(loss, "load_state_dict")
+    def __init__(self, model: nn.Module, hosts: list[Host], weights: Mapping[str, Matrix], loss: Loss | None) -> None:
+        self._model, self._hosts, self._weights, self._loss = model, hosts, weights, loss
+        self.carries = hasattr(loss, "state_dict") and hasattr(loss, "load_state_dict")
         self._carried = self._state()
 
-    def run(self, number: int, batch: Any) -> dict[Keys, Rows]:
+    def run(self, number: int, batch: Any, with_gradients: bool) -> dict[Keys, Rows]:
         torch.manual_seed(number)
-        if self._carries:
+        if self.carries:
             getattr(self._loss, "load_state_dict")(self._carried)
-        recorder = Recorder(self._with_gradients)
-        with observing(self._model, self._hosts, recorder, self._weights), torch.set_grad_enabled(self._with_gradients):
+        recorder = Recorder(with_gradients)
+        with observing(self._model, self._hosts, recorder, self._weights), torch.set_grad_enabled(with_gradients):
             if self._loss is None:
                 call(self._model, batch)
             else:
                 self.result = self._loss(self._model, batch)
-            rows = recorder.take(observed_losses(self.result)[0].sum() if self._with_gradients else None)
+            rows = recorder.take(observed_losses(self.result)[0].sum() if with_gradients else None)
         self._carried = self._state()
         return rows
 
     def _state(self) -> Any:
         # What is returned may be the very object that the next batch changes.
-        return copy.deepcopy(getattr(self._loss, "state_dict")()) if self._carries else None
+        return copy.deepcopy(getattr(self._loss, "state_dict")()) if self.carries else None
