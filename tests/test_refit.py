@@ -205,8 +205,8 @@ def test_the_divergence_from_the_dense_models_predictions_counts_where_labels_ar
         batches=batches,
         loss=lambda model, batch: seen.append(1) or Categorical(logits=model(*batch)),
     )
-    # Calibration, then twice both models, and both once more on the last fifth to see what the last factors lose; the report
-    # asks once, and learns that the loss is a distribution.
+    # Calibration, then twice both models, and both once more on the last fifth to see what the last factors lose; the
+    # report asks once, and learns that the loss is a distribution.
     assert len(seen) == 5 * (1 + 2 * PASSES) + 2 * 1 + 1
     assert any("fitted" in note for note in report.notes)
 

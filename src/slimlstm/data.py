@@ -13,7 +13,7 @@ import lzma
 import os
 import tempfile
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,12 +28,18 @@ UNKNOWN = "<unk>"
 
 
 @dataclass(frozen=True)
-class Split:
-    """One file of a corpus: its name, address, SHA-256 and published length in tokens, line ends counted."""
+class PublishedFile:
+    """A file's name, address and SHA-256; without an address there are local copies only."""
 
     file: str
-    url: str
+    url: str | None
     sha256: str
+
+
+@dataclass(frozen=True)
+class Split(PublishedFile):
+    """One file of a corpus, and its published length in tokens, line ends counted."""
+
     tokens: int
 
 
@@ -127,13 +133,36 @@ def read_text(name: str, split: str) -> str:
     if split not in corpus.splits:
         raise SlimLSTMError(f"{name} has no split {split!r}; it has {', '.join(map(repr, corpus.splits))}")
     wanted = corpus.splits[split]
-    path = _local_copy(corpus, wanted) or _download(corpus, wanted)
+    return read_file(name, [wanted])[0].decode("utf-8")
+
+
+def read_file(folder: str, editions: Sequence[PublishedFile]) -> tuple[bytes, PublishedFile]:
+    """The content of the first of ``editions`` that lies in a ``folder`` of this name, or else of the first that has an
+    address, and which one it is.
+
+    Raises:
+        SlimLSTMError: a file without the published SHA-256; a failed download; none is there, and none has an address.
+    """
+    for wanted in editions:
+        path = _local_copy(folder, wanted)
+        if path is not None:
+            break
+    else:
+        published = [edition for edition in editions if edition.url is not None]
+        if not published:
+            names = " or ".join(edition.file for edition in editions)
+            raise SlimLSTMError(
+                f"{folder} has no public address: put {names}, plain or xz-compressed, into {folder}/ in a folder of yours "
+                "and name the folder in SLIMLSTM_DATA"
+            )
+        wanted = published[0]
+        path = _download(folder, wanted)
     try:
         content = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
     except (lzma.LZMAError, OSError) as error:
         raise SlimLSTMError(f"{path} is damaged or cannot be read ({error}); delete it and fetch it again") from error
     _check(content, wanted, str(path))
-    return content.decode("utf-8")
+    return content, wanted
 
 
 def read_words(name: str, split: str) -> list[str]:
@@ -197,39 +226,39 @@ class Vocabulary:
         return torch.tensor(known, dtype=torch.int64)
 
 
-def _local_copy(corpus: Corpus, split: Split) -> Path | None:
-    folders = [cache_folder() / corpus.name]
+def _local_copy(name: str, wanted: PublishedFile) -> Path | None:
+    folders = [cache_folder() / name]
     if os.environ.get("SLIMLSTM_DATA"):
-        folders.insert(0, Path(os.environ["SLIMLSTM_DATA"]) / corpus.name)
-    candidates = (folder / (split.file + ending) for folder in folders for ending in ("", ".xz"))
+        folders.insert(0, Path(os.environ["SLIMLSTM_DATA"]) / name)
+    candidates = (folder / (wanted.file + ending) for folder in folders for ending in ("", ".xz"))
     return next((path for path in candidates if path.is_file()), None)
 
 
-def _download(corpus: Corpus, split: Split) -> Path:
-    target = cache_folder() / corpus.name / split.file
+def _download(name: str, wanted: PublishedFile) -> Path:
+    target, url = cache_folder() / name / wanted.file, str(wanted.url)
     try:
-        with urllib.request.urlopen(split.url, timeout=30) as reply:  # noqa: S310 (the addresses stand above)
+        with urllib.request.urlopen(url, timeout=30) as reply:  # noqa: S310 (the addresses stand in this package)
             size = int(reply.headers.get("Content-Length") or 0)
-            with wrap_file(reply, total=size, description=split.file, transient=True) as stream:
+            with wrap_file(reply, total=size, description=wanted.file, transient=True) as stream:
                 content = stream.read()
-        _check(content, split, split.url)
+        _check(content, wanted, url)
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            part = Path(scratch) / split.file
+            part = Path(scratch) / wanted.file
             part.write_bytes(content)
             part.replace(target)
     except (http.client.HTTPException, OSError) as error:
         raise SlimLSTMError(
-            f"{split.url} could not be downloaded to {target} ({error}); put a copy at {corpus.name}/{split.file} "
+            f"{url} could not be downloaded to {target} ({error}); put a copy at {name}/{wanted.file} "
             "in a folder of yours and name the folder in SLIMLSTM_DATA"
         ) from error
     return target
 
 
-def _check(content: bytes, split: Split, where: str) -> None:
+def _check(content: bytes, wanted: PublishedFile, where: str) -> None:
     found = hashlib.sha256(content).hexdigest()
-    if found != split.sha256:
+    if found != wanted.sha256:
         raise SlimLSTMError(
-            f"{where} is not {split.file} as published: SHA-256 {found}, expected {split.sha256}; "
+            f"{where} is not {wanted.file} as published: SHA-256 {found}, expected {wanted.sha256}; "
             "it is damaged or another edition, delete it and fetch it again"
         )
