@@ -107,7 +107,7 @@ def export_onnx(
         _check_open(_shapes(proto.graph.input), dynamic_shapes)
         content: bytes = proto.SerializeToString()
         run, engine = _runner(content)
-        is_rounded = any("int8" in one[-2:] for layer in layers for one in layer)
+        is_rounded = any("int8" in (one.ih_storage, one.hh_storage) for layer in layers for one in layer)
         checked, difference = _check(model, arguments, named, run, shapes, sizes, is_rounded)
     _write(Path(path), content)
     return Exported(_shapes(proto.graph.input), _shapes(proto.graph.output), len(content), checked, difference, engine)
