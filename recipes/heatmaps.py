@@ -1,6 +1,7 @@
-"""Pictures of a trained AWD-LSTM's matrices: as they are, as low-rank products, and pruned to as many weights.
+"""Pictures of the matrices of a trained AWD-LSTM or ELMo: as they are, as low-rank products, and pruned to as many weights.
 
     python recipes/heatmaps.py --model checkpoints/awd_lstm_ptb
+    python recipes/heatmaps.py --model runs/elmo --name elmo-heatmap
 
 Writes ``heatmap-hh`` and ``heatmap-ih``, each as PNG and PDF, into docs/paper.
 """
@@ -10,19 +11,22 @@ from pathlib import Path
 
 from slimlstm.factorize import svd
 from slimlstm.models.awd_lstm import load_awd_lstm
+from slimlstm.models.elmo import load_bilm
 from slimlstm.plots import heatmaps
 from slimlstm.prune import kept_by_rank, magnitude_mask
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--model", type=Path, required=True, help="folder with model.safetensors")
-parser.add_argument("--layer", type=int, default=1, help="counted from 0")
+parser.add_argument("--model", type=Path, required=True, help="folder of an AWD-LSTM, or of an ELMo in official files")
+parser.add_argument("--layer", type=int, default=1, help="counted from 0, of an ELMo in the forward direction")
 parser.add_argument("--rank", type=int, default=10)
+parser.add_argument("--name", default="heatmap", help="what the files' names begin with")
 parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs" / "paper", help="folder")
 arguments = parser.parse_args()
 arguments.output.mkdir(parents=True, exist_ok=True)
-lstm = load_awd_lstm(arguments.model).lstms[arguments.layer]
+is_elmo = list(arguments.model.glob("*options.json"))
+lstms = load_bilm(arguments.model).forward_lstms if is_elmo else load_awd_lstm(arguments.model).lstms
 for target in ("hh", "ih"):
-    matrix = getattr(lstm, f"weight_{target}_l0").detach()
+    matrix = getattr(lstms[arguments.layer], f"weight_{target}_l0").detach()
     kept = kept_by_rank(tuple(matrix.shape), arguments.rank)
     factors = svd(matrix, arguments.rank)
     pictures = {
@@ -31,4 +35,4 @@ for target in ("hh", "ih"):
         f"pruned to {kept / matrix.numel():.1%}": matrix * magnitude_mask(matrix, kept),
     }
     for ending in ("png", "pdf"):
-        heatmaps(pictures, arguments.output / f"heatmap-{target}.{ending}")
+        heatmaps(pictures, arguments.output / f"{arguments.name}-{target}.{ending}")

@@ -1,6 +1,7 @@
-"""Norms and spectra of a trained AWD-LSTM's matrices, as they are and after every method and rank.
+"""Norms and spectra of the matrices of a trained AWD-LSTM or ELMo, as they are and after every method and rank.
 
     python recipes/norms.py --model checkpoints/awd_lstm_ptb --output results/ptb_norms.json
+    python recipes/norms.py --model runs/elmo --ranks 10 20 30 50 100 --output results/elmo_norms.json
 
 A matrix whose factors would be no smaller stays dense, as it does in ``compress_``. A file that is there is left alone.
 """
@@ -16,11 +17,13 @@ from rich.progress import track
 from slimlstm.analysis import energy, norms
 from slimlstm.factorize import semi_nmf, singular_values, svd
 from slimlstm.models.awd_lstm import load_awd_lstm
+from slimlstm.models.elmo import load_bilm
 from slimlstm.provenance import provenance
 from slimlstm.prune import kept_by_rank, magnitude_mask
+from slimlstm.sites import find_hosts
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--model", type=Path, required=True, help="folder with model.safetensors")
+parser.add_argument("--model", type=Path, required=True, help="folder of an AWD-LSTM, or of an ELMo in official files")
 parser.add_argument("--output", type=Path, required=True)
 parser.add_argument("--ranks", nargs="+", type=int, default=[10, 50, 100, 200, 250, 300, 350, 400])
 arguments = parser.parse_args()
@@ -39,10 +42,10 @@ def approximations(matrix, rank):
 
 
 rows, spectra = [], []
+model = load_bilm(arguments.model) if list(arguments.model.glob("*options.json")) else load_awd_lstm(arguments.model)
+# Of an ELMo, the layers of the forward direction come before those of the backward one.
 matrices = [
-    (target, layer, getattr(lstm, f"weight_{target}_l0").detach())
-    for layer, lstm in enumerate(load_awd_lstm(arguments.model).lstms)
-    for target in ("ih", "hh")
+    (site.target, layer, host.matrix(site.name)) for layer, host in enumerate(find_hosts(model)) for site in host.sites()
 ]
 for target, layer, matrix in track(matrices, "norms"):
     values = singular_values(matrix)

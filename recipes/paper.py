@@ -1,4 +1,4 @@
-"""Results to the paper's language-model tables, its pictures and its claims, with the printed numbers beside ours.
+"""Results to the paper's tables, its pictures and its claims, with the printed numbers beside ours.
 
     python recipes/paper.py
 
@@ -10,6 +10,11 @@ Reads from the folder of results, for each corpus C of ``ptb`` and ``wikitext2``
     C_trained.json  recipes/language_model.py: the ``result.json`` of the dense model
     C_norms.json    recipes/norms.py
     C_speed.json    recipes/speed.py
+
+and for each task T of ``sst5``, ``snli`` and ``squad``
+
+    task_T/         recipes/tasks.py
+    elmo_norms.json, elmo_trained.json  recipes/norms.py and recipes/elmo.py (its ``result.json``), of the ELMo inside
 
 and writes tables and pictures into docs/paper, where recipes/heatmaps.py puts its own, and docs/reproduction.md. What has
 not been run stays empty, and is said to be missing.
@@ -59,6 +64,12 @@ CONTROLS = (
     ("a smaller dense AWD-LSTM", "controls/ptb-13m", ""),
     ("TT-LSTM", "controls/ptb-tensor-train", "TT-LSTM"),
 )
+# By their key: what they are called, the task model, and how the paper's is scored.
+TASKS = {
+    "sst5": ("SST-5", "BCN", "accuracy"),
+    "snli": ("SNLI", "ESIM", "accuracy"),
+    "squad": ("SQuAD v1.1", "BiDAF", "f1"),
+}
 OPTIMIZERS = {"ntasgd": "SGD that turns into averaged SGD", "asgd": "averaged SGD", "adamw": "AdamW with one cycle"}
 # How the model was made whose result.json is not there.
 TRAINING = {
@@ -94,6 +105,18 @@ def markdown(header, rows, left=1):
     return "\n".join("| " + " | ".join(row) + " |" for row in texts)
 
 
+def write_table(name, header, rows, left):
+    """As CSV and LaTeX."""
+    texts = [["" if entry is None else str(entry) for entry in row] for row in (header, *rows)]
+    with (arguments.pictures / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows(texts)
+    # A hash or an underscore would need a backslash; there is none.
+    first, *lines = (" & ".join(line) + r" \\" for line in texts)
+    begin = "\\begin{tabular}{" + "l" * left + "r" * (len(header) - left) + "}"
+    text = "\n".join([begin, r"\hline", first, r"\hline", *lines, r"\hline", r"\end{tabular}", ""])
+    (arguments.pictures / f"{name}.tex").write_text(text, encoding="utf-8")
+
+
 def picture(draw, name, *data, **options):
     for ending in ("png", "pdf"):
         draw(*data, arguments.pictures / f"{name}.{ending}", **options)
@@ -126,12 +149,9 @@ class Corpus:
         self.printed = {(r["method"].replace("pruning", "prune"), r["target"], r["rank"]): r for r in self.paper["rows"]}
         self.untuned, self.tuned = load_cells(f"{key}_untuned"), load_cells(f"{key}_fine_tuned")
         self.dense, self.tuned_dense = load(f"{key}_untuned/dense"), load(f"{key}_fine_tuned/dense")
-        self.trained, self.measured, self.speed = load(f"{key}_trained"), load(f"{key}_norms"), load(f"{key}_speed")
+        self.trained, self.speed = load(f"{key}_trained"), load(f"{key}_speed")
         beyond = list(itertools.product(BEYOND, TARGETS, RANKS))
         self.cells = CELLS + [cell for cell in beyond if cell in self.untuned]
-        self.norms = {}
-        for row in self.measured["rows"] if self.measured else []:
-            self.norms.setdefault((row["method"], row["target"], row["rank"]), []).append(row)
 
     def perplexity(self, cell):
         return self.untuned[cell]["perplexity"]
@@ -163,16 +183,6 @@ class Corpus:
         )
         return [dense, *map(self.row_of, self.cells)]
 
-    def write_tables(self):
-        texts = [["" if entry is None else str(entry) for entry in row] for row in (HEADER, *self.rows())]
-        with (arguments.pictures / f"{self.key}.csv").open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows(texts)
-        # A hash or an underscore would need a backslash; there is none.
-        header, *lines = (" & ".join(line) + r" \\" for line in texts)
-        begin = "\\begin{tabular}{ll" + "r" * (len(HEADER) - 2) + "}"
-        text = "\n".join([begin, r"\hline", header, r"\hline", *lines, r"\hline", r"\end{tabular}", ""])
-        (arguments.pictures / f"{self.key}.tex").write_text(text, encoding="utf-8")
-
     def curve(self, method, target):
         cells = [(method, target, rank) for rank in RANKS]
         return [(cell[-1], self.perplexity(cell)) for cell in cells if cell in self.untuned]
@@ -184,25 +194,6 @@ class Corpus:
         }
         labels = {"x_label": "rank", "y_label": "test perplexity"}
         picture(quality_curves, f"{self.key}-perplexity", curves, self.dense["perplexity"], **labels)
-        if self.measured:
-            titles = {f"{symbol} of {target}": (name, target) for name, symbol in NORMS.items() for target in ("ih", "hh")}
-            panels = {
-                title: {method: self.norm_curve(name, method, target) for method in METHODS}
-                for title, (name, target) in titles.items()
-            }
-            dense = {title: self.mean_norm(name, "dense", target) for title, (name, target) in titles.items()}
-            picture(norm_curves, f"{self.key}-norms", panels, dense)
-            found = self.measured["spectra"]
-            values = {target: [one["singular_values"] for one in found if one["target"] == target] for target in TARGETS}
-            picture(spectra, f"{self.key}-spectra", values)
-
-    def mean_norm(self, name, method, target, rank=0):
-        """The mean over the layers."""
-        return statistics.mean(row[name] for row in self.norms[method, target, rank])
-
-    def norm_curve(self, name, method, target):
-        ranks = [rank for rank in RANKS if (method, target, rank) in self.norms]
-        return [(rank, self.mean_norm(name, method, target, rank)) for rank in ranks]
 
     def both(self, one, other):
         return {one, other} <= self.untuned.keys()
@@ -221,37 +212,6 @@ class Corpus:
         }
         lost = ", ".join(" ".join(map(str, cell)) for cell, won in ahead.items() if not won)
         return verdict(list(ahead.values())) + (f"; pruning is ahead at {lost}" if lost else "")
-
-    def spread(self):
-        if not self.measured:
-            return verdict([])
-        at = {
-            (method, target): self.mean_norm("l1_std", method, target, SMALLEST)
-            for method, target in itertools.product(METHODS, TARGETS)
-        }
-        dense = {target: self.mean_norm("l1_std", "dense", target) for target in TARGETS}
-        right = [(value < dense[target]) == (method == "prune") for (method, target), value in at.items()]
-        numbers = "; ".join(
-            f"{target}: dense {dense[target]:.3g}, " + ", ".join(f"{method} {at[method, target]:.3g}" for method in METHODS)
-            for target in TARGETS
-        )
-        return f"{verdict(right)}; {numbers}"
-
-    def nuclear(self):
-        if not self.measured:
-            return verdict([])
-        sums = {target: [row["nuclear"] for row in self.norms["dense", target, 0]] for target in TARGETS}
-        ratios = [ih / hh for ih, hh in zip(sums["ih"], sums["hh"], strict=True)]
-        held = {
-            target: statistics.mean(e["energy"][str(SMALLEST)] for e in self.measured["spectra"] if e["target"] == target)
-            for target in TARGETS
-        }
-        told = verdict([1.5 <= ratio <= 2.5 for ratio in ratios])
-        return (
-            f"{told}; ratios {', '.join(f'{ratio:.2f}' for ratio in ratios)}, of their sums "
-            f"{sum(sums['ih']) / sum(sums['hh']):.2f}; rank {SMALLEST} holds of ‖W‖_F² on average {held['hh']:.1%} (hh) "
-            f"and {held['ih']:.1%} (ih)"
-        )
 
     def tuning(self):
         # A dense model that was not trained to the end gains by tuning too, so that only the tuned one is a fair measure.
@@ -307,12 +267,72 @@ class Corpus:
         text += f"Also as [CSV]({folder}/{self.key}.csv) and [LaTeX]({folder}/{self.key}.tex).\n\n"
         return text + f"![Perplexity against rank, {self.name}]({folder}/{self.key}-perplexity.png)"
 
-    def norms_section(self):
-        if not self.measured:
-            return (
-                f"The norms of the paper's second figure, on which claims 3 and 4 rest, were not measured on {self.name} "
-                "(`recipes/norms.py`)."
-            )
+    def results(self):
+        """All that was read, for the commits."""
+        single = (self.dense, self.tuned_dense, self.trained, self.speed)
+        return [*filter(None, single), *self.untuned.values(), *self.tuned.values()]
+
+
+class Norms:
+    """The norms and spectra of one model's matrices."""
+
+    def __init__(self, key, name):
+        self.key, self.name, self.measured = key, name, load(f"{key}_norms")
+        self.norms = {}
+        for row in self.measured["rows"] if self.measured else []:
+            self.norms.setdefault((row["method"], row["target"], row["rank"]), []).append(row)
+        self.ranks = sorted({rank for _, _, rank in self.norms if rank})
+
+    def mean(self, name, method, target, rank=0):
+        """Over the layers."""
+        return statistics.mean(row[name] for row in self.norms[method, target, rank])
+
+    def curve(self, name, method, target):
+        ranks = [rank for rank in self.ranks if (method, target, rank) in self.norms]
+        return [(rank, self.mean(name, method, target, rank)) for rank in ranks]
+
+    def draw(self):
+        titles = {f"{symbol} of {target}": (name, target) for name, symbol in NORMS.items() for target in ("ih", "hh")}
+        panels = {
+            title: {method: self.curve(name, method, target) for method in METHODS}
+            for title, (name, target) in titles.items()
+        }
+        dense = {title: self.mean(name, "dense", target) for title, (name, target) in titles.items()}
+        picture(norm_curves, f"{self.key}-norms", panels, dense)
+        found = self.measured["spectra"]
+        values = {target: [one["singular_values"] for one in found if one["target"] == target] for target in TARGETS}
+        picture(spectra, f"{self.key}-spectra", values)
+
+    def spread(self):
+        smallest = self.ranks[0]
+        at = {
+            (method, target): self.mean("l1_std", method, target, smallest)
+            for method, target in itertools.product(METHODS, TARGETS)
+        }
+        dense = {target: self.mean("l1_std", "dense", target) for target in TARGETS}
+        right = [(value < dense[target]) == (method == "prune") for (method, target), value in at.items()]
+        numbers = "; ".join(
+            f"{target}: dense {dense[target]:.3g}, " + ", ".join(f"{method} {at[method, target]:.3g}" for method in METHODS)
+            for target in TARGETS
+        )
+        return f"{verdict(right)}; r = {smallest}, {numbers}"
+
+    def nuclear(self):
+        smallest = self.ranks[0]
+        sums = {target: [row["nuclear"] for row in self.norms["dense", target, 0]] for target in TARGETS}
+        ratios = [ih / hh for ih, hh in zip(sums["ih"], sums["hh"], strict=True)]
+        held = {
+            target: statistics.mean(e["energy"][str(smallest)] for e in self.measured["spectra"] if e["target"] == target)
+            for target in TARGETS
+        }
+        told = verdict([1.5 <= ratio <= 2.5 for ratio in ratios])
+        return (
+            f"{told}; ratios {', '.join(f'{ratio:.2f}' for ratio in ratios)}, of their sums "
+            f"{sum(sums['ih']) / sum(sums['hh']):.2f}; rank {smallest} holds of ‖W‖_F² on average {held['hh']:.1%} (hh) "
+            f"and {held['ih']:.1%} (ih)"
+        )
+
+    def section(self):
         return f"""## Norms and spectra, {self.name}
 
 Means over the layers; σ is the standard deviation of the column sums. The paper prints it without 1/n and root, which is
@@ -323,9 +343,98 @@ Means over the layers; σ is the standard deviation of the column sums. The pape
 ![Singular values, and the energy that they hold, against rank]({folder}/{self.key}-spectra.png)"""
 
     def results(self):
-        """All that was read, for the commits."""
-        single = (self.dense, self.tuned_dense, self.trained, self.measured, self.speed)
-        return [*filter(None, single), *self.untuned.values(), *self.tuned.values()]
+        return [self.measured]
+
+
+class Task:
+    """What was measured of the ELMo inside one task's model, and what the paper printed of it."""
+
+    def __init__(self, key):
+        self.key, (self.name, self.model, self.metric) = key, TASKS[key]
+        self.paper = printed[key]
+        self.printed = {(r["method"].replace("pruning", "prune"), r["target"]): r for r in self.paper["rows"]}
+        self.trained = {kind: load(f"task_{key}/trained-{kind}") for kind in ("plain", "elmo")}
+        self.files = {}
+        for path in sorted((arguments.results / f"task_{key}").glob("*-seed*.json")):
+            found = json.loads(path.read_text(encoding="utf-8"))
+            self.files.setdefault((found["method"], found["target"], found["rank"]), []).append(found)
+        self.ranks = sorted({rank for _, _, rank in self.files if rank})
+        self.methods = [method for method in (*METHODS, *BEYOND) if any(cell[0] == method for cell in self.files)]
+        self.is_there = bool(self.ranks and ("dense", "none", 0) in self.files)
+
+    def score(self, cell):
+        """The mean over seeds."""
+        return statistics.mean(found["scores"][self.metric] for found in self.files[cell])
+
+    def efficiency(self, cell):
+        counts = self.files[cell][0]["parameters"]["model"]
+        if counts["after"] >= counts["before"]:
+            return None
+        return efficiency(self.score(cell), self.score(("dense", "none", 0)), counts["after"], counts["before"])
+
+    def row_of(self, method, target):
+        cells = [(method, target, rank) for rank in self.ranks]
+        there = [cell for cell in cells if cell in self.files]
+        shares = [found for cell in there if (found := self.efficiency(cell)) is not None]
+        scores, paper = [self.score(cell) for cell in there], self.printed.get((method, target), {})
+        return (
+            *(method, target),
+            *(f"{self.score(cell):.2f}" if cell in self.files else None for cell in cells),
+            *(f"{max(scores):.2f}", f"{statistics.mean(scores):.2f}"),
+            share(statistics.mean(shares) if shares else None, "{:.2f}"),
+            *(paper.get(name) for name in ("r10", "r400", "best", "average", "average_efficiency")),
+        )
+
+    def section(self):
+        header = (
+            *("method", "target", *(f"r = {rank}" for rank in self.ranks), "best", "mean", "mean E(r)"),
+            *("printed r = 10", "printed r = 400", "printed best", "printed mean", "printed mean E(r)"),
+        )
+        pairs = itertools.product(self.methods, TARGETS)
+        rows = [self.row_of(*pair) for pair in pairs if any(cell[:2] == pair for cell in self.files)]
+        dense = self.files["dense", "none", 0]
+        models = (self.model, self.trained["plain"]), (f"{self.model} + ELMo", self.trained["elmo"])
+        baseline = "; ".join(
+            f"{name} {self.of_seeds(found)} (printed {self.paper['baseline'][name]})" for name, found in models if found
+        )
+        limit = f" Cells are measured on the {dense[0]['limit']}." if dense[0]["limit"] else ""
+        write_table(f"task-{self.key}", header, rows, left=2)
+        return f"""## {self.name}, {self.model} with ELMo
+
+{self.paper["metric"]}, trained on: {dense[0]["label"]}. Not compressed: {baseline}. Mean of {len(dense)} seeds.{limit}
+
+{markdown(header, rows, left=2)}
+
+Also as [CSV]({folder}/task-{self.key}.csv) and [LaTeX]({folder}/task-{self.key}.tex)."""
+
+    def of_seeds(self, found):
+        mean, deviation = (found["scores"][self.metric][name] for name in ("mean", "standard_deviation"))
+        return f"{mean:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
+
+    def results(self):
+        return [*filter(None, self.trained.values()), *itertools.chain(*self.files.values())]
+
+    def hh_against_ih(self):
+        pairs = [((method, "hh", rank), (method, "ih", rank)) for method in METHODS for rank in self.ranks]
+        return verdict([self.score(hh) > self.score(ih) for hh, ih in pairs if {hh, ih} <= self.files.keys()])
+
+    def factors_against_pruning(self):
+        cells = [(method, target, rank) for method in METHODS[:2] for target in TARGETS for rank in self.ranks]
+        pairs = [(cell, ("prune", *cell[1:])) for cell in cells]
+        return verdict([self.score(one) > self.score(other) for one, other in pairs if {one, other} <= self.files.keys()])
+
+
+def of_elmo(trained):
+    """What the ELMo inside the tasks is."""
+    sizes, options = trained["options"]["lstm"], trained["config"]
+    return (
+        f"- ELMo: {trained['parameters']['bilm'] / 1e6:.2f}M parameters ({sizes['dim']} cells, projected to "
+        f"{sizes['projection_dim']}; the paper's: 4096 and 512), trained on {' and '.join(options['corpus'])}, "
+        f"{trained['tokens']:,} tokens, for {trained['epochs']} epochs in {trained['seconds'] / 60:.0f} minutes on "
+        f"{options['device']}; validation perplexity {trained['perplexity']['valid']:.1f} a token, both directions, over "
+        f"{trained['vocabulary']:,} words. The released one was trained on the 1B Word Benchmark for 10 epochs, and a rank "
+        "means more in a smaller one: columns can be compared with each other, not with the printed ones."
+    )
 
 
 def controls():
@@ -364,32 +473,43 @@ known; the paper also tells of about 1.5x at little loss.
 {markdown(("timed", "T", "B", "rank", "fused kernel", "plain PyTorch", "printed"), rows)}"""
 
 
-everything = [Corpus(key) for key in CORPORA]
+all_norms = [
+    norms
+    for norms in (*(Norms(key, name) for key, (name, _, _) in CORPORA.items()), Norms("elmo", "ELMo"))
+    if norms.measured
+]
+for norms in all_norms:
+    norms.draw()
+everything, tasks = [Corpus(key) for key in CORPORA], [task for task in map(Task, TASKS) if task.is_there]
+elmo_trained = load("elmo_trained")
 corpora, ptb = [corpus for corpus in everything if corpus.dense], everything[0]
 for corpus in corpora:
-    corpus.write_tables()
+    write_table(corpus.key, HEADER, corpus.rows(), left=2)
     corpus.draw()
 
 
-def over_corpora(claim):
-    """A claim's verdicts, with the corpus where there are several."""
-    return "; ".join(f"{corpus.name}: {claim(corpus)}" if len(corpora) > 1 else claim(corpus) for corpus in corpora)
+def verdicts(claim):
+    """On everything that was measured for it."""
+    found = [(one.name, getattr(one, claim)()) for one in (*corpora, *tasks, *all_norms) if hasattr(one, claim)]
+    return "; ".join(f"{name}: {told}" for name, told in found) or verdict([])
 
 
 CLAIMS = {
-    "Compressing W_h costs less than compressing W_i at the same rank.": Corpus.hh_against_ih,
-    "Factorisation beats pruning that keeps as many weights.": Corpus.factors_against_pruning,
-    f"At low rank σ(‖W‖₁) falls under pruning and rises under factorisation (r = {SMALLEST}, mean over "
-    "layers).": Corpus.spread,
-    "The nuclear norm of W_i is about twice that of W_h (a ratio from 1.5 to 2.5, layer by layer).": Corpus.nuclear,
+    "Compressing W_h costs less than compressing W_i at the same rank.": "hh_against_ih",
+    "Factorisation beats pruning that keeps as many weights.": "factors_against_pruning",
+    "At low rank σ(‖W‖₁) falls under pruning and rises under factorisation (at the smallest rank, mean over "
+    "layers).": "spread",
+    "The nuclear norm of W_i is about twice that of W_h (a ratio from 1.5 to 2.5, layer by layer).": "nuclear",
     f"With fine-tuning, W_h at r = {SMALLEST} costs nothing (no higher a perplexity than the dense model tuned "
-    "alike).": Corpus.tuning,
+    "alike).": "tuning",
 }
-numbered = "\n".join(f"{index}. {claim} {over_corpora(found)}" for index, (claim, found) in enumerate(CLAIMS.items(), 1))
+numbered = "\n".join(f"{index}. {claim} {verdicts(found)}" for index, (claim, found) in enumerate(CLAIMS.items(), 1))
 of_controls, without, control_results = controls()
 absent = [corpus.name for corpus in everything if not corpus.dense] + without
 absent += [] if ptb.speed else ["the speed claim (2.13x at r = 10)"]
+absent += [name for key, (name, _, _) in TASKS.items() if key not in {task.key for task in tasks}]
 trained = [f"- {corpus.name}: {corpus.training()}\n  " + "\n  ".join(corpus.coverage()) for corpus in corpora]
+trained += [of_elmo(elmo_trained)] if elmo_trained and tasks else []
 trained += [f"- Not run: {'; '.join(absent)}."] if absent else []
 pictures = f"""## Heatmaps
 
@@ -413,16 +533,18 @@ Both int8 models keep all of ih and hh so. The smaller dense AWD-LSTM has as man
 leave, and is trained from scratch, as the TT-LSTM is. The paper does not say which matrices that keeps as tensor trains,
 nor their ranks; ours has three cores for each ih and hh, and as many parameters in all as theirs.""",
     *([f"## Speed\n\n{speed(ptb.speed)}"] if ptb.speed else []),
-    *(corpus.norms_section() for corpus in corpora),
+    *(task.section() for task in tasks),
+    *(norms.section() for norms in all_norms),
     *([pictures] if (DRAWN / "heatmap-hh.png").exists() else []),
 ]
-commits = {result["provenance"]["commit"] for result in [*control_results, *(r for c in corpora for r in c.results())]}
+read = [*control_results, *(result for one in (*corpora, *tasks, *all_norms) for result in one.results())]
+commits = {result["provenance"]["commit"] for result in read + ([elmo_trained] if elmo_trained else [])}
 body, lines = "\n\n".join(sections), "\n".join(trained)
 arguments.page.write_text(
-    f"""# The paper's language models, reproduced
+    f"""# The paper, reproduced
 
 Winata et al., *On the Effectiveness of Low-Rank Matrix Factorization for LSTM Model Compression* (PACLIC 2019, arXiv
-1908.09982), on Penn Treebank and WikiText-2. This page is generated by `python recipes/paper.py` from the files in
+1908.09982). This page is generated by `python recipes/paper.py` from the files in
 `results/`.
 
 ## What was trained, and what was not
