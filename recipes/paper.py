@@ -354,6 +354,7 @@ class Task:
         self.paper = printed[key]
         self.printed = {(r["method"].replace("pruning", "prune"), r["target"]): r for r in self.paper["rows"]}
         self.trained = {kind: load(f"task_{key}/trained-{kind}") for kind in ("plain", "elmo")}
+        self.latency = load(f"task_{key}/latency")
         self.files = {}
         for path in sorted((arguments.results / f"task_{key}").glob("*-seed*.json")):
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -407,12 +408,21 @@ class Task:
 
 Also as [CSV]({folder}/task-{self.key}.csv) and [LaTeX]({folder}/task-{self.key}.tex)."""
 
+    def latency_rows(self):
+        """One sentence, by part and version."""
+        for part, what in (("elmo", "ELMo"), ("model", f"{self.model} with it")):
+            for name, one in self.latency[part].items() if self.latency else ():
+                yield (
+                    *(self.name, what, name, f"{one['parameters']['after'] / 1e6:.2f}M"),
+                    *(f"{one['milliseconds'][1]:.2f}", f"{one['faster']:.2f}x"),
+                )
+
     def of_seeds(self, found):
         mean, deviation = (found["scores"][self.metric][name] for name in ("mean", "standard_deviation"))
         return f"{mean:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
 
     def results(self):
-        return [*filter(None, self.trained.values()), *itertools.chain(*self.files.values())]
+        return [*filter(None, (*self.trained.values(), self.latency)), *itertools.chain(*self.files.values())]
 
     def hh_against_ih(self):
         pairs = [((method, "hh", rank), (method, "ih", rank)) for method in METHODS for rank in self.ranks]
@@ -511,14 +521,24 @@ absent += [name for key, (name, _, _) in TASKS.items() if key not in {task.key f
 trained = [f"- {corpus.name}: {corpus.training()}\n  " + "\n  ".join(corpus.coverage()) for corpus in corpora]
 trained += [of_elmo(elmo_trained)] if elmo_trained and tasks else []
 trained += [f"- Not run: {'; '.join(absent)}."] if absent else []
-pictures = f"""## Heatmaps
+pictures = [
+    f"![{target}, its low-rank product, and pruned, {of}]({folder}/{name}-{target}.png)"
+    for name, of in (("heatmap", "Penn Treebank"), ("elmo-heatmap", "ELMo"))
+    for target in TARGETS
+    if (DRAWN / f"{name}-{target}.png").exists()
+]
+heatmaps = """## Heatmaps
 
-|W| of a layer's matrices on Penn Treebank, block by block (the largest entry of each), rows by gate; beside it the product
-of its SVD factors, and what pruning leaves with as many weights. Marked are the rows and columns with the largest sums.
-
-![hh, its low-rank product, and pruned]({folder}/heatmap-hh.png)
-
-![ih, its low-rank product, and pruned]({folder}/heatmap-ih.png)"""
+|W| of a layer's matrices, block by block (the largest entry of each), rows by gate; beside it the product of its SVD
+factors, and what pruning leaves with as many weights. Marked are the rows and columns with the largest sums."""
+of_latency = (
+    "## Latency of single sentences\n\nMedians on one machine, all by turns; times faster than the dense modules.\n\n"
+    + markdown(
+        ("task", "timed", "ELMo", "parameters", "ms", "faster"),
+        [row for task in tasks for row in task.latency_rows()],
+        left=3,
+    )
+)
 sections = [
     *(corpus.section() for corpus in corpora),
     """E(r) = R(M, M') / R(P, P') where the perplexity rises, R(M, M') / (1 - R(P, P')) where it falls; R is the relative
@@ -534,8 +554,9 @@ leave, and is trained from scratch, as the TT-LSTM is. The paper does not say wh
 nor their ranks; ours has three cores for each ih and hh, and as many parameters in all as theirs.""",
     *([f"## Speed\n\n{speed(ptb.speed)}"] if ptb.speed else []),
     *(task.section() for task in tasks),
+    *([of_latency] if any(task.latency for task in tasks) else []),
     *(norms.section() for norms in all_norms),
-    *([pictures] if (DRAWN / "heatmap-hh.png").exists() else []),
+    *([heatmaps, *pictures] if pictures else []),
 ]
 read = [*control_results, *(result for one in (*corpora, *tasks, *all_norms) for result in one.results())]
 commits = {result["provenance"]["commit"] for result in read + ([elmo_trained] if elmo_trained else [])}

