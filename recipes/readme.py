@@ -119,7 +119,8 @@ tuned = {
     path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "results" / "ptb_tuned").glob("*.json")
 }
 tuned_rows = [
-    [name, *(f"{run['perplexity'][when]:.1f}" for when in ("before", "after"))] for name, run in sorted(tuned.items())
+    [name, f"{run['config']['lr']:g}", *(f"{run['perplexity'][when]:.1f}" for when in ("before", "after"))]
+    for name, run in sorted(tuned.items())
 ]
 first = quality["quality_ptb"][0]
 quality_part = "\n\n".join(
@@ -139,10 +140,12 @@ quality_part = "\n\n".join(
         "bear (see Limits).",
         *(
             [
-                markdown(["ten minutes of `finetune` at a quarter", "perplexity before", "after"], tuned_rows),
+                markdown(
+                    ["ten minutes of `finetune` at a quarter", "learning rate", "perplexity before", "after"], tuned_rows
+                ),
                 "From [`results/ptb_tuned`](results/ptb_tuned): the Penn Treebank model, distilled from the dense one "
                 f"({next(iter(tuned.values()))['perplexity']['dense']:.1f}) in bfloat16, "
-                f"{next(iter(tuned.values()))['provenance']['threads']} thread.",
+                f"threads: {next(iter(tuned.values()))['provenance']['threads']}.",
             ]
             if tuned
             else []
