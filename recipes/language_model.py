@@ -424,4 +424,7 @@ if rank == 0:
     write_text(output / "result.json", json.dumps(result, indent=1) + "\n")
     console.print(result["perplexity"])
 if processes > 1:
+    # A trainer that outlives the group keeps its threads, which end the process with an error.
+    dist.barrier()
+    del trainer
     dist.destroy_process_group()
