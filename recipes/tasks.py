@@ -45,7 +45,7 @@ from slimlstm.models.bidaf import BiDAF, BiDAFConfig
 from slimlstm.models.elmo import ELMo, load_bilm
 from slimlstm.models.esim import ESIM, ESIMConfig
 from slimlstm.provenance import provenance
-from slimlstm.task_data import Paragraph, read_task, read_vectors
+from slimlstm.task_data import Paragraph, read_task, read_vectors, with_phrases
 from slimlstm.tasks import Batches, Remembering, losses, predictions, scores, size_of, texts_of, vocabulary_of
 
 TASKS = {
@@ -53,7 +53,7 @@ TASKS = {
         "model": (BCN, BCNConfig),
         "splits": ("train", "dev", "test"),
         "published": {"sizes": {}, "batch": 100, "lr": 1e-3},
-        "small": {"sizes": {"embedding_size": 100, "hidden_size": 100}, "batch": 32, "lr": 3e-3},
+        "small": {"sizes": {"embedding_size": 100, "hidden_size": 100}, "batch": 64, "lr": 1e-3},
     },
     "snli": {
         "model": (ESIM, ESIMConfig),
@@ -167,6 +167,7 @@ def read_splits():
 
 
 train, validation, test, splits = read_splits()
+learnt = with_phrases(train) if arguments.task == "sst5" else train
 tokens = sorted(
     {token for part in (train, validation, test) for example in part for text in texts_of(example) for token in text}
 )
@@ -377,6 +378,8 @@ def spread(values):
 def common():
     """What stands in every file."""
     label = splits["train"]["label"]
+    if learnt is not train:
+        label += f", with the phrases of over three tokens in them {len(learnt):,} examples"
     if TASKS[arguments.task]["splits"][1] is None:
         label += (
             f", of which every {HELD_OUT}th paragraph is held out and those of over {LONGEST_PARAGRAPH} tokens are left out"
@@ -398,7 +401,7 @@ def common():
 left = [number for number in arguments.seeds if not (runs / f"seed-{number}" / "result.json").exists()]
 memory = Remembering(in_kernel(bilm), arguments.remember) if bilm else None
 if left:
-    parts = [batches_of(part, arguments.batch) for part in (train, validation, test)]
+    parts = [batches_of(part, arguments.batch) for part in (learnt, validation, test)]
     for number in left:
         train_seed(number, memory, *parts)
     del parts

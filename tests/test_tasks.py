@@ -228,10 +228,18 @@ def test_real_data_has_the_published_counts(data_folder, task, split, label, cou
         assert sum(exact) > 0.985 * len(exact)
 
 
-def test_a_tree_gives_its_leaves_and_the_label_of_its_root():
-    line = "(3 (2 It) (4 (4 (2 's) (0 good\xa0fun)) (2 -LRB-)))"
-    assert task_data.tree(line) == Sentence(["It", "'s", "good\xa0fun", "-LRB-"], 3)
-    for wrong in ("", "It works", "(3 )", "(7 (7 It))"):
+def test_a_tree_gives_its_leaves_and_the_label_of_its_root_and_of_all_its_phrases():
+    found = task_data.tree("(3 (2 It) (4 (4 (2 's) (0 good\xa0fun)) (2 -LRB-)))")
+    assert (found.tokens, found.label) == (["It", "'s", "good\xa0fun", "-LRB-"], 3)
+    assert [(phrase.tokens, phrase.label) for phrase in found.phrases] == [
+        (["It"], 2),
+        (["'s"], 2),
+        (["good\xa0fun"], 0),
+        (["'s", "good\xa0fun"], 4),
+        (["-LRB-"], 2),
+        (["'s", "good\xa0fun", "-LRB-"], 4),
+    ]
+    for wrong in ("", "It works", "(3 )", "(7 (7 It))", "(3 (2 It) (2 works)", "(3 (2 It)) (2 works)", "(3 (2 It)))"):
         with pytest.raises(SlimLSTMError, match="is no tree"):
             task_data.tree(wrong)
 

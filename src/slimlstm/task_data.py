@@ -12,7 +12,7 @@ import json
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,14 @@ SNLI_LABELS = ("entailment", "neutral", "contradiction")
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence of SST-5; the label goes from 0, very negative, to 4, very positive."""
+    """A sentence of SST-5; the label goes from 0, very negative, to 4, very positive.
+
+    ``phrases`` are the parts of it that have labels of their own, words among them, itself left out.
+    """
 
     tokens: list[str]
     label: int
+    phrases: Sequence[Sentence] = ()
 
 
 @dataclass(frozen=True)
@@ -238,15 +242,40 @@ def read_task(task: str, split: str, folder: str | Path | None = None) -> TaskSp
 
 
 def tree(line: str) -> Sentence:
-    """The tokens of a tree in brackets, ``(3 (2 It) (4 works))``, and the label of its root.
+    """The tokens of a tree in brackets, ``(3 (2 It) (4 works))``, the label of its root, and the trees inside it.
 
     Raises:
         SlimLSTMError: it is no such tree.
     """
-    tokens = re.findall(r"\([0-4] ([^() ]+)\)", line)
-    if re.match(r"\([0-4] ", line) is None or not tokens:
+    tokens: list[str] = []
+    begun: list[tuple[int, int]] = []
+    found: list[Sentence] = []
+    try:
+        for label, token in re.findall(r" ?\(([0-4]) |([^() ]*)\)", line):
+            if label:
+                begun.append((int(label), len(tokens)))
+                continue
+            tokens += [token] if token else []
+            of_phrase, first = begun.pop()
+            found.append(Sentence(tokens[first:], of_phrase))
+    except IndexError:
+        found.clear()
+    if begun or not tokens or not found or found[-1].tokens != tokens:
         raise SlimLSTMError(f"{line[:80]!r} is no tree such as '(3 (2 It) (4 works))'")
-    return Sentence(tokens, int(line[1]))
+    return replace(found[-1], phrases=found[:-1])
+
+
+def with_phrases(sentences: Iterable[Sentence], *, longer_than: int = 3) -> list[Sentence]:
+    """The sentences and, once each, their phrases of more than ``longer_than`` tokens, such as BCN was trained on.
+
+    McCann et al. (2017, arXiv 1708.00107) count 94,200 of them in the training set.
+    """
+    distinct = {
+        (tuple(one.tokens), one.label): one
+        for sentence in sentences
+        for one in (*(phrase for phrase in sentence.phrases if len(phrase.tokens) > longer_than), sentence)
+    }
+    return list(distinct.values())
 
 
 def snli_pairs(content: str) -> list[Pair]:
