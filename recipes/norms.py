@@ -64,5 +64,6 @@ for target, layer, matrix in track(matrices, "norms"):
         for method, found in approximations(matrix, rank).items():
             rows.append({"method": method, "target": target, "layer": layer, "rank": rank, **asdict(norms(found))})
 result = {"rows": rows, "spectra": spectra, "config": {"model": arguments.model.name}, "provenance": provenance()}
+arguments.output.parent.mkdir(parents=True, exist_ok=True)
 arguments.output.with_suffix(".part").write_text(json.dumps(result) + "\n", encoding="utf-8")
 arguments.output.with_suffix(".part").replace(arguments.output)
