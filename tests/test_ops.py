@@ -20,6 +20,7 @@ from helpers import (
     with_gradients,
 )
 from hypothesis import given, settings
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from slimlstm import ops
 from slimlstm.errors import SlimLSTMError
@@ -80,6 +81,48 @@ def test_backends_agree_to_the_precision_of_the_dtype(backend, dtype, problem):
     assert_near(results, truth)
 
 
+@thorough
+@given(problem=problems(full_rank=False, plain=True))
+def test_the_training_backend_is_an_lstm_with_the_product_of_the_factors(problem):
+    lstm, inputs = problem.lstm(), problem.inputs()
+    factors = factors_of(lstm, problem.ranks)
+    expected = factor_gradients(with_gradients(replaced(lstm, factors), inputs, problem.call), factors)
+    assert_same(with_gradients(low_rank(problem, "training"), inputs, problem.call), expected, **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@given(problem=problems(full_rank=False, plain=True))
+def test_the_training_backend_is_right_to_the_precision_of_the_dtype(dtype, autocast, problem):
+    inputs = problem.inputs(dtype)
+    exact = low_rank(problem, "reference", dtype).double()
+    truth = with_gradients(exact, {name: value.double() for name, value in inputs.items()}, problem.call)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        results = with_gradients(low_rank(problem, "training", dtype), inputs, problem.call)
+    values = {name: value for name, value in results.items() if name in ("output", "h_n", "c_n")}
+    assert {value.dtype for value in values.values()} == {torch.bfloat16 if autocast else dtype}
+    assert_near({name: value.bfloat16() if autocast else value for name, value in results.items()}, truth)
+
+
+def test_the_training_backend_passes_gradients_on_from_frozen_weights_and_last_states():
+    module, x = LowRankLSTM(3, 8, ranks={"weight_hh_l0": 2}, backend="training"), torch.randn(5, 2, 3)
+    module.requires_grad_(False)
+    expected = torch.autograd.functional.jacobian(lambda x: sum(module(x)[1]), x)
+    module.backend = "reference"
+    torch.testing.assert_close(torch.autograd.functional.jacobian(lambda x: sum(module(x)[1]), x), expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "packed", "what"),
+    [({}, True, "packed"), ({"proj_size": 4}, False, "a projection"), ({"cell_clip": 1.0}, False, "clipping")],
+    ids=["packed", "projection", "clipping"],
+)
+def test_the_training_backend_refuses_what_it_cannot_do(settings, packed, what):
+    x = torch.zeros(2, 1, 3)
+    with pytest.raises(SlimLSTMError, match=f"does not do {what}"):
+        LowRankLSTM(3, 8, **settings, backend="training")(pack_padded_sequence(x, [2]) if packed else x)
+
+
 @every_backend
 def test_an_empty_batch_has_empty_outputs(backend):
     module = LowRankLSTM(3, 4, ranks={"weight_hh_l0": 2}, backend=backend)
@@ -117,7 +160,7 @@ def chosen(steps: int, batch: int, hidden: int, rank: int | None, grad: bool = F
     matrix = (4 * hidden, hidden)
     hh = torch.zeros(matrix) if rank is None else (torch.zeros(matrix[0], rank), torch.zeros(rank, matrix[1]))
     if grad:
-        hh[0].requires_grad_()
+        (hh if rank is None else hh[0]).requires_grad_()
     x = torch.zeros(steps * batch, hidden) if packed else torch.zeros(steps, batch, hidden)
     sizes = torch.full((steps,), batch) if packed else None
     return ops.choose(x, sizes, [Direction(torch.zeros(matrix), hh, None, None, None)])
@@ -145,6 +188,24 @@ def test_choice(case, backend, reason, packed):
 def test_gradients_count_only_where_they_are_recorded():
     with torch.no_grad():
         assert chosen(1, 1, 256, 32, grad=True).backend == "reference"
+
+
+@pytest.mark.parametrize(
+    ("hidden", "rank", "low", "backend"),
+    [
+        (512, 64, False, "training"),
+        (512, 400, False, "dense"),
+        (256, 32, False, "dense"),
+        (1150, None, False, "dense"),
+        (1150, None, True, "training"),
+        (512, None, True, "dense"),
+    ],
+    ids=["large", "hardly thinner", "small", "dense hh", "dense hh below float32", "smaller dense hh below float32"],
+)
+def test_choice_in_training(hidden, rank, low, backend):
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        assert chosen(7, 2, hidden, rank, grad=True).backend == backend
+        assert chosen(7, 2, hidden, rank, grad=True, packed=True).backend == "dense"
 
 
 def test_other_devices_get_dense():

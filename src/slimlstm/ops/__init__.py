@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.ops import cpu, dense, reference
-from slimlstm.ops.weights import Direction, Layer, LayerOutput, columns, first_states, flat, is_clipped, rows
+from slimlstm.ops import cpu, dense, reference, training
+from slimlstm.ops.weights import Direction, Layer, LayerOutput, Matrix, columns, first_states, flat, is_clipped, rows
 
 BACKENDS: dict[str, Callable[[Tensor, Tensor | None, Tensor, Tensor, Sequence[Direction]], LayerOutput]] = {
     "reference": reference.layer,
     "dense": dense.layer,
+    "training": training.layer,
     "fused": cpu.layer,
 }
 
@@ -23,7 +24,10 @@ BACKENDS: dict[str, Callable[[Tensor, Tensor | None, Tensor, Tensor, Sequence[Di
 _STEP_OVERHEAD = 1_500_000
 # What the loop's unfused activations cost per hidden unit and step, likewise.
 _UNIT_OVERHEAD = 700
-
+# From so many weights of hh on, a loop over thin steps trains faster than PyTorch's LSTM with factors multiplied ...
+_LARGE_FACTORED = 2**20
+# ... if they hold at most this share of those weights, and with dense hh, but below float32 only, from so many on.
+_THIN, _LARGE_DENSE = 0.7, 2**22
 
 _KEPT: set[type] = {Parameter, type(None)}
 
@@ -81,7 +85,7 @@ def cell(x: Tensor, h: Tensor, c: Tensor, directions: Sequence[Direction]) -> tu
 def choose(x: Tensor, batch_sizes: Tensor | None, directions: Sequence[Direction], states: Sequence[Tensor] = ()) -> Choice:
     """The backend for this layer, input x and first ``states``: the fused kernel wherever it can run.
 
-    Elsewhere the loop over time where rebuilding hh costs more than it saves, and dense where it does not.
+    Elsewhere a loop over time where rebuilding hh costs more than it saves, and dense where it does not.
     """
     reason = cpu.obstacle(x, states, directions)
     if reason is None and _are_parameters(directions):
@@ -102,9 +106,14 @@ def _are_parameters(directions: Sequence[Direction]) -> bool:
 def _choose_without_kernel(x: Tensor, batch_sizes: Tensor | None, directions: Sequence[Direction], reason: str) -> Choice:
     if is_clipped(directions):
         return Choice("reference", f"{reason}; PyTorch's LSTM does not clip")
+    if x.device.type != "cpu":
+        return Choice("dense", reason)
     factored = [weights.hh for weights in directions if not isinstance(weights.hh, Tensor)]
-    training = torch.is_grad_enabled() and (x.requires_grad or any(u.requires_grad or v.requires_grad for u, v in factored))
-    if x.device.type != "cpu" or training:
+    if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (x, *flat(directions))):
+        if training.obstacle(batch_sizes, directions) is None and all(
+            _trains_faster(weights.hh, x) for weights in directions
+        ):
+            return Choice("training", f"{reason}; hh is so large that a loop over time is faster than PyTorch's LSTM")
         return Choice("dense", reason)
     if not factored:
         return Choice("dense", f"{reason}; hh is dense")
@@ -118,3 +127,14 @@ def _choose_without_kernel(x: Tensor, batch_sizes: Tensor | None, directions: Se
     if loop_cost < dense_cost:
         return Choice("reference", f"{reason}; rebuilding hh would cost more than {steps} thin steps")
     return Choice("dense", f"{reason}; hh is rebuilt once for {steps} steps")
+
+
+def _trains_faster(hh: Matrix, x: Tensor) -> bool:
+    """Whether steps with this hh, written out in Python, take less time than those of PyTorch's LSTM, on the CPU."""
+    if torch.compiler.is_compiling():
+        return False
+    size = rows(hh) * columns(hh)
+    if isinstance(hh, tuple):
+        return size >= _LARGE_FACTORED and sum(factor.numel() for factor in hh) <= _THIN * size
+    narrow = torch.is_autocast_enabled("cpu") or x.dtype in (torch.bfloat16, torch.float16)
+    return narrow and size >= _LARGE_DENSE

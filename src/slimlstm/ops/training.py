@@ -1,0 +1,124 @@
+"""A loop over time with its backward pass written out: training on the CPU.
+
+Forward as in :mod:`slimlstm.ops.reference`. Backward, with a' the derivative of a gate's activation at its value,
+
+δc_t += δh_t ⊙ o ⊙ (1 - tanh² c_t)
+δ(i, f, g, o) = (δc ⊙ g ⊙ i', δc ⊙ c_{t-1} ⊙ f', δc ⊙ i ⊙ g', δh ⊙ tanh c_t ⊙ o')
+δc_{t-1} = δc_t ⊙ f,  δh_{t-1} = W_hhᵀ δ(i, f, g, o)
+
+A step computes what needs its neighbour and nothing more: gradients of weights, and of what comes from ih, are products
+over all steps at once, and hh is never rebuilt from its factors. Products are in the weights' precision or autocast's,
+states and gradients in float32 at least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from slimlstm.errors import SlimLSTMError
+from slimlstm.ops.reference import product
+from slimlstm.ops.weights import Direction, LayerOutput, is_clipped
+
+
+def obstacle(batch_sizes: Tensor | None, directions: Sequence[Direction]) -> str | None:
+    """What keeps this backend from running the layer, or None."""
+    if batch_sizes is not None:
+        return "packed sequences"
+    if any(weights.hr is not None for weights in directions):
+        return "a projection"
+    return "clipping" if is_clipped(directions) else None
+
+
+def layer(x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, directions: Sequence[Direction]) -> LayerOutput:
+    """One layer over x [T, B, I]; h0 and c0 [D, B, H].
+
+    Gradients of gradients are not computed.
+
+    Raises:
+        SlimLSTMError: x is packed, or the layer projects or clips.
+    """
+    reason = obstacle(batch_sizes, directions)
+    if reason is not None:
+        raise SlimLSTMError(f"this backend does not do {reason}; use backend='auto'")
+    parts = [_direction(x, h0[index], c0[index], weights, reverse=index == 1) for index, weights in enumerate(directions)]
+    output, h, c = zip(*parts, strict=True)
+    return LayerOutput(torch.cat(output, dim=-1), torch.stack(h), torch.stack(c))
+
+
+def _direction(x: Tensor, h0: Tensor, c0: Tensor, weights: Direction, *, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [T, B, H] and the last h and c [B, H] of one direction."""
+    bias = weights.bias_ih if weights.bias_ih is None or weights.bias_hh is None else weights.bias_ih + weights.bias_hh
+    gates = product(x, weights.ih, bias)
+    dtype, device = gates.dtype, gates.device.type
+    wide = torch.promote_types(dtype, torch.float32)
+    factors = weights.hh if isinstance(weights.hh, tuple) else (weights.hh,)
+    if torch.is_autocast_enabled(device):
+        factors = tuple(factor.to(torch.get_autocast_dtype(device)) for factor in factors)
+    gates = gates.flip(0) if reverse else gates
+    with torch.autocast(device, enabled=False):
+        output, c = _Recurrence.apply(gates.to(wide), h0.to(wide), c0.to(wide), *factors)
+    h, output = output[-1], output.flip(0) if reverse else output
+    return output.to(dtype), h.to(dtype), c.to(dtype)
+
+
+class _Recurrence(torch.autograd.Function):
+    """Gates [T, B, 4H] before activation and without hh's share, h0 and c0 [B, H], hh or its factors: all h, the last c."""
+
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, h0: Tensor, c0: Tensor, *factors: Tensor) -> tuple[Tensor, Tensor]:
+        steps, batch, width = gates.shape
+        size, low = width // 4, factors[0].dtype
+        active = torch.empty_like(gates)
+        h, c = (gates.new_empty(steps + 1, batch, size) for _ in "hc")
+        h[0], c[0] = h0, c0
+        transposed = [factor.t() for factor in reversed(factors)]
+        for step in range(steps):
+            recurrent = h[step].to(low)
+            for factor in transposed:
+                recurrent = recurrent @ factor
+            here = torch.add(gates[step], recurrent, out=active[step])
+            here[:, : 2 * size].sigmoid_()
+            here[:, 2 * size : 3 * size].tanh_()
+            here[:, 3 * size :].sigmoid_()
+            i, f, g, o = here.chunk(4, dim=1)
+            torch.mul(f, c[step], out=c[step + 1]).addcmul_(i, g)
+            torch.mul(o, c[step + 1].tanh(), out=h[step + 1])
+        ctx.save_for_backward(active, h, c, *factors)
+        return h[1:], c[-1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_output: Tensor, d_last: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore
+        active, h, c, *factors = ctx.saved_tensors
+        steps, batch, width = active.shape
+        size, low = width // 4, factors[0].dtype
+        with torch.autocast(active.device.type, enabled=False):
+            i, f, g, o = active.chunk(4, dim=2)
+            of_c = c[1:].tanh()
+            slope = o * (1 - of_c * of_c)
+            # What every gate's gradient is of that of c, or of h for the last; the loop multiplies it by that.
+            d_gates = torch.cat([g * i * (1 - i), c[:-1] * f * (1 - f), i * (1 - g * g), of_c * o * (1 - o)], dim=2)
+            d_h, d_c = torch.zeros_like(h[0]), d_last.clone()
+            for step in reversed(range(steps)):
+                d_h = d_h + d_output[step]
+                d_c.addcmul_(d_h, slope[step])
+                here = d_gates[step].view(batch, 4, size)
+                here[:, :3].mul_(d_c[:, None])
+                here[:, 3].mul_(d_h)
+                d_c.mul_(f[step])
+                back = d_gates[step].to(low)
+                for factor in factors:
+                    back = back @ factor
+                d_h = back.to(h.dtype)
+            flat, before = d_gates.flatten(0, 1).to(low), h[:-1].flatten(0, 1).to(low)
+            if len(factors) == 1:
+                d_factors = [flat.t() @ before]
+            else:
+                u, v = factors
+                d_factors = [flat.t() @ (before @ v.t()), (flat @ u).t() @ before]
+        return d_gates, d_h, d_c, *d_factors
