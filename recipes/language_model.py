@@ -156,6 +156,9 @@ else:
     asked = {"embedding_size": arguments.embedding, "hidden_size": arguments.hidden}
     sizes = config["sizes"] | {name: size for name, size in asked.items() if size}
     model = AWDLSTM(AWDLSTMConfig(len(vocabulary), **sizes).scaled(arguments.dropout))
+if device.type == "cpu":
+    # These train faster there than nn.LSTM, whose weights and names they have.
+    model.lstms = nn.ModuleList(sl.LowRankLSTM.from_dense(lstm) for lstm in model.lstms)
 if arguments.compress:
     rule = {"rank": arguments.rank, "target": arguments.target}
     sl.compress_(model, sl.Prune(**rule) if arguments.compress == "prune" else sl.LowRank(arguments.compress, **rule))

@@ -198,7 +198,7 @@ def test_gradients_count_only_where_they_are_recorded():
         (256, 32, False, "dense"),
         (1150, None, False, "dense"),
         (1150, None, True, "training"),
-        (512, None, True, "dense"),
+        (400, None, True, "dense"),
     ],
     ids=["large", "hardly thinner", "small", "dense hh", "dense hh below float32", "smaller dense hh below float32"],
 )

@@ -102,9 +102,10 @@ class AWDLSTM(nn.Module):
 
     def _recur(self, lstm: nn.Module, x: Tensor, state: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Any]:
         rate = self.config.weight_drop
-        if not self.training or rate == 0.0 or not isinstance(lstm, nn.LSTM):
+        if not self.training or rate == 0.0:
             return lstm(x, state)
-        # Under a mask it has a longer name; what is computed from several parameters is dropped where it is computed.
+        # Under a mask it has a longer name; what is computed from several parameters is dropped where it is computed, and
+        # factors are left alone.
         dropped = {
             name: dropout(weight, rate)
             for name, weight in lstm.named_parameters()

@@ -24,10 +24,11 @@ BACKENDS: dict[str, Callable[[Tensor, Tensor | None, Tensor, Tensor, Sequence[Di
 _STEP_OVERHEAD = 1_500_000
 # What the loop's unfused activations cost per hidden unit and step, likewise.
 _UNIT_OVERHEAD = 700
-# From so many weights of hh on, a loop over thin steps trains faster than PyTorch's LSTM with factors multiplied ...
-_LARGE_FACTORED = 2**20
-# ... if they hold at most this share of those weights, and with dense hh, but below float32 only, from so many on.
-_THIN, _LARGE_DENSE = 0.7, 2**22
+# From so many weights of hh on, a loop over thin steps trains faster than PyTorch's LSTM with factors multiplied, if they
+# hold at most this share of those weights.
+_LARGE, _THIN = 2**19, 0.7
+# With dense hh it does below float32 only, from so many weights of ih and hh together on.
+_LARGE_TOGETHER = 9 * 2**18
 
 _KEPT: set[type] = {Parameter, type(None)}
 
@@ -111,9 +112,9 @@ def _choose_without_kernel(x: Tensor, batch_sizes: Tensor | None, directions: Se
     factored = [weights.hh for weights in directions if not isinstance(weights.hh, Tensor)]
     if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (x, *flat(directions))):
         if training.obstacle(batch_sizes, directions) is None and all(
-            _trains_faster(weights.hh, x) for weights in directions
+            _trains_faster(weights, x) for weights in directions
         ):
-            return Choice("training", f"{reason}; hh is so large that a loop over time is faster than PyTorch's LSTM")
+            return Choice("training", f"{reason}; with weights so large a loop over time trains faster than PyTorch's LSTM")
         return Choice("dense", reason)
     if not factored:
         return Choice("dense", f"{reason}; hh is dense")
@@ -129,12 +130,17 @@ def _choose_without_kernel(x: Tensor, batch_sizes: Tensor | None, directions: Se
     return Choice("dense", f"{reason}; hh is rebuilt once for {steps} steps")
 
 
-def _trains_faster(hh: Matrix, x: Tensor) -> bool:
-    """Whether steps with this hh, written out in Python, take less time than those of PyTorch's LSTM, on the CPU."""
+def _trains_faster(weights: Direction, x: Tensor) -> bool:
+    """Whether steps with these weights, written out in Python, take less time than those of PyTorch's LSTM, on the CPU."""
     if torch.compiler.is_compiling():
         return False
-    size = rows(hh) * columns(hh)
+    ih, hh = weights.ih, weights.hh
     if isinstance(hh, tuple):
-        return size >= _LARGE_FACTORED and sum(factor.numel() for factor in hh) <= _THIN * size
+        dense = rows(hh) * columns(hh)
+        return dense >= _LARGE and _numbers(hh) <= _THIN * dense
     narrow = torch.is_autocast_enabled("cpu") or x.dtype in (torch.bfloat16, torch.float16)
-    return narrow and size >= _LARGE_DENSE
+    return narrow and _numbers(ih) + _numbers(hh) >= _LARGE_TOGETHER
+
+
+def _numbers(matrix: Matrix) -> int:
+    return matrix.numel() if isinstance(matrix, Tensor) else matrix[0].numel() + matrix[1].numel()
