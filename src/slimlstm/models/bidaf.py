@@ -12,8 +12,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from slimlstm.models.elmo import CHARACTERS, ELMo
-from slimlstm.models.parts import Embedder, Encoder, Highway, Text, attention, present
+from slimlstm.models.elmo import CHARACTERS, ELMo, Highway
+from slimlstm.models.parts import Embedder, Encoder, Text, attention, present
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,20 @@ def characters_of(sentences: Sequence[Sequence[str]], max_characters: int = 50) 
     return found
 
 
+class Highway(nn.Module):
+    """x [..., E] to g ⊙ relu(W x + b) + (1 - g) ⊙ x, g = σ(V x + c) (Srivastava et al. 2015), layer after layer."""
+
+    def __init__(self, size: int, num_layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(size, 2 * size) for _ in range(num_layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            new, gate = layer(x).chunk(2, dim=-1)
+            x = torch.lerp(x, new.relu(), gate.sigmoid())
+        return x
+
+
 class CharacterEncoder(nn.Module):
     """Tokens of characters, ids [N, C] that are not zero, to vectors [N, P]: a CNN, its maxima over the token, highways.
 
@@ -123,21 +137,17 @@ class CharacterEncoder(nn.Module):
         self.activation = config.activation
         self.embedding = nn.Embedding(CHARACTERS + 1, config.character_size, padding_idx=0)
         self.convolutions = nn.ModuleList(nn.Conv1d(config.character_size, n, width) for width, n in config.filters)
-        self.highways = nn.ModuleList(nn.Linear(size, 2 * size) for _ in range(config.num_highways))
+        self.highway = Highway(size, config.num_highways)
         self.projection = nn.Linear(size, config.proj_size)
-        for highway in self.highways:
+        for layer in self.highway.layers:
             # Inputs are carried through at first (Srivastava et al. 2015).
-            nn.init.constant_(cast(nn.Linear, highway).bias[size:], -2.0)
+            nn.init.constant_(cast(nn.Linear, layer).bias[size:], -2.0)
 
     def forward(self, characters: Tensor) -> Tensor:
         distinct, places = characters.unique(dim=0, return_inverse=True)
         x, activation = self.embedding(distinct).transpose(1, 2), _ACTIVATIONS[self.activation]
         x = torch.cat([activation(convolution(x).amax(dim=2)) for convolution in self.convolutions], dim=1)
-        for highway in self.highways:
-            new, gate = highway(x).chunk(2, dim=1)
-            gate = gate.sigmoid()
-            x = gate * new.relu() + (1.0 - gate) * x
-        return self.projection(x)[places]
+        return self.projection(self.highway(x))[places]
 
 
 class ClippedLSTM(nn.LSTM):
@@ -375,7 +385,7 @@ def official_tensors(model: BiLM) -> dict[str, Tensor]:
         assert convolution.bias is not None  # noqa: S101 (the type allows it)
         found[f"CNN/W_cnn_{index}"] = convolution.weight.permute(2, 1, 0)[None]
         found[f"CNN/b_cnn_{index}"] = convolution.bias
-    for index, highway in enumerate(cast(Sequence[nn.Linear], encoder.highways)):
+    for index, highway in enumerate(cast(Sequence[nn.Linear], encoder.highway.layers)):
         for part, name in ((slice(size), "transform"), (slice(size, None), "carry")):
             found[f"CNN_high_{index}/W_{name}"] = highway.weight[part].t()
             found[f"CNN_high_{index}/b_{name}"] = highway.bias[part]
@@ -399,7 +409,7 @@ def _take(model: BiLM, tensors: Mapping[str, Tensor]) -> None:
             assert convolution.bias is not None  # noqa: S101 (the type allows it)
             convolution.weight.copy_(tensors[f"CNN/W_cnn_{index}"][0].permute(2, 1, 0))
             convolution.bias.copy_(tensors[f"CNN/b_cnn_{index}"])
-        for index, highway in enumerate(cast(Sequence[nn.Linear], encoder.highways)):
+        for index, highway in enumerate(cast(Sequence[nn.Linear], encoder.highway.layers)):
             for part, name in ((slice(size), "transform"), (slice(size, None), "carry")):
                 highway.weight[part] = tensors[f"CNN_high_{index}/W_{name}"].t()
                 highway.bias[part] = tensors[f"CNN_high_{index}/b_{name}"]

@@ -65,20 +65,6 @@ class Dense(nn.Sequential):
         super().__init__(nn.Dropout(dropout), nn.Linear(input_size, output_size), activation)
 
 
-class Highway(nn.Module):
-    """x [..., E] to g ⊙ relu(W x + b) + (1 - g) ⊙ x, g = σ(V x + c) (Srivastava et al. 2015), layer after layer."""
-
-    def __init__(self, size: int, num_layers: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(size, 2 * size) for _ in range(num_layers))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            new, gate = layer(x).chunk(2, dim=-1)
-            x = torch.lerp(x, new.relu(), gate.sigmoid())
-        return x
-
-
 def present(text: Text) -> Tensor:
     """Where tokens are, bool [B, T]; the rest is padding, and stands behind them."""
     return text[0] != 0

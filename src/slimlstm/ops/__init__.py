@@ -111,9 +111,7 @@ def _choose_without_kernel(x: Tensor, batch_sizes: Tensor | None, directions: Se
         return Choice("dense", reason)
     factored = [weights.hh for weights in directions if not isinstance(weights.hh, Tensor)]
     if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (x, *flat(directions))):
-        if training.obstacle(batch_sizes, directions) is None and all(
-            _trains_faster(weights, x) for weights in directions
-        ):
+        if training.obstacle(batch_sizes, directions) is None and all(_trains_faster(weights, x) for weights in directions):
             return Choice("training", f"{reason}; with weights so large a loop over time trains faster than PyTorch's LSTM")
         return Choice("dense", reason)
     if not factored:
