@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import Progress
 from safetensors import safe_open
@@ -71,6 +72,11 @@ if (output / "result.json").exists():
     console.print(f"{output / 'result.json'} is there")
     sys.exit()
 output.mkdir(parents=True, exist_ok=True)
+lock = FileLock(output / ".lock")
+try:
+    lock.acquire(timeout=0)  # released when the process ends, however it does
+except Timeout:
+    sys.exit(f"another process works in {output}; wait for it, or end it")
 warnings.filterwarnings("ignore", "LSTM with projections is not supported with oneDNN")
 began = time.monotonic()
 

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import Progress
 from safetensors import safe_open
@@ -106,6 +107,12 @@ if (output / "result.json").exists():
     console.print(f"{output / 'result.json'} is there")
     sys.exit()
 output.mkdir(parents=True, exist_ok=True)
+lock = FileLock(output / ".lock")
+try:
+    if rank == 0:
+        lock.acquire(timeout=0)  # released when the process ends, however it does
+except Timeout:
+    sys.exit(f"another process works in {output}; wait for it, or end it")
 began = time.monotonic()
 
 

@@ -29,6 +29,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -401,10 +402,17 @@ def common():
 left = [number for number in arguments.seeds if not (runs / f"seed-{number}" / "result.json").exists()]
 memory = Remembering(in_kernel(bilm), arguments.remember) if bilm else None
 if left:
+    runs.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(runs / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        sys.exit(f"another process trains in {runs}; wait for it, or end it")
     parts = [batches_of(part, arguments.batch) for part in (learnt, validation, test)]
     for number in left:
         train_seed(number, memory, *parts)
     del parts
+    lock.release()
     # The table does not need what was remembered of the training data.
     memory = Remembering(memory.bilm) if bilm else None
 results = [json.loads((runs / f"seed-{number}" / "result.json").read_text(encoding="utf-8")) for number in arguments.seeds]

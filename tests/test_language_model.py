@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 import slimlstm as sl
@@ -88,6 +89,16 @@ def test_training_learns_the_text(trained):
     assert [entry["epoch"] for entry in log] == [0, 1, 2]
     assert log[-1]["valid_loss"] < 0.8 * log[0]["valid_loss"]
     assert load_awd_lstm(trained).config.hidden_size == 12
+
+
+def test_a_folder_in_which_another_process_works_is_left_alone(text, tmp_path):
+    with FileLock(tmp_path / ".lock"):
+        refused = subprocess.run(
+            [sys.executable, *command(text, tmp_path, *TINY)], env=ENVIRONMENT, capture_output=True, text=True, check=False
+        )
+    assert refused.returncode == 1
+    assert "another process works in" in refused.stderr
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == []
 
 
 RUNS = {
