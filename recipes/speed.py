@@ -1,11 +1,15 @@
 """How much faster a trained AWD-LSTM is once hh is factored, whole, in the fused kernel and in plain PyTorch.
 
     python recipes/speed.py --model checkpoints/awd_lstm_ptb --output results/ptb_speed.json
+    python recipes/speed.py --model checkpoints/awd_lstm_ptb --training --steps 70 --batch 20 \\
+        --output results/ptb_training_speed.json
 
 Times the LSTM layers one after the other ("layers"), and with them the embedding and the softmax ("model"), on one thread.
 Every output is checked against float64 of the same weights first; then all take turns, and only ratios of medians to the
 best dense ``nn.LSTM``, with oneDNN or without, are told. Plain PyTorch is the loop over time with thin factors, or
-``nn.LSTM`` on U V, whichever is the faster. A file that is there is left alone.
+``nn.LSTM`` on U V, whichever is the faster. With ``--training``, the layers' forward and backward pass is timed instead, in
+float32 and in bfloat16, through ``nn.LSTM`` and on factors in the backend that training gets. A file that is there is left
+alone.
 """
 
 import argparse
@@ -28,6 +32,8 @@ from slimlstm.ops import cpu
 from slimlstm.provenance import provenance
 
 PLAIN = ("reference", "dense")
+# Gradients gather the rounding errors of all steps.
+OF_GRADIENTS = {"float32": 1e-5, "bfloat16": 5e-2}
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", type=Path, required=True, help="folder with model.safetensors")
@@ -35,6 +41,7 @@ parser.add_argument("--output", type=Path, required=True)
 parser.add_argument("--ranks", nargs="+", type=int, default=[10, 400])
 parser.add_argument("--steps", nargs="+", type=int, default=[35, 70, 1], help="time steps of a call")
 parser.add_argument("--batch", nargs="+", type=int, default=[1, 20])
+parser.add_argument("--training", action="store_true", help="time forward and backward passes of the layers")
 parser.add_argument("--seconds", type=float, default=SECONDS, help="about how long each is timed")
 arguments = parser.parse_args()
 if arguments.output.exists():
@@ -112,9 +119,41 @@ def measured(scope, steps, batch):
     return {"scope": scope, "steps": steps, "batch": batch, "faster": faster, **result}
 
 
-settings = list(itertools.product(SCOPES, arguments.steps, arguments.batch))
+def gradients(module, tokens, precision="float32", enabled=True):
+    """Those of a random sum of the outputs by all weights are computed, and those by the biases returned."""
+    parameters = [value for name, value in module.named_parameters() if ".lstms." in name]
+    factors = torch.randn(*tokens.shape, dense.config.embedding_size, generator=torch.Generator().manual_seed(1))
+    with torch.enable_grad(), torch.backends.mkldnn.flags(enabled=enabled):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            output = module(tokens)[0]
+        found = torch.autograd.grad((output * factors.to(output)).sum(), parameters)
+    return torch.cat([gradient for gradient in found if gradient.ndim == 1])
+
+
+def measured_training(precision, steps, batch):
+    """One row of the result."""
+    tokens = torch.randint(dense.config.vocab_size, (steps, batch), generator=torch.Generator().manual_seed(0))
+    models = {"dense": dense, **compressed}
+    exact = {name: gradients(Layers(with_backend(model, "reference").double()), tokens) for name, model in models.items()}
+    found = {
+        engine: Candidate(False, precision, "dense", partial(gradients, Layers(dense), tokens, precision, enabled))
+        for engine, enabled in (("PyTorch oneDNN", True), ("PyTorch native", False))
+    }
+    for name, model in compressed.items():
+        found[name] = Candidate(True, precision, name, partial(gradients, Layers(model), tokens, precision))
+    result = measure(found, exact, {}, threads=1, seconds=arguments.seconds, tolerance=OF_GRADIENTS)
+    if result["refused"]:
+        sys.exit(f"{precision}, T = {steps}, B = {batch}: no speed is told where gradients are wrong: {result['refused']}")
+    medians = {name: one["microseconds"] for name, one in result["candidates"].items()}
+    best = min(medians["PyTorch oneDNN"], medians["PyTorch native"])
+    faster = {name: {"training": best / medians[name]} for name in compressed}
+    return {"scope": precision, "steps": steps, "batch": batch, "faster": faster, **result}
+
+
+scopes, row_of = (OF_GRADIENTS, measured_training) if arguments.training else (SCOPES, measured)
+settings = list(itertools.product(scopes, arguments.steps, arguments.batch))
 result = {
-    "rows": [measured(*setting) for setting in track(settings, "speed")],
+    "rows": [row_of(*setting) for setting in track(settings, "speed")],
     "parameters": parameters,
     "config": {"model": arguments.model.name, "seconds": arguments.seconds, "threads": 1},
     "provenance": provenance() | {"instruction_set": cpu.instruction_set()},

@@ -256,6 +256,19 @@ def test_speed_is_told_of_outputs_that_were_checked(trained, tmp_path):
             assert ratios["plain PyTorch"] == pytest.approx(dense / plain)
 
 
+def test_speed_of_training_is_told_of_gradients_that_were_checked(trained, tmp_path):
+    command = [sys.executable, RECIPE.with_name("speed.py"), "--model", trained, "--output", tmp_path / "speed.json"]
+    command += ["--training", "--ranks", "2", "--steps", "5", "--batch", "3", "--seconds", "0.001"]
+    subprocess.run([str(part) for part in command], env=ENVIRONMENT, check=True)
+    rows = json.loads((tmp_path / "speed.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["scope"] for row in rows] == ["float32", "bfloat16"]
+    for row, most in zip(rows, (1e-5, 5e-2), strict=True):
+        assert all(0.0 < one["error"] < most for one in row["candidates"].values())
+        times = {name: one["microseconds"] for name, one in row["candidates"].items()}
+        dense = min(times["PyTorch oneDNN"], times["PyTorch native"])
+        assert row["faster"]["rank 2"]["training"] == pytest.approx(dense / times["rank 2"])
+
+
 def test_calibrated_and_quantised_cells_beside_the_papers(text, trained, tmp_path):
     methods = ("activation", "fisher", "int8", "pytorch-int8")
     command = [*SWEEP, "--methods", *methods, "--calibrate", "1200", "--targets", "hh", "--ranks", "2"]

@@ -125,8 +125,11 @@ def measure(
     *,
     threads: int = 1,
     seconds: float = SECONDS,
+    tolerance: Mapping[str, float] = TOLERANCE,
 ) -> dict[str, Any]:
     """Checks every candidate's output against the exact one of its model, and times those that are right, by turns.
+
+    Right is what is within the ``tolerance`` of its precision.
 
     Returns:
         ``candidates``: for each its median ``microseconds``, ``quartiles``, ``error``, ``turns``, and if it is ours, under
@@ -147,7 +150,7 @@ def measure(
                 del candidates[name]
                 continue
             errors[name] = float((output.reshape(truth.shape) - truth).norm() / truth.norm())
-            if not errors[name] <= TOLERANCE[one.precision]:
+            if not errors[name] <= tolerance[one.precision]:
                 refused[name] = f"wrong by {errors[name]:.2g} of the output's norm"
                 del candidates[name]
         times = seconds_by_turns({name: one.call for name, one in candidates.items()}, seconds)
