@@ -187,6 +187,10 @@ def test_without_clips_a_layer_is_pytorchs():
     unbound = ClippedLSTM(5, 12, 4, 1e9, 1e9)
     unbound.load_state_dict(lstm.state_dict())
     torch.testing.assert_close(unbound(x)[0], plain(x)[0])
+    ours, theirs = nn.Sequential(lstm), nn.Sequential(plain)
+    for model in (ours, theirs):
+        sl.compress_(model, sl.LowRank(rank=2))
+    torch.testing.assert_close(ours(x)[0], theirs(x)[0])
 
 
 @needs_kernel

@@ -1,6 +1,6 @@
 """Finds, reads and replaces the recurrent matrices of any model: ``nn.LSTM`` and ``nn.LSTMCell``, with or without weight
-drop or other parametrizations, and the modules of :mod:`slimlstm.nn`. A subclass of ``nn.LSTM`` whose attributes
-``cell_clip`` or ``proj_clip`` hold a bound is taken to clip its cells or projections to it, as ELMo's do.
+drop or other parametrizations, and the modules of :mod:`slimlstm.nn`. A subclass of ``nn.LSTM`` with attributes
+``cell_clip`` or ``proj_clip`` is taken to clip its cells or projections to them, where they are not None, as ELMo's do.
 
 A *site* is one recurrent matrix of one layer and direction; a *host* is the module that holds sites, once, however many
 names the model has for it.
@@ -362,6 +362,11 @@ def _is_clipping(lstm: nn.Module) -> bool:
     return any(bound is not None for bound in clips(lstm).values())
 
 
+def _can_clip(lstm: nn.Module) -> bool:
+    """Whether an LSTM would clip, if its bounds were not None."""
+    return hasattr(lstm, "cell_clip") or hasattr(lstm, "proj_clip")
+
+
 def _problem(host: Host) -> str | None:
     """Why the host's matrices cannot be compressed, or None."""
     lstm, path = host.lstm, host.paths[0]
@@ -373,7 +378,7 @@ def _problem(host: Host) -> str | None:
     if isinstance(lstm, FactoredModule):
         return None
     base = nn.LSTM if isinstance(lstm, nn.LSTM) else nn.LSTMCell
-    if type(lstm).forward is not base.forward and not _is_clipping(lstm):
+    if type(lstm).forward is not base.forward and not _can_clip(lstm):
         return f"{where} is a {kind} with a forward pass of its own, which a plain LSTM cannot stand in for"
     if not host.paths[0]:
         return (
