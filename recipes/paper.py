@@ -24,6 +24,7 @@ import argparse
 import csv
 import itertools
 import json
+import math
 import statistics
 from pathlib import Path
 
@@ -258,7 +259,16 @@ class Corpus:
         printed_tuned = sum("ppl_finetuned" in row for row in self.printed.values())
         run = ", ".join(f"{' '.join(map(str, cell))} ({found['epochs']} epochs)" for cell, found in self.tuned.items())
         if run:
-            yield f"{len(self.tuned)} cells were fine-tuned, of {printed_tuned} that are printed: {run}."
+            configs = [found["config"] for found in self.tuned.values()]
+            ways = {
+                f"{OPTIMIZERS[config['optimizer']]} from a rate of {config['lr']:g} with dropout at {config['dropout']:g} of "
+                "the published rates"
+                for config in configs
+            }
+            yield (
+                f"{len(self.tuned)} cells were fine-tuned, of {printed_tuned} that are printed: {run}; by "
+                f"{' and by '.join(sorted(ways))}."
+            )
         elif printed_tuned:
             yield f"None of the printed table's {printed_tuned} fine-tuned cells has been run; their columns are empty."
 
@@ -398,11 +408,12 @@ class Task:
         baseline = "; ".join(
             f"{name} {self.of_seeds(found)} (printed {self.paper['baseline'][name]})" for name, found in models if found
         )
+        seeds = f"Means of {len(dense)} seeds." if len(dense) > 1 else "One seed."
         limit = f" Cells are measured on the {dense[0]['limit']}." if dense[0]["limit"] else ""
         write_table(f"task-{self.key}", header, rows, left=2)
         return f"""## {self.name}, {self.model} with ELMo
 
-{self.paper["metric"]}, trained on: {dense[0]["label"]}. Not compressed: {baseline}. Mean of {len(dense)} seeds.{limit}
+{self.paper["metric"]}, trained on: {dense[0]["label"]}. Not compressed: {baseline}. {seeds}{limit}
 
 {markdown(header, rows, left=2)}
 
@@ -424,14 +435,23 @@ Also as [CSV]({folder}/task-{self.key}.csv) and [LaTeX]({folder}/task-{self.key}
     def results(self):
         return [*filter(None, (*self.trained.values(), self.latency)), *itertools.chain(*self.files.values())]
 
+    def compared(self, pairs):
+        """Whether the first cell of each pair scores better, by the differences that are more than chance."""
+        differences = [self.score(one) - self.score(other) for one, other in pairs if {one, other} <= self.files.keys()]
+        mean = self.score(("dense", "none", 0)) / 100.0
+        # Of a mean of numbers from 0 to 1, at most.
+        error = 100.0 * math.sqrt(mean * (1.0 - mean) / self.files["dense", "none", 0][0]["examples"])
+        shown = [difference > 0.0 for difference in differences if abs(difference) > error]
+        told = verdict(shown) if shown or not differences else "**not decided**"
+        within = len(differences) - len(shown)
+        return told + (f"; below the score's standard error of {error:.2f}: {within} differences" if within else "")
+
     def hh_against_ih(self):
-        pairs = [((method, "hh", rank), (method, "ih", rank)) for method in METHODS for rank in self.ranks]
-        return verdict([self.score(hh) > self.score(ih) for hh, ih in pairs if {hh, ih} <= self.files.keys()])
+        return self.compared(((method, "hh", rank), (method, "ih", rank)) for method in METHODS for rank in self.ranks)
 
     def factors_against_pruning(self):
-        cells = [(method, target, rank) for method in METHODS[:2] for target in TARGETS for rank in self.ranks]
-        pairs = [(cell, ("prune", *cell[1:])) for cell in cells]
-        return verdict([self.score(one) > self.score(other) for one, other in pairs if {one, other} <= self.files.keys()])
+        cells = itertools.product(METHODS[:2], TARGETS, self.ranks)
+        return self.compared((cell, ("prune", *cell[1:])) for cell in cells)
 
 
 def of_elmo(trained):

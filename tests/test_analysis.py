@@ -164,7 +164,7 @@ def results(tmp_path):
     of_task = {
         f"task_snli/{cell[0]}{'' if cell[0] == 'dense' else f'-{cell[1]}-{cell[2]:03d}'}-seed{seed}": {
             **{**task, "method": cell[0], "target": cell[1], "rank": cell[2], "seed": seed},
-            "scores": {"accuracy": score + seed},
+            **{"scores": {"accuracy": score + seed}, "examples": 100},
             "parameters": {"model": {"before": 100, "after": 100 if cell[0] == "dense" else 75}},
         }
         for cell, score in {
@@ -173,6 +173,7 @@ def results(tmp_path):
             ("svd", "hh", 8): 69.0,
             ("svd", "ih", 4): 39.0,
             ("prune", "hh", 4): 64.0,
+            ("prune", "hh", 8): 72.0,
         }.items()
         for seed in (0, 2)
     }
@@ -225,8 +226,9 @@ def test_the_page_tells_of_all_that_is_there_and_what_is_missing(results, tmp_pa
     ):
         assert line in page.splitlines()
     assert "WikiText-2: **holds** (1 of 1 comparisons); SNLI: **holds** (1 of 1 comparisons)" in page
-    assert "SNLI: **does not hold** (0 of 1 comparisons)" in page
-    assert "trained on: subset: 10 of 20 pairs. Not compressed: ESIM + ELMo 80.00 ± 1.41 (printed 88.5). Mean of 2" in page
+    # Of four fifths of a hundred examples the standard error is four.
+    assert "SNLI: **does not hold** (0 of 1 comparisons); below the score's standard error of 4.00: 1 differences" in page
+    assert "trained on: subset: 10 of 20 pairs. Not compressed: ESIM + ELMo 80.00 ± 1.41 (printed 88.5). Means of 2" in page
     assert (
         "- ELMo: 3.00M parameters (512 cells, projected to 128; the paper's: 4096 and 512), trained on wikitext-2" in page
     )
