@@ -259,14 +259,14 @@ class Corpus:
         printed_tuned = sum("ppl_finetuned" in row for row in self.printed.values())
         run = ", ".join(f"{' '.join(map(str, cell))} ({found['epochs']} epochs)" for cell, found in self.tuned.items())
         if run:
-            configs = [found["config"] for found in self.tuned.values()]
             ways = {
-                f"{OPTIMIZERS[config['optimizer']]} from a rate of {config['lr']:g} with dropout at {config['dropout']:g} of "
-                "the published rates"
-                for config in configs
+                "{} from a rate of {:g} with dropout at {:g} of the published rates".format(
+                    OPTIMIZERS[found["config"]["optimizer"]], found["config"]["lr"], found["config"]["dropout"]
+                )
+                for found in self.tuned.values()
             }
             yield (
-                f"{len(self.tuned)} cells were fine-tuned, of {printed_tuned} that are printed: {run}; by "
+                f"Fine-tuned, the paper prints {printed_tuned or 'none'} of the cells; run have been {run}; by "
                 f"{' and by '.join(sorted(ways))}."
             )
         elif printed_tuned:
