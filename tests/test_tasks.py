@@ -444,7 +444,7 @@ def test_the_recipe_trains_and_fills_its_table(trained):
     summary = read(trained / "trained-elmo.json")
     accuracies = [seed["scores"]["accuracy"] for seed in summary["seeds"]]
     assert summary["scores"]["accuracy"]["mean"] == pytest.approx(sum(accuracies) / 2)
-    assert summary["label"] == "own data: 24 sentences"
+    assert summary["label"] == "own data: 24 sentences, with the phrases of over three tokens in them 24 examples"
     for seed, accuracy_of_seed in zip((1, 2), accuracies, strict=True):
         assert read(trained / f"dense-seed{seed}.json")["scores"]["accuracy"] == pytest.approx(accuracy_of_seed)
         for name in names[1:]:
