@@ -244,6 +244,18 @@ def test_a_tree_gives_its_leaves_and_the_label_of_its_root_and_of_all_its_phrase
             task_data.tree(wrong)
 
 
+def test_long_phrases_are_learnt_from_once_beside_their_sentences():
+    phrase = "(1 (2 (2 is) (2 not)) (1 (2 very) (3 good)))"
+    lines = [f"(3 (2 It) {phrase})", "(0 No)", f"(2 (2 So) {phrase})"]
+    found = task_data.with_phrases([task_data.tree(line) for line in lines])
+    assert [("".join(one.tokens), one.label) for one in found] == [
+        ("isnotverygood", 1),
+        ("Itisnotverygood", 3),
+        ("No", 0),
+        ("Soisnotverygood", 2),
+    ]
+
+
 def test_tokens_stand_where_their_spans_say():
     text = 'It cost "$1.5". He can\'t\u2028say why (in 2015.) The U.S. won!'
     spans = spans_of(text)

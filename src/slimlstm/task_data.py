@@ -265,15 +265,15 @@ def tree(line: str) -> Sentence:
     return replace(found[-1], phrases=found[:-1])
 
 
-def with_phrases(sentences: Iterable[Sentence], *, longer_than: int = 3) -> list[Sentence]:
-    """The sentences and, once each, their phrases of more than ``longer_than`` tokens, such as BCN was trained on.
+def with_phrases(sentences: Iterable[Sentence]) -> list[Sentence]:
+    """The sentences and their phrases of more than three tokens, each once, such as BCN was trained on.
 
     McCann et al. (2017, arXiv 1708.00107) count 94,200 of them in the training set.
     """
     distinct = {
         (tuple(one.tokens), one.label): one
         for sentence in sentences
-        for one in (*(phrase for phrase in sentence.phrases if len(phrase.tokens) > longer_than), sentence)
+        for one in (*(phrase for phrase in sentence.phrases if len(phrase.tokens) > 3), sentence)
     }
     return list(distinct.values())
 
