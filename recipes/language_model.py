@@ -8,7 +8,8 @@ The optimizer is SGD that turns into averaged SGD once validation stops improvin
 (``asgd``, the published fine-tuning) or AdamW with one cycle, for short budgets. A run that was killed, or that
 ``--max-minutes`` ended, goes on with the same command and ends with the same files: the best weights in
 ``model.safetensors``, or in the folder ``compressed``, ``vocab.txt``, ``log.jsonl`` with a line for every epoch, and
-``result.json``. Weight drop acts on matrices that have not been factored; pruned ones keep their masks.
+``result.json``. Weight drop acts on matrices that have not been factored; pruned ones keep their masks. The product that
+Semi-NMF finds is trained as the factors of its SVD, without V >= 0, which training would not keep either.
 Two configs are controls for compressed models of Penn Treebank: ``ptb-13m`` has as many parameters as factors of rank 10 at
 hh leave, all of them dense, ``ptb-tensor-train`` its recurrent matrices as tensor trains, and 12 million parameters in all.
 ``torchrun --nproc-per-node N`` shares the streams out among N processes.
@@ -39,6 +40,7 @@ from torch.nn.utils import parametrize
 import slimlstm as sl
 from slimlstm.data import CORPORA, EOS, Vocabulary, read_words, words_of
 from slimlstm.evaluate import perplexity
+from slimlstm.factorize import svd
 from slimlstm.models.awd_lstm import AWDLSTM, AWDLSTMConfig, load_awd_lstm, save_awd_lstm
 from slimlstm.provenance import provenance
 
@@ -169,6 +171,13 @@ if device.type == "cpu":
 if arguments.compress:
     rule = {"rank": arguments.rank, "target": arguments.target}
     sl.compress_(model, sl.Prune(**rule) if arguments.compress == "prune" else sl.LowRank(arguments.compress, **rule))
+if arguments.compress == "semi-nmf":
+    # Non-negative rows that stand for signed ones are long and nearly parallel, so that a small step changes the product
+    # much. Factors of the same product from its SVD bear the learning rates that all others bear.
+    for lstm in model.lstms:
+        for name, size in lstm.ranks.items():
+            factors = svd(lstm.product(name), size)
+            lstm.set_factors(name, factors.u, factors.v)
 if arguments.tensor_train:
     import tensorly
     from tensorly.decomposition import tensor_train_matrix
