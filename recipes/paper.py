@@ -8,6 +8,7 @@ Reads from the folder of results, for each corpus C of ``ptb`` and ``wikitext2``
     C_fine_tuned/   recipes/sweep.py --tune
     C_controls/     recipes/language_model.py: the ``result.json`` of each config of a control, as CONFIG.json
     C_trained.json  recipes/language_model.py: the ``result.json`` of the dense model
+    C_curve/        recipes/language_model.py: ``result.json`` and ``log.jsonl`` of a training from the start
     C_norms.json    recipes/norms.py
     C_speed.json    recipes/speed.py
 
@@ -85,6 +86,12 @@ def load(name):
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
+def load_log(name):
+    """The epochs of a training, none where there is no log."""
+    path = arguments.results / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
 def load_cells(name):
     """Results by (method, target, rank)."""
     found = {}
@@ -140,6 +147,19 @@ def verdict(outcomes):
     return f"**{word}** ({sum(outcomes)} of {len(outcomes)} comparisons)"
 
 
+def told_of(found):
+    """What a training was, from its result.json."""
+    config, sizes = found["config"], ""
+    if "sizes" in found:
+        sizes = " (embedding {embedding_size}, hidden {hidden_size}; the paper's: 400, 1150)".format(**found["sizes"])
+    return (
+        f"has {millions(found['parameters'])} parameters{sizes} and was trained on {config['corpus'] or config['text']} "
+        f"for {found['epochs']} epochs by {OPTIMIZERS[config['optimizer']]} in {config['dtype']}, with dropout at "
+        f"{config['dropout']:g} of the published rates, in {found['seconds'] / 60:.0f} minutes on {config['device']} "
+        f"({found['provenance']['processor']})"
+    )
+
+
 class Corpus:
     """What was measured on one corpus, and what the paper printed of it."""
 
@@ -151,6 +171,7 @@ class Corpus:
         self.untuned, self.tuned = load_cells(f"{key}_untuned"), load_cells(f"{key}_fine_tuned")
         self.dense, self.tuned_dense = load(f"{key}_untuned/dense"), load(f"{key}_fine_tuned/dense")
         self.trained, self.speed = load(f"{key}_trained"), load(f"{key}_speed")
+        self.from_start, self.log = load(f"{key}_curve/result"), load_log(f"{key}_curve/log")
         beyond = list(itertools.product(BEYOND, TARGETS, RANKS))
         self.cells = CELLS + [cell for cell in beyond if cell in self.untuned]
 
@@ -196,23 +217,27 @@ class Corpus:
         labels = {"x_label": "rank", "y_label": "test perplexity"}
         picture(quality_curves, f"{self.key}-perplexity", curves, self.dense["perplexity"], **labels)
 
-    def both(self, one, other):
-        return {one, other} <= self.untuned.keys()
-
     # ---- the claims ----
 
+    def compared(self, pairs, otherwise):
+        """Whether the first cell of each pair has the lower perplexity, without and with fine-tuning."""
+        told = []
+        for when, found in (("", self.untuned), ("fine-tuned ", self.tuned)):
+            ahead = {
+                one: on_test(found[one]) < on_test(found[other]) for one, other in pairs if {one, other} <= found.keys()
+            }
+            lost = ", ".join(" ".join(map(str, cell)) for cell, won in ahead.items() if not won)
+            if ahead or not when:
+                told.append(when + verdict(list(ahead.values())) + (f", {otherwise} at {lost}" if lost else ""))
+        return "; ".join(told)
+
     def hh_against_ih(self):
-        pairs = [((method, "hh", rank), (method, "ih", rank)) for method, rank in itertools.product(METHODS, RANKS)]
-        return verdict([self.perplexity(hh) < self.perplexity(ih) for hh, ih in pairs if self.both(hh, ih)])
+        cells = itertools.product(METHODS, RANKS)
+        return self.compared([((method, "hh", rank), (method, "ih", rank)) for method, rank in cells], "not so")
 
     def factors_against_pruning(self):
-        ahead = {
-            cell: self.perplexity(cell) < self.perplexity(("prune", *cell[1:]))
-            for cell in CELLS
-            if cell[0] != "prune" and self.both(cell, ("prune", *cell[1:]))
-        }
-        lost = ", ".join(" ".join(map(str, cell)) for cell, won in ahead.items() if not won)
-        return verdict(list(ahead.values())) + (f"; pruning is ahead at {lost}" if lost else "")
+        pairs = [(cell, ("prune", *cell[1:])) for cell in CELLS if cell[0] != "prune"]
+        return self.compared(pairs, "pruning is ahead")
 
     def tuning(self):
         # A dense model that was not trained to the end gains by tuning too, so that only the tuned one is a fair measure.
@@ -224,20 +249,10 @@ class Corpus:
 
     def training(self):
         """What was trained, and how far it is from the paper's."""
-        found, paper = self.trained, self.paper["baseline"]["AWD-LSTM"]["ppl"]
+        paper = self.paper["baseline"]["AWD-LSTM"]["ppl"]
         how = TRAINING.get(self.key, "was trained in a way that is not recorded")
-        if found:
-            config, size = found["config"], f"{millions(found['parameters'])} parameters"
-            if "sizes" in found:
-                size += " (embedding {embedding_size}, hidden {hidden_size}; the paper's: 400, 1150)".format(
-                    **found["sizes"]
-                )
-            how = (
-                f"has {size} and was trained on {config['corpus'] or config['text']} for {found['epochs']} epochs by "
-                f"{OPTIMIZERS[config['optimizer']]} in {config['dtype']}, with dropout at {config['dropout']:g} of the "
-                f"published rates, in {found['seconds'] / 60:.0f} minutes on {config['device']} "
-                f"({found['provenance']['processor']})"
-            )
+        if self.trained:
+            how = told_of(self.trained)
         base = self.dense["perplexity"]
         far = (
             "So our perplexities and the printed ones cannot be compared with each other; the changes from dense to "
@@ -277,9 +292,27 @@ class Corpus:
         text += f"Also as [CSV]({folder}/{self.key}.csv) and [LaTeX]({folder}/{self.key}.tex).\n\n"
         return text + f"![Perplexity against rank, {self.name}]({folder}/{self.key}-perplexity.png)"
 
+    def learning(self):
+        """The section on a training from the start, empty where there was none."""
+        if not self.log:
+            return ""
+        rows = [
+            (
+                *(entry["epoch"] + 1, f"{math.exp(entry['train_loss']):.1f}", f"{entry['valid_perplexity']:.1f}"),
+                *("averaged" if entry["averaged"] else "last", f"{entry['seconds'] / 60:.0f}"),
+            )
+            for entry in self.log
+        ]
+        header = ("epoch", "training perplexity", "validation perplexity", "weights", "minutes")
+        return f"""## Training from the start, {self.name}
+
+A model that {told_of(self.from_start)}. Its test perplexity is {on_test(self.from_start):.2f}.
+
+{markdown(header, rows)}"""
+
     def results(self):
         """All that was read, for the commits."""
-        single = (self.dense, self.tuned_dense, self.trained, self.speed)
+        single = (self.dense, self.tuned_dense, self.trained, self.from_start, self.speed)
         return [*filter(None, single), *self.untuned.values(), *self.tuned.values()]
 
 
@@ -444,7 +477,9 @@ Also as [CSV]({folder}/task-{self.key}.csv) and [LaTeX]({folder}/task-{self.key}
         shown = [difference > 0.0 for difference in differences if abs(difference) > error]
         told = verdict(shown) if shown or not differences else "**not decided**"
         within = len(differences) - len(shown)
-        return told + (f"; below the score's standard error of {error:.2f}: {within} differences" if within else "")
+        return told + (
+            f"; below the score's standard error of {error:.2f}: {within} of {len(differences)}" if within else ""
+        )
 
     def hh_against_ih(self):
         return self.compared(((method, "hh", rank), (method, "ih", rank)) for method in METHODS for rank in self.ranks)
@@ -519,9 +554,9 @@ for corpus in corpora:
 
 
 def verdicts(claim):
-    """On everything that was measured for it."""
+    """On everything that was measured for it, a line for each."""
     found = [(one.name, getattr(one, claim)()) for one in (*corpora, *tasks, *all_norms) if hasattr(one, claim)]
-    return "; ".join(f"{name}: {told}" for name, told in found) or verdict([])
+    return "".join(f"\n    - {name}: {told}" for name, told in found) or f"\n    - {verdict([])}"
 
 
 CLAIMS = {
@@ -533,7 +568,7 @@ CLAIMS = {
     f"With fine-tuning, W_h at r = {SMALLEST} costs nothing (no higher a perplexity than the dense model tuned "
     "alike).": "tuning",
 }
-numbered = "\n".join(f"{index}. {claim} {verdicts(found)}" for index, (claim, found) in enumerate(CLAIMS.items(), 1))
+numbered = "\n".join(f"{index}. {claim}{verdicts(found)}" for index, (claim, found) in enumerate(CLAIMS.items(), 1))
 of_controls, without, control_results = controls()
 absent = [corpus.name for corpus in everything if not corpus.dense] + without
 absent += [] if ptb.speed else ["the speed claim (2.13x at r = 10)"]
@@ -572,6 +607,7 @@ would be no smaller stays dense: at the paper's sizes and rank 400 those of 4600
 Both int8 models keep all of ih and hh so. The smaller dense AWD-LSTM has as many parameters as factors of rank 10 at hh
 leave, and is trained from scratch, as the TT-LSTM is. The paper does not say which matrices that keeps as tensor trains,
 nor their ranks; ours has three cores for each ih and hh, and as many parameters in all as theirs.""",
+    *filter(None, (corpus.learning() for corpus in corpora)),
     *([f"## Speed\n\n{speed(ptb.speed)}"] if ptb.speed else []),
     *(task.section() for task in tasks),
     *([of_latency] if any(task.latency for task in tasks) else []),
