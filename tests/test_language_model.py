@@ -145,6 +145,22 @@ def test_a_killed_run_ends_with_the_same_files(text, trained, tmp_path, name):
         assert {site.rank for site in sl.find_sites(factored) if site.name.startswith("weight_hh")} == {2}
 
 
+def test_semi_nmf_trains_the_factors_of_its_svd(text, trained, tmp_path):
+    """The product is what Semi-NMF finds; its own factors would be far from orthogonal."""
+    options = ("--optimizer", "asgd", "--lr", "1e-9", "--epochs", "1", "--compress", "semi-nmf", "--rank", "3")
+    run(text, tmp_path, *TINY, *options, "--start", trained)
+    expected, found = load_awd_lstm(trained), sl.load(tmp_path / "compressed", load_awd_lstm(trained))
+    sl.compress_(expected, sl.LowRank("semi-nmf", rank=3, target="hh"))
+    for ours, theirs in zip(found.lstms, expected.lstms, strict=True):
+        torch.testing.assert_close(ours.product("weight_hh_l0"), theirs.product("weight_hh_l0"), rtol=1e-4, atol=1e-5)
+        for orthogonal, module in ((True, ours), (False, theirs)):
+            u, v = (factor.detach() for factor in module.matrix("weight_hh_l0"))
+            scale = torch.linalg.matrix_norm(u, 2) ** 2
+            for gram in (u.T @ u, v @ v.T):
+                assert torch.allclose(gram, gram.diag().diag(), atol=1e-4 * float(scale)) == orthogonal
+            assert torch.allclose((u.T @ u).diag(), (v @ v.T).diag(), rtol=1e-3)
+
+
 def test_two_processes_are_one_with_twice_the_streams(text, tmp_path):
     options = (*TINY, "--dropout", "0", "--lr", "5", "--epochs", "2")
     alone = run(text, tmp_path / "one", *options)

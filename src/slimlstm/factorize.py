@@ -72,8 +72,9 @@ def semi_nmf(
     Starts from an SVD that was turned into a semi-NMF without loss (Gillis and Kumar 2015), and then alternates the exact
     least-squares U with multiplicative updates of V, neither of which can raise the error. So the error at rank r is
     never above that of the SVD at rank r - 1, up to the rounding of the factors, which in bfloat16 and float16 is much:
-    non-negative rows that stand for signed ones cancel each other out. It stops when an iteration lowers the squared
-    error by less than ``tolerance`` times itself.
+    non-negative rows that stand for signed ones cancel each other out. For the same reason gradient descent needs small
+    steps along them; :func:`svd` of U V gives factors that train well. It stops when an iteration lowers the squared error
+    by less than ``tolerance`` times itself.
 
     Raises:
         SlimLSTMError: as :func:`svd`.
