@@ -2,11 +2,11 @@
 
     python recipes/readme.py [--check]
 
-``docs/demo.json`` comes from ``slimlstm demo --json``, ``results/ptb_untuned`` from ``recipes/sweep.py``,
-``results/quality_*`` from ``recipes/quality.py``, ``results/registry_models`` from ``recipes/registry_models.py``,
-``results/ptb_tuned`` from ``recipes/tune.py``, ``results/engines`` from ``benchmarks/engines.py`` and
-``results/threads.json`` from ``benchmarks/threads.py``. Draws ``docs/prediction.png``, too. With ``--check`` nothing is
-written; the exit status is 1 where the README does not say what the results say.
+``docs/demo.json`` comes from ``slimlstm demo --json``, ``results/ptb_untuned`` and ``results/ptb_fine_tuned`` from
+``recipes/sweep.py``, ``results/quality_*`` from ``recipes/quality.py``, ``results/registry_models`` from
+``recipes/registry_models.py``, ``results/ptb_tuned`` from ``recipes/tune.py``, ``results/engines`` from
+``benchmarks/engines.py`` and ``results/threads.json`` from ``benchmarks/threads.py``. Draws ``docs/prediction.png``, too.
+With ``--check`` nothing is written; the exit status is 1 where the README does not say what the results say.
 """
 
 import argparse
@@ -56,18 +56,29 @@ demo_part = "\n\n".join(
 
 results = [json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "results" / "ptb_untuned").glob("*.json")]
 perplexities = {(result["method"], result["target"], result["rank"]): result["perplexity"] for result in results}
+fine_tuned = {
+    path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "results" / "ptb_fine_tuned").glob("*.json")
+}
 columns = [(method, target) for target in ("hh", "ih") for method in ("svd", "semi-nmf", "prune")]
-measured = sorted({rank for _, _, rank in perplexities if rank})
-ranks = [rank for rank in measured if all((*column, rank) in perplexities for column in columns)]
+ptb_rows = []
+for rank in sorted({rank for _, _, rank in perplexities if rank}):
+    if all((*column, rank) in perplexities for column in columns):
+        ptb_rows.append([str(rank), *(f"{perplexities[method, target, rank]:.1f}" for method, target in columns)])
+    names = [f"{method}-{target}-{rank:03d}" for method, target in columns]
+    if fine_tuned.keys() >= {"dense", *names}:
+        ptb_rows.append([f"{rank}, tuned", *(f"{fine_tuned[name]['perplexity']['test']:.1f}" for name in names)])
+of_tuned = (
+    "From [`results/ptb_fine_tuned`](results/ptb_fine_tuned), tuned: epochs of averaged SGD after compression: "
+    f"{fine_tuned['dense']['epochs']}, which bring the dense model to {fine_tuned['dense']['perplexity']['test']:.2f}. "
+    if any("tuned" in row[0] for row in ptb_rows)
+    else ""
+)
 ptb_part = "\n\n".join(
     [
-        markdown(
-            ["rank", *(f"{method}, {target}" for method, target in columns)],
-            [[str(rank), *(f"{perplexities[method, target, rank]:.1f}" for method, target in columns)] for rank in ranks],
-        ),
+        markdown(["rank", *(f"{method}, {target}" for method, target in columns)], ptb_rows),
         "From [`results/ptb_untuned`](results/ptb_untuned): test perplexity, not tuned after compression; the dense model "
-        f"has {perplexities['dense', 'none', 0]:.2f}. It is the paper's architecture, trained for eight epochs only: "
-        "compare columns, not the level with published figures.",
+        f"has {perplexities['dense', 'none', 0]:.2f}. {of_tuned}It is the paper's architecture, trained for eight epochs "
+        "only: compare columns, not the level with published figures.",
     ]
 )
 
