@@ -112,6 +112,19 @@ def test_the_training_backend_passes_gradients_on_from_frozen_weights_and_last_s
     torch.testing.assert_close(torch.autograd.functional.jacobian(lambda x: sum(module(x)[1]), x), expected)
 
 
+@pytest.mark.parametrize("frozen", ["weight_hh_l0_u", "weight_hh_l0_v"])
+def test_the_training_backend_leaves_a_frozen_factor_alone(frozen):
+    module, x = LowRankLSTM(3, 8, ranks={"weight_hh_l0": 2}, backend="training"), torch.randn(5, 2, 3)
+    module.get_parameter(frozen).requires_grad_(False)
+    gradients = {}
+    for module.backend in ("training", "reference"):
+        module.zero_grad()
+        module(x)[0].square().sum().backward()
+        gradients[module.backend] = {name: parameter.grad for name, parameter in module.named_parameters()}
+    assert gradients["training"].pop(frozen) is gradients["reference"].pop(frozen) is None
+    torch.testing.assert_close(gradients["training"], gradients["reference"])
+
+
 @pytest.mark.parametrize(
     ("settings", "packed", "what"),
     [({}, True, "packed"), ({"proj_size": 4}, False, "a projection"), ({"cell_clip": 1.0}, False, "clipping")],

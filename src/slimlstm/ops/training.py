@@ -93,7 +93,7 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_output: Tensor, d_last: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore
+    def backward(ctx: Any, d_output: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         active, h, c, *factors = ctx.saved_tensors
         steps, batch, width = active.shape
         size, low = width // 4, factors[0].dtype
@@ -116,9 +116,13 @@ class _Recurrence(torch.autograd.Function):
                     back = back @ factor
                 d_h = back.to(h.dtype)
             flat, before = d_gates.flatten(0, 1).to(low), h[:-1].flatten(0, 1).to(low)
+            wanted = ctx.needs_input_grad[3:]
             if len(factors) == 1:
-                d_factors = [flat.t() @ before]
+                d_factors = [flat.t() @ before if wanted[0] else None]
             else:
                 u, v = factors
-                d_factors = [flat.t() @ (before @ v.t()), (flat @ u).t() @ before]
+                d_factors = [
+                    flat.t() @ (before @ v.t()) if wanted[0] else None,
+                    (flat @ u).t() @ before if wanted[1] else None,
+                ]
         return d_gates, d_h, d_c, *d_factors
