@@ -138,13 +138,17 @@ def millions(count):
     return f"{count / 1e6:.2f}M"
 
 
+def counted(count, noun):
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
 def verdict(outcomes):
     """In how many of the comparisons a claim is right, and what that makes of it."""
     if not outcomes:
         return "not measured"
     right = sum(outcomes) / len(outcomes)
     word = "holds" if right >= 0.9 else "does not hold" if right <= 0.1 else "holds in part"
-    return f"**{word}** ({sum(outcomes)} of {len(outcomes)} comparisons)"
+    return f"**{word}** ({sum(outcomes)} of {counted(len(outcomes), 'comparison')})"
 
 
 def told_of(found):
@@ -154,8 +158,8 @@ def told_of(found):
         sizes = " (embedding {embedding_size}, hidden {hidden_size}; the paper's: 400, 1150)".format(**found["sizes"])
     return (
         f"has {millions(found['parameters'])} parameters{sizes} and was trained on {config['corpus'] or config['text']} "
-        f"for {found['epochs']} epochs by {OPTIMIZERS[config['optimizer']]} in {config['dtype']}, with dropout at "
-        f"{config['dropout']:g} of the published rates, in {found['seconds'] / 60:.0f} minutes on {config['device']} "
+        f"for {counted(found['epochs'], 'epoch')} by {OPTIMIZERS[config['optimizer']]} in {config['dtype']}, with dropout "
+        f"at {config['dropout']:g} of the published rates, in {found['seconds'] / 60:.0f} minutes on {config['device']} "
         f"({found['provenance']['processor']})"
     )
 
@@ -173,7 +177,7 @@ class Corpus:
         self.trained, self.speed = load(f"{key}_trained"), load(f"{key}_speed")
         self.from_start, self.log = load(f"{key}_curve/result"), load_log(f"{key}_curve/log")
         beyond = list(itertools.product(BEYOND, TARGETS, RANKS))
-        self.cells = CELLS + [cell for cell in beyond if cell in self.untuned]
+        self.cells = [cell for cell in CELLS + beyond if cell in self.untuned or cell in self.printed]
 
     def perplexity(self, cell):
         return self.untuned[cell]["perplexity"]
@@ -266,26 +270,25 @@ class Corpus:
         )
 
     def coverage(self):
-        missing = [" ".join(map(str, cell)) for cell in CELLS if cell not in self.untuned]
-        yield (
-            f"Without fine-tuning, {len(CELLS) - len(missing)} of {len(CELLS)} cells have been run"
-            + (f"; missing: {', '.join(missing)}." if missing else ".")
-        )
-        printed_tuned = sum("ppl_finetuned" in row for row in self.printed.values())
-        run = ", ".join(f"{' '.join(map(str, cell))} ({found['epochs']} epochs)" for cell, found in self.tuned.items())
-        if run:
-            ways = {
-                "{} from a rate of {:g} with dropout at {:g} of the published rates".format(
-                    OPTIMIZERS[found["config"]["optimizer"]], found["config"]["lr"], found["config"]["dropout"]
-                )
-                for found in self.tuned.values()
-            }
-            yield (
-                f"Fine-tuned, the paper prints {printed_tuned or 'none'} of the cells; run have been {run}; by "
-                f"{' and by '.join(sorted(ways))}."
+        yield f"Without fine-tuning, {self.told_of_cells(self.untuned, 'ppl')}."
+        ways = {
+            "for {} by {} from a rate of {:g} with dropout at {:g} of the published rates".format(
+                *(counted(found["epochs"], "epoch"), OPTIMIZERS[found["config"]["optimizer"]]),
+                *(found["config"]["lr"], found["config"]["dropout"]),
             )
-        elif printed_tuned:
-            yield f"None of the printed table's {printed_tuned} fine-tuned cells has been run; their columns are empty."
+            for found in self.tuned.values()
+        }
+        if ways or any("ppl_finetuned" in row for row in self.printed.values()):
+            yield f"Fine-tuned, {self.told_of_cells(self.tuned, 'ppl_finetuned', ' or '.join(sorted(ways)))}."
+
+    def told_of_cells(self, found, name, how=""):
+        """How many have been run, and which of the printed ones are missing."""
+        run, of_paper = sum(cell in found for cell in CELLS), [cell for cell, row in self.printed.items() if name in row]
+        told = f"{run} of {len(CELLS)} cells have been run" + (f", each {how}" if how else "")
+        if not of_paper:
+            return told
+        missing = [" ".join(map(str, cell)) for cell in of_paper if cell not in found]
+        return f"{told}; missing, of the {len(of_paper)} that the paper prints: {', '.join(missing) or 'none'}"
 
     def section(self):
         text = f"## {self.name}\n\n{markdown(HEADER, self.rows(), left=3)}\n\n"
@@ -495,10 +498,10 @@ def of_elmo(trained):
     return (
         f"- ELMo: {trained['parameters']['bilm'] / 1e6:.2f}M parameters ({sizes['dim']} cells, projected to "
         f"{sizes['projection_dim']}; the paper's: 4096 and 512), trained on {' and '.join(options['corpus'])}, "
-        f"{trained['tokens']:,} tokens, for {trained['epochs']} epochs in {trained['seconds'] / 60:.0f} minutes on "
-        f"{options['device']}; validation perplexity {trained['perplexity']['valid']:.1f} a token, both directions, over "
-        f"{trained['vocabulary']:,} words. The released one was trained on the 1B Word Benchmark for 10 epochs, and a rank "
-        "means more in a smaller one: columns can be compared with each other, not with the printed ones."
+        f"{trained['tokens']:,} tokens, for {counted(trained['epochs'], 'epoch')} in {trained['seconds'] / 60:.0f} minutes "
+        f"on {options['device']}; validation perplexity {trained['perplexity']['valid']:.1f} a token, both directions, "
+        f"over {trained['vocabulary']:,} words. The released one was trained on the 1B Word Benchmark for 10 epochs, and a "
+        "rank means more in a smaller one: columns can be compared with each other, not with the printed ones."
     )
 
 
@@ -598,7 +601,8 @@ sections = [
     *(corpus.section() for corpus in corpora),
     """E(r) = R(M, M') / R(P, P') where the perplexity rises, R(M, M') / (1 - R(P, P')) where it falls; R is the relative
 change against the dense model as it came, P the parameters of the whole model. The paper applies it unevenly: on Penn
-Treebank from a dense base of 59.0 and, for SVD without fine-tuning, without dividing by R(P, P'). A matrix whose factors
+Treebank from a dense base of 59.0 and, for SVD without fine-tuning, without dividing by R(P, P'); on WikiText-2 in per
+cent of the compressed model's perplexity, with the parameters of the LSTM alone. A matrix whose factors
 would be no smaller stays dense: at the paper's sizes and rank 400 those of 4600 x 400 and 1600 x 400.""",
     f"""## Controls, Penn Treebank
 

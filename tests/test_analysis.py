@@ -242,19 +242,21 @@ def test_the_page_tells_of_all_that_is_there_and_what_is_missing(results, tmp_pa
         "| svd | ih | 40.00 |  | 40.00 | 40.00 | 2.00 | 78.15 | 88.48 | 88.48 | 86.77 | 0.06 |",
     ):
         assert line in page.splitlines()
-    assert "\n    - WikiText-2: **holds** (1 of 1 comparisons)\n    - SNLI: **holds** (1 of 1 comparisons)\n" in page
+    assert "\n    - WikiText-2: **holds** (1 of 1 comparison)\n    - SNLI: **holds** (1 of 1 comparison)\n" in page
     # Of four fifths of a hundred examples the standard error is four.
-    assert "SNLI: **does not hold** (0 of 1 comparisons); below the score's standard error of 4.00: 1 of 2" in page
+    assert "SNLI: **does not hold** (0 of 1 comparison); below the score's standard error of 4.00: 1 of 2" in page
     assert "trained on: subset: 10 of 20 pairs. Not compressed: ESIM + ELMo 80.00 ± 1.41 (printed 88.5). Means of 2" in page
     assert (
         "- ELMo: 3.00M parameters (512 cells, projected to 128; the paper's: 4096 and 512), trained on wikitext-2" in page
     )
     assert (
-        "Fine-tuned, the paper prints none of the cells; run have been prune hh 10 (1 epochs), svd hh 10 (1 epochs); by "
-        "averaged SGD from a rate of 5 with dropout at 0.6 of the published rates." in page
+        "Fine-tuned, 2 of 48 cells have been run, each for 1 epoch by averaged SGD from a rate of 5 with dropout at 0.6 of "
+        "the published rates.\n" in page
     )
+    assert "run; missing, of the 12 that the paper prints: semi-nmf hh 10, semi-nmf hh 400, semi-nmf ih 10" in page
+    assert page.count("| svd | hh | 50 |") == 1, "of cells that were neither printed nor run there is no row"
     assert "WikiText-2: **holds in part** (1 of 2 comparisons)" in page
-    assert "    - WikiText-2: not measured; fine-tuned **holds** (1 of 1 comparisons)" in page.splitlines()
+    assert "    - WikiText-2: not measured; fine-tuned **holds** (1 of 1 comparison)" in page.splitlines()
     assert "in 10 minutes on cpu (a processor). Its test perplexity is 195.50." in page
     assert "has 30.00M parameters (embedding 400, hidden 650; the paper's: 400, 1150) and was trained" in page
     assert "on wikitext-2 for 5 epochs by AdamW with one cycle in bfloat16, with dropout at 0.5" in page
