@@ -210,6 +210,50 @@ def test_rounded_weights(how, hidden, storage, bound, threads, monkeypatch):
         assert (ours - theirs).norm() <= bound * theirs.norm()
 
 
+def of_a_wide_range(how: str, hidden: int) -> tuple[LowRankLSTM, torch.Tensor]:
+    """Inputs and states over three orders of magnitude, which weights make up for; int8. The module and the ranges [H]."""
+    ranks = {"weight_ih_l0": max(1, hidden // 4), "weight_hh_l0": max(1, hidden // 4)} if how == "factored" else {}
+    module = LowRankLSTM(hidden, hidden, ranks=ranks, proj_size=hidden // 2 if how == "projected" else 0).eval()
+    ranges = torch.logspace(-2, 1, hidden)
+    for name, shape in module.matrix_shapes.items():
+        matrix = getattr(module, f"{name}_v" if name in ranks else name)
+        matrix.div_(ranges[: shape[1]])
+        module.store(name, "int8")
+    module.backend = "fused"
+    return module, ranges
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("threads", [1, -3])
+@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize("hidden", [7, 33, 129])
+@pytest.mark.parametrize("how", ["dense", "factored", "projected"])
+@torch.no_grad()
+def test_int8_bears_inputs_of_any_range(how, hidden, batch, threads, monkeypatch):
+    """One step, so that the states are as given. With eight bits alone it is off by a tenth and more."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    module, ranges = of_a_wide_range(how, hidden)
+    outputs = module.proj_size or hidden
+    x, h0 = torch.randn(1, batch, hidden) * ranges, torch.randn(1, batch, outputs) * ranges[:outputs]
+    inputs = x, (h0, torch.randn(1, batch, hidden))
+    output, (h, c) = module(*inputs)
+    truth = by_reference(module, x.double(), (h0.double(), inputs[1][1].double()))
+    for ours, theirs in ((output, truth["output"]), (h, truth["h_n"]), (c, truth["c_n"])):
+        assert (ours - theirs).norm() <= 0.03 * theirs.norm()
+
+
+@pytest.mark.usefixtures("isa")
+@torch.no_grad()
+def test_int8_rounds_a_sequence_alike_whatever_is_beside_it():
+    module, ranges = of_a_wide_range("dense", 33)
+    quiet, loud = 1e-3 * torch.randn(5, 1, 33), torch.randn(5, 1, 33) * ranges
+    for x in (quiet, loud):
+        alone, _ = module(x)
+        for index, beside in enumerate(([x, loud, quiet], [loud, x, quiet], [quiet, quiet, x])):
+            found = module(torch.cat(beside, 1))[0][:, index : index + 1]
+            torch.testing.assert_close(found, alone, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("storage", STORAGES)
 @torch.no_grad()
 def test_rounding_is_that_of_the_kernel(storage):

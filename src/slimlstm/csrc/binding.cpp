@@ -35,18 +35,20 @@ Storage storage_of(const std::string& name) {
 }
 
 // A direction is seven arrays in the order of Sources; ``storages`` are those of ih and hh of every direction, ``clips`` the
-// bounds of its cells and projections.
+// bounds of its cells and projections, ``gains`` those of ih and hh, of V and of U or the dense matrix.
 void make(Layer* layer, const std::string& isa, const std::vector<std::vector<MaybeArray>>& directions,
-          const std::vector<std::string>& storages, const std::vector<float>& clips) {
+          const std::vector<std::string>& storages, const std::vector<float>& clips, const std::vector<float>& gains) {
     std::vector<Sources> sources;
     if (storages.size() != 2 * directions.size()) throw nb::value_error("a direction has two storages");
     if (clips.size() != 2 * directions.size()) throw nb::value_error("a direction has two bounds");
+    if (gains.size() != 4 * directions.size()) throw nb::value_error("a direction has four gains");
     for (const auto& arrays : directions) {
         if (arrays.size() != 7) throw nb::value_error("a direction is seven arrays, absent ones being None");
         sources.push_back({source_of(arrays[0]), source_of(arrays[1]), source_of(arrays[2]), source_of(arrays[3]),
                            source_of(arrays[4]), source_of(arrays[5]), source_of(arrays[6]),
                            storage_of(storages[2 * sources.size()]), storage_of(storages[2 * sources.size() + 1]),
-                           clips[2 * sources.size()], clips[2 * sources.size() + 1]});
+                           clips[2 * sources.size()], clips[2 * sources.size() + 1], gains[4 * sources.size()],
+                           gains[4 * sources.size() + 1], gains[4 * sources.size() + 2], gains[4 * sources.size() + 3]});
     }
     new (layer) Layer(isa, sources);
 }

@@ -93,8 +93,8 @@ SLIMLSTM_INLINE void cells(F (&sigmoids)[3 * N], F (&g)[N], F (&c)[N], float cli
     SLIMLSTM_EACH g[n] = Simd::mul(p[n], q[n]);
 }
 
-// Rounds inputs [0, count) to int8 and returns the scale, NaN where an input is not finite; ``total`` is the integers' sum.
-inline float round_to_int8(const float* from, ptrdiff_t count, int8_t* to, int32_t& total) {
+// The largest magnitude of inputs [0, count), NaN where one is not finite.
+inline float largest_magnitude(const float* from, ptrdiff_t count) {
     const ptrdiff_t whole = count / L * L;
     const int32_t no_sign = 0x7FFFFFFF;
     I magnitudes = Simd::no_words();  // which order as their bits do
@@ -107,24 +107,41 @@ inline float round_to_int8(const float* from, ptrdiff_t count, int8_t* to, int32
     }
     float bound;
     __builtin_memcpy(&bound, &largest, sizeof bound);
-    if (largest >= 0x7F800000) bound = __builtin_nanf("");
+    return largest >= 0x7F800000 ? __builtin_nanf("") : bound;
+}
+
+// Of the sum of a number and this the lowest bits are the rounded integer.
+constexpr float magic = 12582912.0f;
+
+// int8 inputs are integers times a scale, and finer ones these plus so many parts of one.
+constexpr float parts_of_one = 254.0f;
+
+// Rounds inputs [0, count) of a largest magnitude to int8; or, given the integers that this made, what they left over to parts
+// of one. Returns 128 times the sum, which wraps where an input is not finite.
+template <bool Rests>
+inline int32_t round_to_int8(const float* from, ptrdiff_t count, float bound, int8_t* to, const int8_t* integers) {
     // Below, the inverse would be infinite; all inputs are zero for what they are multiplied with.
-    const float inverse = bound < 1e-36f ? 0.0f : 127.0f / bound, magic = 12582912.0f;
-    // In the sum of an input and the magic number the lowest bits are the rounded integer.
+    const float inverse = bound < 1e-36f ? 0.0f : 127.0f / bound;
+    const ptrdiff_t whole = count / L * L;
     I sums = Simd::no_words();
     for (ptrdiff_t k = 0; k < whole; k += L) {
-        I shifted = Simd::as_words(Simd::fma(Simd::load(from + k), Simd::all(inverse), Simd::all(magic)));
-        Simd::store_bytes(to + k, shifted);
-        sums = Simd::add_words(sums, shifted);
+        F input = Simd::load(from + k), shifted = Simd::fma(input, Simd::all(inverse), Simd::all(magic));
+        if constexpr (Rests) {
+            F rest = Simd::sub(Simd::mul(input, Simd::all(inverse)), Simd::sub(shifted, Simd::all(magic)));
+            shifted = Simd::fma(rest, Simd::all(parts_of_one), Simd::all(magic));
+        }
+        Simd::store_bytes(to + k, Simd::as_words(shifted));
+        sums = Simd::add_words(sums, Simd::as_words(shifted));
     }
     uint32_t sum = static_cast<uint32_t>(Simd::sum_of_words(sums));
     for (ptrdiff_t k = whole; k < count; ++k) {
-        int32_t shifted = bits_of(from[k] * inverse + magic);
-        to[k] = static_cast<int8_t>(shifted);
-        sum += static_cast<uint32_t>(shifted);
+        // Not as above: compilers may round a product that is added to something, or not.
+        float shifted = Rests ? (from[k] * inverse - static_cast<float>(integers[k])) * parts_of_one + magic
+                              : from[k] * inverse + magic;
+        to[k] = static_cast<int8_t>(bits_of(shifted));
+        sum += static_cast<uint32_t>(bits_of(shifted));
     }
-    total = static_cast<int32_t>(sum - static_cast<uint32_t>(count) * static_cast<uint32_t>(bits_of(magic)));
-    return bound / 127.0f;
+    return static_cast<int32_t>(128u * (sum - static_cast<uint32_t>(count) * static_cast<uint32_t>(bits_of(magic))));
 }
 
 }  // namespace

@@ -9,7 +9,8 @@
 namespace slimlstm {
 
 // How weights are kept. Of int8 every row has a scale of its own; what they are multiplied with is rounded likewise, every
-// row of it by a scale of its own, as it comes. Sums are float32, of int8 int32.
+// row of it by a scale of its own, as it comes; where that could be seen in the gates, what is left over is rounded to
+// int8 and multiplied, too. Sums are float32, of int8 int32.
 enum class Storage : int { float32, bfloat16, int8 };
 
 // W [outputs, inputs], its rows dealt out to vectors of L lanes and its vectors to panels of four (the last panel takes
@@ -20,6 +21,9 @@ enum class Storage : int { float32, bfloat16, int8 };
 struct Panels {
     const float* data = nullptr;  // words of 32 bits, whatever they hold
     const float* scales = nullptr;  // of int8: [vectors * L]
+    // Of int8, the largest norm of a row of all that lies between these inputs and the gates: of W, or for V of U V. 0 where
+    // inputs need never be finer.
+    float gain = 0;
     ptrdiff_t vectors = 0;
     ptrdiff_t inputs = 0;
     ptrdiff_t words = 0;  // those of a lane

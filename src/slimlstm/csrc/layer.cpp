@@ -90,6 +90,8 @@ Layer::Layer(const std::string& isa, const std::vector<Sources>& directions) : k
         if (from.hr.data) weights.hr = pack(from.hr, from.hh_storage, 0, lanes, to.memory);
         weights.ih = pack(from.ih, from.ih_storage, hidden, lanes, to.memory);
         weights.hh = pack(from.hh, from.hh_storage, hidden, lanes, to.memory);
+        weights.ih_v.gain = from.ih_v_gain, weights.ih.gain = from.ih_gain;
+        weights.hh_v.gain = from.hh_v_gain, weights.hh.gain = from.hh_gain;
         weights.bias = pack_bias(from.bias_ih, from.bias_hh, hidden, lanes, to.memory);
         for (const Source& source : {from.ih_v, from.ih, from.hh_v, from.hh, from.bias_ih, from.bias_hh, from.hr}) {
             if (!source.data) continue;

@@ -24,6 +24,8 @@ struct Sources {
     Source ih_v, ih, hh_v, hh, bias_ih, bias_hh, hr;
     Storage ih_storage = Storage::float32, hh_storage = Storage::float32;  // the projection's is that of hh
     float cell_clip = 0, proj_clip = 0;  // infinite where there is none
+    // Those of Panels, which int8 needs.
+    float ih_v_gain = 0, ih_gain = 0, hh_v_gain = 0, hh_gain = 0;
 };
 
 // 64-byte aligned floats, not initialised.

@@ -36,14 +36,17 @@ struct Words {
     const float* scales;       // of the rows
     const int32_t* offsets;    // 128 times the sum of a row, which weights without a sign add
     ptrdiff_t from, to;        // which words of weights count
+    ptrdiff_t rests = 0;       // how many words after those of a row are those of what rounding left over; 0: there are none
+    const int32_t* rest_offsets = nullptr;
 };
 
 struct Float32 {
+    static constexpr int max_rows = Simd::max_rows;
     using Sum = F;
     using Input = F;
     static Sum zero() { return Simd::zero(); }
     static Sum add(Sum a, Sum b) { return Simd::add(a, b); }
-    static Input input(const float* row, ptrdiff_t word) { return Simd::all(row[word]); }
+    static Input input(const float* row, ptrdiff_t word, ptrdiff_t) { return Simd::all(row[word]); }
     static Sum multiply_add(const float* weights, Input input, Sum sum) {
         return Simd::fma(input, Simd::load(weights), sum);
     }
@@ -53,13 +56,14 @@ struct Float32 {
 // Not with the processor's instruction for it: where that was measured it does half as many products a second as this, and
 // it would round the inputs.
 struct BFloat16 {
+    static constexpr int max_rows = Simd::max_rows;
     using Sum = F;
     struct Input {
         F even, odd;
     };
     static Sum zero() { return Simd::zero(); }
     static Sum add(Sum a, Sum b) { return Simd::add(a, b); }
-    static Input input(const float* row, ptrdiff_t word) {
+    static Input input(const float* row, ptrdiff_t word, ptrdiff_t) {
         return Input{Simd::all(row[2 * word]), Simd::all(row[2 * word + 1])};
     }
     static Sum multiply_add(const float* weights, const Input& input, Sum sum) {
@@ -70,16 +74,43 @@ struct BFloat16 {
 };
 
 struct Int8 {
+    static constexpr int max_rows = Simd::max_rows;
     using Sum = I;
     using Input = I;
     static Sum zero() { return Simd::no_words(); }
     static Sum add(Sum a, Sum b) { return Simd::add_words(a, b); }
-    static Input input(const float* row, ptrdiff_t word) { return Simd::all_words(bits_of(row[word])); }
+    static Input input(const float* row, ptrdiff_t word, ptrdiff_t) { return Simd::all_words(bits_of(row[word])); }
     static Sum multiply_add(const float* weights, Input input, Sum sum) {
         return Simd::dot_int8(Simd::load_words(weights), input, sum);
     }
     static F value(Sum sum, const Words& a, ptrdiff_t row, const float* scales) {
         F number = Simd::to_float(Simd::subtract_words(sum, Simd::all_words(a.offsets[row])));
+        return Simd::mul(number, Simd::mul(Simd::load(scales), Simd::all(a.scales[row])));
+    }
+};
+
+// With what rounding the inputs to int8 left over, from the same reading of the weights.
+struct FineInt8 {
+    static constexpr int max_rows = Simd::max_rows > 1 ? Simd::max_rows / 2 : 1;
+    struct Sum {
+        I whole, rest;
+    };
+    using Input = Sum;
+    static Sum zero() { return Sum{Simd::no_words(), Simd::no_words()}; }
+    static Sum add(const Sum& a, const Sum& b) {
+        return Sum{Simd::add_words(a.whole, b.whole), Simd::add_words(a.rest, b.rest)};
+    }
+    static Input input(const float* row, ptrdiff_t word, ptrdiff_t rests) {
+        return Input{Simd::all_words(bits_of(row[word])), Simd::all_words(bits_of(row[word + rests]))};
+    }
+    static Sum multiply_add(const float* weights, const Input& input, const Sum& sum) {
+        I words = Simd::load_words(weights);
+        return Sum{Simd::dot_int8(words, input.whole, sum.whole), Simd::dot_int8(words, input.rest, sum.rest)};
+    }
+    static F value(const Sum& sum, const Words& a, ptrdiff_t row, const float* scales) {
+        F whole = Simd::to_float(Simd::subtract_words(sum.whole, Simd::all_words(a.offsets[row])));
+        F rest = Simd::to_float(Simd::subtract_words(sum.rest, Simd::all_words(a.rest_offsets[row])));
+        F number = Simd::fma(rest, Simd::all(1.0f / parts_of_one), whole);
         return Simd::mul(number, Simd::mul(Simd::load(scales), Simd::all(a.scales[row])));
     }
 };
@@ -102,13 +133,13 @@ SLIMLSTM_INLINE void products(const float* panel, const Words& a, ptrdiff_t row,
     for (; k + S <= a.to; k += S, panel += S * W * L)
         SLIMLSTM_UNROLL for (int s = 0; s < S; ++s)
             SLIMLSTM_UNROLL for (int m = 0; m < M; ++m) {
-                typename Kept::Input input = Kept::input(rows[m], k + s);
+                typename Kept::Input input = Kept::input(rows[m], k + s, a.rests);
                 SLIMLSTM_UNROLL for (int w = 0; w < W; ++w)
                     parts[s][m][w] = Kept::multiply_add(panel + (s * W + w) * L, input, parts[s][m][w]);
             }
     for (; k < a.to; ++k, panel += W * L)
         SLIMLSTM_UNROLL for (int m = 0; m < M; ++m) {
-            typename Kept::Input input = Kept::input(rows[m], k);
+            typename Kept::Input input = Kept::input(rows[m], k, a.rests);
             SLIMLSTM_UNROLL for (int w = 0; w < W; ++w)
                 parts[0][m][w] = Kept::multiply_add(panel + w * L, input, parts[0][m][w]);
         }
@@ -146,8 +177,8 @@ template <class Kept, int W, class Take>
 void panel_by_rows(const Panels& matrix, ptrdiff_t vector, const Words& a, ptrdiff_t count, const Take& take) {
     for (ptrdiff_t row = 0, left = count; left > 0;) {
         // Blocks as equal as can be: 7 rows are 4 and 3, not 6 and 1.
-        ptrdiff_t m = ceiling(left, ceiling(left, Simd::max_rows));
-        block_of<Kept, W, Simd::max_rows>(static_cast<int>(m), matrix, vector, a, row, take);
+        ptrdiff_t m = ceiling(left, ceiling(left, Kept::max_rows));
+        block_of<Kept, W, Kept::max_rows>(static_cast<int>(m), matrix, vector, a, row, take);
         row += m, left -= m;
     }
 }
@@ -171,8 +202,12 @@ struct Scratch {
     float* words;
     const float** rows;
     float* scales;
-    int32_t* offsets;
+    int32_t *offsets, *rest_offsets;
 };
+
+// Rounding to multiples of a scale moves a gate by scale * gain / sqrt(12) in the mean square; more than a thirty-second
+// could be seen, as sigmoid and tanh are steepest over a few units.
+constexpr float largest_rounding = 0.108253175f;
 
 // What a product is taken of: rows of floats, and which inputs of them count; ``from`` begins a word of any storage.
 struct Operand {
@@ -197,18 +232,41 @@ struct Operand {
         return words;
     }
 
-    Words in_int8() const {
-        ptrdiff_t begin = from / 4, end = larger(begin, ceiling(to, 4));
+    // All rows as integers; what that left over after them, if one is too coarse for the gain of a matrix.
+    Words in_int8(float gain) const {
+        ptrdiff_t begin = from / 4, end = larger(begin, ceiling(to, 4)), width = end - begin;
+        Words words{scratch.rows, scratch.scales, scratch.offsets, begin, end};
         for (ptrdiff_t row = 0; row < count; ++row) {
-            float* words = scratch.words + row * (end - begin);
-            if (end > begin) words[end - begin - 1] = 0.0f;
-            int32_t total;
-            scratch.scales[row] = round_to_int8(rows[row] + from, to - from, reinterpret_cast<int8_t*>(words), total);
-            // Wraps where an input is not finite, and the scale says so.
-            scratch.offsets[row] = static_cast<int32_t>(128u * static_cast<uint32_t>(total));
-            scratch.rows[row] = words - begin;
+            float* integers = scratch.words + row * width;
+            float bound = largest_magnitude(rows[row] + from, to - from);
+            scratch.scales[row] = bound / 127.0f;
+            scratch.offsets[row] = rounded_row<false>(row, bound, integers, width, nullptr);
+            scratch.rows[row] = integers - begin;
+            if (is_coarse(row, gain)) words.rests = count * width;
         }
-        return Words{scratch.rows, scratch.scales, scratch.offsets, begin, end};
+        if (words.rests == 0) return words;
+        words.rest_offsets = scratch.rest_offsets;
+        for (ptrdiff_t row = 0; row < count; ++row) {
+            float* rests = scratch.words + words.rests + row * width;
+            if (is_coarse(row, gain)) {
+                float bound = largest_magnitude(rows[row] + from, to - from);
+                scratch.rest_offsets[row] = rounded_row<true>(row, bound, rests, width, scratch.words + row * width);
+            } else {
+                // None, so that what becomes of a row does not depend on those beside it.
+                copy_or_clear(rests, nullptr, width);
+                scratch.rest_offsets[row] = 0;
+            }
+        }
+        return words;
+    }
+
+    bool is_coarse(ptrdiff_t row, float gain) const { return scratch.scales[row] * gain > largest_rounding; }
+
+    template <bool Rests>
+    int32_t rounded_row(ptrdiff_t row, float bound, float* words, ptrdiff_t width, const float* integers) const {
+        if (width > 0) words[width - 1] = 0.0f;
+        return round_to_int8<Rests>(rows[row] + from, to - from, bound, reinterpret_cast<int8_t*>(words),
+                                    reinterpret_cast<const int8_t*>(integers));
     }
 };
 
@@ -220,8 +278,11 @@ void multiply(const Panels& matrix, ptrdiff_t first, ptrdiff_t last, const Opera
             return multiply_as<Float32>(matrix, first, last, a.as_they_are(), a.count, take);
         case Storage::bfloat16:
             return multiply_as<BFloat16>(matrix, first, last, a.in_pairs(), a.count, take);
-        case Storage::int8:
-            return multiply_as<Int8>(matrix, first, last, a.in_int8(), a.count, take);
+        case Storage::int8: {
+            Words words = a.in_int8(matrix.gain);
+            if (words.rests) return multiply_as<FineInt8>(matrix, first, last, words, a.count, take);
+            return multiply_as<Int8>(matrix, first, last, words, a.count, take);
+        }
     }
 }
 
@@ -352,11 +413,12 @@ struct Buffers {
         const Panels* matrices[] = {&w.ih_v, &w.ih, &w.hh_v, &w.hh, &w.hr};
         for (const Panels* matrix : matrices)
             if (matrix->storage != Storage::float32)
-                words = larger(words, matrix->storage == Storage::int8 ? ceiling(matrix->inputs, 4) : matrix->inputs + 1);
+                words = larger(words, matrix->storage == Storage::int8 ? 2 * ceiling(matrix->inputs, 4) : matrix->inputs + 1);
         scratch.words = take(chunk * words, team, member);
         scratch.rows = reinterpret_cast<const float**>(take(words ? chunk * floats : 0, team, member));
         scratch.scales = take(words ? chunk : 0, team, member);
         scratch.offsets = reinterpret_cast<int32_t*>(take(words ? chunk : 0, team, member));
+        scratch.rest_offsets = reinterpret_cast<int32_t*>(take(words ? chunk : 0, team, member));
         size = used;
     }
 };

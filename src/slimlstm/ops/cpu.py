@@ -85,7 +85,7 @@ class _Packed:
         arrays = [aliases[at : at + 7] for at in range(0, len(aliases), 7)]
         weights = directions[0]
         self.sizes = columns(weights.ih), columns(weights.hh), rows(weights.hh) // 4, len(directions)
-        self.layer = kernel.Layer(instruction_set(), arrays, _storages(directions), _clips(directions))
+        self.layer = kernel.Layer(instruction_set(), arrays, _storages(directions), _clips(directions), _gains(directions))
 
 
 def _check_shapes(directions: Sequence[Direction]) -> None:
@@ -128,6 +128,22 @@ def _clips(directions: Sequence[Direction]) -> list[float]:
     """The bounds of cells and projections, infinite where there is none."""
     bounds = [bound for weights in directions for bound in (weights.cell_clip, weights.proj_clip)]
     return [math.inf if bound is None else bound for bound in bounds]
+
+
+def _gains(directions: Sequence[Direction]) -> list[float]:
+    """The largest norm of a row of what lies between inputs and gates, for V and for U or W of ih and hh.
+
+    Where weights are int8 it tells the kernel how finely inputs have to be rounded; 0 where they are not.
+    """
+    found: list[float] = []
+    for weights in directions:
+        for matrix, storage in ((weights.ih, weights.ih_storage), (weights.hh, weights.hh_storage)):
+            if storage != "int8":
+                found += (0.0, 0.0)
+                continue
+            parts = [None, matrix] if isinstance(matrix, Tensor) else [matrix[0] @ matrix[1], matrix[0]]
+            found += (0.0 if part is None else float(part.detach().norm(dim=1).max()) for part in parts)
+    return found
 
 
 def _packed(directions: Sequence[Direction], anew: bool = False) -> _Packed:
