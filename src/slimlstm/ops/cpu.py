@@ -141,9 +141,15 @@ def _gains(directions: Sequence[Direction]) -> list[float]:
             if storage != "int8":
                 found += (0.0, 0.0)
                 continue
-            parts = [None, matrix] if isinstance(matrix, Tensor) else [matrix[0] @ matrix[1], matrix[0]]
-            found += (0.0 if part is None else float(part.detach().norm(dim=1).max()) for part in parts)
+            u, v = (matrix, None) if isinstance(matrix, Tensor) else matrix
+            found += (0.0 if v is None else _largest_row(u.detach(), v.detach()), _largest_row(u.detach()))
     return found
+
+
+def _largest_row(u: Tensor, v: Tensor | None = None) -> float:
+    """The largest norm of a row of U [m, r], or of U V, which may be too large to be computed."""
+    squares = ((u if v is None else u @ (v @ v.T)) * u).sum(1)
+    return math.sqrt(max(float(squares.max()), 0.0))
 
 
 def _packed(directions: Sequence[Direction], anew: bool = False) -> _Packed:
