@@ -11,7 +11,8 @@ The optimizer is SGD that turns into averaged SGD once validation stops improvin
 ``result.json``. Weight drop acts on matrices that have not been factored; pruned ones keep their masks. The product that
 Semi-NMF finds is trained as the factors of its SVD, without V >= 0, which training would not keep either.
 Two configs are controls for compressed models of Penn Treebank: ``ptb-13m`` has as many parameters as factors of rank 10 at
-hh leave, all of them dense, ``ptb-tensor-train`` its recurrent matrices as tensor trains, and 12 million parameters in all.
+hh leave, all of them dense, ``ptb-tensor-train`` its recurrent matrices as tensor trains, and 12 million parameters in all;
+with AdamW the latter takes ``--lr 1e-3``, as at 3e-3 its gradients explode after some epochs.
 ``torchrun --nproc-per-node N`` shares the streams out among N processes.
 """
 
