@@ -524,7 +524,7 @@ def controls():
         rows.append((name, how, *numbers, parameters, paper.get("ppl")))
     header = ("model", "trained", "parameters", "MB", "perplexity", "printed parameters", "printed")
     told = markdown(header, rows, left=2)
-    if perplexities.get("controls/ptb-13m", math.inf) < perplexities["untuned/dense"]:
+    if perplexities.get("controls/ptb-13m", math.inf) < perplexities.get("untuned/dense", 0.0):
         told += (
             "\n\nThat the smaller model is ahead of the dense one tells of training, not of size: it was trained by "
             "`recipes/language_model.py`, the dense one was not, and no model of full size has been by that for as long. "
