@@ -238,8 +238,10 @@ def test_int8_bears_inputs_of_any_range(how, hidden, batch, threads, monkeypatch
     inputs = x, (h0, torch.randn(1, batch, hidden))
     output, (h, c) = module(*inputs)
     truth = by_reference(module, x.double(), (h0.double(), inputs[1][1].double()))
+    # What is projected next is no gate, and is rounded to eight bits whatever its range.
+    bound = 0.03 if how == "projected" else 0.02
     for ours, theirs in ((output, truth["output"]), (h, truth["h_n"]), (c, truth["c_n"])):
-        assert (ours - theirs).norm() <= 0.03 * theirs.norm()
+        assert (ours - theirs).norm() <= bound * theirs.norm()
 
 
 @pytest.mark.usefixtures("isa")
