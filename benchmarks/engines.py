@@ -23,9 +23,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimlstm import plots
-from slimlstm.engines import FEWEST, SECONDS, Candidate, dense_rivals, exact_output, low_rank_rivals, measure, only_threads
-from slimlstm.nn import LowRankLSTM
+from slimlstm.bench.engines import (
+    FEWEST,
+    SECONDS,
+    Candidate,
+    dense_rivals,
+    exact_output,
+    low_rank_rivals,
+    measure,
+    only_threads,
+)
+from slimlstm.demo import plots
+from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.ops import cpu
 from slimlstm.ops.weights import STORAGES
 from slimlstm.provenance import provenance

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from slimlstm.nn import LowRankLSTM
+from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.ops.weights import STORAGES
 from slimlstm.provenance import provenance
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from slimlstm.bench import interleaved_seconds
-from slimlstm.nn import LowRankLSTM
+from slimlstm.bench.timing import interleaved_seconds
+from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.provenance import provenance
 
 

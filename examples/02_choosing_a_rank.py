@@ -5,8 +5,8 @@ import copy
 from torch.nn.functional import cross_entropy
 
 import slimlstm as sl
+from slimlstm.demo.model import embedded_model, held_out_tokens
 from slimlstm.evaluate import perplexity
-from slimlstm.models.embedded import embedded_model, held_out_tokens
 from slimlstm.search import find_keep
 
 model, tokens = embedded_model(), held_out_tokens()

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import slimlstm as sl
-from slimlstm.finetune import distillation
+from slimlstm.tuning import distillation
 
 
 class Forecaster(nn.Module):

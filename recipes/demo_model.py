@@ -22,8 +22,8 @@ from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
-from slimlstm.data import CORPORA, read_text, words_of
-from slimlstm.models.awd_lstm import AWDLSTM, AWDLSTMConfig
+from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig
+from slimlstm.demo.corpora import CORPORA, read_text, words_of
 
 PACKAGE_FOLDER = Path(__file__).parents[1] / "src" / "slimlstm" / "models" / "embedded"
 HELD_OUT_LINES = 300

@@ -31,8 +31,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy, embedding, linear
 
 import slimlstm as sl
-from slimlstm.data import CORPORA, EOS, read_words, words_of
-from slimlstm.models.elmo import BiLM, ELMoConfig, characters_of, save_bilm
+from paper.elmo import BiLM, ELMoConfig, characters_of, save_bilm
+from slimlstm.demo.corpora import CORPORA, EOS, read_words, words_of
 from slimlstm.provenance import provenance
 
 SIZES = {

@@ -9,11 +9,11 @@ Writes ``heatmap-hh`` and ``heatmap-ih``, each as PNG and PDF, into docs/paper.
 import argparse
 from pathlib import Path
 
-from slimlstm.factorize import svd
-from slimlstm.models.awd_lstm import load_awd_lstm
-from slimlstm.models.elmo import load_bilm
-from slimlstm.plots import heatmaps
-from slimlstm.prune import kept_by_rank, magnitude_mask
+from paper.elmo import load_bilm
+from paper.plots import heatmaps
+from slimlstm.demo.awd_lstm import load_awd_lstm
+from slimlstm.methods.factorize import svd
+from slimlstm.modules.masks import kept_by_rank, magnitude_mask
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", type=Path, required=True, help="folder of an AWD-LSTM, or of an ELMo in official files")

@@ -39,10 +39,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 import slimlstm as sl
-from slimlstm.data import CORPORA, EOS, Vocabulary, read_words, words_of
+from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig, load_awd_lstm, save_awd_lstm
+from slimlstm.demo.corpora import CORPORA, EOS, Vocabulary, read_words, words_of
 from slimlstm.evaluate import perplexity
-from slimlstm.factorize import svd
-from slimlstm.models.awd_lstm import AWDLSTM, AWDLSTMConfig, load_awd_lstm, save_awd_lstm
+from slimlstm.methods.factorize import svd
 from slimlstm.provenance import provenance
 
 CONFIGS = {

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from rich.progress import track
 
-from slimlstm.analysis import energy, norms
-from slimlstm.factorize import semi_nmf, singular_values, svd
-from slimlstm.models.awd_lstm import load_awd_lstm
-from slimlstm.models.elmo import load_bilm
+from paper.analysis import energy, norms
+from paper.elmo import load_bilm
+from slimlstm.demo.awd_lstm import load_awd_lstm
+from slimlstm.methods.factorize import semi_nmf, singular_values, svd
+from slimlstm.modules.masks import kept_by_rank, magnitude_mask
+from slimlstm.modules.sites import find_hosts
 from slimlstm.provenance import provenance
-from slimlstm.prune import kept_by_rank, magnitude_mask
-from slimlstm.sites import find_hosts
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", type=Path, required=True, help="folder of an AWD-LSTM, or of an ELMo in official files")

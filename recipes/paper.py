@@ -29,8 +29,9 @@ import math
 import statistics
 from pathlib import Path
 
-from slimlstm.analysis import efficiency
-from slimlstm.plots import norm_curves, quality_curves, spectra
+from paper.analysis import efficiency
+from paper.plots import norm_curves, spectra
+from slimlstm.demo.plots import quality_curves
 
 ROOT = Path(__file__).parents[1]
 DRAWN = ROOT / "docs" / "paper"

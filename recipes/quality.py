@@ -22,12 +22,12 @@ from rich.console import Console
 from rich.table import Table
 
 import slimlstm as sl
-from slimlstm.calibrate import Calibration
-from slimlstm.data import CORPORA, Vocabulary, read_text, read_words
+from slimlstm.calibration.moments import Calibration
+from slimlstm.demo.awd_lstm import load_awd_lstm
+from slimlstm.demo.corpora import CORPORA, Vocabulary, read_text, read_words
+from slimlstm.demo.model import embedded_model, encode
 from slimlstm.evaluate import NextTokens, perplexity, pieces
-from slimlstm.models.awd_lstm import load_awd_lstm
-from slimlstm.models.embedded import embedded_model, encode
-from slimlstm.plan import WEIGHTED
+from slimlstm.pipeline.plan import WEIGHTED
 from slimlstm.provenance import provenance
 
 STREAMS, STEPS = 60, 70

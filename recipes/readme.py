@@ -15,7 +15,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from slimlstm import plots
+from slimlstm.demo import plots
 
 ROOT = Path(__file__).parents[1]
 RANK = 50

@@ -26,7 +26,7 @@ from torch import nn
 from torch.distributions import Categorical, Independent, Normal
 
 import slimlstm as sl
-from slimlstm.plan import WEIGHTED
+from slimlstm.pipeline.plan import WEIGHTED
 from slimlstm.provenance import provenance
 
 FRAMES, HOP = 160, 20

@@ -26,8 +26,8 @@ from rich.progress import track
 from torch import nn
 
 import slimlstm as sl
-from slimlstm.engines import SECONDS, Candidate, measure
-from slimlstm.models.awd_lstm import load_awd_lstm
+from slimlstm.bench.engines import SECONDS, Candidate, measure
+from slimlstm.demo.awd_lstm import load_awd_lstm
 from slimlstm.ops import cpu
 from slimlstm.provenance import provenance
 

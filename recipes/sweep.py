@@ -33,11 +33,11 @@ from rich.table import Table
 from torch import nn
 
 import slimlstm as sl
-from slimlstm.calibrate import Calibration
-from slimlstm.data import CORPORA, Vocabulary, read_text, words_of
+from slimlstm.calibration.moments import Calibration
+from slimlstm.demo.awd_lstm import load_awd_lstm
+from slimlstm.demo.corpora import CORPORA, Vocabulary, read_text, words_of
 from slimlstm.evaluate import NextTokens, perplexity, pieces
-from slimlstm.models.awd_lstm import load_awd_lstm
-from slimlstm.plan import WEIGHTED
+from slimlstm.pipeline.plan import WEIGHTED
 from slimlstm.provenance import provenance
 
 TUNABLE, QUANTIZED = ("svd", "semi-nmf", "prune"), ("int8", "pytorch-int8")

@@ -39,15 +39,15 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import slimlstm as sl
-from slimlstm.bench import interleaved_seconds, median_ratios
-from slimlstm.explain import explain
-from slimlstm.models.bcn import BCN, BCNConfig
-from slimlstm.models.bidaf import BiDAF, BiDAFConfig
-from slimlstm.models.elmo import ELMo, load_bilm
-from slimlstm.models.esim import ESIM, ESIMConfig
+from paper.bcn import BCN, BCNConfig
+from paper.bidaf import BiDAF, BiDAFConfig
+from paper.elmo import ELMo, load_bilm
+from paper.esim import ESIM, ESIMConfig
+from paper.task_data import Paragraph, read_task, read_vectors, with_phrases
+from paper.tasks import Batches, Remembering, losses, predictions, scores, size_of, texts_of, vocabulary_of
+from slimlstm.bench.explain import explain
+from slimlstm.bench.timing import interleaved_seconds, median_ratios
 from slimlstm.provenance import provenance
-from slimlstm.task_data import Paragraph, read_task, read_vectors, with_phrases
-from slimlstm.tasks import Batches, Remembering, losses, predictions, scores, size_of, texts_of, vocabulary_of
 
 TASKS = {
     "sst5": {

@@ -22,12 +22,12 @@ from rich.progress import Progress
 from torch.nn.functional import cross_entropy
 
 import slimlstm as sl
-from slimlstm.calibrate import Calibration
-from slimlstm.data import CORPORA, Vocabulary, read_words
+from slimlstm.calibration.moments import Calibration
+from slimlstm.demo.awd_lstm import load_awd_lstm
+from slimlstm.demo.corpora import CORPORA, Vocabulary, read_words
 from slimlstm.evaluate import perplexity
-from slimlstm.finetune import divergence
-from slimlstm.models.awd_lstm import load_awd_lstm
 from slimlstm.provenance import provenance
+from slimlstm.tuning import divergence
 
 BPTT = 70
 VALIDATION_TOKENS = 10_000

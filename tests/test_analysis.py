@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from paper.analysis import block_maxima, efficiency, energy, norms, salient_lines
+from paper.plots import norm_curves, spectra
 from slimlstm import SlimLSTMError
-from slimlstm.analysis import block_maxima, efficiency, energy, norms, salient_lines
-from slimlstm.models.awd_lstm import AWDLSTM, AWDLSTMConfig
-from slimlstm.plots import norm_curves, spectra
+from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,42 +14,22 @@ FACE = "__init__"
 ARROWS = {
     "errors": set(),
     "provenance": set(),
-    "data": {"errors"},
-    "task_data": {"data", "errors"},
-    "models": {"errors"},
-    "factorize": {"errors"},
-    "prune": {"errors"},
+    "methods": {"errors"},
     "ops": {"errors"},
-    "rank": {"factorize", "errors"},
-    "nn": {"ops", "errors"},
-    "sites": {"nn", "ops", "prune", "errors"},
-    "plan": {"sites", "ops", "rank", "factorize", "prune", "errors"},
-    "report": {"plan", "errors"},
-    "search": {"calibrate", "observe", "compress", "plan", "errors"},
-    "compress": {
-        *("plan", "report", "rank", "factorize", "prune", "calibrate", "refit", "observe", "sites", "nn", "ops", "errors")
-    },
-    "checkpoint": {"sites", "compress", "factorize", "nn", "onnx_graph", "persist", "ops", "plan", "report", "errors"},
-    "observe": {"sites", "nn", "ops", "errors"},
-    "calibrate": {"observe", "errors"},
-    "refit": {"observe", "factorize", "sites", "ops", "errors"},
-    "finetune": {"errors"},
+    "modules": {"ops", "methods", "errors"},
+    "calibration": {"modules", "methods", "ops", "errors"},
+    "pipeline": {"calibration", "modules", "methods", "ops", "errors"},
+    "compress": {"pipeline", "calibration", "modules", "methods", "ops", "errors"},
+    "folders": {"modules", "methods", "ops", "errors"},
+    "weight_files": {"folders", "onnx", "pipeline", "compress", "modules", "methods", "ops", "errors"},
+    "onnx": {"compress", "pipeline", "calibration", "modules", "methods", "ops", "errors"},
+    "search": {"compress", "calibration", "pipeline", "errors"},
+    "tuning": {"modules", "errors"},
     "evaluate": {"errors"},
-    "tasks": {"task_data", "data", "models", "evaluate", "errors"},
-    "explain": {"nn", "ops", "report", "errors"},
-    "onnx_graph": {"ops", "errors"},
-    "onnx_calibrate": {"calibrate", "onnx_graph", "errors"},
-    "onnx_models": {
-        *("onnx_calibrate", "onnx_graph", "calibrate", "compress", "factorize", "plan", "report", "sites", "ops", "errors")
+    "bench": {"onnx", "pipeline", "modules", "ops", "provenance", "errors"},
+    "demo": {
+        *("compress", "bench", "evaluate", "pipeline", "calibration", "modules", "methods", "ops", "provenance", "errors")
     },
-    "onnx_layers": {"ops", "errors"},
-    "engines": {"nn", "ops", "onnx_layers", "errors"},
-    "bench": {"engines", "nn", "ops", "provenance", "errors"},
-    "analysis": {"factorize", "errors"},
-    "plots": {"analysis", "errors"},
-    "persist": {"nn", "ops", "sites", "errors"},
-    "export": {"nn", "sites", "observe", "onnx_layers", "ops", "errors"},
-    "demo": {"bench", "calibrate", "compress", "evaluate", "models", "nn", "plan", "provenance", "sites", "errors"},
 }
 """The rooms that each room may import; its own files it always may."""
 ARROWS[FACE] = set(ARROWS)
@@ -88,18 +68,18 @@ def imported_rooms(source, package="slimlstm"):
     ("source", "package", "rooms"),
     [
         ("import torch, math", "slimlstm", set()),
-        ("import slimlstm.nn as n", "slimlstm", {"nn"}),
+        ("import slimlstm.modules.lstm as n", "slimlstm", {"modules"}),
         ("from slimlstm import ops, errors", "slimlstm", {"ops", "errors"}),
         ("from slimlstm.ops.dense import rebuilt", "slimlstm", {"ops"}),
-        ("def f():\n    from slimlstm.sites import Site", "slimlstm", {"sites"}),
-        ("from . import nn", "slimlstm", {"nn"}),
-        ("from .nn import LowRankLSTM", "slimlstm", {"nn"}),
-        ("from .. import factorize", "slimlstm.ops", {"factorize"}),
-        ("from ..rank import saves", "slimlstm.ops", {"rank"}),
+        ("def f():\n    from slimlstm.modules.sites import Site", "slimlstm", {"modules"}),
+        ("from . import modules", "slimlstm", {"modules"}),
+        ("from .modules import LowRankLSTM", "slimlstm", {"modules"}),
+        ("from .. import methods", "slimlstm.ops", {"methods"}),
+        ("from ..methods.rank import saves", "slimlstm.ops", {"methods"}),
         ("from .weights import Matrix", "slimlstm.ops", {"ops"}),
         ("import slimlstm", "slimlstm", {FACE}),
         ("from slimlstm import compress_", "slimlstm", {FACE}),
-        ("from slimlstm_extras import nn", "slimlstm", set()),
+        ("from slimlstm_extras import modules", "slimlstm", set()),
     ],
 )
 def test_imports_are_read_in_every_form(source, package, rooms):
@@ -107,7 +87,7 @@ def test_imports_are_read_in_every_form(source, package, rooms):
 
 
 def test_the_modules_are_found():
-    assert {"errors", "factorize", "nn", "ops", "models"} <= {room_of(path) for path in MODULES}
+    assert {"errors", "methods", "modules", "ops", "demo"} <= {room_of(path) for path in MODULES}
 
 
 @every_module

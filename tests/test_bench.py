@@ -14,11 +14,14 @@ from safetensors.torch import save_file
 from strangers import STRANGERS
 from torch import Tensor, nn
 
-from slimlstm import LowRank, LowRankLSTM, Prune, Quantize, SlimLSTMError, bench, cli, compress_, engines, plots, save
-from slimlstm.checkpoint import compress_file, layers_of
-from slimlstm.engines import Candidate, measure, seconds_by_turns
-from slimlstm.models import embedded
-from slimlstm.persist import read_config, read_folder
+from slimlstm import LowRank, LowRankLSTM, Prune, Quantize, SlimLSTMError, cli, compress_, save
+from slimlstm.bench import timing as bench
+from slimlstm.bench.engines import Candidate, measure, seconds_by_turns
+from slimlstm.bench.timing import engines
+from slimlstm.demo import model as embedded
+from slimlstm.demo import plots
+from slimlstm.folders import read_config, read_folder
+from slimlstm.weight_files import compress_file, layers_of
 
 BRIEF = 0.002
 

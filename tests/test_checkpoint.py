@@ -14,9 +14,9 @@ from torch.nn.utils import parametrize
 from torch.testing import assert_close
 
 from slimlstm import LowRank, Plan, Prune, Quantize, SlimLSTMError, compress_, find_sites, load, save
-from slimlstm.checkpoint import compress_file, find_matrices, matrix_of, read_tensors
-from slimlstm.persist import read_config
-from slimlstm.plan import SitePlan
+from slimlstm.folders import read_config
+from slimlstm.pipeline.plan import SitePlan
+from slimlstm.weight_files import compress_file, find_matrices, matrix_of, read_tensors
 
 INPUTS, H = 5, 6
 

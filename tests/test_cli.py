@@ -13,11 +13,13 @@ from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from slimlstm import LowRank, Prune, Quantize, cli, compress_, data, demo, load
-from slimlstm.checkpoint import compress_file
+from slimlstm import LowRank, Prune, Quantize, cli, compress_, load
+from slimlstm.demo import corpora as data
+from slimlstm.demo import model as embedded
+from slimlstm.demo import tour as demo
+from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig, load_awd_lstm
 from slimlstm.evaluate import perplexity
-from slimlstm.models import embedded
-from slimlstm.models.awd_lstm import AWDLSTM, AWDLSTMConfig, load_awd_lstm
+from slimlstm.weight_files import compress_file
 
 WORDS = ["<eos>", *"abcdefghij"]
 CONFIG = AWDLSTMConfig(len(WORDS), 12, 16, 2)

@@ -27,8 +27,8 @@ from slimlstm import (
     load,
     save,
 )
-from slimlstm.plan import SitePlan
-from slimlstm.sites import find_hosts
+from slimlstm.modules.sites import find_hosts
+from slimlstm.pipeline.plan import SitePlan
 
 AMOUNTS = {
     "svd": lambda target: LowRank("svd", rank=2, target=target),

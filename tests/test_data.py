@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimlstm import data
-from slimlstm.data import CORPORA, EOS, UNKNOWN, Vocabulary, cache_folder, read_text, read_words, words_of
+from slimlstm.demo import corpora as data
+from slimlstm.demo.corpora import CORPORA, EOS, UNKNOWN, Vocabulary, cache_folder, read_text, read_words, words_of
 from slimlstm.errors import SlimLSTMError
 
 TEXT = " the cat <unk> sat \n\n on the mat \n"

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import slimlstm as sl
-from slimlstm.models.elmo import BiLM, ClippedLSTM, ELMo, ELMoConfig, characters_of, load_bilm, read_bilm, save_bilm
-from slimlstm.nn import LowRankLSTM
+from paper.elmo import BiLM, ClippedLSTM, ELMo, ELMoConfig, characters_of, load_bilm, read_bilm, save_bilm
+from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.ops import cpu
 
 h5py = pytest.importorskip("h5py")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slimlstm.models.elmo import characters_of, load_bilm
+from paper.elmo import characters_of, load_bilm
 
 pytest.importorskip("h5py")
 RECIPE = Path(__file__).parents[1] / "recipes" / "elmo.py"

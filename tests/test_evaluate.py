@@ -8,11 +8,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from slimlstm import SlimLSTMError, bench
-from slimlstm.bench import interleaved_seconds, median_ratios
-from slimlstm.data import Vocabulary, read_words
+from slimlstm import SlimLSTMError
+from slimlstm.bench import timing as bench
+from slimlstm.bench.timing import interleaved_seconds, median_ratios
+from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig, load_awd_lstm
+from slimlstm.demo.corpora import Vocabulary, read_words
 from slimlstm.evaluate import NextTokens, Perplexity, perplexity, pieces
-from slimlstm.models.awd_lstm import AWDLSTM, AWDLSTMConfig, load_awd_lstm
 
 V = 7
 

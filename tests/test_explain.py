@@ -1,4 +1,4 @@
-"""What :func:`slimlstm.explain.explain` says is what runs."""
+"""What :func:`slimlstm.bench.explain.explain` says is what runs."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from strangers import STRANGERS
 from torch import nn
 
 from slimlstm import LowRank, LowRankLSTM, Prune, Quantize, SlimLSTMError, compress_, ops
-from slimlstm.explain import Explanation, explain
+from slimlstm.bench.explain import Explanation, explain
 from slimlstm.ops import cpu
 
 needs_kernel = pytest.mark.skipif(cpu.missing is not None, reason=str(cpu.missing))

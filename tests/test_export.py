@@ -22,8 +22,8 @@ from slimlstm import (
     save,
 )
 from slimlstm.cli import app
-from slimlstm.models.embedded import embedded_model
-from slimlstm.onnx_layers import layer_model
+from slimlstm.demo.model import embedded_model
+from slimlstm.onnx.layers import layer_model
 from slimlstm.ops import cpu
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="what was written is run by ONNX Runtime")
@@ -198,11 +198,13 @@ def test_the_model_stays_as_it_was(tmp_path):
 def test_a_file_that_does_not_compute_the_same_is_not_written(tmp_path, monkeypatch):
     path, model = tmp_path / "small.onnx", made(Streaming(), None)
     path.write_text("precious")
-    monkeypatch.setattr("slimlstm.export.add_layer", lambda graph, layers, ports: graph.add_many("LSTM", [], [ports.y]))
+    monkeypatch.setattr(
+        "slimlstm.onnx.export.add_layer", lambda graph, layers, ports: graph.add_many("LSTM", [], [ports.y])
+    )
     with pytest.raises(Exception, match="LSTM"):
         export_onnx(model, model.example(T, B), path)
     monkeypatch.undo()
-    monkeypatch.setattr("slimlstm.export._runner", lambda content: (lambda inputs: [0 * y for y in expected], "none"))
+    monkeypatch.setattr("slimlstm.onnx.export._runner", lambda content: (lambda inputs: [0 * y for y in expected], "none"))
     x, state = model.example(T, B)
     with torch.no_grad():
         y, (h, c) = model(x, state)

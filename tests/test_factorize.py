@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.factorize import DAMPING, SOLVERS, Factors, WeightedSVD, relative_error, semi_nmf, singular_values, svd
+from slimlstm.methods.factorize import (
+    DAMPING,
+    SOLVERS,
+    Factors,
+    WeightedSVD,
+    relative_error,
+    semi_nmf,
+    singular_values,
+    svd,
+)
 
 
 @dataclass(frozen=True)

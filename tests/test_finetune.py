@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import slimlstm as sl
 from slimlstm import SlimLSTMError
-from slimlstm.finetune import distillation, divergence
+from slimlstm.tuning import distillation, divergence
 
 INPUTS, HIDDEN, OUTPUTS = 5, 6, 3
 
@@ -218,7 +218,7 @@ def test_the_learning_rate_rises_and_falls():
 @pytest.mark.parametrize("seconds_to_validate", [0.0, 7.0])
 def test_minutes_are_wall_clock_with_all_validations(seconds_to_validate, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(importlib.import_module("slimlstm.finetune").time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(importlib.import_module("slimlstm.tuning").time, "monotonic", lambda: now[0])
 
     def loss(model, batch):
         now[0] += 1.0
@@ -323,7 +323,7 @@ def interrupted_at(step):
 @pytest.mark.parametrize("step", [1, 3, 4, 10])
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(step, every_step, tmp_path, monkeypatch):
     if every_step:
-        monkeypatch.setattr(importlib.import_module("slimlstm.finetune"), "_SECONDS_BETWEEN_WRITES", 0.0)
+        monkeypatch.setattr(importlib.import_module("slimlstm.tuning"), "_SECONDS_BETWEEN_WRITES", 0.0)
     whole, parts = tagger(), tagger()
     expected = sl.finetune(whole, drawn_batches, Carried(), **RUN)
     with pytest.raises(KeyboardInterrupt):

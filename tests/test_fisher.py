@@ -13,12 +13,12 @@ from torch.distributions import Categorical
 from torch.nn.functional import cross_entropy
 
 from slimlstm import LowRank, Plan, Prune, Quantize, Report, SlimLSTMError, compress_, find_sites, load, save
-from slimlstm.calibrate import Calibration, Moments, calibrate, mean_loss
+from slimlstm.calibration.moments import Calibration, Moments, calibrate, mean_loss
+from slimlstm.demo.model import embedded_model, held_out_tokens
 from slimlstm.evaluate import perplexity
-from slimlstm.factorize import WeightedSVD
-from slimlstm.models.embedded import embedded_model, held_out_tokens
-from slimlstm.plan import SitePlan
-from slimlstm.sites import find_hosts
+from slimlstm.methods.factorize import WeightedSVD
+from slimlstm.modules.sites import find_hosts
+from slimlstm.pipeline.plan import SitePlan
 
 WEIGHTED = {
     "activation, rank": LowRank("activation", rank=2),

@@ -27,10 +27,10 @@ from torch import nn
 
 from slimlstm import ops
 from slimlstm.errors import SlimLSTMError
-from slimlstm.nn import LowRankLSTM, LowRankLSTMCell
+from slimlstm.modules.lstm import LowRankLSTM, LowRankLSTMCell
+from slimlstm.modules.masks import apply_mask
 from slimlstm.ops import cpu, reference
 from slimlstm.ops.weights import STORAGES, Direction, rounded
-from slimlstm.prune import apply_mask
 
 needs_kernel = pytest.mark.skipif(cpu.missing is not None, reason=str(cpu.missing))
 pytestmark = needs_kernel
@@ -734,7 +734,7 @@ def test_two_threads_at_once():
 
 FORK = """
 import os, signal, torch
-from slimlstm.nn import LowRankLSTM
+from slimlstm.modules.lstm import LowRankLSTM
 torch.set_num_threads(2)
 torch.manual_seed(0)
 module = LowRankLSTM(64, 256, ranks={"weight_hh_l0": 64}, backend="fused").eval()

@@ -16,7 +16,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 import slimlstm as sl
-from slimlstm.models.awd_lstm import AWDLSTM, AWDLSTMConfig, load_awd_lstm
+from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig, load_awd_lstm
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "language_model.py"
 TINY = ("--embedding", "8", "--hidden", "12", "--streams", "4", "--bptt", "10")

@@ -9,9 +9,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from slimlstm import LowRank, Prune, SlimLSTMError, compress_
+from slimlstm.demo import model as embedded
+from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig, config_of, load_awd_lstm, locked_dropout, save_awd_lstm
 from slimlstm.evaluate import perplexity
-from slimlstm.models import embedded
-from slimlstm.models.awd_lstm import AWDLSTM, AWDLSTMConfig, config_of, load_awd_lstm, locked_dropout, save_awd_lstm
 
 V, E, H, LAYERS, T, B = 11, 6, 8, 3, 7, 4
 DRY = AWDLSTMConfig(V, E, H, LAYERS).scaled(0.0)

@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from slimlstm import LowRankLSTM
-from slimlstm.onnx_layers import OPSET, Graph, Ports, add_layer
+from slimlstm.onnx.layers import OPSET, Graph, Ports, add_layer
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="what was written is run by ONNX Runtime")
 onnx = pytest.importorskip("onnx")

@@ -13,12 +13,12 @@ from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
 from slimlstm import LowRank, Plan, Prune, Quantize, SlimLSTMError
-from slimlstm.checkpoint import find_matrices, read_tensors
 from slimlstm.cli import app
-from slimlstm.onnx_calibrate import observe
-from slimlstm.onnx_graph import find_layers, graphs_of
-from slimlstm.onnx_models import compress_onnx
-from slimlstm.plan import SitePlan
+from slimlstm.onnx.calibrate import observe
+from slimlstm.onnx.compress import compress_onnx
+from slimlstm.onnx.graph import find_layers, graphs_of
+from slimlstm.pipeline.plan import SitePlan
+from slimlstm.weight_files import find_matrices, read_tensors
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
 RANK, INPUTS, H = 2, 10, 16

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from slimlstm import LowRank, Quantize
-from slimlstm.checkpoint import find_matrices, read_tensors
-from slimlstm.onnx_models import compress_onnx
+from slimlstm.onnx.compress import compress_onnx
+from slimlstm.weight_files import find_matrices, read_tensors
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
 DATA = Path(os.environ.get("SLIMLSTM_DATA", "/nonexistent")) / "pretrained"

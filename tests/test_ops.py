@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from slimlstm import ops
 from slimlstm.errors import SlimLSTMError
-from slimlstm.nn import LowRankLSTM
+from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.ops.weights import Direction
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)

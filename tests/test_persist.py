@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from strangers import STRANGERS, H, LanguageModel, V
 from torch import Tensor, nn
 
-import slimlstm.persist
+import slimlstm.folders
 from slimlstm import LowRank, LowRankLSTM, LowRankLSTMCell, Prune, SlimLSTMError, compress_, find_sites, load, save
 
 SVD, MASK = LowRank(rank=2, target="hh"), Prune(rank=2, target="hh")
@@ -482,10 +482,10 @@ def crash_at(monkeypatch, owner, name: str, call: int) -> None:
 
 
 STEPS = {
-    "weights half written": (slimlstm.persist, "save_file", 1),
+    "weights half written": (slimlstm.folders, "save_file", 1),
     "config not written": (Path, "write_text", 1),
-    "weights not flushed": (slimlstm.persist.os, "fsync", 1),
-    "config not flushed": (slimlstm.persist.os, "fsync", 2),
+    "weights not flushed": (slimlstm.folders.os, "fsync", 1),
+    "config not flushed": (slimlstm.folders.os, "fsync", 2),
     "weights not in place": (Path, "replace", 1),
     "config not in place": (Path, "replace", 2),
 }

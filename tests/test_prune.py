@@ -8,8 +8,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.nn import LowRankLSTM, LowRankLSTMCell
-from slimlstm.prune import Mask, apply_mask, kept_by_rank, magnitude_mask, mask_of
+from slimlstm.modules.lstm import LowRankLSTM, LowRankLSTMCell
+from slimlstm.modules.masks import Mask, apply_mask, kept_by_rank, magnitude_mask, mask_of
 
 INPUTS, HIDDEN = 5, 6
 MODULES = {

@@ -33,13 +33,13 @@ from slimlstm import (
     load,
     save,
 )
+from slimlstm.demo import model as embedded
 from slimlstm.evaluate import perplexity
-from slimlstm.models import embedded
-from slimlstm.nn import FactoredModule
+from slimlstm.modules.lstm import FactoredModule
+from slimlstm.modules.sites import find_hosts
 from slimlstm.ops import cpu
 from slimlstm.ops.weights import from_int8, rounded, to_int8
-from slimlstm.plan import SitePlan
-from slimlstm.sites import find_hosts
+from slimlstm.pipeline.plan import SitePlan
 
 SMALL = ("bfloat16", "int8")
 TINIEST = torch.finfo(torch.float32).tiny
@@ -440,7 +440,7 @@ def test_folders_without_storages_are_of_the_first_format(tmp_path):
 
 def resign(folder: Path, change) -> None:
     """Changes ``config.json`` and signs it again, as a forger would."""
-    from slimlstm.persist import _config_sha256
+    from slimlstm.folders import _config_sha256
 
     config = json.loads((folder / "config.json").read_text())
     change(config["sites"]["lstm.weight_hh_l0"])

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.rank import Curve, allocate, break_even_rank, rank_for_energy, rank_for_fraction, rank_of_sum, saves
+from slimlstm.methods.rank import Curve, allocate, break_even_rank, rank_for_energy, rank_for_fraction, rank_of_sum, saves
 
 shapes = st.tuples(st.integers(1, 5000), st.integers(1, 5000))
 spectra = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=20).map(

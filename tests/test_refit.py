@@ -11,12 +11,12 @@ from torch.distributions import Categorical
 from torch.nn.functional import cross_entropy
 
 from slimlstm import LowRank, Quantize, SlimLSTMError, compress_
+from slimlstm.calibration.refit import refit
 from slimlstm.compress import PASSES
-from slimlstm.factorize import DAMPING
-from slimlstm.models.awd_lstm import AWDLSTM, AWDLSTMConfig
-from slimlstm.models.embedded import embedded_model, held_out_tokens
-from slimlstm.refit import refit
-from slimlstm.sites import find_hosts
+from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig
+from slimlstm.demo.model import embedded_model, held_out_tokens
+from slimlstm.methods.factorize import DAMPING
+from slimlstm.modules.sites import find_hosts
 
 
 class OneLayer(nn.Module):
@@ -168,7 +168,7 @@ def test_factors_that_lose_more_are_not_kept(monkeypatch):
 
     compress_(models[0], LowRank("fisher", keep=0.5), batches=batches, loss=loss, refit=0)
     worse = lambda self, dense, now, index: (30 * dense[index].flip(0), torch.eye(dense[index].shape[1]).double())  # noqa: E731
-    monkeypatch.setattr("slimlstm.refit._Moments.regression", worse)
+    monkeypatch.setattr("slimlstm.calibration.refit._Moments.regression", worse)
     report = compress_(models[1], LowRank("fisher", keep=0.5), batches=batches, loss=loss)
     assert report.notes == [
         "factors were fitted again to what goes into them now, but lost more then, and stay as they were"
@@ -180,7 +180,7 @@ def test_factors_that_lose_more_are_not_kept(monkeypatch):
 @pytest.mark.parametrize("held_out", [5, 100], ids=["the last fifth", "none"])
 def test_batches_that_are_not_fitted_to_decide(held_out, monkeypatch):
     """All but the last fifth show a single direction of the inputs, which is all that factors fitted to them know."""
-    monkeypatch.setattr("slimlstm.refit._HELD_OUT", held_out)
+    monkeypatch.setattr("slimlstm.calibration.refit._HELD_OUT", held_out)
     batches = [torch.randn(T, B, IN, dtype=torch.float64) for _ in range(10)]
     for x in batches[:8]:
         x[..., 1:] = 0.0

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import prune, weight_norm
 
 from slimlstm import LowRankLSTM, LowRankLSTMCell, find_sites
-from slimlstm.prune import apply_mask
+from slimlstm.modules.masks import apply_mask
 
 # PyTorch warns of its own old ways, which people still use.
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:torch", "ignore:torch.ao:DeprecationWarning")

@@ -13,15 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slimlstm import SlimLSTMError, task_data
-from slimlstm.data import PublishedFile
-from slimlstm.evaluate import AnswerScore, accuracy, answer_score
-from slimlstm.models.bcn import BCN, BCNConfig
-from slimlstm.models.bidaf import BiDAF, BiDAFConfig, best_spans
-from slimlstm.models.elmo import BiLM, ELMo, ELMoConfig, characters_of, save_bilm
-from slimlstm.models.esim import ESIM, ESIMConfig
-from slimlstm.task_data import Pair, Paragraph, Question, Sentence, read_task, read_vectors, spans_of, tokens_of
-from slimlstm.tasks import Batches, Remembering, losses, predictions, scores, texts_of, vocabulary_of
+from paper import task_data
+from paper.bcn import BCN, BCNConfig
+from paper.bidaf import BiDAF, BiDAFConfig, best_spans
+from paper.elmo import BiLM, ELMo, ELMoConfig, characters_of, save_bilm
+from paper.esim import ESIM, ESIMConfig
+from paper.metrics import AnswerScore, accuracy, answer_score
+from paper.task_data import Pair, Paragraph, Question, Sentence, read_task, read_vectors, spans_of, tokens_of
+from paper.tasks import Batches, Remembering, losses, predictions, scores, texts_of, vocabulary_of
+from slimlstm import SlimLSTMError
+from slimlstm.demo.corpora import PublishedFile
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "tasks.py"
 WORDS = ("Fine", "film", ",", "bad", "story", "the", "of", "Gdańsk", "it", "was")

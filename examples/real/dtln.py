@@ -8,8 +8,8 @@ import onnxruntime
 from registry import arguments, data, show, speech
 
 import slimlstm as sl
-from slimlstm.bench import interleaved_seconds, median_ratios
-from slimlstm.onnx_models import compress_onnx
+from slimlstm.bench.timing import interleaved_seconds, median_ratios
+from slimlstm.onnx.compress import compress_onnx
 
 FRAME, HOP = 512, 128
 

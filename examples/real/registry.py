@@ -18,8 +18,8 @@ from rich.table import Table
 from torch import nn
 
 import slimlstm as sl
-from slimlstm.bench import compare
-from slimlstm.data import cache_folder
+from slimlstm.bench.timing import compare
+from slimlstm.demo.corpora import cache_folder
 from slimlstm.provenance import provenance
 
 

@@ -9,16 +9,16 @@ model = sl.load("small/", fresh_dense_model)
 sl.export_onnx(model, example_inputs, "small.onnx")
 """
 
-from slimlstm.calibrate import calibrate
+from slimlstm.calibration.moments import calibrate
 from slimlstm.compress import compress_
 from slimlstm.errors import SlimLSTMError
-from slimlstm.export import export_onnx
-from slimlstm.finetune import finetune
-from slimlstm.nn import LowRankLSTM, LowRankLSTMCell
-from slimlstm.persist import load, save
-from slimlstm.plan import LowRank, Plan, Prune, Quantize
-from slimlstm.report import Report
-from slimlstm.sites import find_sites
+from slimlstm.folders import load, save
+from slimlstm.modules.lstm import LowRankLSTM, LowRankLSTMCell
+from slimlstm.modules.sites import find_sites
+from slimlstm.onnx.export import export_onnx
+from slimlstm.pipeline.plan import LowRank, Plan, Prune, Quantize
+from slimlstm.pipeline.report import Report
+from slimlstm.tuning import finetune
 
 __all__ = [
     "LowRank",

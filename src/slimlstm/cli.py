@@ -19,23 +19,25 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from slimlstm import data, demo, plots
-from slimlstm.bench import bench_layers
-from slimlstm.checkpoint import compress_file, find_matrices, layers_of, matrix_of, read_tensors
+from slimlstm.bench.timing import bench_layers
 from slimlstm.compress import compress_, size
+from slimlstm.demo import corpora as data
+from slimlstm.demo import model as embedded
+from slimlstm.demo import plots
+from slimlstm.demo import tour as demo
+from slimlstm.demo.awd_lstm import AWDLSTM, config_of, load_awd_lstm
 from slimlstm.errors import SlimLSTMError
 from slimlstm.evaluate import perplexity
-from slimlstm.export import export_onnx
-from slimlstm.factorize import SOLVERS, singular_values
-from slimlstm.models import embedded
-from slimlstm.models.awd_lstm import AWDLSTM, config_of, load_awd_lstm
-from slimlstm.nn import LowRankLSTM
-from slimlstm.onnx_calibrate import read_batches
-from slimlstm.onnx_models import compress_onnx
-from slimlstm.persist import CONFIG, load, read_config, read_folder
-from slimlstm.plan import PRUNE, LowRank, Prune, Quantize, Target, make_plan
-from slimlstm.rank import break_even_rank, rank_for_energy
-from slimlstm.sites import find_hosts, find_sites
+from slimlstm.folders import CONFIG, load, read_config, read_folder
+from slimlstm.methods.factorize import SOLVERS, singular_values
+from slimlstm.methods.rank import break_even_rank, rank_for_energy
+from slimlstm.modules.lstm import LowRankLSTM
+from slimlstm.modules.sites import find_hosts, find_sites
+from slimlstm.onnx.calibrate import read_batches
+from slimlstm.onnx.compress import compress_onnx
+from slimlstm.onnx.export import export_onnx
+from slimlstm.pipeline.plan import PRUNE, LowRank, Prune, Quantize, Target, make_plan
+from slimlstm.weight_files import compress_file, find_matrices, layers_of, matrix_of, read_tensors
 
 app = typer.Typer(
     help="Makes trained LSTMs small and fast by low-rank factorisation.",

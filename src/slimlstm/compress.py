@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimlstm.calibrate import Calibration, Moments, calibrate, mean_loss
+from slimlstm.calibration.moments import Calibration, Moments, calibrate, mean_loss
+from slimlstm.calibration.observe import Loss
+from slimlstm.calibration.refit import OtherPathError, Solve, refit
 from slimlstm.errors import SlimLSTMError
-from slimlstm.factorize import SOLVERS, WeightedSVD, check_matrix, relative_error, singular_values
-from slimlstm.nn import FactoredModule
-from slimlstm.observe import Loss
+from slimlstm.methods.factorize import SOLVERS, WeightedSVD, check_matrix, relative_error, singular_values
+from slimlstm.methods.rank import break_even_rank
+from slimlstm.modules.lstm import FactoredModule
+from slimlstm.modules.masks import magnitude_mask
+from slimlstm.modules.sites import Host, Site, find_hosts, provenance_of, replace
 from slimlstm.ops.dense import rebuilt
 from slimlstm.ops.weights import Matrix, matrix_bytes, rounded, stored_bytes
-from slimlstm.plan import DENSE, PRUNE, WEIGHTED, LowRank, Plan, Prune, Quantize, SitePlan, make_plan
-from slimlstm.prune import magnitude_mask
-from slimlstm.rank import break_even_rank
-from slimlstm.refit import OtherPathError, Solve, refit
-from slimlstm.report import Report, SiteReport, Total
-from slimlstm.sites import Host, Site, find_hosts, provenance_of, replace
+from slimlstm.pipeline.plan import DENSE, PRUNE, WEIGHTED, LowRank, Plan, Prune, Quantize, SitePlan, make_plan
+from slimlstm.pipeline.report import Report, SiteReport, Total
 
 Progress = Callable[[str, float], None]
 """Called with a site's key and the fraction of the whole work that is done."""
@@ -80,9 +80,9 @@ def compress_(
             both. Where both are given and can be gone through again, the loss on them is measured before and after.
         calibration: what :func:`slimlstm.calibrate` found for this model before, in the place of calibrating anew.
         refit: how often the factors of calibrated methods are fitted again to what goes into them once all matrices are
-            compressed; see :mod:`slimlstm.refit`. Each time the dense and the compressed model see all batches; the last
-            fifth of them is not fitted to, and those factors stay that lose least on it. By default twice, if the batches
-            can be gone through again and both models call their LSTMs alike.
+            compressed; see :mod:`slimlstm.calibration.refit`. Each time the dense and the compressed model see all
+            batches; the last fifth of them is not fitted to, and those factors stay that lose least on it. By
+            default twice, if the batches can be gone through again and both models call their LSTMs alike.
         progress: called with a site's key and the fraction done, now and then.
 
     Returns:

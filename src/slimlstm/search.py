@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from slimlstm.calibrate import Calibration
+from slimlstm.calibration.moments import Calibration
+from slimlstm.calibration.observe import Loss
 from slimlstm.compress import compress_
 from slimlstm.errors import SlimLSTMError
-from slimlstm.observe import Loss
-from slimlstm.plan import LowRank
+from slimlstm.pipeline.plan import LowRank
 
 
 def find_keep(

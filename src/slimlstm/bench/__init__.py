@@ -1,0 +1,1 @@
+"""Time layers and models against other engines."""

@@ -1,0 +1,365 @@
+"""Keeps compressed models: a folder of safetensors and ``config.json``, rebuilt on a fresh dense model.
+
+``config.json`` names the weights file and its SHA-256, and is replaced in one step after that file is complete. So a
+folder is at any moment either the old model or the new one.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Hashable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from slimlstm.errors import SlimLSTMError
+from slimlstm.modules.lstm import FactoredModule
+from slimlstm.modules.sites import Site, find_hosts, provenance_of, replace
+from slimlstm.ops.weights import from_int8, rounded, to_int8
+
+CONFIG = "config.json"
+FORMAT = "slimlstm"
+SCALE = ".scale"
+"""What follows a tensor's name in that of the scales of its rows."""
+FORMAT_VERSIONS = (1, 2)
+"""Without and with sites that are stored in less than float32."""
+
+
+def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Writes a compressed model to ``folder``, which is made where it is missing.
+
+    Stored are all parameters and persistent buffers, the ranks, masks and storages of its sites, where they come from
+    (method and SHA-256 of the dense matrix), and versions. Quantised weights are written as int8 or bfloat16. A model
+    saved there before is replaced.
+
+    Raises:
+        SlimLSTMError: nothing in the model is compressed, its state holds something else than tensors, quantised weights
+            were changed since, or ``folder`` holds a ``config.json`` of something else. Nothing is written then.
+    """
+    hosts = find_hosts(model)
+    sites = {
+        site.key: site_entry(site, provenance_of(host.lstm, site.name), host.matrix(site.name).dtype)
+        for host in hosts
+        for site in host.sites()
+        if site.rank is not None or site.kept is not None or site.storage is not None
+    }
+    if not sites:
+        raise SlimLSTMError("nothing in the model is compressed; call compress_ first, or save its state_dict yourself")
+    write_folder(Path(folder), model.state_dict(), sites)
+
+
+def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
+    """Turns a fresh dense ``model`` into the compressed one that was saved in ``folder``, bit for bit.
+
+    ``model`` is changed in place and returned: its LSTMs are replaced, and all parameters and persistent buffers get the
+    saved numbers and dtypes, on the devices where they are.
+
+    Raises:
+        SlimLSTMError: the folder is incomplete, damaged or altered, or was saved from a model with other names or
+            shapes. The model has not changed then.
+    """
+    config, tensors = read_folder(Path(folder))
+    # What can go wrong goes wrong on the copy.
+    trial = copy.deepcopy(model, _detached(model))
+    _rebuild(trial, config["sites"], tensors)
+    _complete(trial, tensors)
+    _check_fit(trial, tensors)
+    _rebuild(model, config["sites"], tensors)
+    for name, target in _tensors(model).items():
+        target.data = tensors[name].to(target.device, copy=True)
+    return model
+
+
+def site_entry(site: Site, provenance: Mapping[str, str], dtype: torch.dtype) -> dict[str, Any]:
+    """What ``config.json`` says of a compressed site."""
+    amounts = {"rank": site.rank, "kept": site.kept, "storage": site.storage}
+    known = {name: amount for name, amount in amounts.items() if amount is not None}
+    return {"shape": list(site.shape), "dtype": str(dtype).removeprefix("torch."), **known, **provenance}
+
+
+def write_folder(folder: Path, state: Mapping[str, Any], sites: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes tensors and site entries as a folder that :func:`read_folder` reads; aliases are stored once.
+
+    Raises:
+        SlimLSTMError: ``state`` holds something else than tensors or weights that their site's storage cannot hold, or
+            ``folder`` a ``config.json`` of something else.
+    """
+    others = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if others:
+        raise SlimLSTMError(f"the model's state holds more than tensors: {', '.join(others)}; it cannot be stored as data")
+    _check_is_ours(folder)
+    tensors, aliases = _without_aliases(cast(Mapping[str, Tensor], state))
+    tensors = _packed(tensors, sites)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
+        weights = Path(scratch) / "model.safetensors"
+        save_file(tensors, weights, metadata={"format": "pt"})
+        digest = _sha256(weights.read_bytes())
+        config: dict[str, Any] = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSIONS[any("storage" in entry for entry in sites.values())],
+            "weights": {"file": f"model-{digest[:16]}.safetensors", "sha256": digest},
+            "sites": sites,
+            "aliases": aliases,
+            "versions": {"slimlstm": version("slimlstm"), "torch": torch.__version__, "python": platform.python_version()},
+        }
+        config["sha256"] = _config_sha256(config)
+        draft = Path(scratch) / CONFIG
+        draft.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        for file in (weights, draft):
+            _flush(file)
+        weights.replace(folder / config["weights"]["file"])
+        draft.replace(folder / CONFIG)
+    for stale in folder.glob("model-*.safetensors"):
+        if stale.name != config["weights"]["file"]:
+            stale.unlink()
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """``config.json`` and the tensors of a folder, checked against their SHA-256.
+
+    Raises:
+        SlimLSTMError: a file is missing, damaged, altered or of a later format.
+    """
+    config = read_config(folder)
+    path = folder / Path(str(config["weights"]["file"])).name
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise SlimLSTMError(
+            f"{folder} is incomplete: {path.name} cannot be read ({error}); copy the whole folder"
+        ) from error
+    if _sha256(content) != config["weights"]["sha256"]:
+        raise SlimLSTMError(f"{path} is damaged or altered: its SHA-256 is not the one in {CONFIG}; copy the folder again")
+    # The very bytes that were checked, not the file again, which others may change while it is mapped into memory.
+    tensors = _unpacked(load_tensors(content), config["sites"], folder)
+    for name, original in config["aliases"].items():
+        if original not in tensors:
+            raise SlimLSTMError(f"{folder / CONFIG} was altered: {name} is another name of {original}, which is not there")
+        tensors[name] = tensors[original]
+    return config, tensors
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a folder that :func:`save` wrote.
+
+    Raises:
+        SlimLSTMError: it is missing, damaged, altered, of something else or of a later format.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SlimLSTMError(f"{folder} holds no compressed model: {CONFIG} cannot be read ({error})") from error
+    except ValueError as error:
+        raise SlimLSTMError(f"{folder / CONFIG} is damaged: {error}") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise SlimLSTMError(f"{folder / CONFIG} is not of a model that slimlstm saved")
+    config = cast(dict[str, Any], config)
+    if config.get("format_version") not in FORMAT_VERSIONS:
+        reads = " and ".join(map(str, FORMAT_VERSIONS))
+        raise SlimLSTMError(f"{folder} has format {config.get('format_version')}, this slimlstm reads {reads}")
+    if config.get("sha256") != _config_sha256(config):
+        raise SlimLSTMError(f"{folder / CONFIG} was altered after it was written; save the model again")
+    missing = [key for key in ("weights", "sites", "aliases") if not isinstance(config.get(key), dict)]
+    if missing:
+        raise SlimLSTMError(f"{folder / CONFIG} is damaged: it lacks {', '.join(missing)}; save the model again")
+    return config
+
+
+def _rebuild(model: nn.Module, sites: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> None:
+    """Puts factors, masks and weights of the right shapes into ``model``'s sites; their numbers are filled in later."""
+    hosts = find_hosts(model)
+    _check_sites({site.key: site for host in hosts for site in host.sites()}, sites, tensors)
+    # Tied matrices get factors that are tied. What they are now is kept alive, or its id would be given to another.
+    stored = [host.stored(site.name) for host in hosts for site in host.sites()]
+    shared: dict[Hashable, tuple[nn.Parameter, ...]] = {}
+    for host in hosts:
+        entries = {site.name: sites[site.key] for site in host.sites() if site.key in sites}
+        if not entries:
+            continue
+        factors: dict[str, tuple[Tensor, Tensor]] = {}
+        masks: dict[str, Tensor] = {}
+        weights: dict[str, nn.Parameter] = {}
+        for name, entry in entries.items():
+            (m, n), like, trained = entry["shape"], host.matrix(name), host.is_trained(name)
+            place = host.identity(name), entry.get("rank"), entry.get("storage")
+            if "rank" in entry:
+                pair = [nn.Parameter(like.new_zeros(size), trained) for size in ((m, entry["rank"]), (entry["rank"], n))]
+                u, v = shared.setdefault(place, tuple(pair))
+                factors[name] = u, v
+            elif "storage" in entry:
+                (weights[name],) = shared.setdefault(place, (nn.Parameter(like.clone(), trained),))
+            if "kept" in entry:
+                masks[name] = like.new_ones(m, n, dtype=torch.bool)
+        origins = {
+            name: {key: entry[key] for key in ("method", "source_sha256") if key in entry}
+            for name, entry in entries.items()
+        }
+        module = replace(model, host, factors, masks, weights, origins)
+        if isinstance(module, FactoredModule):
+            module.storages.update({name: entry["storage"] for name, entry in entries.items() if "storage" in entry})
+    del stored
+
+
+def _check_sites(known: Mapping[str, Site], sites: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> None:
+    for key, entry in sites.items():
+        if key not in known:
+            raise SlimLSTMError(f"the folder's {key} is not in the model, which has {', '.join(known) or 'no LSTM'}")
+        if list(known[key].shape) != entry["shape"]:
+            raise SlimLSTMError(f"{key} is {entry['shape']} in the folder, {list(known[key].shape)} in the model")
+        u = tensors.get(f"{key}_u")
+        if "rank" in entry and (u is None or list(u.shape) != [entry["shape"][0], entry["rank"]] or not u.numel()):
+            raise SlimLSTMError(f"{CONFIG} gives {key} rank {entry['rank']!r}, which its tensors do not have")
+        if "rank" not in entry and known[key].rank is not None:
+            what = "masked" if "kept" in entry else "dense"
+            raise SlimLSTMError(f"{key} is {what} in the folder, but factored in the model; load into a fresh dense model")
+        problem = known[key].problem
+        if problem is not None:
+            raise SlimLSTMError(problem)
+    for key, site in known.items():
+        if site.storage not in (None, sites.get(key, {}).get("storage")):
+            raise SlimLSTMError(f"{key} is {site.storage} in the model, not in the folder; load into a fresh dense model")
+
+
+def _packed(tensors: Mapping[str, Tensor], sites: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+    """The tensors with those of quantised sites as bfloat16, or as int8 with the scales of the rows beside them."""
+    packed = dict(tensors)
+    for name, storage in stored_names(tensors, sites):
+        weight = packed[name]
+        if not torch.equal(rounded(weight, storage), weight):
+            raise SlimLSTMError(
+                f"{name} was changed since it was rounded to {storage}, by training or by hand, and would be lost in part; "
+                f"round it again, with compress_(model, Quantize({storage!r})), and then save"
+            )
+        if storage == "int8":
+            packed[name], packed[name + SCALE] = to_int8(weight)
+        else:
+            packed[name] = weight.bfloat16()
+    return packed
+
+
+def _unpacked(tensors: Mapping[str, Tensor], sites: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, Tensor]:
+    """The float32 tensors that :func:`_packed` was given."""
+    unpacked = dict(tensors)
+    for name, storage in stored_names(tensors, sites):
+        weight, scale = unpacked[name], unpacked.pop(name + SCALE, None)
+        if storage == "bfloat16" and weight.dtype == torch.bfloat16 and scale is None:
+            unpacked[name] = weight.float()
+        elif storage == "int8" and weight.dtype == torch.int8 and scale is not None and scale.shape == weight.shape[:1]:
+            unpacked[name] = from_int8(weight, scale)
+        else:
+            raise SlimLSTMError(f"{folder / CONFIG} says that {name} is stored as {storage!r}, which its tensors are not")
+    return unpacked
+
+
+def stored_names(tensors: Mapping[str, Tensor], sites: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """The names of the tensors that quantised sites are kept in, once each, and their storages."""
+    found: dict[str, str] = {}
+    for key, entry in sites.items():
+        if "storage" in entry:
+            found.update({name: entry["storage"] for name in _names(key, entry) if name in tensors})
+    return list(found.items())
+
+
+def _names(key: str, entry: Mapping[str, Any]) -> list[str]:
+    """The names that a compressed site's weights may have in a ``state_dict``, its projection's among them."""
+    module, _, name = key.rpartition(".")
+    prefix = f"{module}." if module else ""
+    if "rank" in entry:
+        names = [f"{key}_u", f"{key}_v"]
+    else:
+        names = [f"{prefix}parametrizations.{name}.original" if "kept" in entry else key]
+    return names + [prefix + name.replace("weight_hh", "weight_hr")] * ("weight_hh" in name)
+
+
+def _complete(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Adds the names that a shared parameter has in ``model`` beside the one that it was stored under."""
+    expected = _tensors(model)
+    stored = {id(target): name for name, target in expected.items() if name in tensors}
+    for name, target in expected.items():
+        if name not in tensors and id(target) in stored:
+            tensors[name] = tensors[stored[id(target)]]
+
+
+def _detached(model: nn.Module) -> dict[int, Any]:
+    """For ``deepcopy``, which refuses tensors with a gradient history: what LSTMs keep of their last call."""
+    modules = list(model.modules())
+    kept = [value for module in modules for value in (*vars(module).values(), *getattr(module, "_flat_weights", ()))]
+    return {id(value): value.detach() for value in kept if isinstance(value, Tensor) and not value.is_leaf}
+
+
+def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    expected = _tensors(model)
+    missing, surplus = [n for n in expected if n not in tensors], [n for n in tensors if n not in expected]
+    if missing or surplus:
+        raise SlimLSTMError(
+            "the folder was saved from another model: "
+            + "; ".join(
+                f"{what} {', '.join(names[:5])}{' and more' if len(names) > 5 else ''}"
+                for what, names in (("it lacks", missing), ("the model lacks", surplus))
+                if names
+            )
+        )
+    for name, target in expected.items():
+        if target.shape != tensors[name].shape:
+            raise SlimLSTMError(f"{name} is {list(tensors[name].shape)} in the folder, {list(target.shape)} in the model")
+    stored: dict[int, tuple[str, Tensor]] = {}
+    for name, target in expected.items():
+        other, tensor = stored.setdefault(id(target), (name, tensors[name]))
+        if tensor is not tensors[name] and not torch.equal(tensor, tensors[name]):
+            raise SlimLSTMError(f"{name} and {other} are one parameter in the model, but differ in the folder")
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return cast(dict[str, Tensor], model.state_dict(keep_vars=True))
+
+
+def _without_aliases(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, each once and on its own storage, and the other names that some of them have."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    names: dict[tuple[Any, ...], str] = {}
+    for name, tensor in state.items():
+        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        original = names.setdefault(place, name) if tensor.numel() else name
+        if original != name:
+            aliases[name] = original
+        else:
+            tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return tensors, aliases
+
+
+def _check_is_ours(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise SlimLSTMError(f"{folder} is a file; name a folder")
+    if (folder / CONFIG).exists():
+        try:
+            ours = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("format") == FORMAT
+        except (ValueError, AttributeError, OSError):
+            ours = False
+        if not ours:
+            raise SlimLSTMError(f"{folder} holds a {CONFIG} of something else, which would be lost; name another folder")
+
+
+def _config_sha256(config: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in config.items() if key != "sha256"}
+    return _sha256(json.dumps(rest, sort_keys=True).encode())
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())

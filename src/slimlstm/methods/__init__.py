@@ -1,0 +1,1 @@
+"""Compress one matrix: methods, storages, and the cost of a rank."""

@@ -1,0 +1,1 @@
+"""Read, compress and write ONNX graphs."""

@@ -1,0 +1,1 @@
+"""Turn sites and a configuration into a plan, carry it out, and report."""

@@ -1,0 +1,163 @@
+"""What compression did: per site and in total, to print and to keep."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+from slimlstm.pipeline.plan import Plan
+
+
+def as_text(table: RenderableType) -> str:
+    """What is printed of it where nobody resizes the window."""
+    console = Console(file=io.StringIO(), width=160, color_system=None)
+    console.print(table)
+    assert isinstance(console.file, io.StringIO)  # noqa: S101 (made above)
+    return console.file.getvalue().rstrip()
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What happened to one site.
+
+    ``relative_error`` is ‖W - W'‖_F / ‖W‖_F, rounding included. Of a pruned matrix, ``parameters_after`` counts the weights
+    that are left; ``bytes_after`` counts what is stored, and a mask saves nothing there. ``iterations`` and ``converged``
+    are of the solver. ``storage`` is None where weights are kept as they were trained; elsewhere bytes are those of the
+    saved file and of what the kernel reads, scales of int8 included, while the parameters in memory stay float32.
+    ``predicted_rise`` is what calibration predicts the mean loss to rise by for this site alone.
+    """
+
+    key: str
+    shape: tuple[int, int]
+    method: str
+    rank: int | None
+    break_even_rank: float
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    relative_error: float
+    iterations: int = 0
+    converged: bool = True
+    note: str = ""
+    storage: str | None = None
+    predicted_rise: float | None = None
+
+
+@dataclass(frozen=True)
+class Total:
+    """Parameters and bytes before and after, of the LSTMs with their biases or of the whole model, shared ones once."""
+
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+
+    @classmethod
+    def between(cls, before: tuple[int, int], after: tuple[int, int]) -> Total:
+        """From (parameters, bytes) before and after."""
+        return cls(before[0], after[0], before[1], after[1])
+
+    def __str__(self) -> str:
+        return (
+            f"{self.parameters_before:,} -> {self.parameters_after:,} parameters, "
+            f"{self.bytes_before:,} -> {self.bytes_after:,} bytes ({self.bytes_after / max(self.bytes_before, 1):.1%})"
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``compress_`` did. Print it, keep ``to_dict()``, or do the same again with ``plan``.
+
+    ``loss_before`` and ``loss_after`` are the mean losses on the calibration batches, where there were any.
+    """
+
+    sites: list[SiteReport]
+    plan: Plan
+    lstm: Total
+    model: Total
+    notes: list[str] = field(default_factory=list[str])
+    loss_before: float | None = None
+    loss_after: float | None = None
+
+    @property
+    def predicted_rise(self) -> float | None:
+        """The sum of the sites' predicted rises of the mean loss; None where there is none."""
+        rises = [site.predicted_rise for site in self.sites if site.predicted_rise is not None]
+        return sum(rises) if rises else None
+
+    @property
+    def measured_rise(self) -> float | None:
+        """By how much the mean loss on the calibration batches rose."""
+        if self.loss_before is None or self.loss_after is None:
+            return None
+        return self.loss_after - self.loss_before
+
+    @property
+    def loss_note(self) -> str:
+        """Both rises in words, and whether the prediction is to be trusted; empty where there was no loss."""
+        predicted, measured = self.predicted_rise, self.measured_rise
+        parts = [f"predicted {predicted:+.4f}"] if predicted is not None else []
+        if measured is not None and self.loss_before is not None:
+            parts.append(f"measured {measured:+.4f} (from {self.loss_before:.4f})")
+        if predicted is None or measured is None:
+            is_near = True
+        else:
+            # Rounding alone puts them apart where nothing was lost.
+            is_near = abs(measured - predicted) < 1e-4 or 0.5 * predicted <= measured <= 2.0 * predicted
+        if not is_near:
+            parts.append("they are apart: the prediction ranks plans, but is no measure of the loss here")
+        return "loss on the calibration batches: " + ", ".join(parts) if parts else ""
+
+    def __rich__(self) -> Table:
+        table = Table(title="Compressed sites", title_justify="left", caption_justify="left")
+        table.add_column("site", overflow="fold")
+        table.add_column("method")
+        any_stored = any(site.storage for site in self.sites)
+        if any_stored:
+            table.add_column("storage")
+        for heading in ("shape", "rank", "break-even", "parameters", "bytes", "error"):
+            table.add_column(heading, justify="right")
+        for site in self.sites:
+            table.add_row(
+                site.key,
+                site.method,
+                *([site.storage or ""] if any_stored else []),
+                f"{site.shape[0]} x {site.shape[1]}",
+                "" if site.rank is None else str(site.rank),
+                f"{site.break_even_rank:.1f}",
+                f"{site.parameters_before:,} -> {site.parameters_after:,}",
+                f"{site.bytes_before:,} -> {site.bytes_after:,}",
+                f"{site.relative_error:.4f}",
+            )
+        notes = [f"{site.key}: {site.note}" for site in self.sites if site.note]
+        table.caption = "\n".join([f"LSTM:  {self.lstm}", f"model: {self.model}", *notes, *self.notes])
+        if self.loss_note:
+            table.caption += f"\n{self.loss_note}"
+        return table
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON types."""
+        sites = [{**asdict(site), "shape": list(site.shape)} for site in self.sites]
+        return {**asdict(self), "sites": sites, "plan": self.plan.to_dict()}
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Report:
+        """The report that :meth:`to_dict` gave."""
+        entries: list[dict[str, Any]] = data["sites"]
+        sites = [replace(SiteReport(**entry), shape=(entry["shape"][0], entry["shape"][1])) for entry in entries]
+        lstm, model = Total(**data["lstm"]), Total(**data["model"])
+        plan, losses = Plan.from_dict(data["plan"]), (data.get("loss_before"), data.get("loss_after"))
+        return cls(sites, plan, lstm, model, data["notes"], *losses)
