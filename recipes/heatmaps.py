@@ -13,7 +13,7 @@ from paper.elmo import load_bilm
 from paper.plots import heatmaps
 from slimlstm.demo.awd_lstm import load_awd_lstm
 from slimlstm.methods.factorize import svd
-from slimlstm.modules.masks import kept_by_rank, magnitude_mask
+from slimlstm.modules.masks import magnitude_mask, nonzeros_at_rank
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", type=Path, required=True, help="folder of an AWD-LSTM, or of an ELMo in official files")
@@ -27,7 +27,7 @@ is_elmo = list(arguments.model.glob("*options.json"))
 lstms = load_bilm(arguments.model).forward_lstms if is_elmo else load_awd_lstm(arguments.model).lstms
 for target in ("hh", "ih"):
     matrix = getattr(lstms[arguments.layer], f"weight_{target}_l0").detach()
-    kept = kept_by_rank(tuple(matrix.shape), arguments.rank)
+    kept = nonzeros_at_rank(tuple(matrix.shape), arguments.rank)
     factors = svd(matrix, arguments.rank)
     pictures = {
         f"{target} of layer {arguments.layer}": matrix,

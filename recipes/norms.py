@@ -18,7 +18,7 @@ from paper.analysis import energy, norms
 from paper.elmo import load_bilm
 from slimlstm.demo.awd_lstm import load_awd_lstm
 from slimlstm.methods.factorize import semi_nmf, singular_values, svd
-from slimlstm.modules.masks import kept_by_rank, magnitude_mask
+from slimlstm.modules.masks import magnitude_mask, nonzeros_at_rank
 from slimlstm.modules.sites import find_hosts
 from slimlstm.provenance import provenance
 
@@ -33,7 +33,7 @@ if arguments.output.exists():
 
 def approximations(matrix, rank):
     """Every method's approximation at a rank."""
-    kept = kept_by_rank(tuple(matrix.shape), rank)
+    kept = nonzeros_at_rank(tuple(matrix.shape), rank)
     if kept >= matrix.numel():
         return dict.fromkeys(("svd", "semi-nmf", "prune"), matrix)
     factors = {"svd": svd(matrix, rank), "semi-nmf": semi_nmf(matrix, rank)}

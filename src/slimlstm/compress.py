@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from slimlstm.calibration.moments import Calibration, Moments, calibrate, mean_loss
 from slimlstm.calibration.observe import Loss
-from slimlstm.calibration.refit import OtherPathError, Solve, refit
+from slimlstm.calibration.refit import ControlFlowError, Solve, refit
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods.factorize import SOLVERS, WeightedSVD, check_matrix, relative_error, singular_values
 from slimlstm.methods.rank import break_even_rank
@@ -122,7 +122,7 @@ def compress_(
             site,
             plan.sites[site.key],
             results[site.key],
-            host.stored(site.name).element_size(),
+            host.parameter(site.name).element_size(),
             predicted[site.key],
         )
         for host, site in chosen
@@ -188,7 +188,7 @@ def compress_matrix(
         exact = kept_as if isinstance(kept_as, Tensor) else kept_as[0].double() @ kept_as[1].double()
         return _stored(Compressed(source_sha256=source), kept_as, exact, plan.storage)
     if plan.method == PRUNE:
-        mask = magnitude_mask(matrix, plan.kept or 0)
+        mask = magnitude_mask(matrix, plan.nonzeros or 0)
         found = Compressed(mask=mask, relative_error=relative_error(matrix, matrix * mask), source_sha256=source)
         return _stored(found, matrix * mask, matrix, plan.storage)
 
@@ -230,10 +230,10 @@ def size(modules: Iterable[nn.Module], hosts: list[Host]) -> tuple[int, int]:
     """Parameters and their bytes in ``modules``, shared ones once; weights that a mask zeroes are no parameters."""
     parameters = {id(parameter): parameter for module in modules for parameter in module.parameters()}
     masked = {
-        host.identity(site.name): site.shape[0] * site.shape[1] - site.kept
+        host.identity(site.name): site.shape[0] * site.shape[1] - site.nonzeros
         for host in hosts
         for site in host.sites()
-        if site.kept is not None
+        if site.nonzeros is not None
     }
     count = sum(parameter.numel() - masked.get(key, 0) for key, parameter in parameters.items())
     storages = {
@@ -266,7 +266,7 @@ class _Spectra:
         return self._hosts[site.key].identity(site.name)
 
     def itemsize(self, site: Site) -> int:
-        return self._hosts[site.key].stored(site.name).element_size()
+        return self._hosts[site.key].parameter(site.name).element_size()
 
     def losses(self, site: Site) -> Tensor:
         try:
@@ -291,7 +291,7 @@ class _Spectra:
     def solver(self, site: Site, plan: SitePlan) -> Solve:
         """What a method makes of another matrix in the site's place, whose inputs have another moment."""
         gradients = self._moments(site, plan.method).gradients if plan.method == "fisher" else None
-        dtype = self._hosts[site.key].stored(site.name).dtype
+        dtype = self._hosts[site.key].parameter(site.name).dtype
 
         def solve(fitted: Tensor, moment: Tensor) -> Matrix:
             found = WeightedSVD(fitted, moment, gradients).factors(plan.rank or 0)
@@ -346,7 +346,7 @@ def _solve(
         if known not in shared:
             try:
                 weighted = partial(spectra.weighted, site, action.method)
-                shared[known] = compress_matrix(host.kept_as(site.name), action, on_fraction, weighted)
+                shared[known] = compress_matrix(host.weight(site.name), action, on_fraction, weighted)
                 if action.storage is not None:
                     _check_storable(host, site.name)
             except SlimLSTMError as error:
@@ -388,7 +388,7 @@ def _fit_again(
         seen = [host for host in hosts if host.problem is None]
         try:
             best, fitted = refit(model, seen, weights, solvers, batches, loss, passes or PASSES)
-        except OtherPathError as error:
+        except ControlFlowError as error:
             problem = str(error)
     if problem and passes:
         raise SlimLSTMError(f"factors cannot be fitted again: {problem}; leave refit out, or 0")

@@ -51,7 +51,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         site.key: site_entry(site, provenance_of(host.lstm, site.name), host.matrix(site.name).dtype)
         for host in hosts
         for site in host.sites()
-        if site.rank is not None or site.kept is not None or site.storage is not None
+        if site.rank is not None or site.nonzeros is not None or site.storage is not None
     }
     if not sites:
         raise SlimLSTMError("nothing in the model is compressed; call compress_ first, or save its state_dict yourself")
@@ -82,7 +82,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 
 def site_entry(site: Site, provenance: Mapping[str, str], dtype: torch.dtype) -> dict[str, Any]:
     """What ``config.json`` says of a compressed site."""
-    amounts = {"rank": site.rank, "kept": site.kept, "storage": site.storage}
+    amounts = {"rank": site.rank, "kept": site.nonzeros, "storage": site.storage}
     known = {name: amount for name, amount in amounts.items() if amount is not None}
     return {"shape": list(site.shape), "dtype": str(dtype).removeprefix("torch."), **known, **provenance}
 
@@ -181,7 +181,7 @@ def _rebuild(model: nn.Module, sites: Mapping[str, Mapping[str, Any]], tensors: 
     hosts = find_hosts(model)
     _check_sites({site.key: site for host in hosts for site in host.sites()}, sites, tensors)
     # Tied matrices get factors that are tied. What they are now is kept alive, or its id would be given to another.
-    stored = [host.stored(site.name) for host in hosts for site in host.sites()]
+    stored = [host.parameter(site.name) for host in hosts for site in host.sites()]
     shared: dict[Hashable, tuple[nn.Parameter, ...]] = {}
     for host in hosts:
         entries = {site.name: sites[site.key] for site in host.sites() if site.key in sites}

@@ -175,7 +175,7 @@ def compress_file(
     entries = {
         site.key: known.get(site.key) or site_entry(site, {}, tensors[names[0]].dtype)
         for site, names in matrices.items()
-        if site.rank is not None or site.kept is not None or site.storage is not None
+        if site.rank is not None or site.nonzeros is not None or site.storage is not None
     }
     chosen = [(site, names) for site, names in matrices.items() if site.key in plan.sites]
     for index, (site, names) in enumerate(chosen):
@@ -191,7 +191,7 @@ def compress_file(
         if not result.source_sha256:
             continue
         mask = result.mask
-        if mask is None and site.kept is not None and result.factors is None:
+        if mask is None and site.nonzeros is not None and result.factors is None:
             mask = tensors[names[1]]
         for name in names:
             state.pop(name)
@@ -288,7 +288,9 @@ def _sizes(
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """Parameters and bytes of the LSTMs with their biases, and of everything; what a mask zeroes is no parameter."""
     matrices = find_matrices(tensors)
-    zeroed = {names[0]: tensors[names[0]].numel() - site.kept for site, names in matrices.items() if site.kept is not None}
+    zeroed = {
+        names[0]: tensors[names[0]].numel() - site.nonzeros for site, names in matrices.items() if site.nonzeros is not None
+    }
     modules = {f"{site.module}." if site.module else "" for site in matrices}
     parts = [name for name in tensors if any(_LSTM_PART.fullmatch(name[len(m) :]) for m in modules if name.startswith(m))]
     storages = dict(stored_names(tensors, entries))

@@ -35,7 +35,7 @@ _HELD_OUT = 5
 """Of so many batches the last one judges; of fewer all do."""
 
 
-class OtherPathError(SlimLSTMError):
+class ControlFlowError(SlimLSTMError):
     """The compressed model did not call its LSTMs as the dense one did."""
 
 
@@ -63,7 +63,7 @@ def refit(
         model's, and what stood for all matrices then. Without a loss those are all passes.
 
     Raises:
-        OtherPathError: how often an LSTM is called depends on its weights, so that rows cannot be paired.
+        ControlFlowError: how often an LSTM is called depends on its weights, so that rows cannot be paired.
         SlimLSTMError: as :func:`slimlstm.calibrate`.
     """
     matrices = {site.key: host.matrix(site.name).double() for host in hosts for site in host.sites()}
@@ -163,7 +163,7 @@ def _moments(
             if {keys: len(rows.inputs[0]) for keys, rows in dense.items()} != {
                 keys: len(rows.inputs[0]) for keys, rows in compressed.items()
             }:
-                raise OtherPathError("the number of steps that an LSTM takes depends on its weights")
+                raise ControlFlowError("the number of steps that an LSTM takes depends on its weights")
             for keys, rows in dense.items() if number in fitting else ():
                 if keys not in found:
                     inputs, outputs = (part.shape[1] for part in rows.inputs)

@@ -18,7 +18,7 @@ def break_even_rank(shape: tuple[int, int]) -> float:
     return m * n / (m + n)
 
 
-def saves(shape: tuple[int, int], rank: int) -> bool:
+def is_smaller(shape: tuple[int, int], rank: int) -> bool:
     """Whether rank-r factors of an m x n matrix hold fewer numbers than the matrix: r (m + n) < m n."""
     m, n = shape
     return rank * (m + n) < m * n
@@ -38,10 +38,10 @@ def rank_for_energy(singular_values: Tensor, energy: float) -> int:
     """
     if not 0.0 < energy <= 1.0:
         raise SlimLSTMError(f"energy is a fraction of the squared singular values in (0, 1], not {energy!r}")
-    return rank_of_sum(singular_values.double().square(), energy)
+    return rank_for_share(singular_values.double().square(), energy)
 
 
-def rank_of_sum(parts: Tensor, fraction: float) -> int:
+def rank_for_share(parts: Tensor, fraction: float) -> int:
     """The smallest r with Σ_{i≤r} p_i ≥ fraction · Σ p_i for p [k] ≥ 0, largest first; at least 1."""
     if float(parts.sum()) == 0.0:
         return 1
@@ -50,7 +50,7 @@ def rank_of_sum(parts: Tensor, fraction: float) -> int:
 
 
 @dataclass(frozen=True)
-class Curve:
+class RankCosts:
     """What the ranks of one matrix cost and lose.
 
     Attributes:
@@ -66,7 +66,7 @@ class Curve:
     fixed: float = 0.0
 
 
-def allocate(curves: Mapping[str, Curve], budget: float) -> dict[str, int | None]:
+def allocate(curves: Mapping[str, RankCosts], budget: float) -> dict[str, int | None]:
     """The ranks, None for a matrix that stays as it is, whose costs fit into ``budget`` and whose losses add up to little.
 
     Bought is, as long as anything fits, what takes most loss away for its cost: a rank more somewhere, which alone would be
@@ -90,7 +90,7 @@ def allocate(curves: Mapping[str, Curve], budget: float) -> dict[str, int | None
         ranks[key], left = rank, left - cost
 
 
-def _moves(key: str, curve: Curve, rank: int | None) -> list[tuple[float, float, str, int | None]]:
+def _moves(key: str, curve: RankCosts, rank: int | None) -> list[tuple[float, float, str, int | None]]:
     """What can be bought next for a matrix of this rank: loss taken away per cost, cost, and the rank then."""
     if rank is None:
         return []

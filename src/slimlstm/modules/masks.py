@@ -48,7 +48,7 @@ def magnitude_mask(matrix: Tensor, kept: int) -> Tensor:
     return (above | ties).view(matrix.shape)
 
 
-def kept_by_rank(shape: tuple[int, int], rank: int) -> int:
+def nonzeros_at_rank(shape: tuple[int, int], rank: int) -> int:
     """How many weights the factors of rank r of an m x n matrix hold: r (m + n), at most m n."""
     m, n = shape
     return min(rank * (m + n), m * n)

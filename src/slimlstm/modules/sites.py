@@ -54,7 +54,7 @@ class Site:
         name: the parameter's name in ``nn.LSTM`` (or ``nn.LSTMCell``), such as ``"weight_hh_l0_reverse"``.
         shape: (m, n) = (4H, I) for ih, (4H, H or P) for hh.
         rank: the rank of the factors it is kept as, None where it is dense.
-        kept: how many weights a mask leaves, None where there is no mask.
+        nonzeros: how many weights a mask leaves, None where there is no mask.
         problem: why it cannot be compressed, in words; None where it can.
         storage: ``"bfloat16"`` or ``"int8"`` where the kernel keeps it so, None where it is as it was trained.
     """
@@ -63,7 +63,7 @@ class Site:
     name: str
     shape: tuple[int, int]
     rank: int | None = None
-    kept: int | None = None
+    nonzeros: int | None = None
     problem: str | None = None
     storage: str | None = None
 
@@ -94,7 +94,7 @@ class Site:
         m, n = self.shape
         if self.rank is not None:
             return self.rank * (m + n)
-        return m * n if self.kept is None else self.kept
+        return m * n if self.nonzeros is None else self.nonzeros
 
 
 @dataclass
@@ -120,9 +120,9 @@ class Host:
 
     def matrix(self, name: str) -> Tensor:
         """The matrix [m, n] that inference sees: factors multiplied, masks applied, weight drop left out."""
-        return rebuilt(self.kept_as(name))
+        return rebuilt(self.weight(name))
 
-    def kept_as(self, name: str) -> Matrix:
+    def weight(self, name: str) -> Matrix:
         """:meth:`matrix`, or the factors that it is kept as."""
         with torch.no_grad(), _evaluation_mode(self.module):
             lstm = self.lstm
@@ -139,7 +139,7 @@ class Host:
         if self._parametrizations(name):
             originals = self.lstm.get_submodule(f"parametrizations.{name}")
             return id(getattr(originals, "original", originals))
-        return id(self.stored(name))
+        return id(self.parameter(name))
 
     def mask(self, name: str) -> Mask | None:
         """The magnitude mask on a matrix, or None."""
@@ -157,7 +157,7 @@ class Host:
         parameters: dict[str, nn.Parameter] = {}
         with torch.no_grad(), _evaluation_mode(self.module):
             for name in parameter_names(self.lstm):
-                stored = self.stored(name)
+                stored = self.parameter(name)
                 if self.is_computed(name) or not isinstance(stored, nn.Parameter):
                     stored = nn.Parameter(self._weight(name).detach().clone(), self.is_trained(name))
                 parameters[name] = stored
@@ -168,7 +168,7 @@ class Host:
         if self._parametrizations(name):
             originals = self.lstm.get_submodule(f"parametrizations.{name}").parameters(recurse=False)
             return any(parameter.requires_grad for parameter in originals)
-        return self.stored(name).requires_grad
+        return self.parameter(name).requires_grad
 
     def _storage(self, name: str) -> str | None:
         storage = self.lstm.storages.get(name) if isinstance(self.lstm, FactoredModule) else None
@@ -190,7 +190,7 @@ class Host:
         """Whether a weight is expected to be a parameter of that very name."""
         return self._raw(name) is None and not self._parametrizations(name)
 
-    def stored(self, name: str) -> Tensor:
+    def parameter(self, name: str) -> Tensor:
         """The parameter that a weight is, or is computed from; of factors, U."""
         if isinstance(self.lstm, FactoredModule) and name in self.lstm.ranks:
             return getattr(self.lstm, f"{name}_u")
@@ -392,7 +392,7 @@ def _problem(host: Host) -> str | None:
                 f"{name} of {where} is no parameter but computed by a hook (old weight_norm or prune?); remove the hook "
                 "first, with remove_weight_norm or torch.nn.utils.prune.remove"
             )
-        if host.stored(name).is_meta:
+        if host.parameter(name).is_meta:
             return f"{where} is on the meta device and holds no numbers; load the weights first"
     return None
 

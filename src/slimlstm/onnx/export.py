@@ -165,7 +165,7 @@ def _node(x: Tensor, h0: Tensor, c0: Tensor, number: int) -> tuple[Tensor, Tenso
 
 def _written(host: Host, layers: list[Sequence[Direction]]) -> nn.Module:
     """What takes the place of the host while it is followed; its layers get the next numbers in ``layers``."""
-    module = stand_in(host, _WrittenLSTM, _WrittenCell, host.kept_as)
+    module = stand_in(host, _WrittenLSTM, _WrittenCell, host.weight)
     module.storages = dict(getattr(host.lstm, "storages", {}))
     own = module.layers()
     module.numbers = list(range(len(layers), len(layers) + len(own)))

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods.factorize import SOLVERS
-from slimlstm.methods.rank import Curve, allocate, rank_for_fraction, rank_of_sum, saves
-from slimlstm.modules.masks import kept_by_rank
+from slimlstm.methods.rank import RankCosts, allocate, is_smaller, rank_for_fraction, rank_for_share
+from slimlstm.modules.masks import nonzeros_at_rank
 from slimlstm.modules.sites import Site
 from slimlstm.ops.weights import STORAGES, check_storage, matrix_bytes
 
@@ -101,7 +101,7 @@ class LowRank:
         """The same with a rank that is known."""
         if site.rank is not None and rank >= site.rank:
             return SitePlan(DENSE, note=f"already at rank {site.rank}", storage=self.storage)
-        if not saves(site.shape, rank):
+        if not is_smaller(site.shape, rank):
             return SitePlan(DENSE, note=f"rank {rank} is not below break-even", storage=self.storage)
         return SitePlan(self.method, rank=rank, storage=self.storage)
 
@@ -149,14 +149,16 @@ class Prune:
     def site_plan(self, site: Site) -> SitePlan:
         """What this configuration means for one site; keeping all weights leaves it as it is."""
         size = site.shape[0] * site.shape[1]
-        kept = kept_by_rank(site.shape, self.rank) if self.rank is not None else max(1, round((self.keep or 0.0) * size))
+        kept = (
+            nonzeros_at_rank(site.shape, self.rank) if self.rank is not None else max(1, round((self.keep or 0.0) * size))
+        )
         if site.rank is not None:
             raise SlimLSTMError(
                 f"{site.key} is kept as factors of rank {site.rank}; a mask on their product would not last"
             )
         if kept >= site.parameters:
             return SitePlan(DENSE, note=f"{site.parameters:,} weights are no more than the {kept:,} to keep")
-        return SitePlan(PRUNE, kept=kept)
+        return SitePlan(PRUNE, nonzeros=kept)
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ class Quantize:
 
 @dataclass(frozen=True)
 class SitePlan:
-    """What is to happen to one site: a solver and its ``rank``, ``"prune"`` and how many are ``kept``, or ``"dense"``.
+    """What is to happen to one site: a solver and its ``rank``, ``"prune"`` and its ``nonzeros``, or ``"dense"``.
 
     ``"dense"`` leaves it as it is. ``storage`` is what its weights are then rounded to; None leaves that as it is, too, but
     new factors are always float32 unless it says otherwise.
@@ -199,22 +201,22 @@ class SitePlan:
 
     method: str
     rank: int | None = None
-    kept: int | None = None
+    nonzeros: int | None = None
     note: str = ""
     storage: str | None = None
 
     def __post_init__(self) -> None:
         if self.storage is not None:
             check_storage(self.storage)
-        complete = {DENSE: True, PRUNE: self.kept is not None}.get(self.method, self.rank is not None)
+        complete = {DENSE: True, PRUNE: self.nonzeros is not None}.get(self.method, self.rank is not None)
         if self.method not in (*METHODS, DENSE, PRUNE) or not complete:
             raise SlimLSTMError(
                 f"{self} is no plan for a site: a method of {', '.join(map(repr, METHODS))} needs a rank, "
-                f"{PRUNE!r} needs kept, {DENSE!r} nothing"
+                f"{PRUNE!r} needs nonzeros, {DENSE!r} nothing"
             )
 
     def __str__(self) -> str:
-        amount = {DENSE: self.note, PRUNE: f"{self.kept:,} weights" if self.kept else ""}
+        amount = {DENSE: self.note, PRUNE: f"{self.nonzeros:,} weights" if self.nonzeros else ""}
         parts = self.method, self.storage, amount.get(self.method, f"rank {self.rank}")
         return " ".join(part for part in parts if part)
 
@@ -312,7 +314,7 @@ def _check_possible(sites: list[Site]) -> None:
 def _shared_out(config: LowRank, sites: list[Site], spectra: Spectra) -> Plan:
     """The plan of a configuration whose ranks depend on the matrices' spectra."""
     if config.energy is not None:
-        return Plan({site.key: config.at_rank(site, rank_of_sum(spectra.losses(site), config.energy)) for site in sites})
+        return Plan({site.key: config.at_rank(site, rank_for_share(spectra.losses(site), config.energy)) for site in sites})
     firsts: dict[Hashable, Site] = {}
     for site in sites:
         firsts.setdefault(spectra.identity(site), site)
@@ -322,13 +324,13 @@ def _shared_out(config: LowRank, sites: list[Site], spectra: Spectra) -> Plan:
             return matrix_bytes(site.shape, rank, config.storage, spectra.itemsize(site))
         return site.shape[0] * site.shape[1] if rank is None else rank * sum(site.shape)
 
-    curves: dict[str, Curve] = {}
+    curves: dict[str, RankCosts] = {}
     for site in firsts.values():
         losses = spectra.losses(site)
         left_out = [*losses.flip(0).cumsum(0).flip(0).tolist(), 0.0]
         one, two, whole = (unit(site, rank) for rank in (1, 2, site.rank))
         fixed = 2 * one - two  # scales of U's rows
-        curves[site.key] = Curve(left_out[: (site.rank or len(losses)) + 1], two - one, whole - fixed, fixed)
+        curves[site.key] = RankCosts(left_out[: (site.rank or len(losses)) + 1], two - one, whole - fixed, fixed)
     size = sum(m * n for m, n in (site.shape for site in firsts.values()))
     # As for a single matrix, a whole number that rounding put just below itself is meant.
     budget = config.bytes or (config.keep or 0.0) * size * (1 + 1e-12)
@@ -346,7 +348,7 @@ def _as_possible(plan: SitePlan, site: Site) -> SitePlan:
         return plan
     if plan.method == PRUNE:
         _check_kept(plan, site)
-        possible = Prune(keep=1.0).site_plan(site) if plan.kept == site.parameters else plan
+        possible = Prune(keep=1.0).site_plan(site) if plan.nonzeros == site.parameters else plan
     else:
         config = LowRank(plan.method, plan.rank)
         _check_rank(config, [site])
@@ -358,8 +360,8 @@ def _check_kept(plan: SitePlan, site: Site) -> None:
     if site.rank is not None:
         Prune(rank=1).site_plan(site)
     size = site.shape[0] * site.shape[1]
-    if plan.kept is None or not 1 <= plan.kept <= size:
-        raise SlimLSTMError(f"{site.key} has {size:,} weights; {plan.kept} of them cannot be kept")
+    if plan.nonzeros is None or not 1 <= plan.nonzeros <= size:
+        raise SlimLSTMError(f"{site.key} has {size:,} weights; {plan.nonzeros} of them cannot be kept")
 
 
 def _chosen(config: LowRank | Prune | Quantize, sites: list[Site]) -> list[Site]:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import slimlstm as sl
 from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig, load_awd_lstm
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "language_model.py"
+RECIPE = Path(__file__).parents[2] / "recipes" / "language_model.py"
 TINY = ("--embedding", "8", "--hidden", "12", "--streams", "4", "--bptt", "10")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 

@@ -15,9 +15,9 @@ from strangers import STRANGERS
 from torch import Tensor, nn
 
 from slimlstm import LowRank, LowRankLSTM, Prune, Quantize, SlimLSTMError, cli, compress_, save
+from slimlstm.bench import engines
 from slimlstm.bench import timing as bench
 from slimlstm.bench.engines import Candidate, measure, seconds_by_turns
-from slimlstm.bench.timing import engines
 from slimlstm.demo import model as embedded
 from slimlstm.demo import plots
 from slimlstm.folders import read_config, read_folder
@@ -314,7 +314,7 @@ def test_what_is_not_installed_is_told(package, monkeypatch):
 
 
 def test_the_benchmark_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     monkeypatch.delitem(sys.modules, "engines", raising=False)
     import engines as program
 

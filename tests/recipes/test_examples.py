@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 NUMBERED = sorted(EXAMPLES.glob("0*.py"))
 REAL = sorted(path for path in (EXAMPLES / "real").glob("*.py") if path.stem != "registry")
 

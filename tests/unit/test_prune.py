@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.modules.lstm import LowRankLSTM, LowRankLSTMCell
-from slimlstm.modules.masks import Mask, apply_mask, kept_by_rank, magnitude_mask, mask_of
+from slimlstm.modules.masks import Mask, apply_mask, magnitude_mask, mask_of, nonzeros_at_rank
 
 INPUTS, HIDDEN = 5, 6
 MODULES = {
@@ -96,7 +96,7 @@ def test_a_matrix_with_nan_is_refused(kept):
     ("shape", "rank", "kept"), [((4600, 1150), 10, 57_500), ((4, 6), 2, 20), ((4, 6), 3, 24), ((1, 1), 1, 1)]
 )
 def test_pruning_keeps_what_factors_hold_and_at_most_everything(shape, rank, kept):
-    assert kept_by_rank(shape, rank) == kept
+    assert nonzeros_at_rank(shape, rank) == kept
 
 
 @every_module

@@ -16,7 +16,7 @@ from paper.plots import norm_curves, spectra
 from slimlstm import SlimLSTMError
 from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_norms_by_hand():

@@ -633,12 +633,12 @@ def test_compress_file_of_onnx_fits_the_lstm_it_was_made_from(tmp_path):
 
 
 def test_compress_file_carries_out_a_plan(tmp_path):
-    plan = Plan({"encoder.weight_hh_l0": SitePlan("svd", rank=1), "encoder.weight_ih_l0": SitePlan("prune", kept=9)})
+    plan = Plan({"encoder.weight_hh_l0": SitePlan("svd", rank=1), "encoder.weight_ih_l0": SitePlan("prune", nonzeros=9)})
     path = write(encoder().state_dict(), tmp_path / "w.pt")
     seen = []
     report = compress_file(path, plan, tmp_path / "out", lambda key, fraction: seen.append((key, fraction)))
     assert report.plan == plan
-    assert [(site.rank, site.kept) for site in find_sites(load(tmp_path / "out", encoder()))] == [(None, 9), (1, None)]
+    assert [(site.rank, site.nonzeros) for site in find_sites(load(tmp_path / "out", encoder()))] == [(None, 9), (1, None)]
     assert {key for key, _ in seen} == set(plan.sites)
     assert all(0.0 <= fraction <= 1.0 for _, fraction in seen)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from slimlstm import cli, export_onnx
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

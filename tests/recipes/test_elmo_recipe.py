@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from paper.elmo import characters_of, load_bilm
 
 pytest.importorskip("h5py")
-RECIPE = Path(__file__).parents[1] / "recipes" / "elmo.py"
+RECIPE = Path(__file__).parents[2] / "recipes" / "elmo.py"
 OPTIONS = ("--size", "tiny", "--tokens", "60", "--lr", "0.02", "--dropout", "0", "--epochs", "4")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 

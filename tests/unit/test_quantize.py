@@ -63,7 +63,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     found = {}
     for host in find_hosts(model):
         for site in host.sites():
-            kept_as, key = host.kept_as(site.name), site.key
+            kept_as, key = host.weight(site.name), site.key
             parts = {key: kept_as} if isinstance(kept_as, Tensor) else {f"{key}_u": kept_as[0], f"{key}_v": kept_as[1]}
             projection = host.projection(site.name)
             found |= parts | ({} if projection is None else {f"{key} projection": projection})
@@ -160,7 +160,9 @@ def test_weights_are_rounded_and_nothing_else(name, storage, before):
     report = compress_(model, Quantize(storage))
     expected = {key: rounded(value, storage) for key, value in weights(dense).items()}
     assert_same(weights(model), expected, rtol=0.0, atol=0.0)
-    assert [(site.rank, site.kept) for site in find_sites(model)] == [(site.rank, site.kept) for site in find_sites(dense)]
+    assert [(site.rank, site.nonzeros) for site in find_sites(model)] == [
+        (site.rank, site.nonzeros) for site in find_sites(dense)
+    ]
     assert {site.storage for site in find_sites(model)} == {storage}
     assert all(isinstance(host.lstm, FactoredModule) for host in find_hosts(model))
     assert {value.dtype for value in model.parameters()} == {torch.float32}
@@ -239,7 +241,9 @@ def test_masks_stay_and_what_they_hide_is_gone():
     zeros = {key: value == 0 for key, value in weights(model).items()}
     compress_(model, Quantize("int8"))
     assert all(torch.equal(value == 0, zeros[key] | (value == 0)) for key, value in weights(model).items())
-    assert [site.kept for site in find_sites(model)] == [site.kept for site in find_sites(make("tagger", Prune(keep=0.5)))]
+    assert [site.nonzeros for site in find_sites(model)] == [
+        site.nonzeros for site in find_sites(make("tagger", Prune(keep=0.5)))
+    ]
     for entry in model.lstm.parametrizations.values():
         assert torch.equal(entry.original * entry[0].mask, entry.original)
 
@@ -415,7 +419,7 @@ def test_parts_of_a_model(tmp_path):
     model = make("tagger")
     names = [site.key for site in find_sites(model)]
     plan = Plan({names[0]: SitePlan("svd", 2, storage="int8"), names[1]: SitePlan("dense", storage="bfloat16")})
-    plan.sites |= {names[2]: SitePlan("prune", kept=9, storage="int8"), names[3]: SitePlan("svd", 2)}
+    plan.sites |= {names[2]: SitePlan("prune", nonzeros=9, storage="int8"), names[3]: SitePlan("svd", 2)}
     compress_(model, plan)
     save(model, tmp_path)
     dtypes = {key: value.dtype for key, value in content(tmp_path).items() if names[0] in key or names[1] == key}

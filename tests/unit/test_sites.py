@@ -20,7 +20,7 @@ every_stranger = pytest.mark.parametrize("stranger", STRANGERS.values(), ids=STR
 def test_every_matrix_is_listed_once_and_in_order(stranger):
     sites = find_sites(stranger.make())
     assert [(site.key, site.shape) for site in sites] == list(stranger.sites.items())
-    assert {(site.problem, site.rank, site.kept) for site in sites} == {(None, None, None)}
+    assert {(site.problem, site.rank, site.nonzeros) for site in sites} == {(None, None, None)}
     assert [site.parameters for site in sites] == [m * n for m, n in stranger.sites.values()]
 
 
@@ -71,8 +71,14 @@ def test_factors_and_masks_are_seen_and_a_root_of_ours_is_no_problem(make, names
     module = make(ranks={names[1]: 2})
     apply_mask(module, names[0], (torch.arange(4 * H * IN) % 3 == 0).view(4 * H, IN))
     ih, hh = find_sites(module)
-    assert (ih.key, ih.rank, ih.kept, ih.parameters, ih.problem) == (names[0], None, 4 * H * IN // 3, 4 * H * IN // 3, None)
-    assert (hh.key, hh.rank, hh.kept, hh.parameters, hh.problem) == (names[1], 2, None, 2 * 5 * H, None)
+    assert (ih.key, ih.rank, ih.nonzeros, ih.parameters, ih.problem) == (
+        names[0],
+        None,
+        4 * H * IN // 3,
+        4 * H * IN // 3,
+        None,
+    )
+    assert (hh.key, hh.rank, hh.nonzeros, hh.parameters, hh.problem) == (names[1], 2, None, 2 * 5 * H, None)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.methods.rank import Curve, allocate, break_even_rank, rank_for_energy, rank_for_fraction, rank_of_sum, saves
+from slimlstm.methods.rank import (
+    RankCosts,
+    allocate,
+    break_even_rank,
+    is_smaller,
+    rank_for_energy,
+    rank_for_fraction,
+    rank_for_share,
+)
 
 shapes = st.tuples(st.integers(1, 5000), st.integers(1, 5000))
 spectra = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=20).map(
@@ -26,14 +34,14 @@ def test_break_even_rank_of_known_shapes(shape, rank):
 
 @given(shapes, st.integers(1, 5000))
 def test_a_rank_saves_exactly_where_the_factors_are_smaller(shape, rank):
-    assert saves(shape, rank) is (factor_numbers(shape, rank) < math.prod(shape))
+    assert is_smaller(shape, rank) is (factor_numbers(shape, rank) < math.prod(shape))
 
 
 @pytest.mark.parametrize("shape", [(4600, 1150), (4, 4), (6, 3), (1600, 400)])
 def test_a_rank_saves_below_break_even_and_no_more_at_it(shape):
     rank = int(break_even_rank(shape))
-    assert saves(shape, rank - 1)
-    assert not saves(shape, rank)
+    assert is_smaller(shape, rank - 1)
+    assert not is_smaller(shape, rank)
 
 
 @given(shapes, st.floats(0.0, 1.0))
@@ -105,7 +113,7 @@ parts = st.lists(st.floats(0.0, 1e6), min_size=1, max_size=20).map(lambda values
 
 @given(parts, st.floats(0.0, 1.0))
 def test_the_rank_of_a_sum_is_the_smallest_that_reaches_it(values, fraction):
-    rank, total = rank_of_sum(torch.tensor(values, dtype=torch.float64), fraction), math.fsum(values)
+    rank, total = rank_for_share(torch.tensor(values, dtype=torch.float64), fraction), math.fsum(values)
     assert type(rank) is int
     assert 1 <= rank <= len(values)
     assert math.fsum(values[:rank]) >= fraction * total * (1 - 1e-12)
@@ -115,7 +123,7 @@ def test_the_rank_of_a_sum_is_the_smallest_that_reaches_it(values, fraction):
 def curve(shape, parts):
     """Of a matrix [m, n] whose directions lose ``parts``, in parameters; one of rank 1 may be no smaller than it."""
     left_out = [math.fsum(parts[rank:]) for rank in range(len(parts) + 1)]
-    return Curve(left_out, sum(shape), math.prod(shape))
+    return RankCosts(left_out, sum(shape), math.prod(shape))
 
 
 @st.composite
@@ -182,7 +190,7 @@ def test_matrices_whose_ranks_alone_are_for_sale_get_the_best_ones(size, count, 
     """Where every rank costs the same and whole matrices are dear, the largest losses are bought, one after the other."""
     losses = st.lists(st.integers(1, 10**6), min_size=size, max_size=size, unique=True)
     parts = [sorted(data.draw(losses), reverse=True) for _ in range(count)]
-    curves = {str(i): Curve([math.fsum(one[r:]) for r in range(size + 1)], 1.0, 1e9) for i, one in enumerate(parts)}
+    curves = {str(i): RankCosts([math.fsum(one[r:]) for r in range(size + 1)], 1.0, 1e9) for i, one in enumerate(parts)}
     budget = data.draw(st.integers(count, count * size))
     rest = sorted((value for one in parts for value in one[1:]), reverse=True)[: budget - count]
     ranks = allocate(curves, budget)

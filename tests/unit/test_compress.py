@@ -158,7 +158,7 @@ def test_compressed_models_are_fine_tuned_saved_and_loaded(name, config, tmp_pat
     for site in find_sites(model):
         matrix = matrices(model)[site.key]
         assert not torch.equal(matrix, before[site.key])
-        assert site.kept is None or torch.equal(matrix != 0.0, before[site.key] != 0.0)
+        assert site.nonzeros is None or torch.equal(matrix != 0.0, before[site.key] != 0.0)
     for parameter in model.parameters():
         assert parameter.grad is not None
     save(model, tmp_path / "small")
@@ -248,12 +248,12 @@ def test_an_edited_plan_does_what_it_says():
     plan = compress_(stranger.make(), LowRank(rank=2)).plan
     plan.sites["encoder.weight_ih_l0"] = SitePlan("dense")
     plan.sites["decoder.weight_hh_l0"] = SitePlan("semi-nmf", rank=3)
-    plan.sites["encoder.weight_hh_l0_reverse"] = SitePlan("prune", kept=7)
+    plan.sites["encoder.weight_hh_l0_reverse"] = SitePlan("prune", nonzeros=7)
     del plan.sites["decoder.weight_ih_l0"]
     model = stranger.make()
     report = compress_(model, plan)
     assert [site.key for site in report.sites] == list(plan.sites)
-    sites = {site.key: (site.rank, site.kept) for site in find_sites(model)}
+    sites = {site.key: (site.rank, site.nonzeros) for site in find_sites(model)}
     assert sites == {
         "encoder.weight_ih_l0": (None, None),
         "encoder.weight_hh_l0": (2, None),
@@ -325,7 +325,7 @@ def test_compressing_again(stranger, first, second, expected):
     assert report.model.bytes_after <= report.model.bytes_before
     for site in find_sites(model):
         rank, kept = expected[site.target]
-        assert (site.rank, site.kept) == (rank, kept and int(kept * site.shape[0] * site.shape[1]))
+        assert (site.rank, site.nonzeros) == (rank, kept and int(kept * site.shape[0] * site.shape[1]))
     for site in report.sites:
         if site.method == "dense":
             assert "already" in site.note or "no more" in site.note
@@ -509,16 +509,20 @@ REFUSED = {
     "plan's rank": (plain, lambda: Plan({KEY: SitePlan("svd", H + 1)}), f"rank {H + 1} is above {H}"),
     "plan's rank 0": (plain, lambda: Plan({KEY: SitePlan("svd", 0)}), "at least 1, not 0"),
     "plan's rank a bool": (plain, lambda: Plan({KEY: SitePlan("svd", True)}), "at least 1, not True"),
-    "plan's weights": (plain, lambda: Plan({KEY: SitePlan("prune", kept=999)}), f"{KEY} has 256 weights; 999 of them"),
-    "plan's weights, none": (plain, lambda: Plan({KEY: SitePlan("prune", kept=0)}), f"{KEY} has 256 weights; 0 of them"),
-    "plan's weights, a part": (plain, lambda: Plan({KEY: SitePlan("prune", kept=2.5)}), f"{KEY}.* not 2.5"),
+    "plan's weights": (plain, lambda: Plan({KEY: SitePlan("prune", nonzeros=999)}), f"{KEY} has 256 weights; 999 of them"),
+    "plan's weights, none": (
+        plain,
+        lambda: Plan({KEY: SitePlan("prune", nonzeros=0)}),
+        f"{KEY} has 256 weights; 0 of them",
+    ),
+    "plan's weights, a part": (plain, lambda: Plan({KEY: SitePlan("prune", nonzeros=2.5)}), f"{KEY}.* not 2.5"),
     "plan's method": (plain, lambda: Plan({KEY: SitePlan("tucker", 2)}), "no plan for a site: .* 'svd', 'semi-nmf'"),
     "plan without a rank": (plain, lambda: Plan({KEY: SitePlan("svd")}), "no plan for a site: .* needs a rank"),
     "plan of something else": (plain, lambda: Plan.from_dict({KEY: {"methods": "svd"}}), "this is no plan: .*methods"),
     "mask on factors": (factored, lambda: Prune(rank=2), "lstm.weight_hh_l1 is kept as factors of rank 2; a mask"),
     "mask on factors in a plan": (
         factored,
-        lambda: Plan({KEY: SitePlan("svd", 2), "lstm.weight_hh_l1": SitePlan("prune", kept=5)}),
+        lambda: Plan({KEY: SitePlan("svd", 2), "lstm.weight_hh_l1": SitePlan("prune", nonzeros=5)}),
         "lstm.weight_hh_l1 is kept as factors of rank 2; a mask",
     ),
     "a subclass among others": (with_a_subclass, lambda: LowRank(rank=2), r"'1\.rnn' is a Residual with a forward pass"),

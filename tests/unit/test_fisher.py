@@ -267,7 +267,7 @@ ANY_CONFIG = {
     "svd": LowRank(rank=2),
     "prune": Prune(keep=0.5),
     "int8": Quantize("int8"),
-    "pruned plan": Plan({"lstm.weight_hh_l0": SitePlan("prune", kept=50, storage="bfloat16")}),
+    "pruned plan": Plan({"lstm.weight_hh_l0": SitePlan("prune", nonzeros=50, storage="bfloat16")}),
 }
 
 

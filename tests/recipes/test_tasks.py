@@ -24,7 +24,7 @@ from paper.tasks import Batches, Remembering, losses, predictions, scores, texts
 from slimlstm import SlimLSTMError
 from slimlstm.demo.corpora import PublishedFile
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "tasks.py"
+RECIPE = Path(__file__).parents[2] / "recipes" / "tasks.py"
 WORDS = ("Fine", "film", ",", "bad", "story", "the", "of", "Gdańsk", "it", "was")
 ELMO = ELMoConfig(hidden_size=10, proj_size=6, character_size=4, filters=((1, 4), (2, 6)), num_highways=1)
 

@@ -699,7 +699,7 @@ def test_repacking_keeps_memory_constant():
 
 @pytest.mark.skipif(not shutil.which("g++") or platform.libc_ver()[0] != "glibc", reason="this takes g++ and glibc")
 def test_warm_calls_allocate_nothing(tmp_path):
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     sources = [root / "src/slimlstm/csrc" / f"{name}.cpp" for name in ("layer", "pack", "pool", "portable")]
     program = tmp_path / "allocations"
     command = ["g++", "-std=c++17", "-O1", "-pthread", f"-I{sources[0].parent}", root / "tests/allocations.cpp"]
