@@ -13,7 +13,7 @@ from paper.elmo import load_bilm
 from paper.plots import heatmaps
 from slimlstm.demo.awd_lstm import load_awd_lstm
 from slimlstm.methods.factorize import svd
-from slimlstm.modules.masks import magnitude_mask, nonzeros_at_rank
+from slimlstm.methods.magnitude import magnitude_mask, nonzeros_at_rank
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", type=Path, required=True, help="folder of an AWD-LSTM, or of an ELMo in official files")

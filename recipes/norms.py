@@ -18,7 +18,7 @@ from paper.analysis import energy, norms
 from paper.elmo import load_bilm
 from slimlstm.demo.awd_lstm import load_awd_lstm
 from slimlstm.methods.factorize import semi_nmf, singular_values, svd
-from slimlstm.modules.masks import magnitude_mask, nonzeros_at_rank
+from slimlstm.methods.magnitude import magnitude_mask, nonzeros_at_rank
 from slimlstm.modules.sites import find_hosts
 from slimlstm.provenance import provenance
 

@@ -17,9 +17,9 @@ from slimlstm.calibration.observe import Loss
 from slimlstm.calibration.refit import ControlFlowError, Solve, refit
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods.factorize import SOLVERS, WeightedSVD, check_matrix, relative_error, singular_values
+from slimlstm.methods.magnitude import magnitude_mask
 from slimlstm.methods.rank import break_even_rank
 from slimlstm.modules.lstm import FactoredModule
-from slimlstm.modules.masks import magnitude_mask
 from slimlstm.modules.sites import Host, Site, find_hosts, provenance_of, replace
 from slimlstm.ops.dense import rebuilt
 from slimlstm.ops.weights import Matrix, matrix_bytes, rounded, stored_bytes

@@ -8,8 +8,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from slimlstm.errors import SlimLSTMError
+from slimlstm.methods.magnitude import magnitude_mask, nonzeros_at_rank
 from slimlstm.modules.lstm import LowRankLSTM, LowRankLSTMCell
-from slimlstm.modules.masks import Mask, apply_mask, magnitude_mask, mask_of, nonzeros_at_rank
+from slimlstm.modules.masks import Mask, apply_mask, mask_of
 
 INPUTS, HIDDEN = 5, 6
 MODULES = {
@@ -81,7 +82,7 @@ def test_of_equal_entries_the_first_in_row_order_are_kept(dtype):
 
 @pytest.mark.parametrize("kept", [0, -1, 7])
 def test_keeping_none_or_more_than_all_is_refused(kept):
-    with pytest.raises(SlimLSTMError, match=rf"between 1 and 6 weights of a \[2, 3\] matrix can be kept, not {kept}"):
+    with pytest.raises(SlimLSTMError, match=rf"the nonzeros of a \[2, 3\] matrix must number 1 to 6, not {kept}"):
         magnitude_mask(torch.ones(2, 3), kept)
 
 

@@ -1,4 +1,4 @@
-"""Magnitude masks, the paper's baseline: the largest weights stay, the others are zero for good."""
+"""Masks on parameters: weights that are zero for good, also while the others are trained."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-
-from slimlstm.errors import SlimLSTMError
 
 
 class Mask(nn.Module):
@@ -27,31 +25,6 @@ class Mask(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight * self.mask
-
-
-def magnitude_mask(matrix: Tensor, kept: int) -> Tensor:
-    """A boolean mask that keeps the ``kept`` entries of largest magnitude; of equal ones, the first in row order.
-
-    Raises:
-        SlimLSTMError: ``kept`` is not an int in [1, number of entries], or the matrix holds NaN.
-    """
-    size = matrix.numel()
-    if bool(matrix.isnan().any()):
-        raise SlimLSTMError("the matrix holds NaN, which has no magnitude; was training stable?")
-    if type(kept) is not int or not 1 <= kept <= size:
-        raise SlimLSTMError(f"between 1 and {size} weights of a {list(matrix.shape)} matrix can be kept, not {kept}")
-    magnitudes = matrix.detach().abs().flatten()
-    threshold = magnitudes.kthvalue(size - kept + 1).values
-    above = magnitudes > threshold
-    ties = magnitudes == threshold
-    ties &= ties.cumsum(0) <= kept - above.sum()
-    return (above | ties).view(matrix.shape)
-
-
-def nonzeros_at_rank(shape: tuple[int, int], rank: int) -> int:
-    """How many weights the factors of rank r of an m x n matrix hold: r (m + n), at most m n."""
-    m, n = shape
-    return min(rank * (m + n), m * n)
 
 
 def apply_mask(module: nn.Module, name: str, mask: Tensor) -> None:

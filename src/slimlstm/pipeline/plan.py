@@ -10,8 +10,8 @@ from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods.factorize import SOLVERS
+from slimlstm.methods.magnitude import nonzeros_at_rank
 from slimlstm.methods.rank import RankCosts, allocate, is_smaller, rank_for_fraction, rank_for_share
-from slimlstm.modules.masks import nonzeros_at_rank
 from slimlstm.modules.sites import Site
 from slimlstm.ops.weights import STORAGES, check_storage, matrix_bytes
 
