@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from slimlstm import LowRank, Plan, Prune, Quantize, SlimLSTMError
 from slimlstm.cli import app
-from slimlstm.onnx.calibrate import observe
+from slimlstm.onnx.calibrate import calibrate_graph
 from slimlstm.onnx.compress import compress_onnx
-from slimlstm.onnx.graph import find_layers, graphs_of
+from slimlstm.onnx.graph import find_lstms, graphs_of
 from slimlstm.pipeline.plan import SitePlan
 from slimlstm.weight_files import find_matrices, read_tensors
 
@@ -281,8 +281,8 @@ def test_storages(storage, rank, tmp_path):
     values = feed(path, directions=2)
     expected, found = run(path, values)[0], run(tmp_path / "small.onnx", values)[0]
     assert 0 < np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected)
-    (layer,) = find_layers(onnx.load(tmp_path / "small.onnx"), path)
-    assert {place.storage for place in layer.places} == {storage}
+    (layer,) = find_lstms(onnx.load(tmp_path / "small.onnx"), path)
+    assert {location.storage for location in layer.locations} == {storage}
     with pytest.raises(SlimLSTMError, match=r"already|would take"):
         compress_onnx(tmp_path / "small.onnx", config, tmp_path / "again.onnx")
 
@@ -331,7 +331,7 @@ def test_moments_are_those_of_inputs_and_states(nested, lengths, tmp_path):
     path = save(tmp_path / "model.onnx", nodes, weights, outputs)
     values, model = feed(path, directions=2), onnx.load(path)
     runs = [values, {**values, "on": np.array(False)}] if nested else [values]
-    found = observe(model, find_layers(model, path), runs)
+    found = calibrate_graph(model, find_lstms(model, path), runs)
     ys, counts = run(path, values)[0], values.get("lengths", np.full(3, 5))
     rows = {"ih_l0": [], "hh_l0": [], "hh_l0_reverse": []}
     for column, count in enumerate(counts):
@@ -471,7 +471,7 @@ def damage(contents, folder, count, seed):
             assert output.read_bytes() == b"as it was"
             refused += 1
         else:
-            assert find_layers(onnx.load(output), output)
+            assert find_lstms(onnx.load(output), output)
         assert {file.name for file in folder.iterdir() if "small" in file.name} == {"small.onnx"}
     return refused
 

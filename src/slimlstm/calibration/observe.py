@@ -123,12 +123,12 @@ def observing(
     model: nn.Module, hosts: Iterable[Host], recorder: Recorder, weights: Mapping[str, Matrix] | None = None
 ) -> Generator[None]:
     """The model in evaluation mode, its LSTMs computing through observers; ``weights`` go before its own, by key."""
-    with evaluating(model), computing_by((host.lstm, _observer(host, recorder, weights or {})) for host in hosts):
+    with evaluating(model), forwards_replaced((host.lstm, _observer(host, recorder, weights or {})) for host in hosts):
         yield
 
 
 @contextmanager
-def computing_by(pairs: Iterable[tuple[nn.Module, nn.Module]]) -> Generator[None]:
+def forwards_replaced(pairs: Iterable[tuple[nn.Module, nn.Module]]) -> Generator[None]:
     """The first module of every pair has the forward pass of the second."""
     with ExitStack() as stack:
         for module, other in pairs:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from slimlstm.calibration.moments import Moments
 from slimlstm.errors import SlimLSTMError
-from slimlstm.onnx.graph import Layer, attribute_of, graphs_of, inner_graphs
+from slimlstm.onnx.graph import OnnxLSTM, attribute_of, graphs_of, inner_graphs
 
-Batch = Mapping[str, NDArray[Any]]
+RunInputs = Mapping[str, NDArray[Any]]
 """The inputs of one run by name."""
 
 
@@ -25,14 +25,14 @@ Batch = Mapping[str, NDArray[Any]]
 class _Probe:
     """The names under which the whole model gives what goes into one layer, "" for what is not there."""
 
-    layer: Layer
+    layer: OnnxLSTM
     x: str = ""
     h: str = ""
     first: str = ""
     lengths: str = ""
 
 
-def read_batches(path: Path) -> list[Batch]:
+def read_batches(path: Path) -> list[RunInputs]:
     """The runs in a ``.npz`` file: arrays by input, whose first axis is that of the runs.
 
     Raises:
@@ -49,7 +49,7 @@ def read_batches(path: Path) -> list[Batch]:
     return [{name: array[run] for name, array in arrays.items()} for run in range(min(counts.values()))]
 
 
-def observe(model: Any, layers: list[Layer], batches: Iterable[Batch]) -> dict[str, list[Moments]]:
+def calibrate_graph(model: Any, layers: list[OnnxLSTM], batches: Iterable[RunInputs]) -> dict[str, list[Moments]]:
     """The moments of every site that any batch reaches, by key ``"<layer>.weight_hh_l0"``.
 
     Raises:
@@ -61,7 +61,7 @@ def observe(model: Any, layers: list[Layer], batches: Iterable[Batch]) -> dict[s
         raise SlimLSTMError("calibrating an ONNX file takes ONNX Runtime: pip install onnxruntime") from error
     probed = type(model)()
     probed.CopyFrom(model)
-    probes = _with_probes(probed, model, [layer for layer in layers if layer.places])
+    probes = _with_probes(probed, model, [layer for layer in layers if layer.locations])
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = torch.get_num_threads()
@@ -87,7 +87,7 @@ def observe(model: Any, layers: list[Layer], batches: Iterable[Batch]) -> dict[s
     return {key: [Moments(moment / count, None, count)] for key, (moment, count) in sums.items() if count}
 
 
-def _with_probes(probed: Any, model: Any, layers: list[Layer]) -> list[_Probe]:
+def _with_probes(probed: Any, model: Any, layers: list[OnnxLSTM]) -> list[_Probe]:
     """Makes what goes into layers outputs of the whole model, a copy of that which the layers are from."""
     copies = {id(node): copy for node, copy in zip(_nodes(model.graph), _nodes(probed.graph), strict=True)}
     parents = _parents(probed.graph)
@@ -95,9 +95,9 @@ def _with_probes(probed: Any, model: Any, layers: list[Layer]) -> list[_Probe]:
     probes: list[_Probe] = []
     for layer in layers:
         if layer.node.op_type != "LSTM":
-            for place in layer.places:
-                source = copies[id(place.source or place.node)]
-                probes.append(_Probe(_only(layer, place), x=exposed.expose(source.input[0], source)))
+            for location in layer.locations:
+                source = copies[id(location.source or location.node)]
+                probes.append(_Probe(_only(layer, location), x=exposed.expose(source.input[0], source)))
             continue
         node = copies[id(layer.node)]
         node.output.extend([""] * (1 - len(node.output)))
@@ -112,8 +112,8 @@ def _with_probes(probed: Any, model: Any, layers: list[Layer]) -> list[_Probe]:
     return probes
 
 
-def _only(layer: Layer, place: Any) -> Layer:
-    return Layer(layer.name, layer.node, layer.scope, [place])
+def _only(layer: OnnxLSTM, location: Any) -> OnnxLSTM:
+    return OnnxLSTM(layer.name, layer.node, layer.scope, [location])
 
 
 def _nodes(graph: Any) -> list[Any]:
@@ -187,7 +187,7 @@ def _rows(probe: _Probe, values: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
     if x.numel() == 0:
         return []
     if layer.node.op_type != "LSTM":
-        return [(f"{layer.name}.{place.name}", x.reshape(-1, x.shape[-1])) for place in layer.places]
+        return [(f"{layer.name}.{location.name}", x.reshape(-1, x.shape[-1])) for location in layer.locations]
     y = torch.from_numpy(np.asarray(values[probe.h])).double()
     first = torch.from_numpy(np.asarray(values[probe.first])).double() if probe.first else None
     if attribute_of(layer.node, "layout", 0):
@@ -197,13 +197,13 @@ def _rows(probe: _Probe, values: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
     lengths = torch.from_numpy(np.asarray(values[probe.lengths])) if probe.lengths else torch.full((batch,), steps)
     is_counted = torch.arange(steps)[:, None] < lengths[None]
     found: list[tuple[str, Tensor]] = []
-    for place in layer.places:
-        is_reverse = place.name.endswith("_reverse")
+    for location in layer.locations:
+        is_reverse = location.name.endswith("_reverse")
         rows = x
-        if "weight_hh" in place.name:
-            start = y.new_zeros(batch, hidden) if first is None else first[place.direction]
-            rows = _states_before(y[:, place.direction], start, lengths, is_reverse)
-        found.append((f"{layer.name}.{place.name}", rows[is_counted]))
+        if "weight_hh" in location.name:
+            start = y.new_zeros(batch, hidden) if first is None else first[location.direction]
+            rows = _states_before(y[:, location.direction], start, lengths, is_reverse)
+        found.append((f"{layer.name}.{location.name}", rows[is_counted]))
     return found
 
 

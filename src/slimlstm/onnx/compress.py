@@ -20,8 +20,17 @@ from slimlstm.compress import Compressed, Progress, compress_matrix, sha256_of, 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods.factorize import WeightedSVD, singular_values
 from slimlstm.modules.sites import Site
-from slimlstm.onnx.calibrate import Batch, observe
-from slimlstm.onnx.graph import Layer, Place, attribute_of, find_layers, graphs_of, inner_graphs, read_model, reordered
+from slimlstm.onnx.calibrate import RunInputs, calibrate_graph
+from slimlstm.onnx.graph import (
+    OnnxLSTM,
+    WeightLocation,
+    attribute_of,
+    find_lstms,
+    graphs_of,
+    inner_graphs,
+    read_model,
+    reordered,
+)
 from slimlstm.ops.dense import rebuilt
 from slimlstm.ops.weights import Matrix, matrix_bytes, shape_of, to_int8
 from slimlstm.pipeline.plan import PRUNE, WEIGHTED, LowRank, Plan, Prune, Quantize, make_plan
@@ -35,7 +44,7 @@ def compress_onnx(
     config: LowRank | Prune | Quantize | Plan,
     output: str | os.PathLike[str],
     *,
-    batches: Iterable[Batch] | None = None,
+    batches: Iterable[RunInputs] | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Compresses the LSTMs of an ONNX file, those in nested graphs included, and writes the result to another.
@@ -63,9 +72,9 @@ def compress_onnx(
         raise SlimLSTMError(f"{output} is no name of a file; name one that ends in .onnx")
     model = read_model(path)
     _check(model, path)
-    layers = find_layers(model, path)
+    layers = find_lstms(model, path)
     notes = [layer.problem for layer in layers if layer.problem]
-    groups = _shared([layer for layer in layers if layer.places])
+    groups = _shared([layer for layer in layers if layer.locations])
     if not groups:
         raise SlimLSTMError("; ".join([f"{path} holds no LSTM with constant weights", *notes]))
     matrices = _Matrices(groups)
@@ -74,7 +83,7 @@ def compress_onnx(
     make_plan(_without_spectra(config), matrices.sites)
     matrices.method = getattr(config, "method", "")
     if batches is not None:
-        matrices.moments = observe(model, layers, batches)
+        matrices.moments = calibrate_graph(model, layers, batches)
     plan = make_plan(config, matrices.sites, matrices)
     before = _counted(model), model.ByteSize()
     results = matrices.solve(plan, progress)
@@ -133,12 +142,12 @@ def _without_spectra(config: LowRank | Quantize | Plan) -> LowRank | Quantize | 
     return config
 
 
-def _shared(layers: list[Layer]) -> list[list[Layer]]:
+def _shared(layers: list[OnnxLSTM]) -> list[list[OnnxLSTM]]:
     """Layers with the same weights together, in the order of the first of each."""
-    groups: dict[Hashable, list[Layer]] = {}
+    groups: dict[Hashable, list[OnnxLSTM]] = {}
     for layer in layers:
-        weights = (part for place in layer.places for part in _parts(place.kept_as))
-        key = (*(place.name for place in layer.places), *(sha256_of(part) for part in weights))
+        weights = (part for location in layer.locations for part in _parts(location.matrix))
+        key = (*(location.name for location in layer.locations), *(sha256_of(part) for part in weights))
         groups.setdefault(key, []).append(layer)
     return list(groups.values())
 
@@ -150,15 +159,15 @@ def _parts(matrix: Matrix) -> tuple[Tensor, ...]:
 class _Matrices:
     """The sites of a file and their matrices; what plans ask of them."""
 
-    def __init__(self, groups: list[list[Layer]]) -> None:
+    def __init__(self, groups: list[list[OnnxLSTM]]) -> None:
         self._groups, self.moments, self.method = groups, dict[str, list[Moments]](), ""
-        self._places = {f"{group[0].name}.{place.name}": place for group in groups for place in group[0].places}
+        self._places = {f"{group[0].name}.{location.name}": location for group in groups for location in group[0].locations}
         self._members = {
-            f"{group[0].name}.{place.name}": [f"{layer.name}.{place.name}" for layer in group]
+            f"{group[0].name}.{location.name}": [f"{layer.name}.{location.name}" for layer in group]
             for group in groups
-            for place in group[0].places
+            for location in group[0].locations
         }
-        self.sites = [_site(key, place) for key, place in self._places.items()]
+        self.sites = [_site(key, location) for key, location in self._places.items()]
         self._weighted: dict[str, WeightedSVD] = {}
 
     def solve(self, plan: Plan, progress: Progress | None) -> dict[str, Compressed]:
@@ -167,7 +176,7 @@ class _Matrices:
             if progress is not None:
                 progress(key, index / len(plan.sites))
             try:
-                results[key] = compress_matrix(self._places[key].kept_as, action, None, partial(self.weighted, key))
+                results[key] = compress_matrix(self._places[key].matrix, action, None, partial(self.weighted, key))
             except SlimLSTMError as error:
                 raise SlimLSTMError(f"{key}: {error}") from error
         return results
@@ -191,7 +200,7 @@ class _Matrices:
 
     def losses(self, site: Site) -> Tensor:
         if self.method not in WEIGHTED:
-            return singular_values(rebuilt(self._places[site.key].kept_as)).square()
+            return singular_values(rebuilt(self._places[site.key].matrix)).square()
         weighted = self.weighted(site.key)
         return self._moments(site.key).rows * weighted.losses
 
@@ -199,11 +208,11 @@ class _Matrices:
         return site.key
 
     def itemsize(self, site: Site) -> int:
-        return _parts(self._places[site.key].kept_as)[0].element_size()
+        return _parts(self._places[site.key].matrix)[0].element_size()
 
     def weighted(self, key: str) -> WeightedSVD:
         if key not in self._weighted:
-            self._weighted[key] = WeightedSVD(rebuilt(self._places[key].kept_as), self._moments(key).inputs)
+            self._weighted[key] = WeightedSVD(rebuilt(self._places[key].matrix), self._moments(key).inputs)
         return self._weighted[key]
 
     def _moments(self, key: str) -> Moments:
@@ -218,11 +227,11 @@ class _Matrices:
         return Moments.together(found)
 
 
-def _site(key: str, place: Place) -> Site:
+def _site(key: str, location: WeightLocation) -> Site:
     module, _, name = key.rpartition(".")
-    shape = shape_of(place.kept_as) or (0, 0)
-    rank = None if isinstance(place.kept_as, Tensor) else place.kept_as[0].shape[1]
-    return Site(module, name, shape, rank, storage=place.storage)
+    shape = shape_of(location.matrix) or (0, 0)
+    rank = None if isinstance(location.matrix, Tensor) else location.matrix[0].shape[1]
+    return Site(module, name, shape, rank, storage=location.storage)
 
 
 class _Rewriter:
@@ -233,13 +242,13 @@ class _Rewriter:
         self._taken = {name for graph in graphs_of(model.graph) for name in _names(graph)}
         self._nodes: list[Any] = []
 
-    def replace(self, groups: list[list[Layer]], changed: Mapping[str, Compressed], plan: Plan) -> None:
+    def replace(self, groups: list[list[OnnxLSTM]], changed: Mapping[str, Compressed], plan: Plan) -> None:
         """What ``changed`` has by key goes to all layers of a group."""
         released: list[str] = []
         for group in groups:
             key = group[0].name
             storages = {
-                p.name: plan.sites[f"{key}.{p.name}"].storage for p in group[0].places if f"{key}.{p.name}" in changed
+                p.name: plan.sites[f"{key}.{p.name}"].storage for p in group[0].locations if f"{key}.{p.name}" in changed
             }
             new = {name: (changed[f"{key}.{name}"], storage or "") for name, storage in storages.items()}
             shared: dict[Hashable, Any] = {}
@@ -248,7 +257,7 @@ class _Rewriter:
                     released += self._replace_operands(layer, new, key, shared)
                 else:
                     released += [
-                        name for p in layer.places if p.name in new for name in self._thin(p, key, *new[p.name], shared)
+                        name for p in layer.locations if p.name in new for name in self._thin(p, key, *new[p.name], shared)
                     ]
         nodes = [*self._nodes, *self._graph.node]
         del self._graph.node[:]
@@ -258,63 +267,69 @@ class _Rewriter:
         self._model.ir_version = max(self._model.ir_version, 4)
 
     def _replace_operands(
-        self, layer: Layer, new: Mapping[str, tuple[Compressed, str]], key: str, shared: dict[Hashable, Any]
+        self, layer: OnnxLSTM, new: Mapping[str, tuple[Compressed, str]], key: str, shared: dict[Hashable, Any]
     ) -> list[str]:
         """New weights W and R of an LSTM operator, both directions each; the names of what it had before."""
         released: list[str] = []
         for position in (1, 2):
-            places = [place for place in layer.places if place.index == position]
-            if not any(place.name in new for place in places):
+            locations = [location for location in layer.locations if location.index == position]
+            if not any(location.name in new for location in locations):
                 continue
             if position not in shared:
-                parts = [self._operand(place, f"{key}.{place.name}", new.get(place.name)) for place in places]
+                parts = [
+                    self._operand(location, f"{key}.{location.name}", new.get(location.name)) for location in locations
+                ]
                 name = parts[0]
                 if len(parts) > 1:
-                    name = self._add("Concat", parts, f"{key}.{places[0].name}.both", axis=0)
+                    name = self._add("Concat", parts, f"{key}.{locations[0].name}.both", axis=0)
                 shared[position] = name
             released.append(layer.node.input[position])
             layer.node.input[position] = shared[position]
         return released
 
-    def _operand(self, place: Place, key: str, new: tuple[Compressed, str] | None) -> str:
+    def _operand(self, location: WeightLocation, key: str, new: tuple[Compressed, str] | None) -> str:
         """The value [1, 4H, n] of one direction."""
-        result, storage = new or (Compressed(), place.storage or "")
-        matrix = result.stands_for(place.kept_as) if isinstance(place.kept_as, Tensor) else _as_kept(result, place.kept_as)
+        result, storage = new or (Compressed(), location.storage or "")
+        matrix = (
+            result.stands_for(location.matrix) if isinstance(location.matrix, Tensor) else _as_kept(result, location.matrix)
+        )
         if isinstance(matrix, Tensor):
-            return self._weight(key, reordered(matrix, place.gates), storage, lambda weight: weight[None])
-        u = self._weight(f"{key}_u", reordered(matrix[0], place.gates), storage, lambda weight: weight[None])
+            return self._weight(key, reordered(matrix, location.gates), storage, lambda weight: weight[None])
+        u = self._weight(f"{key}_u", reordered(matrix[0], location.gates), storage, lambda weight: weight[None])
         v = self._weight(f"{key}_v", matrix[1], storage, lambda weight: weight[None])
         return self._add("MatMul", [u, v], f"{key}.product")
 
-    def _thin(self, place: Place, key: str, result: Compressed, storage: str, shared: dict[Hashable, Any]) -> Iterable[str]:
+    def _thin(
+        self, location: WeightLocation, key: str, result: Compressed, storage: str, shared: dict[Hashable, Any]
+    ) -> Iterable[str]:
         """A product with one matrix, or with V and then U; the names that it had before."""
-        matrix = _as_kept(result, place.kept_as)
-        is_transposed = bool(attribute_of(place.node, "transB", 0))
+        matrix = _as_kept(result, location.matrix)
+        is_transposed = bool(attribute_of(location.node, "transB", 0))
 
         def turned(weight: Tensor) -> Tensor:
             return weight if is_transposed else weight.mT
 
-        key = f"{key}.{place.name}"
-        names: list[str] | None = shared.get((place.name, is_transposed))
+        key = f"{key}.{location.name}"
+        names: list[str] | None = shared.get((location.name, is_transposed))
         if names is None:
             if isinstance(matrix, Tensor):
-                names = [self._weight(key, reordered(matrix, place.gates), storage, turned)]
+                names = [self._weight(key, reordered(matrix, location.gates), storage, turned)]
             else:
                 names = [
-                    self._weight(f"{key}_u", reordered(matrix[0], place.gates), storage, turned),
+                    self._weight(f"{key}_u", reordered(matrix[0], location.gates), storage, turned),
                     self._weight(f"{key}_v", matrix[1], storage, lambda weight: weight.mT),
                 ]
-            shared[place.name, is_transposed] = names
-        yield place.node.input[1]
-        place.node.input[1] = names[0]
+            shared[location.name, is_transposed] = names
+        yield location.node.input[1]
+        location.node.input[1] = names[0]
         if len(names) == 2:
-            if place.source is not None:
-                yield place.source.input[1]
-                place.source.input[1] = names[1]
+            if location.source is not None:
+                yield location.source.input[1]
+                location.source.input[1] = names[1]
                 return
-            thin = self._node("MatMul", [place.node.input[0], names[1]], f"{place.node.output[0]}_thin")
-            _insert(place.scope.graph, thin, before=place.node)
-            place.node.input[0] = thin.output[0]
+            thin = self._node("MatMul", [location.node.input[0], names[1]], f"{location.node.output[0]}_thin")
+            _insert(location.scope.graph, thin, before=location.node)
+            location.node.input[0] = thin.output[0]
 
     def _weight(self, key: str, weight: Tensor, storage: str, laid_out: Callable[[Tensor], Tensor]) -> str:
         """A constant [m, n] as it is laid out in the file, in ``storage``; the name of its value in its own dtype."""
@@ -432,18 +447,18 @@ def _counted(model: Any) -> int:
     return sum(torch.Size(tensor.dims).numel() for tensor in counted)
 
 
-def _check_result(model: Any, groups: list[list[Layer]], results: Mapping[str, Compressed], output: Path) -> None:
+def _check_result(model: Any, groups: list[list[OnnxLSTM]], results: Mapping[str, Compressed], output: Path) -> None:
     """Raises :class:`SlimLSTMError` unless the new model is a valid one with just the matrices that were meant."""
     _check(model, output)
-    found = {layer.name: {place.name: place for place in layer.places} for layer in find_layers(model, output)}
+    found = {layer.name: {location.name: location for location in layer.locations} for layer in find_lstms(model, output)}
     for group in groups:
         for layer in group:
-            for place in layer.places:
-                result = results.get(f"{group[0].name}.{place.name}", Compressed())
-                expected, now = rebuilt(_as_kept(result, place.kept_as)), found.get(layer.name, {}).get(place.name)
-                if now is None or not torch.allclose(rebuilt(now.kept_as), expected, rtol=1e-4, atol=1e-6):
+            for location in layer.locations:
+                result = results.get(f"{group[0].name}.{location.name}", Compressed())
+                expected, now = rebuilt(_as_kept(result, location.matrix)), found.get(layer.name, {}).get(location.name)
+                if now is None or not torch.allclose(rebuilt(now.matrix), expected, rtol=1e-4, atol=1e-6):
                     raise SlimLSTMError(
-                        f"{layer.name}.{place.name} would not be in {output} as it was meant; this is a bug"
+                        f"{layer.name}.{location.name} would not be in {output} as it was meant; this is a bug"
                     )
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree  # pyright: ignore[reportPrivateUsage]  # the public name is of newer versions
 
-from slimlstm.calibration.observe import computing_by, evaluating, stand_in
+from slimlstm.calibration.observe import evaluating, forwards_replaced, stand_in
 from slimlstm.errors import SlimLSTMError
 from slimlstm.modules.lstm import LowRankLSTM, LowRankLSTMCell, State
 from slimlstm.modules.sites import Host, find_hosts
@@ -100,7 +100,7 @@ def export_onnx(
     layers = list[Sequence[Direction]]()
     modules = [(host.lstm, _written(host, layers)) for host in hosts]
     with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        with computing_by(modules), _quiet():
+        with forwards_replaced(modules), _quiet():
             program = _followed(model, arguments, named, input_names, output_names, dynamic_shapes)
         shapes, sizes, closed = _axes(program)
         proto = _complete(program, layers, closed)

@@ -50,12 +50,12 @@ class Scope:
 
 
 @dataclass
-class Place:
+class WeightLocation:
     """One matrix of one LSTM, and where in the file it is.
 
     Attributes:
         name: in ``nn.LSTM``, such as ``"weight_hh_l0"``.
-        kept_as: the matrix [4H, n], or its factors, in PyTorch's order.
+        matrix: the matrix [4H, n], or its factors, in PyTorch's order.
         gates: where the file's gates are among PyTorch's.
         node: the LSTM, MatMul or Gemm that it goes into as the input ``index``; of an LSTM as its ``direction``-th part.
         source: the node that multiplies by the right factor, of a written-out LSTM that is low-rank already.
@@ -63,7 +63,7 @@ class Place:
     """
 
     name: str
-    kept_as: Matrix
+    matrix: Matrix
     gates: tuple[int, ...]
     scope: Scope
     node: Any
@@ -74,16 +74,16 @@ class Place:
 
 
 @dataclass
-class Layer:
-    """One LSTM of the file: its ``name``, its ``places``, and biases by PyTorch's names.
+class OnnxLSTM:
+    """One LSTM of the file: its ``name``, its ``locations``, and biases by PyTorch's names.
 
-    ``problem`` says why it has no places, where it has none.
+    ``problem`` says why it has no locations, where it has none.
     """
 
     name: str
     node: Any
     scope: Scope
-    places: list[Place] = field(default_factory=list[Place])
+    locations: list[WeightLocation] = field(default_factory=list[WeightLocation])
     biases: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     problem: str | None = None
 
@@ -114,24 +114,24 @@ def read_tensors_of(path: Path) -> dict[str, Tensor]:
     """
     model = read_model(path)
     tensors: dict[str, Tensor] = {}
-    for layer in find_layers(model, path):
-        for place in layer.places:
-            key = f"{layer.name}.{place.name}"
-            if isinstance(place.kept_as, Tensor):
-                tensors[key] = place.kept_as
+    for layer in find_lstms(model, path):
+        for location in layer.locations:
+            key = f"{layer.name}.{location.name}"
+            if isinstance(location.matrix, Tensor):
+                tensors[key] = location.matrix
             else:
-                tensors[f"{key}_u"], tensors[f"{key}_v"] = place.kept_as
+                tensors[f"{key}_u"], tensors[f"{key}_v"] = location.matrix
         tensors.update({f"{layer.name}.{name}": bias for name, bias in layer.biases.items()})
     return tensors
 
 
-def find_layers(model: Any, path: Path) -> list[Layer]:
+def find_lstms(model: Any, path: Path) -> list[OnnxLSTM]:
     """Every LSTM of a model, each under a name of its own.
 
     Raises:
         SlimLSTMError: the model is not what the format allows.
     """
-    layers: list[Layer] = []
+    layers: list[OnnxLSTM] = []
     taken: set[str] = set()
     try:
         for layer in _layers(model.graph, None, {entry.domain: entry.version for entry in model.opset_import}):
@@ -169,7 +169,7 @@ def attribute_of(node: Any, name: str, default: Any = None) -> Any:
     return next((helper.get_attribute_value(found) for found in node.attribute if found.name == name), default)
 
 
-def _layers(graph: Any, outer: Scope | None, opsets: Mapping[str, int]) -> Iterator[Layer]:
+def _layers(graph: Any, outer: Scope | None, opsets: Mapping[str, int]) -> Iterator[OnnxLSTM]:
     """Exporters cut and reorder PyTorch's weights by nodes; what these make of constants is worked out here."""
     from onnx import numpy_helper
 
@@ -195,27 +195,27 @@ def _layers(graph: Any, outer: Scope | None, opsets: Mapping[str, int]) -> Itera
             yield from _layers(inner, scope, opsets)
 
 
-def _operator(node: Any, scope: Scope) -> Layer:
+def _operator(node: Any, scope: Scope) -> OnnxLSTM:
     weights = [_value(name, scope) for name in node.input[1:4]]
     w, r, b = [*weights, *[None] * (3 - len(weights))]
     name = node.name or next(output for output in node.output if output)
     if w is None or r is None:
-        return Layer(name, node, scope, problem=f"{name}: its weights are no constants of the file; it stays as it is")
+        return OnnxLSTM(name, node, scope, problem=f"{name}: its weights are no constants of the file; it stays as it is")
     direction = attribute_of(node, "direction", b"forward").decode()
     if direction not in ENDINGS:
         raise SlimLSTMError(f"the LSTM {name} has the direction {direction!r}, which ONNX has not")
     endings = ENDINGS[direction]
     hidden = attribute_of(node, "hidden_size", r.shape[-1])
     _check_shapes(name, w, r, b, len(endings), hidden)
-    layer = Layer(name, node, scope)
+    layer = OnnxLSTM(name, node, scope)
     for index, ending in enumerate(endings):
         for kind, position, whole in (("weight_ih", 1, w), ("weight_hh", 2, r)):
             parts = _factors(node.input[position], scope, index, len(endings))
-            kept_as: Matrix = whole[index] if parts is None else parts
-            kept_as = _ordered(kept_as, FROM_ONNX)
+            matrix: Matrix = whole[index] if parts is None else parts
+            matrix = _ordered(matrix, FROM_ONNX)
             storage = _storage(node.input[position], scope, index)
-            place = Place(f"{kind}_l0{ending}", kept_as, TO_ONNX, scope, node, position, index, storage=storage)
-            layer.places.append(place)
+            location = WeightLocation(f"{kind}_l0{ending}", matrix, TO_ONNX, scope, node, position, index, storage=storage)
+            layer.locations.append(location)
         if b is not None:
             for kind, bias in zip(("bias_ih", "bias_hh"), b[index].chunk(2), strict=True):
                 layer.biases[f"{kind}_l0{ending}"] = reordered(bias, FROM_ONNX)
@@ -258,33 +258,33 @@ def _storage(name: str, scope: Scope, index: int = 0) -> str | None:
     return None
 
 
-def _written_out(node: Any, scope: Scope, users: Mapping[str, int]) -> Layer | None:
+def _written_out(node: Any, scope: Scope, users: Mapping[str, int]) -> OnnxLSTM | None:
     """The LSTM whose gates a Split makes, or None where it makes something else."""
     gates, cell = _gates(node, scope)
     if gates is None:
         return None
     found = list(_products(node.input[0], scope, users))
-    parts = sorted(found, key=lambda place: place.scope.graph is scope.graph)
-    shapes = [shape_of(place.kept_as) or (0, 0) for place in parts]
+    parts = sorted(found, key=lambda location: location.scope.graph is scope.graph)
+    shapes = [shape_of(location.matrix) or (0, 0) for location in parts]
     rows = {shape[0] for shape in shapes}
     if len(parts) != 2 or len(rows) != 1 or min(rows) % 4 or not min(rows):
         return None
     hidden = min(rows) // 4
-    recurrent = [place for place, shape in zip(parts, shapes, strict=True) if shape[1] == hidden]
+    recurrent = [location for location, shape in zip(parts, shapes, strict=True) if shape[1] == hidden]
     if not recurrent:
         return None
     # Where both have H columns, h comes from where c comes from, and x from further away.
     roots = _roots(cell, scope)
-    hh = min(recurrent, key=lambda place: len(_roots(_entry(place), scope) ^ roots))
-    ih = next(place for place in parts if place is not hh)
-    names = [place.node.name or place.node.output[0] for place in (ih, hh)]
+    hh = min(recurrent, key=lambda location: len(_roots(_entry(location), scope) ^ roots))
+    ih = next(location for location in parts if location is not hh)
+    names = [location.node.name or location.node.output[0] for location in (ih, hh)]
     prefix = _common_path(*names) or node.name or node.output[0]
-    layer = Layer(prefix, node, scope)
-    for place, kind in ((ih, "weight_ih_l0"), (hh, "weight_hh_l0")):
+    layer = OnnxLSTM(prefix, node, scope)
+    for location, kind in ((ih, "weight_ih_l0"), (hh, "weight_hh_l0")):
         to_file = tuple(gates.index(gate) for gate in range(4))
-        place.name, place.gates = kind, to_file
-        place.kept_as = _ordered(place.kept_as, gates)
-        layer.places.append(place)
+        location.name, location.gates = kind, to_file
+        location.matrix = _ordered(location.matrix, gates)
+        layer.locations.append(location)
     return layer
 
 
@@ -294,8 +294,8 @@ def _common_path(first: str, second: str) -> str:
     return first[: max(first.rfind("/", 0, count), first.rfind(".", 0, count), 0)]
 
 
-def _entry(place: Place) -> str:
-    return (place.source or place.node).input[0]
+def _entry(location: WeightLocation) -> str:
+    return (location.source or location.node).input[0]
 
 
 def _gates(split: Any, scope: Scope) -> tuple[tuple[int, ...] | None, str]:
@@ -334,7 +334,7 @@ def _gates(split: Any, scope: Scope) -> tuple[tuple[int, ...] | None, str]:
     return None, ""
 
 
-def _products(name: str, scope: Scope, users: Mapping[str, int]) -> Iterator[Place]:
+def _products(name: str, scope: Scope, users: Mapping[str, int]) -> Iterator[WeightLocation]:
     """The products with constant matrices that are added up to a value."""
     seen, pending = set[str](), [name]
     while pending:
@@ -351,7 +351,7 @@ def _products(name: str, scope: Scope, users: Mapping[str, int]) -> Iterator[Pla
             if matrix is None or matrix.ndim != 2 or attribute_of(node, "transA", 0):
                 continue
             u = matrix if attribute_of(node, "transB", 0) else matrix.T
-            place = Place("", u, (), scope, node, 1, storage=_storage(node.input[1], scope))
+            location = WeightLocation("", u, (), scope, node, 1, storage=_storage(node.input[1], scope))
             inner = scope.producers.maps[0].get(node.input[0])
             v = None
             if inner is not None and inner.op_type == "MatMul" and users.get(node.input[0]) == 1:
@@ -362,8 +362,8 @@ def _products(name: str, scope: Scope, users: Mapping[str, int]) -> Iterator[Pla
                 and v.shape[1] == u.shape[1]
                 and v.shape[1] * sum(u.shape) < u.shape[0] * len(v)
             ):
-                place.kept_as, place.source = (u, v.T), inner
-            yield place
+                location.matrix, location.source = (u, v.T), inner
+            yield location
 
 
 def _roots(name: str, scope: Scope) -> set[str]:
