@@ -13,13 +13,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.progress import track
+from slimlstm.methods.factorize import semi_nmf, singular_values, svd
 
 from paper.analysis import energy, norms
 from paper.elmo import load_bilm
 from slimlstm.demo.awd_lstm import load_awd_lstm
-from slimlstm.methods.factorize import semi_nmf, singular_values, svd
 from slimlstm.methods.magnitude import magnitude_mask, nonzeros_at_rank
-from slimlstm.modules.sites import find_hosts
+from slimlstm.modules.hosts import find_hosts
 from slimlstm.provenance import provenance
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -13,8 +13,9 @@ from slimlstm.calibration.moments import calibrate
 from slimlstm.compress import compress_
 from slimlstm.errors import SlimLSTMError
 from slimlstm.folders import load, save
-from slimlstm.modules.lstm import LowRankLSTM, LowRankLSTMCell
-from slimlstm.modules.sites import find_sites
+from slimlstm.modules.cell import LowRankLSTMCell
+from slimlstm.modules.hosts import find_sites
+from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.onnx.export import export_onnx
 from slimlstm.pipeline.plan import LowRank, Plan, Prune, Quantize
 from slimlstm.pipeline.report import Report

@@ -31,8 +31,8 @@ from slimlstm.evaluate import perplexity
 from slimlstm.folders import CONFIG, load, read_config, read_folder
 from slimlstm.methods.factorize import SOLVERS, singular_values
 from slimlstm.methods.rank import break_even_rank, rank_for_energy
+from slimlstm.modules.hosts import find_hosts, find_sites
 from slimlstm.modules.lstm import LowRankLSTM
-from slimlstm.modules.sites import find_hosts, find_sites
 from slimlstm.onnx.calibrate import read_batches
 from slimlstm.onnx.compress import compress_onnx
 from slimlstm.onnx.export import export_onnx

@@ -19,8 +19,10 @@ from slimlstm.errors import SlimLSTMError
 from slimlstm.methods.factorize import SOLVERS, WeightedSVD, check_matrix, relative_error, singular_values
 from slimlstm.methods.magnitude import magnitude_mask
 from slimlstm.methods.rank import break_even_rank
-from slimlstm.modules.lstm import FactoredModule
-from slimlstm.modules.sites import Host, Site, find_hosts, provenance_of, replace
+from slimlstm.modules.factored import FactoredModule
+from slimlstm.modules.hosts import Host, find_hosts
+from slimlstm.modules.sites import Site
+from slimlstm.modules.swap import provenance_of, replace
 from slimlstm.ops.dense import rebuilt
 from slimlstm.ops.weights import Matrix, matrix_bytes, rounded, stored_bytes
 from slimlstm.pipeline.plan import DENSE, PRUNE, WEIGHTED, LowRank, Plan, Prune, Quantize, SitePlan, make_plan

@@ -23,8 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.modules.lstm import FactoredModule
-from slimlstm.modules.sites import Site, find_hosts, provenance_of, replace
+from slimlstm.modules.factored import FactoredModule
+from slimlstm.modules.hosts import find_hosts
+from slimlstm.modules.sites import Site
+from slimlstm.modules.swap import provenance_of, replace
 from slimlstm.ops.weights import from_int8, rounded, to_int8
 
 CONFIG = "config.json"

@@ -27,7 +27,7 @@ from slimlstm import (
     load,
     save,
 )
-from slimlstm.modules.sites import find_hosts
+from slimlstm.modules.hosts import find_hosts
 from slimlstm.pipeline.plan import SitePlan
 
 AMOUNTS = {

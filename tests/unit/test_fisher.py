@@ -7,6 +7,7 @@ import torch
 from helpers import EXACT, assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slimlstm.methods.factorize import WeightedSVD
 from strangers import IN, STRANGERS, B, First, H, LanguageModel, Stranger, T, V
 from torch import Tensor, nn
 from torch.distributions import Categorical
@@ -16,8 +17,7 @@ from slimlstm import LowRank, Plan, Prune, Quantize, Report, SlimLSTMError, comp
 from slimlstm.calibration.moments import Calibration, Moments, calibrate, mean_loss
 from slimlstm.demo.model import embedded_model, held_out_tokens
 from slimlstm.evaluate import perplexity
-from slimlstm.methods.factorize import WeightedSVD
-from slimlstm.modules.sites import find_hosts
+from slimlstm.modules.hosts import find_hosts
 from slimlstm.pipeline.plan import SitePlan
 
 WEIGHTED = {

@@ -27,7 +27,8 @@ from torch import nn
 
 from slimlstm import ops
 from slimlstm.errors import SlimLSTMError
-from slimlstm.modules.lstm import LowRankLSTM, LowRankLSTMCell
+from slimlstm.modules.cell import LowRankLSTMCell
+from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.modules.masks import apply_mask
 from slimlstm.ops import cpu, reference
 from slimlstm.ops.weights import STORAGES, Direction, rounded

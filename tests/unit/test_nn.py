@@ -16,7 +16,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods.magnitude import magnitude_mask
-from slimlstm.modules.lstm import LowRankLSTM, LowRankLSTMCell
+from slimlstm.modules.cell import LowRankLSTMCell
+from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.modules.masks import apply_mask
 
 INPUT, H, P, B, T = 5, 7, 3, 2, 4

@@ -9,7 +9,8 @@ from torch.testing import assert_close
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods.magnitude import magnitude_mask, nonzeros_at_rank
-from slimlstm.modules.lstm import LowRankLSTM, LowRankLSTMCell
+from slimlstm.modules.cell import LowRankLSTMCell
+from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.modules.masks import Mask, apply_mask, mask_of
 
 INPUTS, HIDDEN = 5, 6

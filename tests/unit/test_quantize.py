@@ -35,8 +35,8 @@ from slimlstm import (
 )
 from slimlstm.demo import model as embedded
 from slimlstm.evaluate import perplexity
-from slimlstm.modules.lstm import FactoredModule
-from slimlstm.modules.sites import find_hosts
+from slimlstm.modules.factored import FactoredModule
+from slimlstm.modules.hosts import find_hosts
 from slimlstm.ops import cpu
 from slimlstm.ops.weights import from_int8, rounded, to_int8
 from slimlstm.pipeline.plan import SitePlan

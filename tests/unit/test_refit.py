@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from slimlstm.methods.factorize import DAMPING
 from strangers import IN, STRANGERS, B, H, T, V
 from test_fisher import batches_of, every_stranger, losses_of, matrices, state_of
 from torch import nn
@@ -15,8 +16,7 @@ from slimlstm.calibration.refit import refit
 from slimlstm.compress import PASSES
 from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig
 from slimlstm.demo.model import embedded_model, held_out_tokens
-from slimlstm.methods.factorize import DAMPING
-from slimlstm.modules.sites import find_hosts
+from slimlstm.modules.hosts import find_hosts
 
 
 class OneLayer(nn.Module):

@@ -13,7 +13,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from slimlstm import ops
 from slimlstm.errors import SlimLSTMError
-from slimlstm.modules.lstm import FactoredModule, LowRankLSTM, LowRankLSTMCell
+from slimlstm.modules.cell import LowRankLSTMCell
+from slimlstm.modules.factored import FactoredModule
+from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.ops import cpu
 from slimlstm.ops.weights import Direction
 from slimlstm.pipeline.report import as_text

@@ -17,8 +17,10 @@ from torch.distributions import Distribution
 from torch.nn.utils.rnn import PackedSequence
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.modules.lstm import LowRankLSTM, LowRankLSTMCell, State, clips, lstm_arguments
-from slimlstm.modules.sites import Host, find_hosts, parameter_names
+from slimlstm.modules.cell import LowRankLSTMCell
+from slimlstm.modules.hosts import Host, find_hosts, parameter_names
+from slimlstm.modules.lstm import LowRankLSTM
+from slimlstm.modules.shapes import LSTMState, clips, lstm_arguments
 from slimlstm.ops.reference import product, recurrence, step
 from slimlstm.ops.weights import Direction, Matrix
 
@@ -178,14 +180,14 @@ class _ObservedLSTM(LowRankLSTM):
     recorder: Recorder
     path: str
 
-    def _run(self, x: Tensor, batch_sizes: Tensor | None, hx: State | None) -> tuple[Tensor, State]:
+    def _run(self, x: Tensor, batch_sizes: Tensor | None, hx: LSTMState | None) -> tuple[Tensor, LSTMState]:
         sizes = [x.shape[1]] * x.shape[0] if batch_sizes is None else [int(size) for size in batch_sizes]
         if hx is None:
             shape = self.num_layers * self._directions, sizes[0] if sizes else 0
             hx = x.new_zeros(*shape, self.proj_size or self.hidden_size), x.new_zeros(*shape, self.hidden_size)
         h0, c0 = hx
         rows = x if batch_sizes is not None else x.flatten(0, 1)
-        last: list[State] = []
+        last: list[LSTMState] = []
         for layer in range(self.num_layers):
             outputs: list[Tensor] = []
             for suffix in self._suffixes(layer):
@@ -207,7 +209,7 @@ class _ObservedCell(LowRankLSTMCell):
     recorder: Recorder
     path: str
 
-    def _step(self, x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Direction]) -> State:
+    def _step(self, x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Direction]) -> LSTMState:
         (own,) = weights
         probe = self.recorder.probe(x, 4 * self.hidden_size)
         # Copies, as a loop may overwrite what it stepped from.

@@ -23,7 +23,7 @@ from torch.distributions import Distribution, kl_divergence
 from slimlstm.calibration.observe import Keys, Loss, Recorder, Rows, call, checked_losses, observed_losses, observing
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods.factorize import DAMPING
-from slimlstm.modules.sites import Host
+from slimlstm.modules.hosts import Host
 from slimlstm.ops.dense import rebuilt
 from slimlstm.ops.weights import Matrix
 

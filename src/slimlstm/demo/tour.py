@@ -20,8 +20,8 @@ from slimlstm.demo.awd_lstm import AWDLSTM
 from slimlstm.demo.model import embedded_model, held_out_tokens
 from slimlstm.errors import SlimLSTMError
 from slimlstm.evaluate import perplexity
+from slimlstm.modules.hosts import find_sites
 from slimlstm.modules.lstm import LowRankLSTM
-from slimlstm.modules.sites import find_sites
 from slimlstm.pipeline.plan import LowRank, Prune, Target
 from slimlstm.provenance import provenance
 

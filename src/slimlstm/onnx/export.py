@@ -21,8 +21,10 @@ from torch.utils import _pytree as pytree  # pyright: ignore[reportPrivateUsage]
 
 from slimlstm.calibration.observe import evaluating, forwards_replaced, stand_in
 from slimlstm.errors import SlimLSTMError
-from slimlstm.modules.lstm import LowRankLSTM, LowRankLSTMCell, State
-from slimlstm.modules.sites import Host, find_hosts
+from slimlstm.modules.cell import LowRankLSTMCell
+from slimlstm.modules.hosts import Host, find_hosts
+from slimlstm.modules.lstm import LowRankLSTM
+from slimlstm.modules.shapes import LSTMState
 from slimlstm.onnx.layers import Graph, Ports, add_layer
 from slimlstm.ops.weights import Direction
 
@@ -126,14 +128,14 @@ def _write(file: Path, content: bytes) -> None:
 class _WrittenLSTM(LowRankLSTM):
     numbers: list[int]
 
-    def _run(self, x: Tensor, batch_sizes: Tensor | None, hx: State | None) -> tuple[Tensor, State]:
+    def _run(self, x: Tensor, batch_sizes: Tensor | None, hx: LSTMState | None) -> tuple[Tensor, LSTMState]:
         if batch_sizes is not None:
             raise SlimLSTMError("packed sequences cannot be written to ONNX; export the model for padded ones")
         count = self._directions
         if hx is None:
             shape = self.num_layers * count, x.shape[1]
             hx = x.new_zeros(*shape, self.proj_size or self.hidden_size), x.new_zeros(*shape, self.hidden_size)
-        last: list[State] = []
+        last: list[LSTMState] = []
         for layer, number in enumerate(self.numbers):
             part = slice(layer * count, (layer + 1) * count)
             x, h, c = _node(x, hx[0][part], hx[1][part], number)
@@ -144,7 +146,7 @@ class _WrittenLSTM(LowRankLSTM):
 class _WrittenCell(LowRankLSTMCell):
     numbers: list[int]
 
-    def _step(self, x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Direction]) -> State:
+    def _step(self, x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Direction]) -> LSTMState:
         _, h, c = _node(x[None], h[None], c[None], self.numbers[0])
         return h[0], c[0]
 
