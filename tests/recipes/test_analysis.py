@@ -127,7 +127,7 @@ def test_matrices_are_drawn_from_a_trained_model(tmp_path):
 
 def test_the_page_about_the_paper_says_what_the_results_do(tmp_path):
     options = ("--pictures", tmp_path / "paper", "--page", tmp_path / "reproduction.md")
-    subprocess.run([sys.executable, ROOT / "recipes" / "paper.py", *options], check=True)
+    subprocess.run([sys.executable, ROOT / "recipes" / "reproduction.py", *options], check=True)
     for name in ("reproduction.md", "paper/ptb.csv", "paper/ptb.tex"):
         assert (tmp_path / name).read_text(encoding="utf-8") == (ROOT / "docs" / name).read_text(encoding="utf-8")
 
@@ -226,7 +226,7 @@ def results(tmp_path):
 
 def test_the_page_tells_of_all_that_is_there_and_what_is_missing(results, tmp_path):
     options = ("--results", results, "--pictures", tmp_path / "paper", "--page", tmp_path / "page.md")
-    subprocess.run([sys.executable, ROOT / "recipes" / "paper.py", *options], check=True)
+    subprocess.run([sys.executable, ROOT / "recipes" / "reproduction.py", *options], check=True)
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
     for line in (
         "| TT-LSTM | 8 epochs, adamw 0.001 | 12.00M | 48.0 | 170.25 | 12M | 168.6 |",
