@@ -1,0 +1,58 @@
+"""The batches of each step and process, and the random numbers of each."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+
+from slimlstm.errors import SlimLSTMError
+from slimlstm.tuning.history import RunRecord
+from slimlstm.tuning.processes import Processes
+
+Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
+"""Batches of any type: an iterable that can be read once per epoch, or a function from the epoch to its batches."""
+
+
+def seed_with(*key: Any) -> None:
+    """Seed PyTorch's random numbers with a hash of ``key``."""
+    torch.manual_seed(zlib.crc32(repr(key).encode()))
+
+
+def check_batches(batches: Batches) -> None:
+    """Raise SlimLSTMError if ``batches`` can be read only once."""
+    if isinstance(batches, Iterator):
+        raise SlimLSTMError(
+            f"batches is a {type(batches).__name__}, which can be read only once; give a list, a DataLoader, or a function "
+            "from the number of the epoch to its batches"
+        )
+
+
+def own_batches(batches: Batches, record: RunRecord, processes: Processes, seed: int) -> Iterator[Any]:
+    """Yield this process's batch of every step, from ``record`` on, without end; update the record's epoch and position.
+
+    The random numbers of a batch depend only on ``seed``, the epoch and the position in it, so that a resumed run draws the
+    same batches.
+    """
+    while True:
+        seed_with(seed, "epoch", record.epoch)
+        source, position = iter(batches(record.epoch) if callable(batches) else batches), 0
+        while True:
+            seed_with(seed, "batch", record.epoch, position)
+            of_one_step = list(islice(source, processes.count))
+            if len(of_one_step) < processes.count:
+                break
+            position += 1
+            if position > record.position:
+                record.position = position
+                yield of_one_step[processes.rank]
+        if position < max(record.position, 1):
+            raise SlimLSTMError(
+                f"epoch {record.epoch} has {position * processes.count + len(of_one_step)} batches, but "
+                f"{max(record.position, 1) * processes.count} are needed; every epoch needs at least one batch per process, "
+                "and a resumed run needs the same batches as before"
+            )
+        record.epoch, record.position = record.epoch + 1, 0

@@ -1,0 +1,147 @@
+"""``finetune``, the function that trains a compressed model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from slimlstm.errors import SlimLSTMError
+from slimlstm.tuning.history import History
+from slimlstm.tuning.losses import Loss
+from slimlstm.tuning.processes import current_processes
+from slimlstm.tuning.run import Run, Settings
+from slimlstm.tuning.sampling import Batches, check_batches
+
+
+def finetune(
+    model: nn.Module,
+    batches: Batches,
+    loss: Loss,
+    *,
+    steps: int | None = None,
+    minutes: float | None = None,
+    lr: float = 3e-4,
+    parameters: Iterable[nn.Parameter] | None = None,
+    validate: Callable[[nn.Module], float] | None = None,
+    validations: int = 10,
+    patience: int | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: Callable[[str, float], None] | None = None,
+) -> History:
+    """Train a compressed ``model`` in place for a number of steps or minutes; factors stay factors, masks stay masks.
+
+    The optimizer is AdamW without weight decay. The learning rate rises over the first twentieth of the budget and then
+    falls to zero as a cosine. Gradients are clipped to a norm of 1. The model trains in training mode, so its own dropout
+    is active.
+
+    With ``validate`` the model ends with the best weights that were found, so it never ends worse than it began; without, it
+    ends with the last weights. After an error or an interrupt it has the best weights found, or without ``validate`` the
+    weights from before the run. Training modes, ``requires_grad`` and PyTorch's random numbers are restored.
+
+    Weights stored in int8 or bfloat16 train as float32 parameters. Round them again afterwards:
+    ``compress_(model, Quantize(...))``.
+
+    Processes that ``torchrun`` launched, or that are in a process group of yours, train together. Every process passes the
+    same model, on a device of its own, and the same ``batches``. Process k of n takes the batches k, k + n, k + 2n and so
+    on, and gradients are averaged, so one step equals a step on a batch n times as large. Process 0 validates, reports and
+    writes.
+
+    Args:
+        model: any module, dense or compressed.
+        batches: the batches that ``loss`` takes: an iterable that is read once per epoch, or a function from the number of
+            the epoch to such an iterable. Endless iterables are allowed.
+        loss: takes (model, batch); returns the losses of single predictions, of any shape, or their mean.
+            :func:`distillation` makes a loss from the dense model. A loss with a state, for instance the hidden state of a
+            language model, has to have ``state_dict`` and ``load_state_dict``, so that a resumed run continues from it.
+        steps: the budget in steps. Give this or ``minutes``.
+        minutes: the budget in minutes of wall-clock time, validations included.
+        lr: the highest learning rate. Distillation has less noisy gradients than labels and allows 1e-3.
+        parameters: the parameters to train; by default all that require gradients.
+        validate: takes the model in evaluation mode and returns a number, lower being better.
+        validations: how many times ``validate`` is called after the first step, evenly spread; it is also called once
+            before.
+        patience: stop after this many validations in a row without a new best value.
+        dtype: ``torch.bfloat16`` computes under autocast; parameters and optimizer keep their dtype.
+        seed: seed of dropout and of all other use of PyTorch's random numbers, drawing ``batches`` included.
+        checkpoint: a file to write at every validation and every minute. If the file exists, the same call with the same
+            model continues from it, and after the same number of steps has the same weights.
+        progress: called after every step with a line of text and the fraction of the budget used.
+
+    Returns:
+        Losses, validations, and the reason why the run ended.
+
+    Raises:
+        SlimLSTMError: an argument out of range; a loss that is not finite or not a tensor; batches that are empty or can be
+            read only once; a checkpoint of another model or of other settings.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.LSTM(4, 8)
+        >>> batches = [torch.randn(5, 2, 4) for _ in range(3)]
+        >>> history = finetune(model, batches, lambda model, x: model(x)[0].square(), steps=20, lr=0.01)
+        >>> history.steps, history.losses[-1] < history.losses[0]
+        (20, True)
+    """
+    settings = Settings(steps, minutes, lr, validations, patience, dtype, seed)
+    check_batches(batches)
+    trained = _parameters_to_train(model, parameters)
+    device = next(iter(trained.values())).device
+    processes = current_processes(device)
+    path = None if checkpoint is None else Path(checkpoint)
+    with _prepared(model, trained), _random_numbers_restored(device):
+        run = Run(model, batches, loss, trained, settings, processes, validate, path, progress)
+        try:
+            return run.go()
+        except BaseException:
+            run.restore()
+            raise
+
+
+def _parameters_to_train(model: nn.Module, parameters: Iterable[nn.Parameter] | None) -> dict[str, nn.Parameter]:
+    """Return the parameters to train, by name."""
+    if parameters is None:
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    else:
+        wanted = {id(parameter) for parameter in parameters}
+        trained = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in wanted}
+        if len(trained) < len(wanted):
+            raise SlimLSTMError(
+                f"{len(wanted) - len(trained)} of the {len(wanted)} parameters do not belong to the model; compress_ makes "
+                "new parameters, so collect them after it"
+            )
+    if not trained:
+        raise SlimLSTMError("the model has no parameter to train; pass some in parameters, or let some require gradients")
+    return trained
+
+
+@contextmanager
+def _prepared(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> Generator[None]:
+    """Set training mode, and gradients for the trained parameters only; restore both at the end."""
+    modes = {module: module.training for module in model.modules()}
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        model.train()
+        model.requires_grad_(False)
+        for parameter in trained.values():
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, flag in wanted.items():
+            parameter.requires_grad_(flag)
+        for parameter in trained.values():
+            parameter.grad = None
+
+
+@contextmanager
+def _random_numbers_restored(device: torch.device) -> Generator[None]:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
