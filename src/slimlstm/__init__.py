@@ -9,7 +9,7 @@ model = sl.load("small/", fresh_dense_model)
 sl.export_onnx(model, example_inputs, "small.onnx")
 """
 
-from slimlstm.calibration.moments import calibrate
+from slimlstm.calibration.collect import calibrate
 from slimlstm.compress import compress_
 from slimlstm.errors import SlimLSTMError
 from slimlstm.folders import load, save

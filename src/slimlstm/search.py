@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from slimlstm.calibration.losses import Loss
 from slimlstm.calibration.moments import Calibration
-from slimlstm.calibration.observe import Loss
 from slimlstm.compress import compress_
 from slimlstm.errors import SlimLSTMError
 from slimlstm.pipeline.plan import LowRank

@@ -21,7 +21,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from slimlstm import LowRank, LowRankLSTM, Prune, Quantize, SlimLSTMError, compress_, find_sites
-from slimlstm.calibration.moments import Calibration, Moments, calibrate, mean_loss
+from slimlstm.calibration.collect import calibrate, mean_loss
+from slimlstm.calibration.moments import Calibration, Moments
 
 NEAR = {"rtol": 1e-9, "atol": 1e-12}
 every_stranger = pytest.mark.parametrize("stranger", STRANGERS.values(), ids=STRANGERS)

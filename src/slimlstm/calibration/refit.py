@@ -1,121 +1,206 @@
-"""Factors fitted again to what really goes into them once the whole model is compressed.
+"""Fit factors again to the inputs that they see once the whole model is compressed.
 
-What is lost below a matrix and at earlier steps reaches it as other inputs: z' in the place of the dense model's z. With
-z = [x; h] and W = [W_ih W_hh] of one direction, what its gates should be is W z, and what they can be is W' z'. So each
-matrix is replaced by the ridge regression of what it should give on its own z', the other matrix being as it is, and that
-is truncated to its rank in the metric of its method: a reduced-rank regression (Izenman 1975) on the moments E[z' z'ᵀ] and
-E[z z'ᵀ]. Changed inputs were taken into account in the same spirit, one layer after another, for convolutional networks
-by Zhang et al. (2016); recurrences have no order of layers in which their own inputs could be known, so that all matrices
-are fitted at once and passes are repeated.
+Errors made in lower layers and at earlier steps change a matrix's inputs: z' instead of the uncompressed model's z.
+Matrices whose products are added into the same gates form a group: for an LSTM, z = [x; h] and W = [W_ih W_hh]. The gates should
+receive W z, and they receive W' z'. Each matrix is therefore replaced by the ridge regression of its share of W z on its
+own part of z', with the group's other matrices fixed. The method then truncates this regression to the matrix's rank: a
+reduced-rank regression (Izenman 1975) on the moments E[z' z'ᵀ] and E[z z'ᵀ].
+
+Zhang et al. (2016) account for changed inputs in the same way in convolutional networks, one layer after another. A
+recurrence has no such order, because its inputs depend on its own outputs; so all matrices are fitted at once, and the
+passes are repeated.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sized
-from typing import Any
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.distributions import Distribution, kl_divergence
+from torch import Tensor
 
-from slimlstm.calibration.observe import Keys, Loss, Recorder, Rows, call, checked_losses, observed_losses, observing
+from slimlstm.calibration.recorder import Keys, Rows
 from slimlstm.errors import SlimLSTMError
-from slimlstm.methods.factorize import DAMPING
-from slimlstm.modules.hosts import Host
+from slimlstm.methods import DAMPING
 from slimlstm.ops.dense import rebuilt
 from slimlstm.ops.weights import Matrix
 
 Solve = Callable[[Tensor, Tensor], Matrix]
-"""Takes a matrix B [m, n] and the moment A [n, n] of its inputs; returns what stands for B, as factors or rounded."""
+"""Compresses a matrix B [m, n], given the moment A [n, n] of its inputs. Returns factors, or a rounded matrix [m, n]."""
 
 _ALTERNATIONS = 2
+"""How often the matrices of a group are fitted in turn on the moments of one pass."""
 _HELD_OUT = 5
-"""Of so many batches the last one judges; of fewer all do."""
+"""One batch in this many is held out to judge the factors; of fewer batches, all both fit and judge."""
 
 
-class ControlFlowError(SlimLSTMError):
-    """The compressed model did not call its LSTMs as the dense one did."""
+class CallMismatchError(SlimLSTMError):
+    """The compressed model called its LSTMs more often, or less often, than the uncompressed one."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One batch as both models saw it.
+
+    Attributes:
+        number: the batch's position in the pass, counted from 0.
+        dense: the rows of the uncompressed model, by the keys of each group of matrices.
+        compressed: the rows of the compressed model; the same groups, and as many rows in each.
+        costs: the compressed model's loss at every prediction, of any shape; None where the batch does not judge.
+    """
+
+    number: int
+    dense: Mapping[Keys, Rows]
+    compressed: Mapping[Keys, Rows]
+    costs: Tensor | None = None
+
+
+class Observer(Protocol):
+    """Runs the uncompressed and a compressed model side by side over the same batches."""
+
+    @property
+    def batch_count(self) -> int:
+        """The number of batches in one pass."""
+        ...
+
+    @property
+    def has_costs(self) -> bool:
+        """Whether observations carry costs, so that held-out batches can judge the factors."""
+        ...
+
+    def observe(self, weights: Mapping[str, Matrix], fitting: range, judging: range) -> Generator[Observation]:
+        """Yield the observations of one pass, in the order of the batches; restore all state when closed.
+
+        Args:
+            weights: the compressed matrices by key, as factors or dense; all others stay uncompressed.
+            fitting: the numbers of the batches whose rows are needed. Gradients in ``Observation.dense``, where given,
+                mark the rows that count.
+            judging: the numbers of the batches whose costs are needed. Batches in neither range may be skipped.
+        """
+        ...
 
 
 def refit(
-    model: nn.Module,
-    hosts: list[Host],
+    observer: Observer,
+    matrices: Mapping[str, Tensor],
     weights: Mapping[str, Matrix],
     solvers: Mapping[str, Solve],
-    batches: Iterable[Any],
-    loss: Loss | None,
     passes: int,
 ) -> tuple[int, dict[str, Matrix]]:
-    """Fits the matrices of the ``solvers`` again in every pass over the batches; the model itself does not change.
+    """Fit compressed matrices again in every pass over the observer's batches; no model changes.
+
+    Where the observer has costs, the last fifth of the batches does not fit but judges; fewer than five batches do both.
 
     Args:
-        model: the dense model, with its ``hosts``.
-        weights: what stands for the matrices that are compressed, by key; all others are the model's own.
-        solvers: make what stands for a matrix of what it should be now; by the keys of the matrices to be fitted.
-        batches, loss: as of :func:`slimlstm.calibrate`; both models see every batch. A loss that carries something from
-            batch to batch, such as a state, has ``state_dict`` and ``load_state_dict``, so that each model gets its own.
-            With a loss, the last fifth of the batches is not fitted to but decides; fewer than five do both.
+        observer: runs both models on the batches.
+        matrices: the uncompressed matrices [m, n] by key; at least every matrix in a group that the observer reports.
+        weights: the compressed matrices by key, as factors or dense.
+        solvers: how to compress each matrix that is to be fitted, by key.
+        passes: how often to fit, at least once.
 
     Returns:
-        After how many passes the loss on the deciding batches was lowest, or of distributions the divergence from the dense
-        model's, and what stood for all matrices then. Without a loss those are all passes.
+        The number of the pass with the lowest mean cost, 0 for the given weights, and all compressed matrices after that
+        pass. Without costs, the last pass.
 
     Raises:
-        ControlFlowError: how often an LSTM is called depends on its weights, so that rows cannot be paired.
-        SlimLSTMError: as :func:`slimlstm.calibrate`.
+        CallMismatchError: the number of calls of an LSTM depends on its weights, so that rows cannot be paired.
     """
-    matrices = {site.key: host.matrix(site.name).double() for host in hosts for site in host.sites()}
+    exact = {key: matrix.double() for key, matrix in matrices.items()}
     now, lowest, best = dict(weights), math.inf, (0, dict(weights))
-    fitting, judging = _shared_out(batches, loss)
+    fitting, judging = split_batches(observer.batch_count, observer.has_costs)
     for number in range(passes + 1):
         is_last = number == passes
-        if is_last and loss is None:
+        if is_last and not observer.has_costs:
             return number, now
-        seen, cost = _moments(model, hosts, now, batches, loss, range(0) if is_last else fitting, judging)
+        moments, cost = _one_pass(observer, now, range(0) if is_last else fitting, judging)
         if cost < lowest:
             lowest, best = cost, (number, now)
         if not is_last:
-            now = _fitted(seen, matrices, now, solvers)
+            now = _fitted(moments, exact, now, solvers)
     return best
 
 
-def _shared_out(batches: Iterable[Any], loss: Loss | None) -> tuple[range, range]:
-    """The numbers of the batches to fit to, and of those that decide whether that was good."""
-    count = len(batches) if isinstance(batches, Sized) else sum(1 for _ in batches)
-    held_out = count // _HELD_OUT if loss is not None else 0
+def split_batches(count: int, has_costs: bool) -> tuple[range, range]:
+    """Return the numbers of the batches to fit to, and of the batches that judge the result.
+
+    Example:
+        >>> split_batches(10, has_costs=True)
+        (range(0, 8), range(8, 10))
+        >>> split_batches(3, has_costs=True)
+        (range(0, 3), range(0, 3))
+    """
+    held_out = count // _HELD_OUT if has_costs else 0
     return range(count - held_out), range(count - held_out if held_out else 0, count)
 
 
+def _one_pass(
+    observer: Observer, weights: Mapping[str, Matrix], fitting: range, judging: range
+) -> tuple[dict[Keys, PairedMoments], float]:
+    """Return the moments of every group over the fitting batches, and the mean cost of the judging batches."""
+    found: dict[Keys, PairedMoments] = {}
+    costs: list[Tensor] = []
+    # Closed even when this loop raises, so that the observer restores the random state at once.
+    with closing(observer.observe(weights, fitting, judging)) as observations:
+        for seen in observations:
+            if _row_counts(seen.dense) != _row_counts(seen.compressed):
+                raise CallMismatchError("the number of steps that an LSTM takes depends on its weights")
+            for keys, rows in seen.dense.items() if seen.number in fitting else ():
+                if keys not in found:
+                    found[keys] = PairedMoments([part.shape[1] for part in rows.inputs])
+                found[keys].add(rows, seen.compressed[keys])
+            if seen.costs is not None and seen.number in judging:
+                costs.append(seen.costs.detach().double().flatten())
+    cost = float(torch.cat(costs).mean()) if costs else 0.0
+    return {keys: moments for keys, moments in found.items() if moments.rows}, cost
+
+
+def _row_counts(seen: Mapping[Keys, Rows]) -> dict[Keys, int]:
+    return {keys: len(rows.inputs[0]) for keys, rows in seen.items()}
+
+
 def _fitted(
-    seen: Mapping[Keys, _Moments], matrices: Mapping[str, Tensor], now: Mapping[str, Matrix], solvers: Mapping[str, Solve]
+    moments: Mapping[Keys, PairedMoments],
+    matrices: Mapping[str, Tensor],
+    weights: Mapping[str, Matrix],
+    solvers: Mapping[str, Solve],
 ) -> dict[str, Matrix]:
-    after = dict(now)
-    for keys, moments in seen.items():
+    """Return ``weights`` with every matrix that has a solver fitted to the moments of its group."""
+    after = dict(weights)
+    for keys, paired in moments.items():
         for _ in range(_ALTERNATIONS):
-            # hh first: it sees what was lost at every step before.
-            for index in (1, 0):
+            # hh first: it receives the errors of every earlier step.
+            for index in reversed(range(len(keys))):
                 if keys[index] in solvers:
-                    current = [_of(key, after, matrices) for key in keys]
-                    fitted = moments.regression([matrices[key] for key in keys], current, index)
+                    current = [_dense(key, after, matrices) for key in keys]
+                    fitted = paired.regression([matrices[key] for key in keys], current, index)
                     after[keys[index]] = solvers[keys[index]](*fitted)
     return after
 
 
-def _of(key: str, weights: Mapping[str, Matrix], matrices: Mapping[str, Tensor]) -> Tensor:
+def _dense(key: str, weights: Mapping[str, Matrix], matrices: Mapping[str, Tensor]) -> Tensor:
+    """Return the matrix [m, n] that the compressed model uses now, in float64."""
     return rebuilt(weights[key]).detach().double() if key in weights else matrices[key]
 
 
-class _Moments:
-    """Sums over N rows of z' z'ᵀ and z z'ᵀ [I + P, I + P], with z = [x; h] of the dense model and z' of the compressed."""
+class PairedMoments:
+    """Sums of z' z'ᵀ and z z'ᵀ [n, n] over N rows, with inputs z of the uncompressed and z' of the compressed model.
 
-    def __init__(self, inputs: int, size: int) -> None:
+    Args:
+        widths: the input sizes of the group's matrices, which sum to n; for an LSTM, (I, P).
+    """
+
+    def __init__(self, widths: Sequence[int]) -> None:
         self.rows = 0
+        size = sum(widths)
         self.own = self.cross = torch.zeros(size, size, dtype=torch.float64)
-        self.parts = slice(0, inputs), slice(inputs, size)
+        ends = [sum(widths[: index + 1]) for index in range(len(widths))]
+        self.parts = [slice(end - width, end) for end, width in zip(ends, widths, strict=True)]
 
     def add(self, dense: Rows, compressed: Rows) -> None:
+        """Add the rows of one batch, except rows that the uncompressed model's loss does not depend on."""
         z, own = torch.cat(dense.inputs, dim=1), torch.cat(compressed.inputs, dim=1)
         if z.dtype != torch.float64:
             z, own = z.float(), own.float()
@@ -125,90 +210,25 @@ class _Moments:
         self.own = self.own.to(z.device) + (own.T @ own).double()
         self.cross = self.cross.to(z.device) + (z.T @ own).double()
 
-    def regression(self, dense: list[Tensor], now: list[Tensor], index: int) -> tuple[Tensor, Tensor]:
-        """B [m, n] for ih (0) or hh (1), and the moment A of its inputs.
+    def regression(self, dense: Sequence[Tensor], now: Sequence[Tensor], index: int) -> tuple[Tensor, Tensor]:
+        """Return the best matrix B [m, n] at ``index`` in the group, and the damped moment A [n, n] of its inputs.
 
-        B minimises E‖W z - W'_other z'_other - B z'_own‖² + λ ‖B - W_own‖². What N rows cannot tell about n inputs is left
-        at W by λ = (``DAMPING`` + n / N) times the mean of A's diagonal.
+        B minimises E‖W z - W'_other z'_other - B z'_own‖² + λ ‖B - W_own‖². With N rows for n inputs,
+        λ = (``DAMPING`` + n / N) times the mean of A's diagonal, so that B stays near W where the rows are too few.
+
+        Args:
+            dense: the group's uncompressed matrices.
+            now: the group's matrices as the compressed model uses them.
+            index: the position of the matrix to fit.
         """
-        own, other = self.parts[index], self.parts[1 - index]
+        own = self.parts[index]
         moment = self.own[own, own] / self.rows
-        wanted = (torch.cat(dense, dim=1) @ self.cross[:, own] - now[1 - index] @ self.own[other, own]) / self.rows
+        wanted = torch.cat(list(dense), dim=1) @ self.cross[:, own]
+        for other, part in enumerate(self.parts):
+            if other != index:
+                wanted = wanted - now[other] @ self.own[part, own]
+        wanted = wanted / self.rows
         n = len(moment)
         strength = (DAMPING + n / self.rows) * float(moment.diagonal().mean()) or 1.0
         damped = moment + strength * torch.eye(n, dtype=moment.dtype, device=moment.device)
         return torch.linalg.solve(damped, (wanted + strength * dense[index]).T).T, damped
-
-
-def _moments(
-    model: nn.Module,
-    hosts: list[Host],
-    weights: Mapping[str, Matrix],
-    batches: Iterable[Any],
-    loss: Loss | None,
-    fitting: range,
-    judging: range,
-) -> tuple[dict[Keys, _Moments], float]:
-    """What both models see in the batches of ``fitting``, row by row, without rows that the dense one's loss does not
-    depend on; and the mean cost of the compressed one in those of ``judging``."""
-    models = _Observed(model, hosts, {}, loss), _Observed(model, hosts, weights, loss)
-    found: dict[Keys, _Moments] = {}
-    costs: list[Tensor] = []
-    with torch.random.fork_rng():
-        for number, batch in enumerate(batches):
-            if number not in fitting and number not in judging and not models[0].carries:
-                continue
-            with_gradients = loss is not None and number in fitting
-            dense, compressed = models[0].run(number, batch, with_gradients), models[1].run(number, batch, False)
-            if {keys: len(rows.inputs[0]) for keys, rows in dense.items()} != {
-                keys: len(rows.inputs[0]) for keys, rows in compressed.items()
-            }:
-                raise ControlFlowError("the number of steps that an LSTM takes depends on its weights")
-            for keys, rows in dense.items() if number in fitting else ():
-                if keys not in found:
-                    inputs, outputs = (part.shape[1] for part in rows.inputs)
-                    found[keys] = _Moments(inputs, inputs + outputs)
-                found[keys].add(rows, compressed[keys])
-            if loss is not None and number in judging:
-                costs.append(_costs(models[0].result, models[1].result).detach().double().flatten())
-    cost = float(torch.cat(costs).mean()) if costs else 0.0
-    return {keys: moments for keys, moments in found.items() if moments.rows}, cost
-
-
-def _costs(dense: object, compressed: object) -> Tensor:
-    """The compressed model's losses, or how far the distribution that it predicts is from the dense one's."""
-    if not isinstance(dense, Distribution) or not isinstance(compressed, Distribution):
-        return checked_losses(compressed)
-    try:
-        return kl_divergence(dense, compressed)
-    except NotImplementedError:
-        return -compressed.log_prob(dense.sample())
-
-
-class _Observed:
-    """The model by certain weights, what the loss carries for it from batch to batch, and its last result."""
-
-    result: object = None
-
-    def __init__(self, model: nn.Module, hosts: list[Host], weights: Mapping[str, Matrix], loss: Loss | None) -> None:
-        self._model, self._hosts, self._weights, self._loss = model, hosts, weights, loss
-        self.carries = hasattr(loss, "state_dict") and hasattr(loss, "load_state_dict")
-        self._carried = self._state()
-
-    def run(self, number: int, batch: Any, with_gradients: bool) -> dict[Keys, Rows]:
-        torch.manual_seed(number)
-        if self.carries:
-            getattr(self._loss, "load_state_dict")(self._carried)
-        recorder = Recorder(with_gradients)
-        with observing(self._model, self._hosts, recorder, self._weights), torch.set_grad_enabled(with_gradients):
-            if self._loss is None:
-                call(self._model, batch)
-            else:
-                self.result = self._loss(self._model, batch)
-            rows = recorder.take(observed_losses(self.result)[0].sum() if with_gradients else None)
-        self._carried = self._state()
-        return rows
-
-    def _state(self) -> Any:
-        # What is returned may be the very object that the next batch changes.
-        return copy.deepcopy(getattr(self._loss, "state_dict")()) if self.carries else None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from slimlstm.bench.timing import interleaved_seconds, median_ratios
-from slimlstm.calibration.moments import calibrate
+from slimlstm.calibration.collect import calibrate
 from slimlstm.compress import compress_, sha256_of
 from slimlstm.demo.awd_lstm import AWDLSTM
 from slimlstm.demo.model import embedded_model, held_out_tokens

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree  # pyright: ignore[reportPrivateUsage]  # the public name is of newer versions
 
-from slimlstm.calibration.observe import evaluating, forwards_replaced, stand_in
+from slimlstm.calibration.observe import build_like, forwards_replaced
 from slimlstm.errors import SlimLSTMError
 from slimlstm.modules.cell import LowRankLSTMCell
 from slimlstm.modules.hosts import Host, find_hosts
 from slimlstm.modules.lstm import LowRankLSTM
+from slimlstm.modules.modes import evaluation_mode
 from slimlstm.modules.shapes import LSTMState
 from slimlstm.onnx.layers import Graph, Ports, add_layer
 from slimlstm.ops.weights import Direction
@@ -101,7 +102,7 @@ def export_onnx(
         raise SlimLSTMError(problem)
     layers = list[Sequence[Direction]]()
     modules = [(host.lstm, _written(host, layers)) for host in hosts]
-    with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
         with forwards_replaced(modules), _quiet():
             program = _followed(model, arguments, named, input_names, output_names, dynamic_shapes)
         shapes, sizes, closed = _axes(program)
@@ -167,7 +168,7 @@ def _node(x: Tensor, h0: Tensor, c0: Tensor, number: int) -> tuple[Tensor, Tenso
 
 def _written(host: Host, layers: list[Sequence[Direction]]) -> nn.Module:
     """What takes the place of the host while it is followed; its layers get the next numbers in ``layers``."""
-    module = stand_in(host, _WrittenLSTM, _WrittenCell, host.weight)
+    module = build_like(host, _WrittenLSTM, _WrittenCell, host.weight)
     module.storages = dict(getattr(host.lstm, "storages", {}))
     own = module.layers()
     module.numbers = list(range(len(layers), len(layers) + len(own)))

@@ -1,0 +1,152 @@
+"""Run batches through a model to collect the moments of its sites, or its mean loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from slimlstm.calibration.losses import Loss, call, checked_losses, observed_losses
+from slimlstm.calibration.moments import Calibration, Moments
+from slimlstm.calibration.observe import observable_hosts, observing
+from slimlstm.calibration.recorder import Keys, Recorder, Rows
+from slimlstm.errors import SlimLSTMError
+from slimlstm.modules.modes import evaluation_mode
+
+_NO_BATCH = "no batch was given; if the batches came from an iterator, it may have been used up before"
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Loss | None = None,
+    *,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Calibration:
+    """Run ``batches`` through the model in evaluation mode and collect the moments of all its sites.
+
+    Neither parameters nor their ``.grad`` change, and memory does not grow with the number of batches. Gradients flow back
+    in time as far as a batch reaches.
+
+    Args:
+        model: any module with LSTMs, dense or compressed.
+        batches: an iterable of batches; each is passed to ``loss``.
+        loss: takes the model and a batch; see :data:`slimlstm.calibration.losses.Loss`. Labels drawn from a distribution
+            give the true Fisher information, observed labels the empirical one. Without a loss, the model is called on
+            each batch (a tuple or list gives its arguments, a mapping its named arguments), and only inputs are recorded;
+            they suffice for ``"activation"``.
+        seed: of the labels that are drawn.
+        progress: called with the number of batches done.
+
+    Raises:
+        SlimLSTMError: the model holds no LSTM that can be observed, no batch was given, the loss returned no finite losses
+            or does not depend on the LSTMs, or an LSTM's inputs are not finite.
+
+    Example:
+        >>> model = nn.Sequential(nn.LSTM(3, 4))
+        >>> found = calibrate(model, [torch.randn(5, 2, 3)], lambda model, batch: model(batch)[0].square())
+        >>> {key: tuple(moments.inputs.shape) for key, moments in found.sites.items()}
+        {'0.weight_ih_l0': (3, 3), '0.weight_hh_l0': (4, 4)}
+        >>> found.predictions
+        40
+    """
+    recorder, sums = Recorder(loss is not None), dict[Keys, _Sums]()
+    total, predictions, is_scaled, done = 0.0, 0, True, 0
+    with observing(model, observable_hosts(model), recorder), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for done, batch in enumerate(batches, 1):
+            losses, scaled = _run(model, batch, loss)
+            seen = recorder.take(None if losses is None else losses.sum())
+            if losses is not None:
+                total, predictions = total + float(losses.detach().double().sum()), predictions + losses.numel()
+            is_scaled = is_scaled and scaled
+            for keys, rows in seen.items():
+                sums.setdefault(keys, _Sums()).add(rows)
+            if progress is not None:
+                progress(done)
+    if not done:
+        raise SlimLSTMError(_NO_BATCH)
+    mean = total / predictions if predictions else None
+    return Calibration(_moments(sums), mean, predictions, is_scaled)
+
+
+def _run(model: nn.Module, batch: Any, loss: Loss | None) -> tuple[Tensor | None, bool]:
+    """Run one batch, and return its losses, if any, and whether they are one a prediction."""
+    if loss is None:
+        with torch.no_grad():
+            call(model, batch)
+        return None, True
+    with torch.enable_grad():
+        return observed_losses(loss(model, batch))
+
+
+def mean_loss(model: nn.Module, batches: Iterable[Any], loss: Loss) -> float | None:
+    """Return the mean of the losses of all batches, in evaluation mode, which is restored.
+
+    Returns:
+        None where the loss returns a distribution: labels are sampled per model, so losses are not comparable.
+
+    Raises:
+        SlimLSTMError: no batch was given, or the loss returned no finite losses.
+
+    Example:
+        >>> mean_loss(nn.Identity(), [torch.tensor([1.0, 2.0]), torch.tensor([6.0])], lambda model, batch: model(batch))
+        3.0
+    """
+    total, count = 0.0, 0
+    with evaluation_mode(model), torch.no_grad():
+        for batch in batches:
+            result = loss(model, batch)
+            if isinstance(result, Distribution):
+                return None
+            losses = checked_losses(result)
+            total, count = total + float(losses.double().sum()), count + losses.numel()
+    if not count:
+        raise SlimLSTMError(_NO_BATCH)
+    return total / count
+
+
+class _Sums:
+    """Sums of z zᵀ for every matrix of a group, and of δ δᵀ, over rows."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.inputs: list[Tensor] = []
+        self.gradients: Tensor | None = None
+
+    def add(self, rows: Rows) -> None:
+        inputs, gradients, reached = list(rows.inputs), rows.gradients, rows.reached
+        if gradients is not None and reached is not None:
+            inputs, gradients = [values[reached] for values in inputs], gradients[reached]
+        self.rows += len(inputs[0])
+        sums = [_square(values) for values in inputs]
+        self.inputs = sums if not self.inputs else [old.add_(new) for old, new in zip(self.inputs, sums, strict=True)]
+        if gradients is not None:
+            square = _square(gradients)
+            self.gradients = square if self.gradients is None else self.gradients.add_(square)
+
+
+def _moments(sums: Mapping[Keys, _Sums]) -> dict[str, Moments]:
+    found: dict[str, Moments] = {}
+    for keys, entry in sums.items():
+        if entry.rows == 0:
+            continue
+        gradients = None if entry.gradients is None else entry.gradients / entry.rows
+        for key, inputs in zip(keys, entry.inputs, strict=True):
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in (inputs, gradients) if tensor is not None):
+                raise SlimLSTMError(f"the inputs of {key}, or their gradients, are not finite; check the batches")
+            found[key] = Moments(inputs / entry.rows, gradients, entry.rows)
+    return found
+
+
+def _square(rows: Tensor) -> Tensor:
+    """Return Σ v vᵀ over the rows v of a matrix, in float64.
+
+    The products of one batch are summed in float32, unless the rows are in float64.
+    """
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    return (rows.T @ rows).double()

@@ -1,0 +1,65 @@
+"""Calling a model on batches, and the results that a loss may return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.nn.utils.rnn import PackedSequence
+
+from slimlstm.errors import SlimLSTMError
+
+Loss = Callable[[nn.Module, Any], Tensor | Distribution]
+"""Takes the model and a batch, and returns one of three results:
+
+- the loss of every prediction, of any shape, without padding;
+- the predicted distribution, from which labels are drawn;
+- one mean loss, which leaves the scale of the predicted losses unknown.
+"""
+
+
+def observed_losses(result: object) -> tuple[Tensor, bool]:
+    """Return the losses in the result of a :data:`Loss`, and whether they are one a prediction rather than a mean.
+
+    Labels are drawn from a distribution, and their negative log-probabilities are the losses.
+
+    Raises:
+        SlimLSTMError: the result is neither a tensor nor a distribution, or a loss is not finite.
+
+    Example:
+        >>> observed_losses(torch.tensor([0.5, 0.25]))
+        (tensor([0.5000, 0.2500]), True)
+    """
+    is_drawn = isinstance(result, Distribution)
+    if isinstance(result, Distribution):
+        result = -result.log_prob(result.sample())
+    losses = checked_losses(result)
+    return losses, is_drawn or losses.ndim > 0
+
+
+def checked_losses(result: object) -> Tensor:
+    """Return ``result`` if it is a tensor of at least one number, all finite.
+
+    Raises:
+        SlimLSTMError: it is not.
+    """
+    if not isinstance(result, Tensor):
+        raise SlimLSTMError(f"the loss returned {type(result).__name__}; it has to return a tensor or a distribution")
+    if not result.numel():
+        raise SlimLSTMError("the loss returned a tensor of 0 numbers; it has to return at least one")
+    if not bool(torch.isfinite(result).all()):
+        raise SlimLSTMError("the loss returned NaN or infinite numbers; check the batches and the model's outputs")
+    return result
+
+
+def call(model: nn.Module, batch: Any) -> None:
+    """Call the model on a batch: a tuple or list gives its arguments, a mapping its named arguments."""
+    if isinstance(batch, Mapping):
+        model(**cast(Mapping[str, Any], batch))
+    elif isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence):
+        model(*cast(Sequence[Any], batch))
+    else:
+        model(batch)

@@ -1,0 +1,97 @@
+"""The observer of a PyTorch module, for :func:`slimlstm.calibration.refit.refit`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Generator, Iterable, Mapping, Sequence, Sized
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, kl_divergence
+
+from slimlstm.calibration.losses import Loss, call, checked_losses, observed_losses
+from slimlstm.calibration.observe import observing
+from slimlstm.calibration.recorder import Keys, Recorder, Rows
+from slimlstm.calibration.refit import Observation
+from slimlstm.modules.hosts import Host
+from slimlstm.ops.weights import Matrix
+
+
+class ModuleObserver:
+    """Runs one model with its own and with compressed matrices, without changing it.
+
+    Args:
+        model: the uncompressed model.
+        hosts: its hosts to observe.
+        batches: an iterable that can be iterated more than once.
+        loss: as for :func:`slimlstm.calibrate`, or None. A loss that carries a state from batch to batch has
+            ``state_dict`` and ``load_state_dict``, so that each of the two models keeps its own. Where the loss returns a
+            distribution, the cost is the divergence from the uncompressed model's distribution.
+    """
+
+    def __init__(self, model: nn.Module, hosts: Sequence[Host], batches: Iterable[Any], loss: Loss | None) -> None:
+        self._model, self._hosts, self._batches, self._loss = model, hosts, batches, loss
+
+    @cached_property
+    def batch_count(self) -> int:
+        """The number of batches in one pass."""
+        return len(self._batches) if isinstance(self._batches, Sized) else sum(1 for _ in self._batches)
+
+    @property
+    def has_costs(self) -> bool:
+        """Whether a loss was given."""
+        return self._loss is not None
+
+    def observe(self, weights: Mapping[str, Matrix], fitting: range, judging: range) -> Generator[Observation]:
+        """Yield the observations of one pass; see :class:`slimlstm.calibration.refit.Observer`."""
+        dense, compressed = (_Runner(self._model, self._hosts, own, self._loss) for own in ({}, weights))
+        with torch.random.fork_rng():
+            for number, batch in enumerate(self._batches):
+                if number not in fitting and number not in judging and not dense.carries:
+                    continue
+                with_gradients = self._loss is not None and number in fitting
+                rows = dense.run(number, batch, with_gradients), compressed.run(number, batch, False)
+                is_judged = self._loss is not None and number in judging
+                yield Observation(number, *rows, _costs(dense.result, compressed.result) if is_judged else None)
+
+
+class _Runner:
+    """Runs the model with certain matrices, with a loss state and a last result of its own."""
+
+    result: object = None
+
+    def __init__(self, model: nn.Module, hosts: Sequence[Host], weights: Mapping[str, Matrix], loss: Loss | None) -> None:
+        self._model, self._hosts, self._weights, self._loss = model, hosts, weights, loss
+        self.carries = hasattr(loss, "state_dict") and hasattr(loss, "load_state_dict")
+        self._carried = self._loss_state()
+
+    def run(self, number: int, batch: Any, with_gradients: bool) -> dict[Keys, Rows]:
+        """Run one batch; both models draw the same random numbers for it."""
+        torch.manual_seed(number)
+        if self.carries:
+            getattr(self._loss, "load_state_dict")(self._carried)
+        recorder = Recorder(with_gradients)
+        with observing(self._model, self._hosts, recorder, self._weights), torch.set_grad_enabled(with_gradients):
+            if self._loss is None:
+                call(self._model, batch)
+            else:
+                self.result = self._loss(self._model, batch)
+            rows = recorder.take(observed_losses(self.result)[0].sum() if with_gradients else None)
+        self._carried = self._loss_state()
+        return rows
+
+    def _loss_state(self) -> Any:
+        # A copy, because the loss may return the very object that the next batch changes.
+        return copy.deepcopy(getattr(self._loss, "state_dict")()) if self.carries else None
+
+
+def _costs(dense: object, compressed: object) -> Tensor:
+    """Return the compressed model's losses, or the divergence of its distribution from the uncompressed model's."""
+    if not isinstance(dense, Distribution) or not isinstance(compressed, Distribution):
+        return checked_losses(compressed)
+    try:
+        return kl_divergence(dense, compressed)
+    except NotImplementedError:
+        return -compressed.log_prob(dense.sample())
