@@ -1,9 +1,9 @@
 """Fit factors again to the inputs that they see once the whole model is compressed.
 
 Errors made in lower layers and at earlier steps change a matrix's inputs: z' instead of the uncompressed model's z.
-Matrices whose products are added into the same gates form a group: for an LSTM, z = [x; h] and W = [W_ih W_hh]. The gates should
-receive W z, and they receive W' z'. Each matrix is therefore replaced by the ridge regression of its share of W z on its
-own part of z', with the group's other matrices fixed. The method then truncates this regression to the matrix's rank: a
+Matrices whose products are added into the same gates form a group: for an LSTM, z = [x; h] and W = [W_ih W_hh]. The gates
+should receive W z, and they receive W' z'. Each matrix is therefore replaced by the ridge regression of its share of W z on
+its own part of z', with the group's other matrices fixed. The method then truncates this regression to the matrix's rank: a
 reduced-rank regression (Izenman 1975) on the moments E[z' z'ᵀ] and E[z z'ᵀ].
 
 Zhang et al. (2016) account for changed inputs in the same way in convolutional networks, one layer after another. A
