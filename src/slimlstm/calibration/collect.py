@@ -59,8 +59,7 @@ def calibrate(
     with observing(model, observable_hosts(model), recorder), torch.random.fork_rng():
         torch.manual_seed(seed)
         for done, batch in enumerate(batches, 1):
-            losses, scaled = _run(model, batch, loss)
-            seen = recorder.take(None if losses is None else losses.sum())
+            seen, losses, scaled = _run(model, batch, loss, recorder)
             if losses is not None:
                 total, predictions = total + float(losses.detach().double().sum()), predictions + losses.numel()
             is_scaled = is_scaled and scaled
@@ -74,14 +73,17 @@ def calibrate(
     return Calibration(_moments(sums), mean, predictions, is_scaled)
 
 
-def _run(model: nn.Module, batch: Any, loss: Loss | None) -> tuple[Tensor | None, bool]:
-    """Run one batch, and return its losses, if any, and whether they are one a prediction."""
+def _run(
+    model: nn.Module, batch: Any, loss: Loss | None, recorder: Recorder
+) -> tuple[dict[Keys, Rows], Tensor | None, bool]:
+    """Run one batch. Return its rows, its losses, if any, and whether they are one a prediction."""
     if loss is None:
         with torch.no_grad():
             call(model, batch)
-        return None, True
+        return recorder.take(None), None, True
     with torch.enable_grad():
-        return observed_losses(loss(model, batch))
+        losses, is_scaled = observed_losses(loss(model, batch))
+        return recorder.take(losses.sum()), losses, is_scaled
 
 
 def mean_loss(model: nn.Module, batches: Iterable[Any], loss: Loss) -> float | None:
