@@ -5,12 +5,13 @@ T time steps, B sequences, D directions, I input size, H hidden size, P projecti
 
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from slimlstm import LowRankLSTM
-from slimlstm.onnx.layers import OPSET, Graph, Ports, add_layer
+from slimlstm.onnx.layers import OPSET, Graph, Ports, add_layer, layer_model
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="what was written is run by ONNX Runtime")
 onnx = pytest.importorskip("onnx")
@@ -111,3 +112,41 @@ def test_double_precision_is_kept(kinds):
     session = session_of(layer.layers()[0], Ports("x", "", "", "y", "h", "c"), dtype="DOUBLE")
     x = torch.randn(7, 3, INPUTS, dtype=torch.float64)
     torch.testing.assert_close(run(session, x=x)[0], layer(x)[0], rtol=1e-10, atol=1e-10)
+
+
+def saturating_matmul():
+    """MatMulInteger as x86 CPUs without VNNI compute u8 times s8: sums of two products saturate at 16 bits."""
+    from onnx.reference.op_run import OpRun
+
+    class MatMulInteger(OpRun):
+        op_domain = ""
+
+        def _run(self, a, b, a_zero=0, b_zero=0):
+            wide, right = a.astype(np.int64), b.astype(np.int64)
+            if (a.dtype, b.dtype) != (np.uint8, np.int8):
+                return (((wide - int(a_zero)) @ (right - int(b_zero))).astype(np.int32),)
+            pairs = wide[..., 0::2, None] * right[0::2] + wide[..., 1::2, None] * right[1::2]
+            total = pairs.clip(-(2**15), 2**15 - 1).sum(-2) - int(a_zero) * right.sum(0)
+            return (total.astype(np.int32),)
+
+    return MatMulInteger
+
+
+@torch.no_grad()
+def test_int8_is_exact_on_cpus_that_saturate():
+    """ONNX Runtime, the reference and a saturating CPU agree at weights and inputs of the full range."""
+    from onnx.reference import ReferenceEvaluator
+
+    layer = LowRankLSTM(64, H)
+    for name in ("weight_ih_l0", "weight_hh_l0"):
+        weight = layer.get_parameter(name)
+        weight.copy_(torch.where(torch.rand_like(weight) < 0.8, 0.05, -0.05))
+    layer.storages = {"weight_ih_l0": "int8", "weight_hh_l0": "int8"}
+    model, x = layer_model(layer.layers()[0]), torch.full((3, 2, 64), 2.0)
+    expected = layer(x)[0].numpy()
+    for engine in (
+        ReferenceEvaluator(model),
+        ReferenceEvaluator(model, new_ops=[saturating_matmul()]),
+        onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]),
+    ):
+        np.testing.assert_allclose(engine.run(None, {"x": x.numpy()})[0], expected, atol=2e-3)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.ops.weights import Direction, Matrix, columns, is_clipped, rows, to_int8
+from slimlstm.methods.storages import to_int8
+from slimlstm.ops.weights import Direction, Matrix, columns, is_clipped, rows
 
 OPSET = 18
 _TYPES = {
@@ -281,17 +282,23 @@ def _add_thin_product(graph: Graph, x: str, weight: Tensor, storage: str) -> str
         least = graph.constant(torch.tensor(torch.finfo(torch.float32).tiny))
         scale = graph.add("Max", graph.add("Mul", largest, graph.constant(torch.tensor(1 / 127))), least)
         signed = graph.add("Round", graph.add("Div", x, scale))
-        # ONNX Runtime is fast, and right, where inputs have no sign.
+        # Both sides unsigned, which ONNX Runtime computes fast and exactly on every CPU. With signed weights it saturates
+        # sums of two products at 16 bits on x86 without VNNI; with signed inputs it takes a slow path.
         quantized = _cast(graph, graph.add("Add", signed, graph.constant(torch.tensor(128.0))), torch.uint8)
         zero = graph.constant(torch.tensor(128, dtype=torch.uint8))
-        integers = graph.once(weight, "integers", lambda: to_int8(weight)[0].T)
-        scales = graph.once(weight, "scales", lambda: to_int8(weight)[1])
-        total = graph.add("MatMulInteger", quantized, integers, zero)
+        integers = graph.once(weight, "integers", lambda: _unsigned(to_int8(weight).codes.T))
+        scales = graph.once(weight, "scales", lambda: to_int8(weight).scale)
+        total = graph.add("MatMulInteger", quantized, integers, zero, zero)
         # Both scales multiplied first would be a pattern that ONNX Runtime takes for one with a single scale of inputs.
         return graph.add("Mul", graph.add("Mul", _cast(graph, total), scale), scales)
     if storage == "bfloat16":
         return graph.add("MatMul", x, _cast(graph, graph.once(weight, storage, weight.T.bfloat16)))
     return graph.add("MatMul", x, graph.once(weight, storage, lambda: weight.T))
+
+
+def _unsigned(integers: Tensor) -> Tensor:
+    """Return int8 as uint8 with the zero point 128."""
+    return (integers.short() + 128).to(torch.uint8)
 
 
 def _cast(graph: Graph, name: str, dtype: torch.dtype = torch.float32) -> str:
