@@ -559,20 +559,20 @@ def infinite(x: Tensor) -> Tensor:
 
 BATCH = randn(T, B, IN)
 REFUSED = {
-    "no LSTM": (nn.Linear(2, 3), [BATCH], None, r"holds no LSTM that can be calibrated; find_sites\(model\) says"),
+    "no LSTM": (nn.Linear(2, 3), [BATCH], None, r"holds no LSTM that can be calibrated; find_sites\(model\) lists"),
     "bare": (nn.LSTM(IN, H), [BATCH], None, "holds no LSTM that can be calibrated"),
-    "no batch": (small_model(), [], None, "no batch to calibrate on; an iterator may have been used up"),
-    "used up": (small_model(), iter(()), lambda m, x: m(x), "no batch to calibrate on"),
-    "another model": (small_model(), [BATCH], lambda m, x: small_model()(x), "ran none of the model's LSTMs; was another"),
-    "NaN loss": (small_model(), [BATCH], lambda m, x: m(x) * math.nan, "which have to be finite and at least one"),
-    "infinite mean": (small_model(), [BATCH], lambda m, x: m(x).sum() / 0.0, "1 numbers, which have to be finite"),
-    "no losses": (small_model(), [BATCH], lambda m, x: m(x)[:0], "returned 0 numbers, .* at least one"),
+    "no batch": (small_model(), [], None, "no batch was given; .* an iterator, it may have been used up"),
+    "used up": (small_model(), iter(()), lambda m, x: m(x), "no batch was given"),
+    "another model": (small_model(), [BATCH], lambda m, x: small_model()(x), "ran none of the model's LSTMs; check that it calls"),
+    "NaN loss": (small_model(), [BATCH], lambda m, x: m(x) * math.nan, "returned NaN or infinite numbers; check"),
+    "infinite mean": (small_model(), [BATCH], lambda m, x: m(x).sum() / 0.0, "returned NaN or infinite numbers; check"),
+    "no losses": (small_model(), [BATCH], lambda m, x: m(x)[:0], "a tensor of 0 numbers; .* at least one"),
     "a float": (small_model(), [BATCH], lambda m, x: m(x).sum().item(), "returned float; it has to return a tensor or"),
     "nothing": (small_model(), [BATCH], lambda m, x: None, "returned NoneType; it has to return a tensor or a dist"),
     "detached": (small_model(), [BATCH], lambda m, x: m(x).detach(), "does not depend on the model's LSTMs in a way"),
     "without gradients": (small_model(), [BATCH], torch.no_grad()(lambda m, x: m(x)), "does not depend on the model's"),
     "beside the LSTM": (small_model(), [BATCH], lambda m, x: m[2](m[0](x)[0].detach()), "does not depend on the model's"),
-    "infinite inputs": (small_model(), [infinite(BATCH)], None, r"what goes into 0\.weight_ih_l0, .*; check the batches"),
+    "infinite inputs": (small_model(), [infinite(BATCH)], None, r"the inputs of 0\.weight_ih_l0, .*; check the batches"),
 }
 
 

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from slimlstm.methods.factorize import DAMPING
 from strangers import IN, STRANGERS, B, H, T, V
 from test_fisher import batches_of, every_stranger, losses_of, matrices, state_of
 from torch import nn
@@ -12,10 +11,12 @@ from torch.distributions import Categorical
 from torch.nn.functional import cross_entropy
 
 from slimlstm import LowRank, Quantize, SlimLSTMError, compress_
+from slimlstm.calibration.module_observer import ModuleObserver
 from slimlstm.calibration.refit import refit
 from slimlstm.compress import PASSES
 from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig
 from slimlstm.demo.model import embedded_model, held_out_tokens
+from slimlstm.methods import DAMPING
 from slimlstm.modules.hosts import find_hosts
 
 
@@ -85,7 +86,8 @@ def test_where_nothing_was_lost_every_matrix_is_fitted_to_itself(stranger):
     model, batches, targets = stranger.make(), batches_of(stranger), {}
     solver = recorded(targets)
     hosts = [host for host in find_hosts(model) if host.problem is None]
-    refit(model, hosts, {}, {key: solver(key, weight) for key, weight in matrices(model).items()}, batches, losses_of, 1)
+    solvers = {key: solver(key, weight) for key, weight in matrices(model).items()}
+    refit(ModuleObserver(model, hosts, batches, losses_of), matrices(model), {}, solvers, 1)
     assert targets.keys() == matrices(model).keys()
     for key, weight in matrices(model).items():
         torch.testing.assert_close(targets[key][0], weight, rtol=1e-8, atol=1e-8)
@@ -97,15 +99,8 @@ def test_a_matrix_becomes_the_ridge_regression_of_its_part_of_the_dense_gates(in
     dense = matrices(model)
     keys = "lstm.weight_ih_l0", "lstm.weight_hh_l0"
     poorer = {key: weight + 0.3 * torch.randn_like(weight) for key, weight in dense.items()}
-    refit(
-        model,
-        find_hosts(model),
-        poorer,
-        {keys[index]: recorded(targets)(keys[index], poorer[keys[index]])},
-        [(x,)],
-        None,
-        1,
-    )
+    solvers = {keys[index]: recorded(targets)(keys[index], poorer[keys[index]])}
+    refit(ModuleObserver(model, find_hosts(model), [(x,)], None), dense, poorer, solvers, 1)
     z = [x.flatten(0, 1), states_before(model, x)]
     with torch.no_grad():
         for name, weight in poorer.items():
@@ -168,7 +163,7 @@ def test_factors_that_lose_more_are_not_kept(monkeypatch):
 
     compress_(models[0], LowRank("fisher", keep=0.5), batches=batches, loss=loss, refit=0)
     worse = lambda self, dense, now, index: (30 * dense[index].flip(0), torch.eye(dense[index].shape[1]).double())  # noqa: E731
-    monkeypatch.setattr("slimlstm.calibration.refit._Moments.regression", worse)
+    monkeypatch.setattr("slimlstm.calibration.refit.PairedMoments.regression", worse)
     report = compress_(models[1], LowRank("fisher", keep=0.5), batches=batches, loss=loss)
     assert report.notes == [
         "factors were fitted again to what goes into them now, but lost more then, and stay as they were"
