@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrize
 
 from slimlstm.errors import SlimLSTMError
+from slimlstm.modules.modes import evaluation_mode
 
 
 @dataclass(frozen=True)
@@ -54,20 +55,14 @@ def perplexity(
     text = _side_by_side(tokens, streams, steps)
     length = len(text)
     total, state = 0.0, None
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        # No weight changes meanwhile, so that masks and other parametrizations need to be applied only once.
-        with torch.no_grad(), parametrize.cached():
-            for start in range(0, length - 1, steps):
-                targets = text[start + 1 : start + 1 + steps]
-                logits, state = model(text[start : start + len(targets)], state)
-                total += float(cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum"))
-                if progress is not None:
-                    progress(min(start + steps, length - 1) / (length - 1))
-    finally:
-        for module in training:
-            module.training = True
+    # No weight changes meanwhile, so that masks and other parametrizations need to be applied only once.
+    with evaluation_mode(model), torch.no_grad(), parametrize.cached():
+        for start in range(0, length - 1, steps):
+            targets = text[start + 1 : start + 1 + steps]
+            logits, state = model(text[start : start + len(targets)], state)
+            total += float(cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum"))
+            if progress is not None:
+                progress(min(start + steps, length - 1) / (length - 1))
     predictions = (length - 1) * streams
     return Perplexity(total / predictions, predictions)
 

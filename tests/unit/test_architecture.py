@@ -26,7 +26,7 @@ ARROWS = {
     "onnx": {"compress", "pipeline", "calibration", "modules", "methods", "ops", "files", "errors"},
     "search": {"compress", "calibration", "pipeline", "errors"},
     "tuning": {"modules", "files", "errors"},
-    "evaluate": {"errors"},
+    "evaluate": {"modules", "errors"},
     "bench": {"onnx", "pipeline", "modules", "ops", "provenance", "errors"},
     "demo": {
         *("compress", "bench", "evaluate", "pipeline", "calibration", "modules", "methods", "ops", "provenance", "files"),

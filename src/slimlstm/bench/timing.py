@@ -25,6 +25,7 @@ from slimlstm.bench.engines import (
 )
 from slimlstm.errors import SlimLSTMError
 from slimlstm.modules.lstm import LowRankLSTM
+from slimlstm.modules.modes import evaluation_mode
 from slimlstm.ops import cpu
 from slimlstm.provenance import provenance
 
@@ -103,17 +104,10 @@ def compare(
         SlimLSTMError: the outputs cannot be compared, or the compressed model's are not finite.
     """
     models, threads = (dense, compressed), threads or torch.get_num_threads()
-    training = [module for model in models for module in model.modules() if module.training]
-    for model in models:
-        model.eval()
-    try:
-        with only_threads(threads), torch.no_grad(), parametrize.cached():
-            difference = _difference(*(list(_tensors(model(*inputs))) for model in models))
-            calls = {"dense": lambda: dense(*inputs), "compressed": lambda: compressed(*inputs)}
-            times = seconds_by_turns(calls, seconds)
-    finally:
-        for module in training:
-            module.training = True
+    with evaluation_mode(nn.ModuleList(models)), only_threads(threads), torch.no_grad(), parametrize.cached():
+        difference = _difference(*(list(_tensors(model(*inputs))) for model in models))
+        calls = {"dense": lambda: dense(*inputs), "compressed": lambda: compressed(*inputs)}
+        times = seconds_by_turns(calls, seconds)
     (a, b, c), (d, e, f) = (statistics.quantiles(times[name], n=4) for name in calls)
     return Comparison(difference, (a, b, c), (d, e, f), b / e, threads)
 

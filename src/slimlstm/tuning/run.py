@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slimlstm.errors import SlimLSTMError
+from slimlstm.modules.modes import evaluation_mode
 from slimlstm.tuning.checkpoint import check_model, check_settings, read_checkpoint, write_checkpoint
 from slimlstm.tuning.history import History, RunRecord
 from slimlstm.tuning.losses import Loss, StatefulLoss, check_losses
@@ -149,10 +150,8 @@ class Run:
         """Return the model's value; process 0 computes it."""
         value = math.nan
         if self.processes.rank == 0:
-            self.model.eval()
-            with torch.no_grad():
+            with evaluation_mode(self.model), torch.no_grad():
                 value = float(validate(self.model))
-            self.model.train()
         return self.processes.number_of_first(value)
 
     def _step(self, batch: Any) -> None:
