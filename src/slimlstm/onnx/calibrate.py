@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slimlstm.calibration.moments import Moments
+from slimlstm.calibration.recorder import states_before
 from slimlstm.errors import SlimLSTMError
 from slimlstm.onnx.graph import OnnxLSTM, attribute_of, graphs_of, inner_graphs
 
@@ -202,16 +203,6 @@ def _rows(probe: _Probe, values: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
         rows = x
         if "weight_hh" in location.name:
             start = y.new_zeros(batch, hidden) if first is None else first[location.direction]
-            rows = _states_before(y[:, location.direction], start, lengths, is_reverse)
+            rows = states_before(y[:, location.direction], start, lengths, is_reverse)
         found.append((f"{layer.name}.{location.name}", rows[is_counted]))
     return found
-
-
-def _states_before(y: Tensor, start: Tensor, lengths: Tensor, is_reverse: bool) -> Tensor:
-    """h of the step before each, [T, B, H], from the h of all steps and that before the first."""
-    if not is_reverse:
-        return torch.cat([start[None], y[:-1]])
-    before = torch.cat([y[1:], start[None]])
-    last = (lengths.long() - 1).clamp_min(0)
-    before[last, torch.arange(len(start))] = start
-    return before
