@@ -1,0 +1,145 @@
+"""Runs of recipes that can be interrupted: one process a folder, seeds by place in the run, deadlines, settings checks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from filelock import FileLock, Timeout
+
+from slimlstm.errors import SlimLSTMError
+from slimlstm.files import write_text
+
+
+def exit_if_done(path: Path) -> None:
+    """End the process if ``path``, its last output, already exists.
+
+    Example:
+        >>> exit_if_done(Path("missing.json"))
+    """
+    if path.exists():
+        print(f"{path} already exists; delete it to run again")
+        sys.exit()
+
+
+def lock_folder(folder: Path) -> FileLock:
+    """Lock a run's folder for this process, and make the folder if it is missing.
+
+    Keep the returned lock: it is released by ``release()`` or when the process ends, in whatever way.
+
+    Raises:
+        SystemExit: another process holds the lock.
+
+    Example:
+        >>> import tempfile
+        >>> lock_folder(Path(tempfile.mkdtemp())).release()
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        sys.exit(f"another process works in {folder}; wait until it ends, or end it")
+    return lock
+
+
+def seed(*place: object) -> None:
+    """Seed PyTorch by a place in the run, such as ``(seed, "dropout", epoch, step)``.
+
+    Random numbers then depend on the place alone, so a resumed run draws the same ones.
+
+    Example:
+        >>> seed(1, "weights")
+        >>> first = torch.rand(())
+        >>> seed(1, "weights")
+        >>> bool(first == torch.rand(()))
+        True
+    """
+    torch.manual_seed(zlib.crc32(repr(place).encode()))
+
+
+class Deadline:
+    """Limit on the minutes of one process; a run goes on in the next process.
+
+    Example:
+        >>> Deadline(0.0).is_over(), Deadline(math.inf).is_over()
+        (True, False)
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self.minutes = minutes
+        self._start = time.monotonic()
+
+    def seconds(self) -> float:
+        """Return the seconds since this object was made."""
+        return time.monotonic() - self._start
+
+    def is_over(self, seconds: float | None = None) -> bool:
+        """Return whether ``seconds``, by default :meth:`seconds`, have reached the limit."""
+        return (self.seconds() if seconds is None else seconds) >= 60.0 * self.minutes
+
+    def stop(self) -> NoReturn:
+        """End the process with a message, and with the exit status of success."""
+        print(f"stopped after {self.minutes:g} minutes; the same command continues the run")
+        sys.exit()
+
+
+def settings_of(arguments: argparse.Namespace, without: Iterable[str]) -> dict[str, str]:
+    """Return all options but those named in ``without``, as text, in which two processes of one run must agree.
+
+    Example:
+        >>> settings_of(argparse.Namespace(lr=0.1, device="cpu"), ["device"])
+        {'lr': '0.1'}
+    """
+    return {name: str(value) for name, value in vars(arguments).items() if name not in set(without)}
+
+
+def check_settings(path: Path, theirs: Mapping[str, str], ours: Mapping[str, str]) -> None:
+    """Check that the file at ``path`` belongs to a run with the same settings.
+
+    A setting that one of the two lacks counts as ``"None"``, since older files lack newer options.
+
+    Raises:
+        SlimLSTMError: a setting differs.
+
+    Example:
+        >>> check_settings(Path("checkpoint"), {"lr": "0.1"}, {"lr": "0.1", "limit": "None"})
+    """
+    for name in sorted(theirs.keys() | ours.keys()):
+        found, expected = theirs.get(name, "None"), ours.get(name, "None")
+        if found != expected:
+            raise SlimLSTMError(
+                f"{path} is of a run with {name}={found}, not {expected}; use that setting, or name another output folder"
+            )
+
+
+def write_log(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON lines, one an epoch."""
+    write_text(path, "".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def one_cycle(done: float, warm_up: float, rising: float) -> float:
+    """Return the learning rate as a fraction of its peak, when the fraction ``done`` of training is over.
+
+    During the fraction ``warm_up`` it is ``rising``, at most 1; then it falls from 1 to 0 along half a cosine.
+
+    Example:
+        >>> [round(one_cycle(done, 0.1, 0.1 + 9.0 * done), 2) for done in (0.0, 0.05, 0.1, 0.55, 1.0)]
+        [0.1, 0.55, 1.0, 0.5, 0.0]
+    """
+    if done < warm_up:
+        return min(1.0, rising)
+    return (1.0 + math.cos(math.pi * (done - warm_up) / (1.0 - warm_up))) / 2.0
