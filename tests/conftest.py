@@ -1,19 +1,42 @@
-"""Shared settings: reproducible random numbers, and real data where SLIMLSTM_DATA names it."""
+"""Shared settings: one thread, reproducible random numbers, and real data if SLIMLSTM_DATA names its folder."""
 
 import os
 from pathlib import Path
+
+# Workers run side by side, and PyTorch reads this once, when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 from hypothesis import settings
 
+from slimlstm.methods.semi_nmf import semi_nmf
+
 settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("default")
+
+TESTS_OF_SEMI_NMF = {"test_factorize", "test_doctests"}
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """Restores PyTorch's number of threads, which is a setting of the whole process."""
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def few_iterations(request, monkeypatch):
+    """Stops semi-NMF early in tests of other things; they need factors, not the best ones."""
+    if request.module.__name__ not in TESTS_OF_SEMI_NMF:
+        monkeypatch.setitem(semi_nmf.__kwdefaults__, "max_iterations", 20)
 
 
 @pytest.fixture

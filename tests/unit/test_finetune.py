@@ -2,112 +2,33 @@
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-from copy import deepcopy
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
+from finetuning import (
+    METHODS,
+    OUTPUTS,
+    RUN,
+    Carried,
+    assert_state,
+    drawn_batches,
+    other_weights,
+    outputs,
+    some_batches,
+    squares,
+    state_of,
+    tagger,
+    taggers,
+    value_of,
+)
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import slimlstm as sl
-from slimlstm import SlimLSTMError, files
+from slimlstm import SlimLSTMError
 from slimlstm.tuning import distillation, divergence, run
-
-INPUTS, HIDDEN, OUTPUTS = 5, 6, 3
-
-
-class Tagger(nn.Module):
-    """x [T, B, I] to [T, B, OUTPUTS], with dropout and with a buffer that training changes."""
-
-    def __init__(self):
-        super().__init__()
-        self.lstm = nn.LSTM(INPUTS, HIDDEN)
-        self.dropout = nn.Dropout(0.1)
-        self.head = nn.Linear(HIDDEN, OUTPUTS)
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, x, state=None):
-        self.calls += self.training
-        y, state = self.lstm(x, state)
-        return self.head(self.dropout(y)), state
-
-
-METHODS = {"factors": sl.LowRank(rank=2), "masks": sl.Prune(rank=2)}
-
-
-def taggers(method="factors"):
-    """A dense model and the compressed one."""
-    torch.manual_seed(1)
-    dense = Tagger().eval()
-    with torch.no_grad():
-        for parameter in dense.lstm.parameters():
-            parameter.mul_(3.0)
-    model = deepcopy(dense)
-    sl.compress_(model, METHODS[method])
-    return dense, model
-
-
-def tagger():
-    return taggers()[1]
-
-
-def some_batches(count=4, size=3):
-    generator = torch.Generator().manual_seed(2)
-    return [torch.randn(7, size, INPUTS, generator=generator) for _ in range(count)]
-
-
-def outputs(model, batch):
-    return model(batch)[0]
-
-
-def squares(model, batch):
-    """A loss on labels: each output is to be an input."""
-    return mse_loss(outputs(model, batch), batch[..., :OUTPUTS])
-
-
-def value_of(model):
-    return sum(float(squares(model, batch)) for batch in some_batches())
-
-
-class Carried:
-    """A loss that carries the model's state from batch to batch."""
-
-    def __init__(self):
-        self.state = None
-
-    def __call__(self, model, batch):
-        found, state = model(batch, self.state)
-        self.state = tuple(tensor.detach() for tensor in state)
-        return mse_loss(found, batch[..., :OUTPUTS])
-
-    def state_dict(self):
-        return {"state": self.state}
-
-    def load_state_dict(self, state_dict):
-        self.state = state_dict["state"]
-
-
-def drawn_batches(epoch):
-    """Three batches, drawn only when they are asked for."""
-    for _ in range(3):
-        yield torch.randn(7, 3, INPUTS) + 0.1 * epoch
-
-
-def state_of(model):
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_state(model, expected):
-    found = model.state_dict()
-    assert found.keys() == expected.keys()
-    assert not [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)]
 
 
 @pytest.mark.parametrize("temperature", [None, 2.0])
@@ -307,9 +228,6 @@ def test_bfloat16_computes_and_float32_is_trained():
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
-RUN = {"steps": 11, "lr": 3e-2, "validate": value_of, "validations": 4}
-
-
 def interrupted_at(step):
     def progress(text, fraction):
         if text.startswith(f"step {step}:"):
@@ -355,43 +273,6 @@ def test_a_finished_run_is_only_read(tmp_path):
     settings = RUN | {"validate": never}
     assert sl.finetune(again, some_batches(), never, **settings, checkpoint=tmp_path / "run") == expected
     assert_state(again, state_of(first))
-
-
-def run_that_is_killed(path):
-    """Runs in a process of its own, which is killed when the third checkpoint is complete but not yet in its place."""
-    drafts, flush = [], files.flush
-
-    def flush_and_die(path):
-        flush(path)
-        drafts.extend([path] if path.is_file() else [])
-        if len(drafts) == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    files.flush = flush_and_die
-    sl.finetune(tagger(), drawn_batches, Carried(), **RUN, checkpoint=path)
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
-    command = f"import test_finetune; test_finetune.run_that_is_killed({str(tmp_path / 'run')!r})"
-    killed = subprocess.run([sys.executable, "-c", command], cwd=Path(__file__).parent, capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    draft, checkpoint = sorted(tmp_path.iterdir())
-    assert (draft.suffix, checkpoint.name) == (".draft", "run")
-    os.utime(draft, (0, 0))  # long enough ago for the next run to remove it
-    whole, parts = tagger(), tagger()
-    expected = sl.finetune(whole, drawn_batches, Carried(), **RUN)
-    found = sl.finetune(parts, drawn_batches, Carried(), **RUN, checkpoint=tmp_path / "run")
-    assert_state(parts, state_of(whole))
-    assert found.losses == expected.losses
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
-def other_weights():
-    model = tagger()
-    with torch.no_grad():
-        model.lstm.weight_hh_l0_u.mul_(1.01)
-    return model
 
 
 OTHERS = {
@@ -448,7 +329,10 @@ def test_a_resumed_run_needs_the_batches_it_had(tmp_path):
         ({"validations": 0}, "validations has to be at least 1, not 0"),
         ({"patience": 0}, "patience has to be at least 1, not 0"),
         ({"parameters": []}, "no parameter to train"),
-        ({"parameters": nn.LSTM(2, 3).parameters()}, "4 of the 4 parameters do not belong to the model; compress_ makes new parameters"),
+        (
+            {"parameters": nn.LSTM(2, 3).parameters()},
+            "4 of the 4 parameters do not belong to the model; compress_ makes new parameters",
+        ),
         ({"batches": iter(some_batches())}, "list_iterator, which can be read only once"),
         ({"batches": []}, "epoch 0 has 0 batches, but 1 are needed"),
         ({"batches": lambda epoch: some_batches(2 - epoch)}, "epoch 2 has 0 batches"),
@@ -489,79 +373,3 @@ def test_after_a_loss_that_is_not_finite_the_model_has_the_best_weights():
 def test_a_model_without_parameters_is_refused():
     with pytest.raises(SlimLSTMError, match="no parameter to train"):
         sl.finetune(nn.Tanh(), some_batches(), squares, steps=1)
-
-
-def without_dropout():
-    """In float64, so that sums in another order agree."""
-    model = tagger().double()
-    model.dropout.p = 0.0
-    return model
-
-
-def squares_in_float64(model, batch):
-    return squares(model, batch.double())
-
-
-class Stopping(Carried):
-    """Stops the run at its seventh batch."""
-
-    calls = 0
-
-    def __call__(self, model, batch):
-        self.calls += 1
-        if self.calls == 7:
-            raise LossError
-        return super().__call__(model, batch)
-
-
-def run_of_two_processes(folder):
-    """Runs in both processes; the first writes what they did together."""
-    folder, rank, called = Path(folder), int(os.environ["RANK"]), []
-
-    def validate(model):
-        called.append(model)
-        return float(squares_in_float64(model, some_batches(1)[0]))
-
-    model = without_dropout()
-    history = sl.finetune(model, some_batches(5), squares_in_float64, steps=9, lr=3e-2, validate=validate)
-    assert bool(called) == (rank == 0)
-    torch.save({"history": history.to_dict(), "model": model.state_dict()}, folder / f"{rank}")
-
-    whole, parts = tagger(), tagger()
-    # Two steps an epoch, so that the third batch is left over.
-    batches = some_batches(5)
-    expected = sl.finetune(whole, batches, Carried(), **RUN)
-    with pytest.raises(LossError):
-        sl.finetune(parts, batches, Stopping(), **RUN, checkpoint=folder / "run")
-    parts = tagger()
-    found = sl.finetune(parts, batches, Carried(), **RUN, checkpoint=folder / "run")
-    assert found.losses == expected.losses
-    assert_state(parts, state_of(whole))
-
-    with pytest.raises(SlimLSTMError, match="the processes have different models"):
-        sl.finetune(other_weights() if rank else tagger(), batches, squares, **RUN)
-    with pytest.raises(SlimLSTMError, match="epoch 0 has 1 batches, but 2 are needed"):
-        sl.finetune(tagger(), batches[:1], squares, **RUN)
-
-
-def test_two_processes_are_one_with_batches_twice_as_large(tmp_path):
-    command = f"import test_finetune; test_finetune.run_of_two_processes({str(tmp_path)!r})"
-    (tmp_path / "run.py").write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); {command}\n")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launch, str(tmp_path / "run.py")], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    first, second = (torch.load(tmp_path / name, weights_only=True) for name in "01")
-    assert first["history"]["losses"] == second["history"]["losses"]
-    model, batches = without_dropout(), some_batches(5)
-    pairs = [torch.cat(batches[start : start + 2], 1) for start in (0, 2)]
-    history = sl.finetune(
-        model, pairs, squares_in_float64, steps=9, lr=3e-2, validate=lambda m: float(squares_in_float64(m, batches[0]))
-    )
-    assert first["history"]["losses"] == pytest.approx(history.losses, rel=1e-9)
-    assert first["history"]["validations"] == [
-        [step, pytest.approx(value, rel=1e-9)] for step, value in history.validations
-    ]
-    for other in (first, second):
-        assert other["model"].keys() == model.state_dict().keys()
-        for name, tensor in model.named_parameters():
-            torch.testing.assert_close(other["model"][name], tensor.detach(), rtol=1e-8, atol=1e-10)
