@@ -16,7 +16,8 @@ from slimlstm import LowRank, Plan, Prune, Quantize, SlimLSTMError
 from slimlstm.cli import app
 from slimlstm.onnx.calibrate import calibrate_graph
 from slimlstm.onnx.compress import compress_onnx
-from slimlstm.onnx.graph import find_lstms, graphs_of
+from slimlstm.onnx.find import find_lstms
+from slimlstm.onnx.graph import graphs_of
 from slimlstm.pipeline.plan import SitePlan
 from slimlstm.weight_files import find_matrices, read_tensors
 

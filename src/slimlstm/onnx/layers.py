@@ -13,6 +13,7 @@ from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods.storages import to_int8
+from slimlstm.ops.gates import ONNX, reordered
 from slimlstm.ops.weights import Direction, Matrix, columns, is_clipped, rows
 
 OPSET = 18
@@ -192,13 +193,15 @@ def _add_going(graph: Graph, x: str, lengths: str) -> str:
 def _add_operator(graph: Graph, directions: Sequence[Direction], ports: Ports, direction: str) -> None:
     hidden = rows(directions[0].hh) // 4
     weights = [
-        graph.once(directions, kind, lambda which=which: torch.stack([_reordered(one[which]) for one in directions]))
+        graph.once(directions, kind, lambda which=which: torch.stack([_in_onnx_order(one[which]) for one in directions]))
         for which, kind in enumerate(("W", "R"))
     ]
     bias = ""
     if directions[0].bias_ih is not None:
         biases = [(one.bias_ih, one.bias_hh) for one in directions]
-        bias = graph.once(directions, "B", lambda: torch.stack([torch.cat([*map(_reordered, pair)]) for pair in biases]))
+        bias = graph.once(
+            directions, "B", lambda: torch.stack([torch.cat([*map(_in_onnx_order, pair)]) for pair in biases])
+        )
     (y,) = graph.names(1)
     inputs = [ports.x, *weights, bias, ports.lengths, ports.h0, ports.c0]
     graph.add_many("LSTM", inputs, [y, ports.h, ports.c], hidden_size=hidden, direction=direction)
@@ -309,9 +312,8 @@ def _cast(graph: Graph, name: str, dtype: torch.dtype = torch.float32) -> str:
     return result
 
 
-def _reordered(weight: Any) -> Tensor:
-    i, f, g, o = weight.detach().chunk(4)
-    return torch.cat([i, o, f, g])
+def _in_onnx_order(weight: Any) -> Tensor:
+    return reordered(weight.detach(), ONNX)
 
 
 def _info(name: str, dtype: torch.dtype, shape: Sequence[int | None]) -> Any:

@@ -1,0 +1,75 @@
+"""The weights of ONNX's LSTM operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from slimlstm.errors import SlimLSTMError
+from slimlstm.onnx.graph import OnnxLSTM, Scope, WeightLocation, attribute_of, constant, storage_of
+from slimlstm.ops.gates import ONNX, PYTORCH, reordered
+from slimlstm.ops.weights import Matrix
+
+ENDINGS = {"forward": [""], "reverse": ["_reverse"], "bidirectional": ["", "_reverse"]}
+"""The endings of PyTorch's names for the directions of an operator."""
+
+
+def read_operator(node: Any, scope: Scope) -> OnnxLSTM:
+    """Return the LSTM of an operator, without locations where its weights are no constants.
+
+    Raises:
+        SlimLSTMError: the shapes of its weights do not fit each other, or its direction is unknown.
+    """
+    w, r, b = (constant(name, scope) for name in [*node.input[1:4], "", "", ""][:3])
+    name = node.name or next(output for output in node.output if output)
+    if w is None or r is None:
+        return OnnxLSTM(name, node, scope, problem=f"{name}: its weights are no constants of the file; it stays as it is")
+    direction = attribute_of(node, "direction", b"forward").decode()
+    if direction not in ENDINGS:
+        raise SlimLSTMError(f"the LSTM {name} has the direction {direction!r}, which ONNX does not know")
+    endings = ENDINGS[direction]
+    _check_shapes(name, (w, r, b), len(endings), attribute_of(node, "hidden_size", r.shape[-1]))
+    lstm = OnnxLSTM(name, node, scope)
+    for index, ending in enumerate(endings):
+        for kind, position, whole in (("weight_ih", 1, w), ("weight_hh", 2, r)):
+            lstm.locations.append(_location(f"{kind}_l0{ending}", scope, node, position, index, whole))
+        if b is not None:
+            for kind, bias in zip(("bias_ih", "bias_hh"), b[index].chunk(2), strict=True):
+                lstm.biases[f"{kind}_l0{ending}"] = reordered(bias, PYTORCH, ONNX)
+    return lstm
+
+
+def _location(name: str, scope: Scope, node: Any, position: int, index: int, whole: Tensor) -> WeightLocation:
+    """Return the location of one direction's matrix in an operand [D, 4H, n]."""
+    factors = _factors(node.input[position], scope, index, len(whole))
+    if factors is None:
+        matrix: Matrix = reordered(whole[index], PYTORCH, ONNX)
+    else:
+        matrix = reordered(factors[0], PYTORCH, ONNX), factors[1].contiguous()
+    storage = storage_of(node.input[position], scope, index)
+    return WeightLocation(name, matrix, ONNX, scope, node, position, index, storage=storage)
+
+
+def _check_shapes(name: str, weights: tuple[Tensor, Tensor, Tensor | None], directions: int, hidden: int) -> None:
+    w, r, b = weights
+    fits = w.ndim == r.ndim == 3 and w.shape[:2] == r.shape[:2] == (directions, 4 * hidden) and r.shape[2] == hidden
+    if not fits or hidden < 1 or w.shape[2] < 1 or (b is not None and b.shape != (directions, 8 * hidden)):
+        found = ", ".join(str(list(part.shape)) for part in weights if part is not None)
+        raise SlimLSTMError(
+            f"the weights of the LSTM {name} are {found}, not [D, 4H, I], [D, 4H, H] and [D, 8H] with D = {directions} and "
+            f"H = {hidden}; the file is damaged"
+        )
+
+
+def _factors(name: str, scope: Scope, index: int, directions: int) -> tuple[Tensor, Tensor] | None:
+    """Return U [4H, r] and V [r, n] where one direction of an operand is a product of constants."""
+    node = scope.producers.get(name)
+    if node is not None and node.op_type == "Concat" and len(node.input) == directions > 1:
+        node = scope.producers.get(node.input[index])
+    elif directions > 1:
+        return None
+    if node is None or node.op_type != "MatMul":
+        return None
+    u, v = (constant(part, scope) for part in node.input)
+    return None if u is None or v is None or u.ndim != 3 or v.ndim != 3 else (u[0], v[0])

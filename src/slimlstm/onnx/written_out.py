@@ -1,0 +1,163 @@
+"""LSTMs that a graph writes out in single operators, as exporters do with cells.
+
+The gates are one sum of x·W, h·R and biases, which a Split divides; c' = σ(f) c + σ(i) tanh(g) and h' = σ(o) tanh(c').
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from slimlstm.onnx.graph import OnnxLSTM, Scope, WeightLocation, attribute_of, constant, storage_of
+from slimlstm.ops.gates import PYTORCH, reordered
+from slimlstm.ops.weights import Matrix, shape_of
+
+
+class _Gates(NamedTuple):
+    """The order of the gates among a Split's outputs, such as ``"foig"``, and the name of the previous cell state."""
+
+    order: str
+    cell: str
+
+
+def read_written_out(split: Any, scope: Scope, users: Mapping[str, int]) -> OnnxLSTM | None:
+    """Return the LSTM whose gates a Split makes, or None where the Split makes something else.
+
+    Args:
+        split: a Split with four outputs.
+        scope: the graph that it is in.
+        users: how often each value of that graph is read in it.
+    """
+    gates = _gates(split, scope)
+    if gates is None:
+        return None
+    found = list(_products(split.input[0], scope, users))
+    pair = _ih_and_hh(found, gates.cell, scope)
+    if pair is None:
+        return None
+    names = [location.node.name or location.node.output[0] for location in pair]
+    lstm = OnnxLSTM(_common_path(*names) or split.name or split.output[0], split, scope, gates=gates.order, cell=gates.cell)
+    for location, name in zip(pair, ("weight_ih_l0", "weight_hh_l0"), strict=True):
+        location.name, location.gates = name, gates.order
+        location.matrix = _in_pytorch_order(location.matrix, gates.order)
+        lstm.locations.append(location)
+    return lstm
+
+
+def _ih_and_hh(products: list[WeightLocation], cell: str, scope: Scope) -> tuple[WeightLocation, WeightLocation] | None:
+    """Return the locations of W and R among the products that are summed, or None where these are no LSTM's."""
+    shapes = [shape_of(location.matrix) or (0, 0) for location in products]
+    rows = {shape[0] for shape in shapes}
+    if len(products) != 2 or len(rows) != 1 or min(rows) % 4 or not min(rows):
+        return None
+    hidden = min(rows) // 4
+    recurrent = [location for location, shape in zip(products, shapes, strict=True) if shape[1] == hidden]
+    if not recurrent:
+        return None
+    # Where both have H columns, R is the one whose input comes from where the cell state comes from.
+    roots = _roots(cell, scope)
+    hh = min(recurrent, key=lambda location: len(_roots(location.input, scope) ^ roots))
+    ih = next(location for location in products if location is not hh)
+    return ih, hh
+
+
+def _common_path(first: str, second: str) -> str:
+    """Return the common beginning of two dotted or slashed names, without the last separator."""
+    count = next((at for at, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+    return first[: max(first.rfind("/", 0, count), first.rfind(".", 0, count), 0)]
+
+
+def _gates(split: Any, scope: Scope) -> _Gates | None:
+    """Return the order of the gates that a Split makes, or None where its outputs are no LSTM's gates."""
+    used: dict[str, list[Any]] = {}
+    for node in scope.graph.node:
+        for name in node.input:
+            used.setdefault(name, []).append(node)
+
+    def after(name: str, kind: str) -> list[Any]:
+        return [node for node in used.get(name, []) if node.op_type == kind]
+
+    squashed: dict[str, int] = {}
+    tanh: list[str] = []
+    for index, output in enumerate(split.output):
+        for node in after(output, "Sigmoid") + after(output, "Tanh"):
+            squashed[node.output[0]] = index
+            tanh += [node.output[0]] if node.op_type == "Tanh" else []
+    if len(squashed) != 4 or len(tanh) != 1:
+        return None
+    for update in after(tanh[0], "Mul"):
+        i = next((name for name in update.input if name in squashed and name != tanh[0]), None)
+        for total in after(update.output[0], "Add"):
+            other = next((name for name in total.input if name != update.output[0]), "")
+            carry = scope.producers.get(other)
+            if i is None or carry is None or carry.op_type != "Mul":
+                continue
+            f = next((name for name in carry.input if name in squashed and name not in (i, tanh[0])), None)
+            o = next((name for name in squashed if name not in (i, f, tanh[0])), None)
+            if f is not None and o is not None:
+                letters = {squashed[name]: letter for name, letter in ((i, "i"), (f, "f"), (tanh[0], "g"), (o, "o"))}
+                order = "".join(letters[index] for index in range(4))
+                return _Gates(order, next((name for name in carry.input if name != f), ""))
+    return None
+
+
+def _products(name: str, scope: Scope, users: Mapping[str, int]) -> Iterator[WeightLocation]:
+    """Yield the products with constant matrices whose sum is a value."""
+    seen, pending = set[str](), [name]
+    while pending:
+        name = pending.pop()
+        node = scope.producers.get(name)
+        # Values of other graphs, and values with several names in a damaged one, are left alone.
+        if name in seen or node is None or name in scope.constants or name not in scope.producers.maps[0]:
+            continue
+        seen.add(name)
+        if node.op_type == "Add":
+            pending += node.input
+        elif node.op_type in ("MatMul", "Gemm") and len(node.input) >= 2:
+            location = _product(node, scope, users)
+            if location is not None:
+                yield location
+
+
+def _product(node: Any, scope: Scope, users: Mapping[str, int]) -> WeightLocation | None:
+    """Return the location of the constant matrix that a node multiplies by, with gates in the file's order."""
+    matrix = constant(node.input[1], scope)
+    if matrix is None or matrix.ndim != 2 or attribute_of(node, "transA", 0):
+        return None
+    u = matrix if attribute_of(node, "transB", 0) else matrix.T
+    location = WeightLocation("", u, "", scope, node, 1, storage=storage_of(node.input[1], scope))
+    inner = scope.producers.maps[0].get(node.input[0])
+    if inner is not None and inner.op_type == "MatMul" and users.get(node.input[0]) == 1:
+        v = constant(inner.input[1], scope)
+        if v is not None and v.ndim == 2 and _are_factors(u, v):
+            location.matrix, location.source = (u, v.T), inner
+    return location
+
+
+def _are_factors(u: Tensor, v: Tensor) -> bool:
+    """Return whether u [m, r] and the transposed right factor v [n, r] take less room than their product."""
+    return v.shape[1] == u.shape[1] and v.shape[1] * sum(u.shape) < u.shape[0] * len(v)
+
+
+def _roots(name: str, scope: Scope) -> set[str]:
+    """Return the inputs of the graph, and values from outside, that a value depends on."""
+    seen, pending, roots = set[str](), [name], set[str]()
+    while pending:
+        name = pending.pop()
+        if name in seen or not name or name in scope.constants:
+            continue
+        seen.add(name)
+        node = scope.producers.maps[0].get(name)
+        if node is None:
+            roots.add(name)
+        else:
+            pending += node.input
+    return roots
+
+
+def _in_pytorch_order(matrix: Matrix, source: str) -> Matrix:
+    if isinstance(matrix, Tensor):
+        return reordered(matrix, PYTORCH, source)
+    return reordered(matrix[0], PYTORCH, source), matrix[1].contiguous()
