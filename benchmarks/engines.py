@@ -34,9 +34,9 @@ from slimlstm.bench.engines import (
     only_threads,
 )
 from slimlstm.demo import plots
+from slimlstm.methods import STORAGES
 from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.ops import cpu
-from slimlstm.ops.weights import STORAGES
 from slimlstm.provenance import provenance
 
 SETTINGS = {

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
+from slimlstm.methods import STORAGES
 from slimlstm.modules.lstm import LowRankLSTM
-from slimlstm.ops.weights import STORAGES
 from slimlstm.provenance import provenance
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}

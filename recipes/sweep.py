@@ -37,7 +37,7 @@ from slimlstm.calibration.moments import Calibration
 from slimlstm.demo.awd_lstm import load_awd_lstm
 from slimlstm.demo.corpora import CORPORA, Vocabulary, read_text, words_of
 from slimlstm.evaluate import NextTokens, perplexity, pieces
-from slimlstm.pipeline.plan import WEIGHTED
+from slimlstm.methods import calibrated_methods
 from slimlstm.provenance import provenance
 
 TUNABLE, QUANTIZED = ("svd", "semi-nmf", "prune"), ("int8", "pytorch-int8")
@@ -50,7 +50,7 @@ source.add_argument("--corpus", choices=CORPORA)
 source.add_argument("--text", type=Path, help="folder with train.txt, valid.txt and test.txt, in the place of a corpus")
 parser.add_argument("--split", default="test")
 parser.add_argument("--output", type=Path, required=True)
-parser.add_argument("--methods", nargs="+", choices=[*TUNABLE, *WEIGHTED, *QUANTIZED], default=list(TUNABLE))
+parser.add_argument("--methods", nargs="+", choices=[*TUNABLE, *calibrated_methods(), *QUANTIZED], default=list(TUNABLE))
 parser.add_argument("--targets", nargs="+", default=["hh", "ih"])
 parser.add_argument("--ranks", nargs="+", type=int, default=[10, 50, 100, 200, 400])
 parser.add_argument("--streams", type=int, default=10, help="pieces of the text that are read side by side")
@@ -100,7 +100,7 @@ def batches():
 
 def compress(model, method, target, rank):
     """Carries out one cell; returns the report."""
-    if method in WEIGHTED:
+    if method in calibrated_methods():
         data = {"calibration": Calibration.load(calibration), "batches": batches(), "loss": NextTokens()}
         return sl.compress_(model, sl.LowRank(method, rank=rank, target=target), **data)
     if method == "int8":
@@ -123,7 +123,7 @@ def measure(method, target, rank):
         report = compress(model, method, target, rank)
         parameters, size = report.model.parameters_after, report.model.bytes_after
         sites = [asdict(site) for site in report.sites]
-    if method in WEIGHTED:
+    if method in calibrated_methods():
         config = settings | {"calibration_tokens": arguments.calibrate}
     solved = time.monotonic()
     found = perplexity(model, encoded(text), streams=arguments.streams, steps=350)
@@ -168,7 +168,7 @@ whole = [(method, "both", 0) for method in arguments.methods if method in QUANTI
 ranked = [method for method in arguments.methods if method not in QUANTIZED]
 runs = [("dense", "none", 0), *whole, *itertools.product(ranked, arguments.targets, arguments.ranks)]
 left = [cell for cell in runs if not path_of(*cell).exists()]
-if not calibration.exists() and any(method in WEIGHTED for method, *_ in left):
+if not calibration.exists() and any(method in calibrated_methods() for method, *_ in left):
     tell = partial(console.print, "batches calibrated on:")
     sl.calibrate(load_awd_lstm(arguments.model), batches(), NextTokens(), progress=tell).save(calibration)
 workers = -1 if arguments.scheduler else arguments.jobs

@@ -17,7 +17,8 @@ from slimlstm.modules.cell import LowRankLSTMCell
 from slimlstm.modules.hosts import find_sites
 from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.onnx.export import export_onnx
-from slimlstm.pipeline.plan import LowRank, Plan, Prune, Quantize
+from slimlstm.pipeline.config import LowRank, Prune, Quantize
+from slimlstm.pipeline.plan import Plan
 from slimlstm.pipeline.report import Report
 from slimlstm.tuning import finetune
 

@@ -1,7 +1,7 @@
-"""Keeps compressed models: a folder of safetensors and ``config.json``, rebuilt on a fresh dense model.
+"""Save compressed models as folders of safetensors and ``config.json``, and load them into a fresh dense model.
 
-``config.json`` names the weights file and its SHA-256, and is replaced in one step after that file is complete. So a
-folder is at any moment either the old model or the new one.
+``config.json`` names the weights file and its SHA-256, and is replaced in one step after that file is complete. So at any
+moment a folder holds either the old model or the new one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Hashable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -19,34 +18,42 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save_file
+from safetensors.torch import save as tensors_as_bytes
 from torch import Tensor, nn
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.modules.factored import FactoredModule
-from slimlstm.modules.hosts import find_hosts
+from slimlstm.files import replacing, write_json
+from slimlstm.methods import STORAGES, Encoded, Replacement, storage_called
+from slimlstm.modules.hosts import Host, find_hosts
 from slimlstm.modules.sites import Site
 from slimlstm.modules.swap import provenance_of, replace
-from slimlstm.ops.weights import from_int8, rounded, to_int8
 
 CONFIG = "config.json"
 FORMAT = "slimlstm"
 SCALE = ".scale"
-"""What follows a tensor's name in that of the scales of its rows."""
+"""The ending that the name of a tensor gets for the scales of its rows."""
 FORMAT_VERSIONS = (1, 2)
-"""Without and with sites that are stored in less than float32."""
+"""Without, and with, sites that are stored in less than float32."""
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Writes a compressed model to ``folder``, which is made where it is missing.
+    """Write a compressed model to ``folder``, which is made where it is missing.
 
-    Stored are all parameters and persistent buffers, the ranks, masks and storages of its sites, where they come from
-    (method and SHA-256 of the dense matrix), and versions. Quantised weights are written as int8 or bfloat16. A model
-    saved there before is replaced.
+    The folder holds all parameters and persistent buffers; the rank, mask and storage of every compressed site; its origin
+    (method, and SHA-256 of the dense matrix); and versions. Quantised weights are written as their codes and scales. A
+    model that slimlstm saved there before is replaced; other files stay.
 
     Raises:
-        SlimLSTMError: nothing in the model is compressed, its state holds something else than tensors, quantised weights
-            were changed since, or ``folder`` holds a ``config.json`` of something else. Nothing is written then.
+        SlimLSTMError: nothing in the model is compressed, its state holds more than tensors, quantised weights have changed
+            since they were rounded, or ``folder`` holds another program's ``config.json``. Nothing is written then.
+
+    Example:
+        >>> import tempfile, slimlstm
+        >>> model, folder = nn.Sequential(nn.LSTM(8, 16)), tempfile.mkdtemp()
+        >>> _ = slimlstm.compress_(model, slimlstm.Quantize("int8"))
+        >>> save(model, folder)
+        >>> sorted(path.suffix for path in Path(folder).iterdir())
+        ['.json', '.safetensors']
     """
     hosts = find_hosts(model)
     sites = {
@@ -61,17 +68,17 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
-    """Turns a fresh dense ``model`` into the compressed one that was saved in ``folder``, bit for bit.
+    """Turn a fresh dense ``model`` into the compressed model in ``folder``, bit for bit.
 
-    ``model`` is changed in place and returned: its LSTMs are replaced, and all parameters and persistent buffers get the
+    ``model`` is changed in place and returned. Its LSTMs are replaced, and all parameters and persistent buffers get the
     saved numbers and dtypes, on the devices where they are.
 
     Raises:
-        SlimLSTMError: the folder is incomplete, damaged or altered, or was saved from a model with other names or
-            shapes. The model has not changed then.
+        SlimLSTMError: the folder is incomplete, damaged or altered, or belongs to a model with other names or shapes. The
+            model has not changed then.
     """
     config, tensors = read_folder(Path(folder))
-    # What can go wrong goes wrong on the copy.
+    # Every error shows on the copy first.
     trial = copy.deepcopy(model, _detached(model))
     _rebuild(trial, config["sites"], tensors)
     _complete(trial, tensors)
@@ -83,52 +90,53 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 
 
 def site_entry(site: Site, provenance: Mapping[str, str], dtype: torch.dtype) -> dict[str, Any]:
-    """What ``config.json`` says of a compressed site."""
+    """Return the entry of a compressed site in ``config.json``."""
     amounts = {"rank": site.rank, "kept": site.nonzeros, "storage": site.storage}
     known = {name: amount for name, amount in amounts.items() if amount is not None}
     return {"shape": list(site.shape), "dtype": str(dtype).removeprefix("torch."), **known, **provenance}
 
 
 def write_folder(folder: Path, state: Mapping[str, Any], sites: Mapping[str, Mapping[str, Any]]) -> None:
-    """Writes tensors and site entries as a folder that :func:`read_folder` reads; aliases are stored once.
+    """Write tensors and site entries as a folder that :func:`read_folder` reads; aliases are stored once.
 
     Raises:
-        SlimLSTMError: ``state`` holds something else than tensors or weights that their site's storage cannot hold, or
-            ``folder`` a ``config.json`` of something else.
+        SlimLSTMError: ``state`` holds more than tensors, or weights that their site's storage cannot hold; or ``folder``
+            holds another program's ``config.json``.
     """
     others = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if others:
         raise SlimLSTMError(f"the model's state holds more than tensors: {', '.join(others)}; it cannot be stored as data")
     _check_is_ours(folder)
     tensors, aliases = _without_aliases(cast(Mapping[str, Tensor], state))
-    tensors = _packed(tensors, sites)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
-        weights = Path(scratch) / "model.safetensors"
-        save_file(tensors, weights, metadata={"format": "pt"})
-        digest = _sha256(weights.read_bytes())
-        config: dict[str, Any] = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSIONS[any("storage" in entry for entry in sites.values())],
-            "weights": {"file": f"model-{digest[:16]}.safetensors", "sha256": digest},
-            "sites": sites,
-            "aliases": aliases,
-            "versions": {"slimlstm": version("slimlstm"), "torch": torch.__version__, "python": platform.python_version()},
-        }
-        config["sha256"] = _config_sha256(config)
-        draft = Path(scratch) / CONFIG
-        draft.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        for file in (weights, draft):
-            _flush(file)
-        weights.replace(folder / config["weights"]["file"])
-        draft.replace(folder / CONFIG)
-    for stale in folder.glob("model-*.safetensors"):
-        if stale.name != config["weights"]["file"]:
-            stale.unlink()
+    content = tensors_as_bytes(_packed(tensors, sites), metadata={"format": "pt"})
+    digest = _sha256(content)
+    config: dict[str, Any] = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSIONS[any("storage" in entry for entry in sites.values())],
+        "weights": {"file": f"model-{digest[:16]}.safetensors", "sha256": digest},
+        "sites": sites,
+        "aliases": aliases,
+        "versions": {"slimlstm": version("slimlstm"), "torch": torch.__version__, "python": platform.python_version()},
+    }
+    config["sha256"] = _config_sha256(config)
+    previous = _weights_file(folder)
+    with replacing(folder / config["weights"]["file"]) as draft:
+        draft.write_bytes(content)
+    write_json(folder / CONFIG, config)
+    if previous is not None and previous.name != config["weights"]["file"]:
+        previous.unlink(missing_ok=True)
+
+
+def _weights_file(folder: Path) -> Path | None:
+    """Return the weights file that the folder's ``config.json`` names, or None."""
+    try:
+        return folder / Path(str(read_config(folder)["weights"]["file"])).name
+    except (SlimLSTMError, KeyError):
+        return None
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """``config.json`` and the tensors of a folder, checked against their SHA-256.
+    """Return ``config.json`` and the tensors of a folder, checked against their SHA-256.
 
     Raises:
         SlimLSTMError: a file is missing, damaged, altered or of a later format.
@@ -143,7 +151,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ) from error
     if _sha256(content) != config["weights"]["sha256"]:
         raise SlimLSTMError(f"{path} is damaged or altered: its SHA-256 is not the one in {CONFIG}; copy the folder again")
-    # The very bytes that were checked, not the file again, which others may change while it is mapped into memory.
+    # Parse the bytes that were checked; the file itself may change meanwhile.
     tensors = _unpacked(load_tensors(content), config["sites"], folder)
     for name, original in config["aliases"].items():
         if original not in tensors:
@@ -153,7 +161,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a folder that :func:`save` wrote.
+    """Return ``config.json`` of a folder that :func:`save` wrote.
 
     Raises:
         SlimLSTMError: it is missing, damaged, altered, of something else or of a later format.
@@ -179,38 +187,34 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _rebuild(model: nn.Module, sites: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> None:
-    """Puts factors, masks and weights of the right shapes into ``model``'s sites; their numbers are filled in later."""
+    """Put factors, masks and weights of the right shapes into ``model``'s sites; their numbers are filled in later."""
     hosts = find_hosts(model)
     _check_sites({site.key: site for host in hosts for site in host.sites()}, sites, tensors)
-    # Tied matrices get factors that are tied. What they are now is kept alive, or its id would be given to another.
-    stored = [host.parameter(site.name) for host in hosts for site in host.sites()]
-    shared: dict[Hashable, tuple[nn.Parameter, ...]] = {}
+    # Keep the present parameters alive, so that no new one gets the id of an old one.
+    present = [host.parameter(site.name) for host in hosts for site in host.sites()]
+    shared: dict[Hashable, Tensor | tuple[Tensor, Tensor]] = {}
     for host in hosts:
         entries = {site.name: sites[site.key] for site in host.sites() if site.key in sites}
-        if not entries:
-            continue
-        factors: dict[str, tuple[Tensor, Tensor]] = {}
-        masks: dict[str, Tensor] = {}
-        weights: dict[str, nn.Parameter] = {}
-        for name, entry in entries.items():
-            (m, n), like, trained = entry["shape"], host.matrix(name), host.is_trained(name)
-            place = host.identity(name), entry.get("rank"), entry.get("storage")
-            if "rank" in entry:
-                pair = [nn.Parameter(like.new_zeros(size), trained) for size in ((m, entry["rank"]), (entry["rank"], n))]
-                u, v = shared.setdefault(place, tuple(pair))
-                factors[name] = u, v
-            elif "storage" in entry:
-                (weights[name],) = shared.setdefault(place, (nn.Parameter(like.clone(), trained),))
-            if "kept" in entry:
-                masks[name] = like.new_ones(m, n, dtype=torch.bool)
-        origins = {
-            name: {key: entry[key] for key in ("method", "source_sha256") if key in entry}
-            for name, entry in entries.items()
-        }
-        module = replace(model, host, factors, masks, weights, origins)
-        if isinstance(module, FactoredModule):
-            module.storages.update({name: entry["storage"] for name, entry in entries.items() if "storage" in entry})
-    del stored
+        if entries:
+            replace(model, host, {name: _blank(host, name, entry, shared) for name, entry in entries.items()})
+    del present
+
+
+def _blank(
+    host: Host, name: str, entry: Mapping[str, Any], shared: dict[Hashable, Tensor | tuple[Tensor, Tensor]]
+) -> Replacement:
+    """Return a replacement with parameters of the right shapes; tied matrices share theirs through ``shared``."""
+    (m, n), like, trained = entry["shape"], host.matrix(name), host.is_trained(name)
+    place = host.identity(name), entry.get("rank"), entry.get("storage")
+    weight: Tensor | tuple[Tensor, Tensor] | None = None
+    if "rank" in entry:
+        u, v = (nn.Parameter(like.new_zeros(size), trained) for size in ((m, entry["rank"]), (entry["rank"], n)))
+        weight = shared.setdefault(place, (u, v))
+    elif "storage" in entry:
+        weight = shared.setdefault(place, nn.Parameter(like.clone(), trained))
+    mask = like.new_ones(m, n, dtype=torch.bool) if "kept" in entry else None
+    method, source = entry.get("method", ""), entry.get("source_sha256", "")
+    return Replacement(weight, method, source, mask, entry.get("storage"))
 
 
 def _check_sites(known: Mapping[str, Site], sites: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> None:
@@ -234,38 +238,39 @@ def _check_sites(known: Mapping[str, Site], sites: Mapping[str, Mapping[str, Any
 
 
 def _packed(tensors: Mapping[str, Tensor], sites: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
-    """The tensors with those of quantised sites as bfloat16, or as int8 with the scales of the rows beside them."""
+    """Return the tensors with the weights of quantised sites as codes, and their scales beside them."""
     packed = dict(tensors)
     for name, storage in stored_names(tensors, sites):
-        weight = packed[name]
-        if not torch.equal(rounded(weight, storage), weight):
+        encoded = storage_called(storage).encode(packed[name])
+        if not torch.equal(encoded.decoded(), packed[name]):
             raise SlimLSTMError(
                 f"{name} was changed since it was rounded to {storage}, by training or by hand, and would be lost in part; "
                 f"round it again, with compress_(model, Quantize({storage!r})), and then save"
             )
-        if storage == "int8":
-            packed[name], packed[name + SCALE] = to_int8(weight)
-        else:
-            packed[name] = weight.bfloat16()
+        packed[name] = encoded.codes
+        if encoded.scale is not None:
+            packed[name + SCALE] = encoded.scale
     return packed
 
 
 def _unpacked(tensors: Mapping[str, Tensor], sites: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, Tensor]:
-    """The float32 tensors that :func:`_packed` was given."""
+    """Return the float32 tensors that :func:`_packed` was given."""
     unpacked = dict(tensors)
     for name, storage in stored_names(tensors, sites):
-        weight, scale = unpacked[name], unpacked.pop(name + SCALE, None)
-        if storage == "bfloat16" and weight.dtype == torch.bfloat16 and scale is None:
-            unpacked[name] = weight.float()
-        elif storage == "int8" and weight.dtype == torch.int8 and scale is not None and scale.shape == weight.shape[:1]:
-            unpacked[name] = from_int8(weight, scale)
-        else:
+        row = STORAGES.get(storage)
+        if row is None:
+            raise SlimLSTMError(f"{folder} has weights in {storage!r}, an unknown storage; register it by register_storage")
+        encoded = Encoded(unpacked[name], unpacked.pop(name + SCALE, None))
+        scale_shape = None if encoded.scale is None else encoded.scale.shape
+        expected = encoded.codes.shape[:1] if row.has_scales else None
+        if encoded.codes.dtype != row.dtype or scale_shape != expected:
             raise SlimLSTMError(f"{folder / CONFIG} says that {name} is stored as {storage!r}, which its tensors are not")
+        unpacked[name] = encoded.decoded()
     return unpacked
 
 
 def stored_names(tensors: Mapping[str, Tensor], sites: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """The names of the tensors that quantised sites are kept in, once each, and their storages."""
+    """Return the names of the tensors of quantised sites, once each, with their storages."""
     found: dict[str, str] = {}
     for key, entry in sites.items():
         if "storage" in entry:
@@ -274,7 +279,7 @@ def stored_names(tensors: Mapping[str, Tensor], sites: Mapping[str, Mapping[str,
 
 
 def _names(key: str, entry: Mapping[str, Any]) -> list[str]:
-    """The names that a compressed site's weights may have in a ``state_dict``, its projection's among them."""
+    """Return the names that a compressed site's weights may have in a ``state_dict``, the projection included."""
     module, _, name = key.rpartition(".")
     prefix = f"{module}." if module else ""
     if "rank" in entry:
@@ -285,7 +290,7 @@ def _names(key: str, entry: Mapping[str, Any]) -> list[str]:
 
 
 def _complete(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Adds the names that a shared parameter has in ``model`` beside the one that it was stored under."""
+    """Add the other names that a shared parameter has in ``model``."""
     expected = _tensors(model)
     stored = {id(target): name for name, target in expected.items() if name in tensors}
     for name, target in expected.items():
@@ -294,7 +299,7 @@ def _complete(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def _detached(model: nn.Module) -> dict[int, Any]:
-    """For ``deepcopy``, which refuses tensors with a gradient history: what LSTMs keep of their last call."""
+    """Return a memo for ``deepcopy`` with tensors that have a gradient history, which it refuses to copy."""
     modules = list(model.modules())
     kept = [value for module in modules for value in (*vars(module).values(), *getattr(module, "_flat_weights", ()))]
     return {id(value): value.detach() for value in kept if isinstance(value, Tensor) and not value.is_leaf}
@@ -327,7 +332,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _without_aliases(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors, each once and on its own storage, and the other names that some of them have."""
+    """Return the tensors, each once and in memory of its own, and the other names that some of them have."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     names: dict[tuple[Any, ...], str] = {}
@@ -360,8 +365,3 @@ def _config_sha256(config: Mapping[str, Any]) -> str:
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _flush(file: Path) -> None:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())

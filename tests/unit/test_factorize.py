@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.methods.factorize import (
+from slimlstm.methods import (
     DAMPING,
-    SOLVERS,
+    METHODS,
     Factors,
+    MatrixProblem,
+    Needs,
     WeightedSVD,
     relative_error,
     semi_nmf,
@@ -38,6 +40,13 @@ class Facts:
     iterative: bool
     resolution: dict[torch.dtype, float]
 
+
+SOLVERS = {
+    name: lambda matrix, rank, on_iteration, method=method: method.solve(MatrixProblem(matrix), rank, on_iteration)
+    for name, method in METHODS.items()
+    if method.needs == Needs.NOTHING and not method.makes_mask
+}
+"""Every method that needs nothing but the matrix and finds factors."""
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BY_GRAM = dict.fromkeys(DTYPES, 1e-7)

@@ -7,16 +7,17 @@ import torch
 from helpers import EXACT, assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slimlstm.methods.factorize import WeightedSVD
 from strangers import IN, STRANGERS, B, First, H, LanguageModel, Stranger, T, V
 from torch import Tensor, nn
 from torch.distributions import Categorical
 from torch.nn.functional import cross_entropy
 
 from slimlstm import LowRank, Plan, Prune, Quantize, Report, SlimLSTMError, compress_, find_sites, load, save
-from slimlstm.calibration.moments import Calibration, Moments, calibrate, mean_loss
+from slimlstm.calibration.collect import calibrate, mean_loss
+from slimlstm.calibration.moments import Calibration, Moments
 from slimlstm.demo.model import embedded_model, held_out_tokens
 from slimlstm.evaluate import perplexity
+from slimlstm.methods import WeightedSVD
 from slimlstm.modules.hosts import find_hosts
 from slimlstm.pipeline.plan import SitePlan
 
@@ -363,29 +364,29 @@ REFUSED = {
     "no batches": (
         lambda: LowRank("activation", rank=2),
         dict,
-        "'activation' has to see data; give compress_ batches=, or",
+        "'activation' has to see data; give batches=, or",
     ),
-    "no batches, fisher": (lambda: LowRank("fisher", keep=0.5), dict, "give compress_ batches= and loss=, or calibration="),
+    "no batches, fisher": (lambda: LowRank("fisher", keep=0.5), dict, "give batches= and loss=, or calibration="),
     "no batches, plan": (lambda: Plan({"left.weight_hh_l0": SitePlan("fisher", 2)}), dict, "'fisher' has to see data"),
-    "no loss": (lambda: LowRank("fisher", rank=2), lambda: {"batches": BATCHES}, "'fisher' needs a loss, which .* had not"),
+    "no loss": (lambda: LowRank("fisher", rank=2), lambda: {"batches": BATCHES}, "'fisher' needs a loss, and compress_ got none"),
     "no loss, keep": (lambda: LowRank("fisher", keep=0.5), lambda: {"batches": BATCHES}, "'fisher' needs a loss"),
-    "no batch": (lambda: LowRank("fisher", rank=2), lambda: {"batches": [], "loss": losses_of}, "there is no batch"),
+    "no batch": (lambda: LowRank("fisher", rank=2), lambda: {"batches": [], "loss": losses_of}, "no batch was given"),
     "not reached": (lambda: LowRank("fisher", rank=2), lambda: UNREACHED, "no batch reached towers.0.weight_ih_l0, or no"),
     "not reached, keep": (lambda: LowRank("fisher", keep=0.5), lambda: UNREACHED, "no batch reached towers.0.weight_ih_l0"),
     "another model's": (lambda: LowRank(rank=2), of_another, "left.weight_ih_l0 had another shape when .* calibrate this"),
     "global semi-nmf": (lambda: LowRank("semi-nmf", keep=0.5, allocation="global"), dict, "semi-nmf has no spectrum"),
     "semi-nmf bytes": (lambda: LowRank("semi-nmf", bytes=500), dict, "semi-nmf has no spectrum to choose ranks from"),
-    "two amounts": (lambda: LowRank("fisher", keep=0.5, bytes=500), dict, "not keep and bytes"),
-    "three amounts": (lambda: LowRank("fisher", rank=2, keep=0.5, energy=0.5), dict, "not rank and keep and energy"),
-    "global rank": (lambda: LowRank("fisher", rank=2, allocation="global"), dict, "rank is the same everywhere"),
-    "global energy": (lambda: LowRank(energy=0.5, allocation="global"), dict, "energy is the same everywhere"),
+    "two amounts": (lambda: LowRank("fisher", keep=0.5, bytes=500), dict, "not keep, bytes"),
+    "three amounts": (lambda: LowRank("fisher", rank=2, keep=0.5, energy=0.5), dict, "not rank, keep, energy"),
+    "global rank": (lambda: LowRank("fisher", rank=2, allocation="global"), dict, "rank is the same for every matrix"),
+    "global energy": (lambda: LowRank(energy=0.5, allocation="global"), dict, "energy is the same for every matrix"),
     "uniform bytes": (lambda: LowRank(bytes=500, allocation="uniform"), dict, "bytes are one budget for all matrices"),
     "allocation": (lambda: LowRank(keep=0.5, allocation="greedy"), dict, "'uniform' or 'global', not 'greedy'"),
     "energy 0": (lambda: LowRank(energy=0.0), dict, r"energy is a fraction in \(0, 1\], not 0\.0"),
     "energy a bool": (lambda: LowRank(energy=True), dict, r"energy is a fraction in \(0, 1\], not True"),
     "energy text": (lambda: LowRank(energy="much"), dict, r"energy is a fraction in \(0, 1\], not 'much'"),
-    "bytes 0": (lambda: LowRank(bytes=0), dict, "bytes are an int of at least 1, not 0"),
-    "bytes a float": (lambda: LowRank(bytes=1e3), dict, r"bytes are an int of at least 1, not 1000\.0"),
+    "bytes 0": (lambda: LowRank(bytes=0), dict, "bytes is an int of at least 1, not 0"),
+    "bytes a float": (lambda: LowRank(bytes=1e3), dict, r"bytes is an int of at least 1, not 1000\.0"),
     "few bytes": (lambda: LowRank(bytes=10), dict, "a budget of 10 is too small for rank 1 at every matrix, which takes"),
     "little kept": (lambda: LowRank("svd", keep=0.001, allocation="global"), dict, "too small for rank 1 at every matrix"),
     "failing loss": (

@@ -27,11 +27,12 @@ from torch import nn
 
 from slimlstm import ops
 from slimlstm.errors import SlimLSTMError
+from slimlstm.methods import STORAGES, rounded
 from slimlstm.modules.cell import LowRankLSTMCell
 from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.modules.masks import apply_mask
 from slimlstm.ops import cpu, reference
-from slimlstm.ops.weights import STORAGES, Direction, rounded
+from slimlstm.ops.weights import Direction
 
 needs_kernel = pytest.mark.skipif(cpu.missing is not None, reason=str(cpu.missing))
 pytestmark = needs_kernel

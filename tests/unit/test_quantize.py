@@ -35,10 +35,11 @@ from slimlstm import (
 )
 from slimlstm.demo import model as embedded
 from slimlstm.evaluate import perplexity
+from slimlstm.methods import rounded
+from slimlstm.methods.storages import to_int8
 from slimlstm.modules.factored import FactoredModule
 from slimlstm.modules.hosts import find_hosts
 from slimlstm.ops import cpu
-from slimlstm.ops.weights import from_int8, rounded, to_int8
 from slimlstm.pipeline.plan import SitePlan
 
 SMALL = ("bfloat16", "int8")
@@ -100,9 +101,10 @@ def matrices(draw) -> Tensor:
 
 @given(matrices())
 def test_int8_is_exact_and_final(weight):
-    integers, scale = to_int8(weight)
+    encoded = to_int8(weight)
+    integers, scale = encoded.codes, encoded.scale
     found = rounded(weight, "int8")
-    assert torch.equal(bits(from_int8(integers, scale)), bits(found))
+    assert torch.equal(bits(encoded.decoded()), bits(found))
     assert torch.equal(bits(rounded(found, "int8")), bits(found))
     # What the kernel makes of the rounded weights, in its own words.
     kernels_scale = found.abs().amax(dim=1) / 127

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.methods.rank import (
+from slimlstm.methods import (
     RankCosts,
     allocate,
     break_even_rank,

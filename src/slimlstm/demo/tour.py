@@ -1,4 +1,4 @@
-"""The tour: the embedded language model compressed by every method, target and rank, with what that costs and saves."""
+"""The tour: compress the embedded language model by every method, target and rank; measure quality, size and speed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,14 +16,16 @@ from torch.nn.functional import cross_entropy
 
 from slimlstm.bench.timing import interleaved_seconds, median_ratios
 from slimlstm.calibration.collect import calibrate
-from slimlstm.compress import compress_, sha256_of
+from slimlstm.compress import compress_
 from slimlstm.demo.awd_lstm import AWDLSTM
 from slimlstm.demo.model import embedded_model, held_out_tokens
+from slimlstm.demo.plots import quality_curves
 from slimlstm.errors import SlimLSTMError
 from slimlstm.evaluate import perplexity
+from slimlstm.methods import sha256_of
 from slimlstm.modules.hosts import find_sites
 from slimlstm.modules.lstm import LowRankLSTM
-from slimlstm.pipeline.plan import LowRank, Prune, Target
+from slimlstm.pipeline.config import LowRank, Prune, Target
 from slimlstm.provenance import provenance
 
 METHODS = ("svd", "semi-nmf", "fisher", "prune")
@@ -37,11 +40,15 @@ _LATENCY_STEPS = 35
 
 @dataclass(frozen=True)
 class Row:
-    """One way to compress the model.
+    """One compressed model.
 
-    ``rank`` is that of every matrix; of ``"fisher"``, whose ranks differ, the one that would take as many bytes.
-    ``parameters`` and ``bytes`` are those of the LSTMs. ``change`` is the relative rise in perplexity over the dense model,
-    ``latency_ratio`` how many times faster than the dense model the LSTMs read 35 tokens at batch 1, on one thread.
+    Attributes:
+        method, target: see :class:`slimlstm.LowRank`; ``"dense"`` and ``""`` for the dense model.
+        rank: the rank of every matrix. The ranks of ``"fisher"`` differ; its row has the rank of the same size in bytes.
+        parameters, bytes: the size of the LSTMs.
+        perplexity: per byte-pair token of the held-out text.
+        change: the rise in perplexity over the dense model, relative to it.
+        latency_ratio: how many times faster than the dense model the LSTMs read 35 tokens, at batch 1 on one thread.
     """
 
     method: str
@@ -56,21 +63,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Tour:
-    """All rows, the dense model's first."""
+    """All rows; the first is the dense model."""
 
     rows: list[Row]
 
     @property
     def dense(self) -> Row:
-        """The model as it was trained."""
+        """Return the row of the dense model."""
         return self.rows[0]
 
     def row(self, method: str, target: str, rank: int) -> Row:
-        """The row of one method, target and rank."""
+        """Return the row of one method, target and rank."""
         return next(r for r in self.rows if (r.method, r.target, r.rank) == (method, target, rank))
 
     def summary(self) -> str:
-        """What is to be seen, in three sentences made from the numbers."""
+        """Return the main findings in three sentences, made from the numbers."""
         rank = RANKS[-2]
         hh, ih = self.row("svd", "hh", rank), self.row("svd", "ih", rank)
         both, fisher = self.row("svd", "both", rank), self.row("fisher", "both", rank)
@@ -82,12 +89,12 @@ class Tour:
             f"changes it by {ih.change:+.1%} and leaves {ih.parameters / self.dense.parameters:.0%}. "
             f"With all matrices at rank {rank} SVD changes it by {both.change:+.1%}, Fisher-weighted factors of the same "
             f"size by {fisher.change:+.1%}. "
-            f"Against magnitude pruning with as many weights, SVD is the better one in {svd_wins} of {len(pairs)} cases, "
-            "and it alone makes the stored model smaller."
+            f"With as many weights, SVD has a lower perplexity than magnitude pruning in {svd_wins} of {len(pairs)} cases, "
+            "and only SVD makes the stored model smaller."
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The tour as JSON types."""
+        """Return the tour as JSON types."""
         return {
             "rows": [asdict(row) for row in self.rows],
             "summary": self.summary(),
@@ -117,29 +124,29 @@ class Tour:
 
 
 def run(progress: Callable[[str, float], None] | None = None) -> Tour:
-    """Compresses the embedded model in every way and measures it on the held-out text; takes about a minute.
+    """Compress the embedded model by every method, target and rank, and measure each on held-out text; takes a minute.
 
     Args:
-        progress: called with what is being done and the fraction of all that is done.
+        progress: called with the current method, target and rank, and the fraction done.
 
     Raises:
-        SlimLSTMError: a compressed model's fast output is not the one that the reference recurrence gives.
+        SlimLSTMError: the output of a compressed model differs from the reference recurrence.
     """
     dense, tokens = embedded_model(), held_out_tokens()[:_TOKENS]
     if progress is not None:
         progress("calibrating", 0.0)
     calibration = calibrate(dense, _pieces(held_out_tokens()[_TOKENS:]), _losses)
     sample = tokens[:_LATENCY_STEPS, None]
-    ways = list(itertools.product(METHODS, TARGETS, RANKS))
+    combinations = list(itertools.product(METHODS, TARGETS, RANKS))
     dense_loss = perplexity(dense, tokens, streams=_STREAMS)
     size = sum(parameter.numel() for parameter in dense.lstms.parameters())
     rows = [Row("dense", "", None, size, 4 * size, dense_loss.perplexity, 0.0, 1.0)]
-    for index, (method, target, rank) in enumerate(ways):
+    for index, (method, target, rank) in enumerate(combinations):
         if progress is not None:
-            progress(f"{method} {target} rank {rank}", index / len(ways))
+            progress(f"{method} {target} rank {rank}", index / len(combinations))
         model = copy.deepcopy(dense)
-        seen = calibration if method == "fisher" else None  # without, no rise of the loss is predicted, which takes time
-        report = compress_(model, _config(dense, method, target, rank), calibration=seen)
+        needed = calibration if method == "fisher" else None  # the others would spend time on a prediction of the loss
+        report = compress_(model, _config(dense, method, target, rank), calibration=needed)
         found = perplexity(model, tokens, streams=_STREAMS).perplexity
         rows.append(
             Row(
@@ -158,6 +165,25 @@ def run(progress: Callable[[str, float], None] | None = None) -> Tour:
     return Tour(rows)
 
 
+def draw(tour: Tour, path: Path) -> None:
+    """Draw perplexity against the size of the LSTMs, a panel per target and a line per method, and write a PNG or PDF.
+
+    Raises:
+        SlimLSTMError: matplotlib is not installed.
+    """
+    panels = {
+        f"{target} compressed": {
+            method: [
+                (100 * row.parameters / tour.dense.parameters, row.perplexity)
+                for row in (tour.row(method, target, rank) for rank in RANKS)
+            ]
+            for method in METHODS
+        }
+        for target in TARGETS
+    }
+    quality_curves(panels, tour.dense.perplexity, path, x_label="LSTM parameters left (%)", y_label="perplexity")
+
+
 def _config(dense: AWDLSTM, method: str, target: Target, rank: int) -> LowRank | Prune:
     if method == "prune":
         return Prune(rank=rank, target=target)
@@ -168,7 +194,7 @@ def _config(dense: AWDLSTM, method: str, target: Target, rank: int) -> LowRank |
 
 
 def _pieces(tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Inputs and targets [T, B] of a text, in pieces that are read one by one."""
+    """Cut a text into batches of inputs and targets, each [T, B]."""
     length = len(tokens) // _STREAMS
     text = tokens[: length * _STREAMS].view(_STREAMS, length).t()
     starts = range(0, length - _STEPS, _STEPS)
@@ -186,7 +212,7 @@ def _latency_ratio(dense: AWDLSTM, compressed: AWDLSTM, sample: Tensor) -> float
 
 
 def _check_outputs(model: AWDLSTM, sample: Tensor) -> None:
-    """No speed is told of a wrong answer: every backend has to agree with the reference recurrence."""
+    """Check the outputs against the reference recurrence, so that no wrong result is timed."""
     reference = copy.deepcopy(model)
     for module in reference.modules():
         if isinstance(module, LowRankLSTM):
@@ -195,4 +221,6 @@ def _check_outputs(model: AWDLSTM, sample: Tensor) -> None:
         expected, found = reference.features(sample)[0], model.features(sample)[0]
     error = float((expected - found).norm() / expected.norm())
     if not error < 1e-4:
-        raise SlimLSTMError(f"the compressed model's output differs from the reference recurrence's by {error:.1e}")
+        raise SlimLSTMError(
+            f"the compressed model's output differs from the reference recurrence by {error:.1e}, relative; please report it"
+        )

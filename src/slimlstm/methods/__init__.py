@@ -1,1 +1,81 @@
-"""Compress one matrix: methods, storages, and the cost of a rank."""
+"""Compress one matrix: the tables of methods and storages, and the cost of a rank. This room knows tensors only."""
+
+from slimlstm.methods.factors import Factors, OnIteration, as_factors
+from slimlstm.methods.magnitude import magnitude_mask, nonzeros_at_rank
+from slimlstm.methods.matrices import check_matrix, check_rank, relative_error, sha256_of, singular_values
+from slimlstm.methods.method import (
+    DENSE,
+    METHODS,
+    MatrixProblem,
+    Method,
+    Needs,
+    calibrated_methods,
+    factoring_methods,
+    method_called,
+    register_method,
+)
+from slimlstm.methods.rank import (
+    RankCosts,
+    allocate,
+    break_even_rank,
+    is_smaller,
+    rank_for_energy,
+    rank_for_fraction,
+    rank_for_share,
+)
+from slimlstm.methods.replacement import Replacement
+from slimlstm.methods.semi_nmf import semi_nmf
+from slimlstm.methods.storages import (
+    STORAGES,
+    Encoded,
+    Storage,
+    matrix_bytes,
+    register_storage,
+    rounded,
+    storage_called,
+    stored_bytes,
+)
+from slimlstm.methods.svd import svd
+from slimlstm.methods.weighted import DAMPING, WeightedSVD
+
+__all__ = [
+    "DAMPING",
+    "DENSE",
+    "METHODS",
+    "STORAGES",
+    "Encoded",
+    "Factors",
+    "MatrixProblem",
+    "Method",
+    "Needs",
+    "OnIteration",
+    "RankCosts",
+    "Replacement",
+    "Storage",
+    "WeightedSVD",
+    "allocate",
+    "as_factors",
+    "break_even_rank",
+    "calibrated_methods",
+    "check_matrix",
+    "check_rank",
+    "factoring_methods",
+    "is_smaller",
+    "magnitude_mask",
+    "matrix_bytes",
+    "method_called",
+    "nonzeros_at_rank",
+    "rank_for_energy",
+    "rank_for_fraction",
+    "rank_for_share",
+    "register_method",
+    "register_storage",
+    "relative_error",
+    "rounded",
+    "semi_nmf",
+    "sha256_of",
+    "singular_values",
+    "storage_called",
+    "stored_bytes",
+    "svd",
+]

@@ -74,8 +74,8 @@ class LowRankLSTMCell(FactoredModule):
             self._weight("bias_ih") if self.bias else None,
             self._weight("bias_hh") if self.bias else None,
             None,
-            self.storages.get("weight_ih", "float32"),
-            self.storages.get("weight_hh", "float32"),
+            self.kernel_format("weight_ih"),
+            self.kernel_format("weight_hh"),
         )
         return [[weights]]
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from slimlstm.errors import SlimLSTMError
+from slimlstm.methods import STORAGES, rounded
 from slimlstm.ops.dense import rebuilt
-from slimlstm.ops.weights import Direction, Layer, Matrix, flat, rounded
+from slimlstm.ops.weights import Direction, Layer, Matrix, flat
 
 Provenance = dict[str, str]
 """Where the numbers of a compressed matrix come from: the ``method`` and the ``source_sha256`` of the dense matrix."""
@@ -89,6 +90,10 @@ class FactoredModule(nn.Module):
                 original.copy_(weight)
         self.storages[name] = storage
 
+    def kernel_format(self, name: str) -> str:
+        """Return the format that the fused kernel packs the matrix ``name`` in: "float32", "bfloat16" or "int8"."""
+        return STORAGES[self.storages.get(name, "float32")].kernel_format
+
     def stored_parts(self, name: str) -> list[str]:
         """The names of the weights that are kept as the matrix ``name`` is: itself or its factors, and the projection."""
         projection = name.replace("weight_hh", "weight_hr")
@@ -134,7 +139,7 @@ class FactoredModule(nn.Module):
         if hasattr(self, name):
             delattr(self, name)
         for ending, factor in (("_u", u), ("_v", v)):
-            self.register_parameter(name + ending, _as_parameter(factor))
+            self.register_parameter(name + ending, as_parameter(factor))
         self.storages.pop(name, None)
 
     def reset_parameters(self) -> None:
@@ -187,5 +192,5 @@ class FactoredModule(nn.Module):
             raise SlimLSTMError(f"ranks name {', '.join(unknown)}, but there are only {', '.join(self.matrix_shapes)}")
 
 
-def _as_parameter(tensor: Tensor) -> nn.Parameter:
+def as_parameter(tensor: Tensor) -> nn.Parameter:
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach().contiguous())

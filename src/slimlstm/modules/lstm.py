@@ -141,8 +141,8 @@ class LowRankLSTM(FactoredModule):
             self._weight(f"bias_ih{suffix}") if self.bias else None,
             self._weight(f"bias_hh{suffix}") if self.bias else None,
             self._weight(f"weight_hr{suffix}") if self.proj_size else None,
-            self.storages.get(f"weight_ih{suffix}", "float32"),
-            self.storages.get(f"weight_hh{suffix}", "float32"),
+            self.kernel_format(f"weight_ih{suffix}"),
+            self.kernel_format(f"weight_hh{suffix}"),
             self.cell_clip,
             self.proj_clip,
         )

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from slimlstm.methods import DENSE, Replacement
 from slimlstm.modules.cell import LowRankLSTMCell
-from slimlstm.modules.factored import FactoredModule, Provenance
+from slimlstm.modules.factored import FactoredModule, Provenance, as_parameter
 from slimlstm.modules.hosts import Host, matrix_shapes, parameter_names
 from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.modules.masks import apply_mask, mask_of
@@ -25,21 +26,21 @@ _HOOKS = (
 )
 
 
-def replace(
-    model: nn.Module,
-    host: Host,
-    factors: Mapping[str, tuple[Tensor, Tensor]],
-    masks: Mapping[str, Tensor],
-    weights: Mapping[str, nn.Parameter],
-    provenance: Mapping[str, Provenance],
-) -> nn.Module:
-    """Puts factors, masks and dense weights, by parameter name, into the host's place in ``model``; the rest stays.
+def replace(model: nn.Module, host: Host, replacements: Mapping[str, Replacement]) -> nn.Module:
+    """Put replacements, by parameter name, into the host's place in ``model``; everything else stays.
 
-    The new module, which is returned, takes over the parameters that stay, existing masks, hooks, and training mode.
-    Where only masks are asked for, an LSTM that computes with its own parameters stays the same object; factors and
-    weights make it a module of :mod:`slimlstm.modules.lstm`.
+    The new module takes over the parameters that stay, existing masks, hooks, and the training mode. Where the replacements
+    are masks alone, an LSTM that computes with its own parameters stays the same object. Factors and dense weights make it
+    a :class:`slimlstm.modules.FactoredModule`. Weights that are parameters are taken as they are, so that tied matrices can
+    share them.
+
+    Returns:
+        The module that now computes.
     """
     module = host.lstm
+    origins = {name: _origin(host.lstm, name, replacement) for name, replacement in replacements.items()}
+    factors = {name: found.factors for name, found in replacements.items() if found.factors is not None}
+    weights = {name: as_parameter(found.dense) for name, found in replacements.items() if found.dense is not None}
     if isinstance(module, FactoredModule):
         for name, (u, v) in factors.items():
             module.set_factors(name, u, v)
@@ -49,11 +50,22 @@ def replace(
         module = _successor(host, factors, weights)
         for path in host.paths:
             model.set_submodule(path, module)
-    for name, mask in masks.items():
-        apply_mask(module, name, mask)
-    for name, origin in provenance.items():
-        set_provenance(module, name, origin)
+    for name, replacement in replacements.items():
+        if replacement.mask is not None:
+            apply_mask(module, name, replacement.mask)
+        set_provenance(module, name, origins[name])
+        if replacement.storage is not None and isinstance(module, FactoredModule):
+            module.storages[name] = replacement.storage
     return module
+
+
+def _origin(module: nn.Module, name: str, replacement: Replacement) -> Provenance:
+    """Return where a replacement comes from; a matrix that is only rounded keeps its earlier origin."""
+    earlier = provenance_of(module, name)
+    if replacement.method == DENSE and earlier:
+        return earlier
+    found = {"method": replacement.method, "source_sha256": replacement.source_sha256}
+    return {key: value for key, value in found.items() if value}
 
 
 def provenance_of(module: nn.Module, name: str) -> Provenance:

@@ -6,14 +6,10 @@ or H), r rank. Gates are stacked in PyTorch's order i, f, g, o.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
-
-from slimlstm.errors import SlimLSTMError
 
 Matrix = Tensor | tuple[Tensor, Tensor]
 """W [m, n], or its factors (U [m, r], V [r, n]) with W ≈ U V."""
@@ -22,9 +18,9 @@ Matrix = Tensor | tuple[Tensor, Tensor]
 class Direction(NamedTuple):
     """The weights of one direction: ih [4H, I], hh [4H, P], biases [4H] or None, projection hr [P, H] or None.
 
-    The storages, "float32", "bfloat16" or "int8", are what the fused kernel keeps ih, and hh with hr, in; see
-    :func:`rounded`. Other backends use the weights as they are. c stays within ``cell_clip`` on either side of zero, and
-    what hr gives within ``proj_clip``; None leaves them as they are.
+    The storages, "float32", "bfloat16" or "int8", are the kernel's formats for ih, and for hh with hr. Other backends use
+    the weights as they are. c stays within ``cell_clip`` on either side of zero, and what hr gives within ``proj_clip``;
+    None leaves them as they are.
     """
 
     ih: Matrix
@@ -95,62 +91,3 @@ def rows(matrix: Matrix) -> int:
 def columns(matrix: Matrix) -> int:
     """n, the number of columns of the matrix or of the product of its factors."""
     return matrix.shape[1] if isinstance(matrix, Tensor) else matrix[1].shape[1]
-
-
-STORAGES = ("float32", "bfloat16", "int8")
-"""What the fused kernel can keep weights in."""
-
-# int8 scales have 17 significant bits, so that their products with integers of 7 are exact in float32.
-_FREE_BITS = 0x7F
-
-
-def rounded(weight: Tensor, storage: str) -> Tensor:
-    """The float32 weight [m, n] as ``storage`` keeps it: in int8, every row is integers from -127 to 127 times a scale.
-
-    What is rounded already stays as it is, to the bit. In int8, a row that holds NaN or infinite numbers becomes NaN, and
-    one whose largest magnitude is below 1.5e-36 zero.
-
-    Raises:
-        SlimLSTMError: no storage of that name, or a weight of another dtype than float32.
-    """
-    check_storage(storage)
-    if storage == "float32":
-        return weight
-    if weight.dtype != torch.float32:
-        raise SlimLSTMError(f"only float32 weights can be kept in {storage}, not {weight.dtype}; convert the model first")
-    return weight.bfloat16().float() if storage == "bfloat16" else from_int8(*to_int8(weight))
-
-
-def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Integers from -127 to 127, int8 [m, n], and scales, float32 [m]; see :func:`rounded`."""
-    scale = weight.abs().amax(dim=1) / 127
-    scale = (scale.view(torch.int32) & ~_FREE_BITS).view(torch.float32)
-    # Products with denormal scales would not be exact.
-    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, scale)
-    return (weight / torch.where(scale > 0, scale, 1.0)[:, None]).round().to(torch.int8), scale
-
-
-def from_int8(integers: Tensor, scale: Tensor) -> Tensor:
-    """The float32 weight [m, n] that :func:`to_int8` was given, rounded."""
-    return integers * scale[:, None]
-
-
-def stored_bytes(shape: tuple[int, ...], storage: str | None, itemsize: int) -> int:
-    """The bytes of a weight [m, n] in ``storage``; where that is None, its numbers take ``itemsize`` bytes each."""
-    size = math.prod(shape)
-    if storage == "int8":
-        return size + 4 * shape[0]
-    return size * {"float32": 4, "bfloat16": 2}.get(storage or "", itemsize)
-
-
-def matrix_bytes(shape: tuple[int, int], rank: int | None, storage: str | None, itemsize: int) -> int:
-    """:func:`stored_bytes` of a matrix [m, n], or of its factors of a rank."""
-    m, n = shape
-    shapes = [shape] if rank is None else [(m, rank), (rank, n)]
-    return sum(stored_bytes(part, storage, itemsize) for part in shapes)
-
-
-def check_storage(storage: object, storages: tuple[str, ...] = STORAGES) -> None:
-    """Raises :class:`SlimLSTMError` unless ``storage`` is one of ``storages``."""
-    if storage not in storages:
-        raise SlimLSTMError(f"no storage is called {storage!r}; there are {', '.join(map(repr, storages))}")

@@ -1,0 +1,62 @@
+"""Check matrices, and compare them with their approximations."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from slimlstm.errors import SlimLSTMError
+
+
+def singular_values(matrix: Tensor) -> Tensor:
+    """Return all min(m, n) singular values of a matrix [m, n], largest first, in float64.
+
+    Raises:
+        SlimLSTMError: the matrix is empty, not finite or not of a floating-point dtype.
+
+    Example:
+        >>> singular_values(torch.diag(torch.tensor([1.0, 3.0])))
+        tensor([3., 1.], dtype=torch.float64)
+    """
+    check_matrix(matrix)
+    return torch.linalg.svdvals(matrix.detach().double())
+
+
+def relative_error(matrix: Tensor, approximation: Tensor) -> float:
+    """Return ‖W - W'‖_F / ‖W‖_F, computed in float64; 0 where both are zero.
+
+    Example:
+        >>> relative_error(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 0.0]]))
+        0.8
+    """
+    w = matrix.detach().double()
+    norm, difference = w.norm(), (w - approximation.detach().double()).norm()
+    return 0.0 if float(difference) == 0.0 else float(difference / norm)
+
+
+def sha256_of(tensor: Tensor) -> str:
+    """Return the SHA-256 of a tensor's numbers, row by row, in its own dtype (little-endian)."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def check_matrix(matrix: Tensor) -> None:
+    """Raise :class:`SlimLSTMError` unless ``matrix`` is a finite, non-empty, floating-point matrix [m, n]."""
+    if matrix.ndim != 2 or matrix.numel() == 0:
+        raise SlimLSTMError(f"a matrix [m, n] with m, n >= 1 is needed, not a tensor of shape {list(matrix.shape)}")
+    if matrix.is_meta:
+        raise SlimLSTMError("the matrix is on the meta device and holds no numbers; load the weights first")
+    if not matrix.is_floating_point():
+        raise SlimLSTMError(f"a floating-point matrix is needed, not {matrix.dtype}; dequantise it first")
+    bad = int((~torch.isfinite(matrix)).sum())
+    if bad:
+        raise SlimLSTMError(f"the matrix holds {bad} NaN or infinite numbers of {matrix.numel()}; was training stable?")
+
+
+def check_rank(matrix: Tensor, rank: int) -> None:
+    """Raise :class:`SlimLSTMError` unless ``rank`` is an int in [1, min(m, n)]."""
+    m, n = matrix.shape
+    if type(rank) is not int or not 1 <= rank <= min(m, n):
+        raise SlimLSTMError(f"the rank of a {m} x {n} matrix has to be an int from 1 to {min(m, n)}, not {rank!r}")

@@ -1,0 +1,154 @@
+"""The table of storages. A new storage is one row: codes, and scales that the codes are multiplied with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slimlstm.errors import SlimLSTMError
+
+# int8 scales have 17 significant bits, so that their products with integers of 7 bits are exact in float32.
+_FREE_BITS = 0x7F
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A weight [m, n] as ``codes`` [m, n] times ``scale`` [m], one scale a row; None for no scales."""
+
+    codes: Tensor
+    scale: Tensor | None = None
+
+    def decoded(self) -> Tensor:
+        """Return the float32 weight [m, n]."""
+        return self.codes.float() if self.scale is None else self.codes * self.scale[:, None]
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What the numbers of a matrix, or of its factors, are kept in.
+
+    Attributes:
+        encode: takes a float32 weight [m, n] (biases never); returns its codes and scales. Encoding a decoded weight must
+            return the same codes and scales.
+        dtype: of the codes.
+        has_scales: whether every row has a float32 scale.
+        kernel_format: what the fused kernel keeps such a weight in: "float32", "bfloat16" or "int8". It must hold the
+            decoded weight exactly.
+
+    Example:
+        Half precision is one row::
+
+            slimlstm.register_storage("float16", Storage(lambda weight: Encoded(weight.half()), torch.float16))
+    """
+
+    encode: Callable[[Tensor], Encoded]
+    dtype: torch.dtype
+    has_scales: bool = False
+    kernel_format: str = "float32"
+
+    def bytes(self, shape: tuple[int, ...]) -> int:
+        """Return the bytes of a weight of this shape, scales included."""
+        return math.prod(shape) * self.dtype.itemsize + (4 * shape[0] if self.has_scales else 0)
+
+
+def to_int8(weight: Tensor) -> Encoded:
+    """Return integers from -127 to 127 and a scale for every row of a float32 weight [m, n].
+
+    A row that holds NaN or infinite numbers gets the scale NaN. A row whose largest magnitude is below 1.5e-36 becomes
+    zero.
+
+    Example:
+        >>> encoded = to_int8(torch.tensor([[127.0, -63.6]]))
+        >>> encoded.codes.tolist(), encoded.scale.tolist()
+        ([[127, -64]], [1.0])
+    """
+    scale = weight.abs().amax(dim=1) / 127
+    scale = (scale.view(torch.int32) & ~_FREE_BITS).view(torch.float32)
+    # Products with denormal scales would not be exact.
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, scale)
+    return Encoded((weight / torch.where(scale > 0, scale, 1.0)[:, None]).round().to(torch.int8), scale)
+
+
+STORAGES: dict[str, Storage] = {
+    "float32": Storage(Encoded, torch.float32),
+    "bfloat16": Storage(lambda weight: Encoded(weight.bfloat16()), torch.bfloat16, kernel_format="bfloat16"),
+    "int8": Storage(to_int8, torch.int8, has_scales=True, kernel_format="int8"),
+}
+"""Every storage by name; add a row by :func:`register_storage`."""
+
+_KERNEL_FORMATS = ("float32", "bfloat16", "int8")
+
+
+def register_storage(name: str, storage: Storage) -> None:
+    """Add a row to the table of storages, for configurations, plans, files and the command.
+
+    Raises:
+        SlimLSTMError: the name is taken or no non-empty string, or the kernel has no such format.
+
+    Example:
+        >>> register_storage("int8", STORAGES["int8"])
+        Traceback (most recent call last):
+        slimlstm.errors.SlimLSTMError: a storage called 'int8' exists already; choose another name
+    """
+    if type(name) is not str or not name:
+        raise SlimLSTMError(f"a storage's name is a non-empty string, not {name!r}")
+    if name in STORAGES:
+        raise SlimLSTMError(f"a storage called {name!r} exists already; choose another name")
+    if storage.kernel_format not in _KERNEL_FORMATS:
+        raise SlimLSTMError(f"the kernel's formats are {', '.join(_KERNEL_FORMATS)}, not {storage.kernel_format!r}")
+    STORAGES[name] = storage
+
+
+def storage_called(name: object) -> Storage:
+    """Return the row of a storage.
+
+    Raises:
+        SlimLSTMError: no storage has that name.
+
+    Example:
+        >>> storage_called("int8").bytes((400, 100))
+        41600
+    """
+    found = STORAGES.get(name) if isinstance(name, str) else None
+    if found is None:
+        raise SlimLSTMError(f"no storage is called {name!r}; the storages are {', '.join(map(repr, STORAGES))}")
+    return found
+
+
+def rounded(weight: Tensor, storage: str) -> Tensor:
+    """Return the float32 weight [m, n] with the numbers that ``storage`` can hold; rounding again changes no bit.
+
+    Raises:
+        SlimLSTMError: no storage has that name, or the weight is not float32.
+
+    Example:
+        >>> rounded(torch.tensor([[1.0, 1.001]]), "bfloat16")
+        tensor([[1., 1.]])
+    """
+    row = storage_called(storage)
+    if storage == "float32":
+        return weight
+    if weight.dtype != torch.float32:
+        raise SlimLSTMError(f"only float32 weights can be kept in {storage}, not {weight.dtype}; convert the model first")
+    return row.encode(weight).decoded()
+
+
+def stored_bytes(shape: tuple[int, ...], storage: str | None, itemsize: int) -> int:
+    """Return the bytes of a weight in ``storage``; where that is None, ``itemsize`` bytes for each number."""
+    return math.prod(shape) * itemsize if storage is None else storage_called(storage).bytes(shape)
+
+
+def matrix_bytes(shape: tuple[int, int], rank: int | None, storage: str | None, itemsize: int) -> int:
+    """Return :func:`stored_bytes` of a matrix [m, n], or of its factors of a rank.
+
+    Example:
+        >>> matrix_bytes((400, 100), rank=10, storage="int8", itemsize=4)
+        6640
+    """
+    m, n = shape
+    shapes = [shape] if rank is None else [(m, rank), (rank, n)]
+    return sum(stored_bytes(part, storage, itemsize) for part in shapes)

@@ -1,0 +1,213 @@
+"""Put replacements into an ONNX graph, and remove what nothing uses any longer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimlstm.errors import SlimLSTMError
+from slimlstm.methods import Replacement, storage_called
+from slimlstm.onnx.graph import OnnxLSTM, WeightLocation, attribute_of, graphs_of, inner_graphs
+from slimlstm.ops.gates import reordered
+from slimlstm.ops.weights import Matrix
+
+
+class Rewriter:
+    """Puts replacements into a model, which changes in place."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._graph = model, model.graph
+        self._taken = {name for graph in graphs_of(model.graph) for name in _names(graph)}
+        self._nodes: list[Any] = []
+
+    def replace(self, groups: list[list[OnnxLSTM]], replacements: Mapping[str, Replacement]) -> None:
+        """Put replacements, by key, into all layers of a group.
+
+        Args:
+            groups: layers that share their weights; the first one's name makes the keys.
+            replacements: by ``"<layer>.<weight>"``.
+        """
+        released: list[str] = []
+        for group in groups:
+            prefix = group[0].name
+            names = (location.name for location in group[0].locations)
+            new = {name: replacements[f"{prefix}.{name}"] for name in names if f"{prefix}.{name}" in replacements}
+            shared: dict[Hashable, Any] = {}
+            for layer in group:
+                if layer.node.op_type == "LSTM":
+                    released += self._replace_operands(layer, new, prefix, shared)
+                    continue
+                for location in layer.locations:
+                    if location.name in new:
+                        released += self._replace_product(location, prefix, new[location.name], shared)
+        nodes = [*self._nodes, *self._graph.node]
+        del self._graph.node[:]
+        self._graph.node.extend(nodes)
+        _remove_unused(self._graph, released)
+        # Before version 4 of the format, weights had to be listed among the inputs.
+        self._model.ir_version = max(self._model.ir_version, 4)
+
+    def _replace_operands(
+        self, layer: OnnxLSTM, new: Mapping[str, Replacement], prefix: str, shared: dict[Hashable, Any]
+    ) -> list[str]:
+        """Give an LSTM operator new weights W and R, with both directions; return the names of the old ones."""
+        released: list[str] = []
+        for position in (1, 2):
+            locations = [location for location in layer.locations if location.index == position]
+            if not any(location.name in new for location in locations):
+                continue
+            if position not in shared:
+                parts = [self._operand(one, f"{prefix}.{one.name}", new.get(one.name)) for one in locations]
+                name = parts[0]
+                if len(parts) > 1:
+                    name = self._add("Concat", parts, f"{prefix}.{locations[0].name}.both", axis=0)
+                shared[position] = name
+            released.append(layer.node.input[position])
+            layer.node.input[position] = shared[position]
+        return released
+
+    def _operand(self, location: WeightLocation, key: str, new: Replacement | None) -> str:
+        """Add the value [1, 4H, n] of one direction, and return its name."""
+        storage = location.storage if new is None else new.storage
+        matrix = location.matrix if new is None else new.effective(location.matrix)
+        if isinstance(matrix, Tensor):
+            return self._weight(key, reordered(matrix, location.gates), storage, lambda weight: weight[None])
+        u = self._weight(f"{key}_u", reordered(matrix[0], location.gates), storage, lambda weight: weight[None])
+        v = self._weight(f"{key}_v", matrix[1], storage, lambda weight: weight[None])
+        return self._add("MatMul", [u, v], f"{key}.product")
+
+    def _replace_product(
+        self, location: WeightLocation, prefix: str, new: Replacement, shared: dict[Hashable, Any]
+    ) -> Iterable[str]:
+        """Multiply by one new matrix, or by V and then U; yield the names of the old constants."""
+        is_transposed = bool(attribute_of(location.node, "transB", 0))
+        place = location.name, is_transposed
+        if place not in shared:
+            shared[place] = self._product_weights(location, f"{prefix}.{location.name}", new, is_transposed)
+        names: list[str] = shared[place]
+        yield location.node.input[1]
+        location.node.input[1] = names[0]
+        if len(names) == 2:
+            if location.source is not None:
+                yield location.source.input[1]
+                location.source.input[1] = names[1]
+                return
+            thin = self._node("MatMul", [location.node.input[0], names[1]], f"{location.node.output[0]}_thin")
+            _insert(location.scope.graph, thin, before=location.node)
+            location.node.input[0] = thin.output[0]
+
+    def _product_weights(self, location: WeightLocation, key: str, new: Replacement, is_transposed: bool) -> list[str]:
+        """Add the constants of a written-out product, W or U and V, and return their names."""
+
+        def turned(weight: Tensor) -> Tensor:
+            return weight if is_transposed else weight.mT
+
+        matrix: Matrix = new.effective(location.matrix)
+        if isinstance(matrix, Tensor):
+            return [self._weight(key, reordered(matrix, location.gates), new.storage, turned)]
+        return [
+            self._weight(f"{key}_u", reordered(matrix[0], location.gates), new.storage, turned),
+            self._weight(f"{key}_v", matrix[1], new.storage, lambda weight: weight.mT),
+        ]
+
+    def _weight(self, key: str, weight: Tensor, storage: str | None, laid_out: Callable[[Tensor], Tensor]) -> str:
+        """Add a constant [m, n], as codes and scales where it has a storage; return the name of its value."""
+        if storage in (None, "float32"):
+            return self._constant(key, laid_out(weight))
+        encoded = storage_called(storage).encode(weight.detach())
+        value = self._cast(self._constant(key, laid_out(encoded.codes)), weight.dtype)
+        if encoded.scale is None:
+            return value
+        scales = self._constant(f"{key}.scale", laid_out(encoded.scale[:, None]))
+        return self._add("Mul", [value, scales], f"{key}.value")
+
+    def _constant(self, name: str, value: Tensor) -> str:
+        from onnx import helper
+
+        name, value = self._free(name), value.detach()
+        content = value.flatten().contiguous().view(torch.uint8).numpy().tobytes()
+        self._graph.initializer.append(helper.make_tensor(name, _kind(value.dtype), value.shape, content, raw=True))
+        return name
+
+    def _cast(self, name: str, dtype: torch.dtype) -> str:
+        return self._add("Cast", [name], f"{name}.cast", to=_kind(dtype))
+
+    def _add(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        node = self._node(operator, inputs, output, **attributes)
+        self._nodes.append(node)
+        return node.output[0]
+
+    def _node(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> Any:
+        from onnx import helper
+
+        output = self._free(output)
+        return helper.make_node(operator, inputs, [output], name=output, **attributes)
+
+    def _free(self, name: str) -> str:
+        free, count = name, 1
+        while free in self._taken:
+            count += 1
+            free = f"{name}.{count}"
+        self._taken.add(free)
+        return free
+
+
+def _kind(dtype: torch.dtype) -> int:
+    from onnx import TensorProto
+
+    kinds: dict[torch.dtype, int] = {
+        torch.float32: TensorProto.FLOAT,
+        torch.float64: TensorProto.DOUBLE,
+        torch.float16: TensorProto.FLOAT16,
+        torch.bfloat16: TensorProto.BFLOAT16,
+        torch.int8: TensorProto.INT8,
+        torch.uint8: TensorProto.UINT8,
+        torch.int16: TensorProto.INT16,
+        torch.int32: TensorProto.INT32,
+    }
+    if dtype not in kinds:
+        raise SlimLSTMError(f"ONNX files cannot hold {dtype} codes here; give another storage")
+    return kinds[dtype]
+
+
+def _insert(graph: Any, node: Any, before: Any) -> None:
+    position = next(index for index, other in enumerate(graph.node) if other is before or other.output == before.output)
+    graph.node.insert(position, node)
+
+
+def _names(graph: Any) -> Iterable[str]:
+    """Yield every name that a graph gives to a value or a node."""
+    yield from (tensor.name for tensor in graph.initializer)
+    yield from (value.name for value in graph.input)
+    for node in graph.node:
+        yield from (node.name, *node.output)
+
+
+def _remove_unused(graph: Any, released: list[str]) -> None:
+    """Remove the nodes and constants that only ``released`` values needed."""
+    uses: dict[str, int] = {}
+    graphs = list(graphs_of(graph))
+    for one in graphs:
+        for name in [*(name for node in one.node for name in node.input), *(output.name for output in one.output)]:
+            uses[name] = uses.get(name, 0) + 1
+    pending, dead = list(dict.fromkeys(released)), set[str]()
+    while pending:
+        name = pending.pop()
+        if uses.get(name) or name in dead or not name:
+            continue
+        dead.add(name)
+        for one in graphs:
+            for node in [node for node in one.node if name in node.output]:
+                if any(uses.get(output) for output in node.output) or any(True for _ in inner_graphs(node)):
+                    continue
+                one.node.remove(node)
+                for used in node.input:
+                    uses[used] -= 1
+                pending += node.input
+    for one in graphs:
+        for kept in (one.initializer, one.input, one.value_info):
+            for value in [value for value in kept if value.name in dead]:
+                kept.remove(value)

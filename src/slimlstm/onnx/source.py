@@ -1,0 +1,120 @@
+"""The sites of an ONNX graph, for the common pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimlstm.calibration.moments import Calibration, Moments
+from slimlstm.methods import Replacement, matrix_bytes, sha256_of
+from slimlstm.modules.sites import Site
+from slimlstm.onnx.graph import OnnxLSTM, WeightLocation, graphs_of
+from slimlstm.onnx.rewrite import Rewriter
+from slimlstm.ops.weights import Matrix, shape_of
+from slimlstm.pipeline.site_plan import SitePlan
+from slimlstm.pipeline.source import Size, Sizes, replaced_site
+
+
+class GraphSource:
+    """The sites of an ONNX graph; see :class:`slimlstm.pipeline.source.Source`.
+
+    Args:
+        model: the ONNX model, which :meth:`put` changes.
+        lstms: its LSTMs with constant weights. LSTMs with the same weights are one group, whose sites have the name of the
+            first.
+    """
+
+    def __init__(self, model: Any, lstms: Iterable[OnnxLSTM]) -> None:
+        self._model, self.groups = model, _grouped(lstms)
+        self._locations = {
+            f"{group[0].name}.{location.name}": location for group in self.groups for location in group[0].locations
+        }
+        self._sites = {key: _site(key, location) for key, location in self._locations.items()}
+
+    def calibration(self, moments: Mapping[str, list[Moments]]) -> Calibration:
+        """Return the moments of every LSTM, by ``"<lstm>.<weight>"``, as the moments of this source's sites."""
+        found: dict[str, Moments] = {}
+        for group in self.groups:
+            for location in group[0].locations:
+                own = [one for lstm in group for one in moments.get(f"{lstm.name}.{location.name}", [])]
+                if own:
+                    found[f"{group[0].name}.{location.name}"] = Moments.together(own)
+        return Calibration(found, None, 0, False)
+
+    def sites(self) -> list[Site]:
+        """Return the recurrent matrices, in the order of the graph; shared ones once."""
+        return list(self._sites.values())
+
+    def weight(self, site: Site) -> Matrix:
+        """Return the matrix [m, n] or its factors."""
+        return self._locations[site.key].matrix
+
+    def identity(self, site: Site) -> Hashable:
+        """Return the key: sites that share their weights are one site."""
+        return site.key
+
+    def itemsize(self, site: Site) -> int:
+        """Return the bytes of one number."""
+        return _parts(self.weight(site))[0].element_size()
+
+    def check(self, site: Site, plan: SitePlan) -> None:
+        """Accept everything."""
+
+    def put(self, replacements: Mapping[str, Replacement]) -> list[str]:
+        """Rewrite the graph."""
+        Rewriter(self._model).replace(self.groups, replacements)
+        for key, found in replacements.items():
+            self._sites[key] = replaced_site(self._sites[key], found)
+        if any(found.mask is not None for found in replacements.values()):
+            return [
+                "the file holds the zeros of pruned matrices like other numbers; it becomes smaller only when compressed"
+            ]
+        return []
+
+    def size(self) -> Sizes:
+        """Return the size of the LSTMs with their biases, shared ones once, and of the file, other weights included."""
+        biases = [bias for group in self.groups for bias in group[0].biases.values()]
+        parameters, bytes_ = sum(bias.numel() for bias in biases), sum(bias.nbytes for bias in biases)
+        for site in self._sites.values():
+            parameters += site.parameters
+            bytes_ += matrix_bytes(site.shape, site.rank, site.storage, self.itemsize(site))
+        return Sizes(Size(parameters, bytes_), Size(_count_numbers(self._model), self._model.ByteSize()))
+
+
+def _grouped(lstms: Iterable[OnnxLSTM]) -> list[list[OnnxLSTM]]:
+    """Return LSTMs with the same weights together, in the order of the first of each group."""
+    groups: dict[Hashable, list[OnnxLSTM]] = {}
+    for lstm in lstms:
+        weights = (part for location in lstm.locations for part in _parts(location.matrix))
+        key = (*(location.name for location in lstm.locations), *(sha256_of(part) for part in weights))
+        groups.setdefault(key, []).append(lstm)
+    return list(groups.values())
+
+
+def _parts(matrix: Matrix) -> tuple[Tensor, ...]:
+    return (matrix,) if isinstance(matrix, Tensor) else matrix
+
+
+def _site(key: str, location: WeightLocation) -> Site:
+    module, _, name = key.rpartition(".")
+    shape = shape_of(location.matrix) or (0, 0)
+    rank = None if isinstance(location.matrix, Tensor) else location.matrix[0].shape[1]
+    return Site(module, name, shape, rank, storage=location.storage)
+
+
+def _count_numbers(model: Any) -> int:
+    """Return the number of weights in a model."""
+    from onnx import TensorProto
+
+    kinds = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.INT8}
+    tensors: list[Any] = []
+    for graph in graphs_of(model.graph):
+        tensors += graph.initializer
+        tensors += [
+            found.t for node in graph.node if node.op_type == "Constant" for found in node.attribute if found.HasField("t")
+        ]
+    counted = (tensor for tensor in tensors if tensor.data_type in kinds and not tensor.name.endswith(".scale"))
+    return sum(torch.Size(tensor.dims).numel() for tensor in counted)

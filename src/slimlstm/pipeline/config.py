@@ -1,0 +1,248 @@
+"""Configurations: rules that say how to compress every matrix they select."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from slimlstm.errors import SlimLSTMError
+from slimlstm.methods import (
+    DENSE,
+    METHODS,
+    STORAGES,
+    Needs,
+    factoring_methods,
+    is_smaller,
+    method_called,
+    nonzeros_at_rank,
+    rank_for_fraction,
+    storage_called,
+)
+from slimlstm.modules.sites import Site
+from slimlstm.pipeline.site_plan import SitePlan
+
+Target = Literal["ih", "hh", "both"]
+Filter = Callable[[Site], bool]
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Replace matrices by products of two factors.
+
+    Give the size by exactly one of ``rank``, ``keep``, ``bytes`` and ``energy``.
+
+    Attributes:
+        method: a factoring method of :data:`slimlstm.methods.METHODS`: ``"svd"``, ``"semi-nmf"``, or one that needs
+            calibration, ``"activation"`` or ``"fisher"``.
+        rank: the same rank for every matrix.
+        keep: the fraction of the parameters that the factors may hold, in (0, 1].
+        target: ``"hh"`` (hidden-to-hidden matrices), ``"ih"`` (input-to-hidden matrices) or ``"both"``.
+        filter: takes a :class:`slimlstm.modules.sites.Site` and returns whether to compress it; None selects all.
+        allocation: ``"uniform"`` keeps the same fraction of every matrix. ``"global"`` spends one budget where it reduces
+            the method's loss the most (:func:`slimlstm.methods.allocate`). None means global for calibrated methods, whose
+            losses are comparable between matrices, and uniform for others.
+        bytes: one budget for all selected matrices, in ``storage``; always global.
+        energy: the fraction of Σ σ² (of the method's losses) that every matrix preserves, in (0, 1].
+        storage: also round the factors to this storage; see :class:`Quantize`.
+
+    Raises:
+        SlimLSTMError: an unknown method, target or storage, a value out of range, or two values that exclude each other.
+
+    Example:
+        >>> LowRank("svd", keep=0.5, target="hh").method
+        'svd'
+    """
+
+    method: str = "svd"
+    rank: int | None = None
+    keep: float | None = None
+    target: Target = "both"
+    filter: Filter | None = None
+    allocation: Literal["uniform", "global"] | None = None
+    bytes: int | None = None
+    energy: float | None = None
+    storage: str | None = None
+
+    def __post_init__(self) -> None:
+        method = METHODS.get(self.method)
+        if method is None or method.makes_mask:
+            names = ", ".join(map(repr, factoring_methods()))
+            raise SlimLSTMError(f"no method that finds factors is called {self.method!r}; the methods are {names}")
+        sizes = {"rank": self.rank, "keep": self.keep, "bytes": self.bytes, "energy": self.energy}
+        given = [name for name, value in sizes.items() if value is not None]
+        if len(given) != 1:
+            raise SlimLSTMError(f"give exactly one of rank, keep, bytes and energy, not {', '.join(given) or 'none'}")
+        _check_rank_or_keep(self.rank, self.keep)
+        if self.bytes is not None and (type(self.bytes) is not int or self.bytes < 1):
+            raise SlimLSTMError(f"bytes is an int of at least 1, not {self.bytes!r}")
+        if self.energy is not None and not (type(self.energy) in (int, float) and 0.0 < self.energy <= 1.0):
+            raise SlimLSTMError(f"energy is a fraction in (0, 1], not {self.energy!r}")
+        if self.storage is not None:
+            storage_called(self.storage)
+        check_target(self.target)
+        self._check_allocation(given[0])
+        if method.spectrum is None and self.needs_spectra:
+            raise SlimLSTMError(f"{self.method} has no spectrum to choose ranks from; give rank or keep")
+
+    def _check_allocation(self, given: str) -> None:
+        if self.allocation not in (None, "uniform", "global"):
+            raise SlimLSTMError(f"allocation is 'uniform' or 'global', not {self.allocation!r}")
+        if self.allocation == "global" and given in ("rank", "energy"):
+            raise SlimLSTMError(f"{given} is the same for every matrix and cannot be allocated; give keep or bytes")
+        if self.allocation == "uniform" and given == "bytes":
+            raise SlimLSTMError("bytes are one budget for all matrices; give keep for a uniform allocation")
+
+    @property
+    def is_global(self) -> bool:
+        """Whether the matrices share one budget."""
+        if self.bytes is not None or self.allocation == "global":
+            return True
+        return self.allocation is None and self.keep is not None and METHODS[self.method].needs > Needs.NOTHING
+
+    @property
+    def needs_spectra(self) -> bool:
+        """Whether the ranks depend on the numbers in the matrices."""
+        return self.is_global or self.energy is not None
+
+    def site_plan(self, site: Site) -> SitePlan:
+        """Return the plan for one site, at ``rank`` or ``keep``."""
+        rank = self.rank if self.rank is not None else rank_for_fraction(site.shape, self.keep or 0.0)
+        return self.at_rank(site, rank)
+
+    def at_rank(self, site: Site, rank: int) -> SitePlan:
+        """Return the plan for one site at a rank; a rank that saves nothing leaves the site as it is."""
+        if site.rank is not None and rank >= site.rank:
+            return SitePlan(DENSE, note=f"already at rank {site.rank}", storage=self.storage)
+        if not is_smaller(site.shape, rank):
+            return SitePlan(DENSE, note=f"rank {rank} is not below break-even", storage=self.storage)
+        return SitePlan(self.method, rank=rank, storage=self.storage)
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Zero the weights of smallest magnitude, matrix by matrix; a mask holds them at zero.
+
+    Attributes:
+        rank: leave as many weights as factors of this rank hold, r (m + n). Give either this or ``keep``.
+        keep: the fraction of every matrix's weights to leave, in (0, 1].
+        target, filter: see :class:`LowRank`.
+        method: a masking method of :data:`slimlstm.methods.METHODS`.
+
+    Raises:
+        SlimLSTMError: an unknown method or target, a value out of range, or not exactly one of ``rank`` and ``keep``.
+
+    Example:
+        >>> Prune(keep=0.1).keep
+        0.1
+    """
+
+    rank: int | None = None
+    keep: float | None = None
+    target: Target = "both"
+    filter: Filter | None = None
+    method: str = "prune"
+
+    def __post_init__(self) -> None:
+        if (self.rank is None) == (self.keep is None):
+            raise SlimLSTMError(f"give either rank or keep, not rank={self.rank} and keep={self.keep}")
+        if not method_called(self.method).makes_mask:
+            raise SlimLSTMError(f"{self.method!r} finds factors, not a mask; use LowRank({self.method!r}, ...)")
+        _check_rank_or_keep(self.rank, self.keep)
+        check_target(self.target)
+
+    def site_plan(self, site: Site) -> SitePlan:
+        """Return the plan for one site; leaving all weights leaves the site as it is.
+
+        Raises:
+            SlimLSTMError: the site is factored.
+        """
+        check_maskable(site)
+        nonzeros = max(1, round((self.keep or 0.0) * site.shape[0] * site.shape[1]))
+        if self.rank is not None:
+            nonzeros = nonzeros_at_rank(site.shape, self.rank)
+        if nonzeros >= site.parameters:
+            return SitePlan(DENSE, note=f"{site.parameters:,} weights are no more than the {nonzeros:,} to keep")
+        return SitePlan(self.method, nonzeros=nonzeros)
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Keep the weights of matrices, or of their factors, in less than float32.
+
+    int8 has a float32 scale for every row. The parameters stay float32 in memory, rounded to what the storage can hold, so
+    that every backend computes with the same weights and training can go on. The fused kernel reads the small form, and
+    :func:`slimlstm.save` writes it. The projection ``weight_hr`` is rounded together with ``weight_hh``. Weights under a
+    mask become zero.
+
+    Attributes:
+        storage: ``"int8"``, ``"bfloat16"`` or another row of :data:`slimlstm.methods.STORAGES`, except ``"float32"``.
+        target, filter: see :class:`LowRank`.
+
+    Raises:
+        SlimLSTMError: an unknown storage or target.
+
+    Example:
+        >>> Quantize("int8").storage
+        'int8'
+    """
+
+    storage: str
+    target: Target = "both"
+    filter: Filter | None = None
+
+    def __post_init__(self) -> None:
+        small = [name for name in STORAGES if name != "float32"]
+        if self.storage not in small:
+            raise SlimLSTMError(f"no storage is called {self.storage!r}; the storages are {', '.join(map(repr, small))}")
+        check_target(self.target)
+
+    def site_plan(self, site: Site) -> SitePlan:
+        """Return the plan for any site: factors and masks stay."""
+        return SitePlan(DENSE, storage=self.storage)
+
+
+def configuration(
+    method: str, *, storage: str | None = None, target: Target = "both", filter: Filter | None = None, **size: Any
+) -> LowRank | Prune:
+    """Return the configuration for a method by name: :class:`LowRank` or :class:`Prune`.
+
+    Args:
+        method: a key of :data:`slimlstm.methods.METHODS`.
+        storage, target, filter: see :class:`LowRank`.
+        size: ``rank`` or ``keep``, and for factors ``bytes``, ``energy`` and ``allocation``.
+
+    Raises:
+        SlimLSTMError: see the configurations; or a storage for a masking method.
+
+    Example:
+        >>> configuration("prune", keep=0.5)
+        Prune(rank=None, keep=0.5, target='both', filter=None, method='prune')
+    """
+    if not method_called(method).makes_mask:
+        return LowRank(method, target=target, filter=filter, storage=storage, **size)
+    if storage is not None:
+        raise SlimLSTMError(f"{method!r} takes no storage; round its result with Quantize({storage!r}) afterwards")
+    unknown = [name for name, value in size.items() if name not in ("rank", "keep") and value is not None]
+    if unknown:
+        raise SlimLSTMError(f"{method!r} takes rank or keep, not {', '.join(unknown)}")
+    return Prune(size.get("rank"), size.get("keep"), target, filter, method)
+
+
+def check_maskable(site: Site) -> None:
+    """Raise :class:`SlimLSTMError` if the site is factored."""
+    if site.rank is not None:
+        raise SlimLSTMError(f"{site.key} is a product of factors of rank {site.rank}; a mask on the product would not last")
+
+
+def check_target(target: object) -> None:
+    """Raise :class:`SlimLSTMError` unless the target is one of three."""
+    if target not in ("ih", "hh", "both"):
+        raise SlimLSTMError(f"the target is 'ih', 'hh' or 'both', not {target!r}")
+
+
+def _check_rank_or_keep(rank: object, keep: object) -> None:
+    if rank is not None and (type(rank) is not int or rank < 1):
+        raise SlimLSTMError(f"a rank is an int of at least 1, not {rank!r}")
+    if keep is not None and not (isinstance(keep, int | float) and type(keep) is not bool and 0.0 < keep <= 1.0):
+        raise SlimLSTMError(f"keep is a fraction of the parameters in (0, 1], not {keep!r}")

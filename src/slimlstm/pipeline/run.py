@@ -1,0 +1,319 @@
+"""The way from a configuration to a smaller source: plan, replacements, report."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from slimlstm.calibration.moments import Calibration
+from slimlstm.calibration.refit import CallMismatchError, Observer, Solve
+from slimlstm.calibration.refit import refit as fit_again
+from slimlstm.errors import SlimLSTMError
+from slimlstm.methods import (
+    DENSE,
+    METHODS,
+    Factors,
+    MatrixProblem,
+    Needs,
+    Replacement,
+    break_even_rank,
+    check_matrix,
+    matrix_bytes,
+    relative_error,
+    rounded,
+    sha256_of,
+)
+from slimlstm.modules.sites import Site
+from slimlstm.ops.dense import rebuilt
+from slimlstm.ops.weights import Matrix
+from slimlstm.pipeline.plan import Config, Plan, check_config, make_plan
+from slimlstm.pipeline.report import Report, SiteReport, Total
+from slimlstm.pipeline.site_plan import SitePlan
+from slimlstm.pipeline.source import Source
+from slimlstm.pipeline.statistics import SiteStatistics
+
+Progress = Callable[[str, float], None]
+"""A callback ``(key of a site, fraction of all work done)``."""
+
+PASSES = 2
+"""How often factors are fitted again by default; a third pass gains nothing more."""
+
+
+@dataclass
+class Solution:
+    """Everything that a compression will change, before anything has changed.
+
+    Attributes:
+        plan: what was decided for every selected site.
+        replacements: by key; sites that stay as they are have none.
+        reports: one for every selected site.
+        notes: what the report has to say beside.
+    """
+
+    plan: Plan
+    replacements: dict[str, Replacement]
+    reports: list[SiteReport]
+    notes: list[str] = field(default_factory=list[str])
+
+
+def needs_of(config: Config) -> Needs:
+    """Return the most that any method of a configuration needs to know."""
+    if isinstance(config, Plan):
+        names = [site.method for site in config.sites.values()]
+    else:
+        names = [getattr(config, "method", DENSE)]
+    return max((METHODS[name].needs for name in names if name != DENSE), default=Needs.NOTHING)
+
+
+def solve(
+    source: Source,
+    config: Config,
+    *,
+    calibration: Calibration | None = None,
+    observer: Observer | None = None,
+    refit_obstacle: str = "",
+    refit: int | None = None,
+    progress: Progress | None = None,
+) -> Solution:
+    """Find replacements for all matrices that a configuration selects; nothing changes.
+
+    Args:
+        calibration: the moments that calibrated methods need.
+        observer: runs the uncompressed and the compressed source side by side, to fit factors again to their new inputs.
+        refit_obstacle: why there is no observer.
+        refit: how often to fit again; None means :data:`PASSES` times where it is possible and a method is calibrated.
+        progress: called with a site's key and the fraction done.
+
+    Raises:
+        SlimLSTMError: see :func:`slimlstm.pipeline.plan.make_plan`; a matrix cannot be compressed, calibration is missing
+            or does not reach a site, or ``refit`` was asked for and is impossible.
+    """
+    sites = {site.key: site for site in source.sites()}
+    check_config(config, list(sites.values()))
+    statistics = SiteStatistics(source, calibration, getattr(config, "method", ""))
+    plan = make_plan(config, list(sites.values()), statistics)
+    replacements = _replacements(source, plan, sites, statistics, progress)
+    predicted = {key: statistics.predicted_rise(sites[key], replacements.get(key)) for key in plan.sites}
+    notes: list[str] = []
+    if refit or (refit is None and needs_of(plan) > Needs.NOTHING):
+        fitted, note = _fit_again(
+            source, plan, sites, statistics, replacements, observer, refit_obstacle, refit or PASSES, is_asked=bool(refit)
+        )
+        replacements |= fitted
+        notes.append(note)
+    reports = [
+        site_report(sites[key], plan.sites[key], replacements.get(key), source.itemsize(sites[key]), predicted[key])
+        for key in plan.sites
+    ]
+    return Solution(plan, replacements, reports, notes)
+
+
+def apply(source: Source, solution: Solution) -> Report:
+    """Put a solution's replacements into the source, and report."""
+    before = source.size()
+    notes = source.put(solution.replacements)
+    after = source.size()
+    totals = (Total.between(*pair) for pair in zip(before, after, strict=True))
+    return Report(solution.reports, solution.plan, *totals, [*solution.notes, *notes])
+
+
+def check_smaller(solution: Solution) -> None:
+    """Raise :class:`SlimLSTMError` if a solution changes nothing."""
+    if not solution.replacements:
+        reasons = "; ".join(f"{report.key}: {report.note}" for report in solution.reports)
+        raise SlimLSTMError(f"nothing would get smaller: {reasons}")
+
+
+def compress_matrix(
+    weight: Matrix,
+    plan: SitePlan,
+    problem: Callable[[], MatrixProblem] | None = None,
+    on_fraction: Callable[[float], None] | None = None,
+) -> Replacement | None:
+    """Carry out one site's plan.
+
+    Args:
+        weight: the matrix [m, n], or its factors; they do not change.
+        plan: method, amount and storage.
+        problem: the matrix with the moments that the method needs; None for methods that need nothing.
+        on_fraction: called with the fraction done, by iterative solvers.
+
+    Returns:
+        The replacement, or None where the plan leaves the matrix as it is.
+
+    Raises:
+        SlimLSTMError: the matrix is empty or not finite, the rank does not fit, or a matrix to be rounded is not float32.
+
+    Example:
+        >>> import torch
+        >>> compress_matrix(torch.eye(4), SitePlan("svd", rank=2)).rank
+        2
+    """
+    if plan.method == DENSE and plan.storage is None:
+        return None
+    matrix = rebuilt(weight)
+    check_matrix(matrix)
+    source = sha256_of(matrix)
+    if plan.method == DENSE:
+        exact = weight if isinstance(weight, Tensor) else weight[0].double() @ weight[1].double()
+        return _stored(Replacement(weight, DENSE, source), exact, plan.storage)
+
+    def on_iteration(done: int, most: int) -> None:
+        if on_fraction is not None:
+            on_fraction(done / most)
+
+    method = METHODS[plan.method]
+    amount = plan.nonzeros if method.makes_mask else plan.rank
+    found = method.solve(MatrixProblem(matrix) if problem is None else problem(), amount or 0, on_iteration)
+    if isinstance(found, Factors):
+        result = Replacement(
+            (found.u, found.v), plan.method, source, None, None, found.residual, found.iterations, found.converged
+        )
+        return _stored(result, matrix, plan.storage)
+    masked = matrix * found
+    result = Replacement(None, plan.method, source, found, None, relative_error(matrix, masked))
+    return result if plan.storage is None else _stored(dataclasses.replace(result, weight=masked), matrix, plan.storage)
+
+
+def _stored(result: Replacement, matrix: Tensor, storage: str | None) -> Replacement:
+    """Return the replacement rounded to a storage, and with the error of both steps."""
+    if storage is None or result.weight is None:
+        return result
+    if isinstance(result.weight, Tensor):
+        weight: Matrix = rounded(result.weight, storage).clone()
+        after = weight
+    else:
+        u, v = (rounded(factor, storage) for factor in result.weight)
+        weight, after = (u, v), u.double() @ v.double()
+    return dataclasses.replace(result, weight=weight, storage=storage, relative_error=relative_error(matrix, after))
+
+
+def _replacements(
+    source: Source, plan: Plan, sites: Mapping[str, Site], statistics: SiteStatistics, progress: Progress | None
+) -> dict[str, Replacement]:
+    """Return the replacements of all sites that change; sites that share a parameter and a plan share a replacement."""
+    found: dict[tuple[object, SitePlan], Replacement | None] = {}
+    replacements: dict[str, Replacement] = {}
+    for index, (key, action) in enumerate(plan.sites.items()):
+
+        def on_fraction(fraction: float, index: int = index, key: str = key) -> None:
+            if progress is not None:
+                progress(key, (index + fraction) / len(plan.sites))
+
+        on_fraction(0.0)
+        site = sites[key]
+        shared = source.identity(site), action
+        if shared not in found:
+            try:
+                found[shared] = compress_matrix(
+                    source.weight(site),
+                    action,
+                    lambda site=site, action=action: statistics.problem(site, action.method),
+                    on_fraction,
+                )
+                source.check(site, action)
+            except SlimLSTMError as error:
+                raise SlimLSTMError(f"{key}: {error}") from error
+        replacement = found[shared]
+        if replacement is not None:
+            replacements[key] = replacement
+        on_fraction(1.0)
+    return replacements
+
+
+def _fit_again(
+    source: Source,
+    plan: Plan,
+    sites: Mapping[str, Site],
+    statistics: SiteStatistics,
+    replacements: Mapping[str, Replacement],
+    observer: Observer | None,
+    obstacle: str,
+    passes: int,
+    *,
+    is_asked: bool,
+) -> tuple[dict[str, Replacement], str]:
+    """Return replacements whose factors were fitted again, and a note that says so or says why not."""
+    solvers = {
+        key: _solver(source, sites[key], plan.sites[key], statistics)
+        for key, found in replacements.items()
+        if found.factors and _is_calibrated(plan.sites[key]) and not statistics.is_shared(sites[key])
+    }
+    if observer is None or not solvers:
+        obstacle = obstacle if observer is None else "no matrix of its own was factored by a calibrated method"
+    else:
+        exact = {key: rebuilt(source.weight(site)) for key, site in sites.items() if site.problem is None}
+        weights = {key: found.effective(exact[key]) for key, found in replacements.items()}
+        try:
+            best, fitted = fit_again(observer, exact, weights, solvers, passes)
+        except CallMismatchError as error:
+            obstacle = str(error)
+        else:
+            if not best:
+                return (
+                    {},
+                    "factors were fitted again to their new inputs, but the loss was higher, so they stay as they were",
+                )
+            refitted = {key: _refitted(replacements[key], fitted[key], exact[key]) for key in solvers}
+            return refitted, f"{len(solvers)} matrices were fitted {best} times again to their new inputs"
+    if is_asked:
+        raise SlimLSTMError(f"factors cannot be fitted again: {obstacle}; leave refit out, or 0")
+    return {}, f"factors were not fitted again to their new inputs: {obstacle}"
+
+
+def _is_calibrated(plan: SitePlan) -> bool:
+    return plan.method != DENSE and METHODS[plan.method].needs > Needs.NOTHING
+
+
+def _solver(source: Source, site: Site, plan: SitePlan, statistics: SiteStatistics) -> Solve:
+    """Return what solves for another matrix at a site, whose inputs have another moment."""
+    gradients = statistics.gradients(site, plan.method)
+    weight = source.weight(site)
+    dtype = (weight if isinstance(weight, Tensor) else weight[0]).dtype
+
+    def solver(target: Tensor, moment: Tensor) -> Matrix:
+        found = METHODS[plan.method].solve(MatrixProblem(target, moment, gradients), plan.rank or 0, None)
+        assert isinstance(found, Factors)  # noqa: S101 (only factors are fitted again)
+        storage = plan.storage or "float32"
+        return rounded(found.u.to(dtype), storage), rounded(found.v.to(dtype), storage)
+
+    return solver
+
+
+def _refitted(replacement: Replacement, factors: Matrix, matrix: Tensor) -> Replacement:
+    u, v = factors
+    error = relative_error(matrix, u.double() @ v.double())
+    return dataclasses.replace(replacement, weight=(u, v), relative_error=error)
+
+
+def site_report(
+    site: Site, plan: SitePlan, replacement: Replacement | None, itemsize: int, predicted: float | None = None
+) -> SiteReport:
+    """Return the report of one site whose numbers take ``itemsize`` bytes each."""
+    m, n = site.shape
+    found = replacement or Replacement(None, DENSE, "")
+    rank = site.rank if found.rank is None else found.rank
+    after = site.parameters if rank is None else rank * (m + n)
+    if found.mask is not None:
+        after = int(found.mask.sum())
+    storage = plan.storage_of(site)
+    return SiteReport(
+        key=site.key,
+        shape=site.shape,
+        method=plan.method,
+        rank=rank,
+        break_even_rank=break_even_rank(site.shape),
+        parameters_before=site.parameters,
+        parameters_after=after,
+        bytes_before=matrix_bytes(site.shape, site.rank, site.storage, itemsize),
+        bytes_after=matrix_bytes(site.shape, rank, storage, itemsize),
+        relative_error=found.relative_error,
+        iterations=found.iterations,
+        converged=found.converged,
+        note=plan.note,
+        storage=storage,
+        predicted_rise=predicted,
+    )

@@ -1,0 +1,85 @@
+"""What happens to one site."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from slimlstm.errors import SlimLSTMError
+from slimlstm.methods import DENSE, METHODS, factoring_methods, matrix_bytes, storage_called
+from slimlstm.modules.sites import Site
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """What happens to one site.
+
+    Attributes:
+        method: a key of :data:`slimlstm.methods.METHODS`, or ``"dense"``, which leaves the matrix as it is.
+        rank: the rank of the factors, for factoring methods.
+        nonzeros: the number of weights that stay, for masking methods.
+        note: why the site is treated differently from its configuration.
+        storage: what the weights are rounded to. None leaves the storage as it is; new factors are then float32.
+
+    Raises:
+        SlimLSTMError: an unknown method or storage, or a missing rank or number of nonzeros.
+
+    Example:
+        >>> print(SitePlan("svd", rank=8, storage="int8"))
+        svd int8 rank 8
+    """
+
+    method: str
+    rank: int | None = None
+    nonzeros: int | None = None
+    note: str = ""
+    storage: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.storage is not None:
+            storage_called(self.storage)
+        amount = True if self.method == DENSE else self.nonzeros if self.makes_mask else self.rank
+        if self.method not in (*METHODS, DENSE) or amount is None:
+            factoring = factoring_methods()
+            masking = [name for name in METHODS if name not in factoring]
+            raise SlimLSTMError(
+                f"{self} is no plan for a site: {', '.join(map(repr, factoring))} need a rank, "
+                f"{', '.join(map(repr, masking))} nonzeros, {DENSE!r} nothing"
+            )
+
+    @property
+    def makes_mask(self) -> bool:
+        """Whether the method makes a mask."""
+        return self.method in METHODS and METHODS[self.method].makes_mask
+
+    def __str__(self) -> str:
+        if self.method == DENSE:
+            amount = self.note
+        elif self.makes_mask:
+            amount = f"{self.nonzeros:,} weights" if self.nonzeros else ""
+        else:
+            amount = f"rank {self.rank}"
+        return " ".join(part for part in (self.method, self.storage, amount) if part)
+
+    def storage_of(self, site: Site) -> str | None:
+        """Return the site's storage afterwards, or None where that is the matrix's own dtype."""
+        before = site.storage if self.rank is None else None
+        after = self.storage or before
+        return None if after == "float32" else after
+
+    def fitted_to(self, site: Site) -> SitePlan:
+        """Return the plan without steps that would save no bytes at this site, and with a note that says so."""
+        after = self.storage_of(site)
+        before = matrix_bytes(site.shape, site.rank, site.storage, 4)
+        if site.storage is None:
+            saves = self.rank is not None or not after or matrix_bytes(site.shape, site.rank, after, 4) < before
+            return self if saves else replace(self, storage=None, note=self._noted(f"{after} would take no fewer bytes"))
+        if self.storage is None and after == site.storage:
+            return self
+        if self.rank is not None and matrix_bytes(site.shape, self.rank, after, 4) >= before:
+            note = f"{after or 'float32'} factors of rank {self.rank} take no fewer bytes than {site.storage} does now"
+            return SitePlan(DENSE, note=note)
+        note = f"already {after}" if after == site.storage else f"{after or 'float32'}, was {site.storage}"
+        return self if note in self.note else replace(self, note=self._noted(note))
+
+    def _noted(self, note: str) -> str:
+        return "; ".join(filter(None, (self.note, note)))

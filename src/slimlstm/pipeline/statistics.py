@@ -1,0 +1,102 @@
+"""The statistics of a source's sites: moments, spectra and predicted losses, each computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from functools import cache
+
+from torch import Tensor
+
+from slimlstm.calibration.moments import Calibration, Moments
+from slimlstm.errors import SlimLSTMError
+from slimlstm.methods import METHODS, MatrixProblem, Needs, Replacement
+from slimlstm.modules.sites import Site
+from slimlstm.ops.dense import rebuilt
+from slimlstm.pipeline.source import Source
+
+
+class SiteStatistics:
+    """The problems that a source's sites pose to a method, and their spectra (see :class:`slimlstm.pipeline.plan.Spectra`).
+
+    Args:
+        source: holds the matrices.
+        calibration: the moments by site key, or None.
+        method: the method whose losses a plan asks for.
+
+    Raises:
+        SlimLSTMError: the calibration belongs to matrices of other shapes.
+    """
+
+    def __init__(self, source: Source, calibration: Calibration | None, method: str) -> None:
+        self._source = source
+        self._calibration = calibration
+        self._method = method
+        self._sharing: dict[Hashable, list[str]] = {}
+        for site in source.sites():
+            if site.problem is None:
+                self._sharing.setdefault(self.identity(site), []).append(site.key)
+                moments = calibration.sites.get(site.key) if calibration is not None else None
+                if moments is not None and not moments.fit(site.shape):
+                    raise SlimLSTMError(f"{site.key} had another shape when the model was calibrated; calibrate this model")
+        self.problem = cache(self._problem)
+
+    def identity(self, site: Site) -> Hashable:
+        """Return a value that is equal for sites that share one parameter."""
+        return self._source.identity(site)
+
+    def itemsize(self, site: Site) -> int:
+        """Return the bytes of one number of the site as it is."""
+        return self._source.itemsize(site)
+
+    def losses(self, site: Site) -> Tensor:
+        """Return [k], the loss of leaving out each direction, largest first, in one unit for all sites."""
+        spectrum = METHODS[self._method].spectrum
+        if spectrum is None:
+            raise SlimLSTMError(f"{self._method} has no spectrum to choose ranks from; give rank or keep")
+        try:
+            losses = spectrum(self.problem(site, self._method))
+            # Moments are means over rows; one site may see more rows than another.
+            is_calibrated = METHODS[self._method].needs > Needs.NOTHING
+            return self._moments(site, self._method).rows * losses if is_calibrated else losses
+        except SlimLSTMError as error:
+            raise SlimLSTMError(f"{site.key}: {error}") from error
+
+    def gradients(self, site: Site, method: str) -> Tensor | None:
+        """Return the gradients' moment [m, m] where the method needs it, else None."""
+        return self._moments(site, method).gradients if METHODS[method].needs >= Needs.GRADIENTS else None
+
+    def is_shared(self, site: Site) -> bool:
+        """Return whether another site has the same parameter."""
+        return len(self._sharing[self.identity(site)]) > 1
+
+    def predicted_rise(self, site: Site, replacement: Replacement | None) -> float | None:
+        """Return the predicted rise of the mean loss; None where the calibration cannot predict it."""
+        found = self._calibration
+        if found is None or not found.is_scaled or not found.predictions or site.key not in found.sites:
+            return None
+        if replacement is None:
+            return 0.0
+        matrix, moments = rebuilt(self._source.weight(site)), found.sites[site.key]
+        after = rebuilt(replacement.effective(matrix)).detach()
+        return moments.loss_of(matrix.double() - after.double()) * moments.rows / found.predictions
+
+    def _problem(self, site: Site, method: str) -> MatrixProblem:
+        matrix, needs = rebuilt(self._source.weight(site)), METHODS[method].needs
+        if needs == Needs.NOTHING:
+            return MatrixProblem(matrix)
+        moments = self._moments(site, method)
+        return MatrixProblem(matrix, moments.inputs, moments.gradients if needs >= Needs.GRADIENTS else None)
+
+    def _moments(self, site: Site, method: str) -> Moments:
+        needs_gradients = METHODS[method].needs >= Needs.GRADIENTS
+        if self._calibration is None:
+            needed = "batches= and loss=" if needs_gradients else "batches="
+            raise SlimLSTMError(f"{method!r} has to see data; give {needed}, or calibration=")
+        # All sites of a shared parameter count.
+        known = self._calibration.sites
+        found = [known[key] for key in self._sharing[self.identity(site)] if key in known]
+        if not found:
+            raise SlimLSTMError(f"no batch reached {site.key}, or no loss depends on it; leave it out with filter=")
+        if needs_gradients and any(moments.gradients is None for moments in found):
+            raise SlimLSTMError(f"{method!r} needs gradients, which the calibration does not have; calibrate with loss=")
+        return Moments.together(found)

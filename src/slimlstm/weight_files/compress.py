@@ -1,0 +1,200 @@
+"""``compress_file``: compress the LSTMs in a weight file, without the code of their model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from slimlstm.calibration.moments import Calibration
+from slimlstm.errors import SlimLSTMError
+from slimlstm.folders import read_config, site_entry, stored_names, write_folder
+from slimlstm.methods import DENSE, Replacement, check_matrix, rounded, stored_bytes
+from slimlstm.modules.sites import Site
+from slimlstm.ops.weights import Matrix
+from slimlstm.pipeline.plan import Config, with_storage
+from slimlstm.pipeline.report import Report
+from slimlstm.pipeline.run import Progress, apply, check_smaller, solve
+from slimlstm.pipeline.site_plan import SitePlan
+from slimlstm.pipeline.source import Size, Sizes, replaced_site
+from slimlstm.weight_files.matrices import find_matrices, stored_matrix
+from slimlstm.weight_files.read import Tensors, read_tensors
+
+_ORIGINAL = re.compile(r"(?:(.*)\.)?parametrizations\.([^.]*)\.original")
+_LSTM_PART = re.compile(r"(parametrizations\.)?(weight|bias)_(ih|hh|hr)[^.]*(\.original)?")
+
+
+def compress_file(
+    path: Path,
+    config: Config,
+    folder: Path,
+    progress: Progress | None = None,
+    storage: str | None = None,
+    *,
+    calibration: Calibration | None = None,
+) -> Report:
+    """Compress the LSTMs in a weight file, and write a folder that :func:`slimlstm.load` reads.
+
+    Args:
+        path: a weight file or a folder; see :func:`slimlstm.weight_files.read_tensors`.
+        config: see :func:`slimlstm.compress_`.
+        folder: the folder to write.
+        progress: called with a site's key and the fraction done.
+        storage: also round every selected site to this storage.
+        calibration: moments from :func:`slimlstm.calibrate` on the model that these weights belong to, for the calibrated
+            methods. A weight file has no model to run batches through.
+
+    Raises:
+        SlimLSTMError: see :func:`slimlstm.weight_files.read_tensors`, :func:`slimlstm.compress_` and :func:`slimlstm.save`;
+            or nothing would get smaller. Nothing is written then.
+
+    Example:
+        >>> import tempfile, torch, slimlstm
+        >>> place = Path(tempfile.mkdtemp())
+        >>> torch.save(torch.nn.LSTM(8, 16).state_dict(), place / "lstm.pt")
+        >>> compress_file(place / "lstm.pt", slimlstm.Quantize("int8"), place / "small").lstm.parameters_after
+        1664
+    """
+    tensors = read_tensors(path)
+    source = FileSource(tensors, read_config(path)["sites"] if path.is_dir() else {})
+    if not source.sites():
+        raise SlimLSTMError(f"{path} holds no weights of an LSTM, by names (weight_hh_l0) and shapes ([4H, H])")
+    if storage is not None:
+        config = with_storage(config, storage, source.sites())
+    solution = solve(
+        source,
+        config,
+        calibration=calibration,
+        refit_obstacle="a weight file has no model to run batches through",
+        progress=progress,
+    )
+    check_smaller(solution)
+    report = apply(source, solution)
+    write_folder(folder, source.state, source.entries)
+    return report
+
+
+class FileSource:
+    """The sites among named tensors; see :class:`slimlstm.pipeline.source.Source`.
+
+    Args:
+        tensors: a state dict; it does not change.
+        known: the site entries of the folder that it is from, if it is from one.
+
+    Attributes:
+        state: the tensors after :meth:`put`, by the names that the compressed module's ``state_dict`` has.
+        entries: the entries of compressed sites for ``config.json``.
+    """
+
+    def __init__(self, tensors: Tensors, known: Mapping[str, Mapping[str, Any]]) -> None:
+        self._known = known
+        self.state, self._names = dict(tensors), dict[str, tuple[str, ...]]()
+        self._sites: dict[str, Site] = {}
+        for site, names in find_matrices(tensors).items():
+            self._names[site.key] = names
+            self._sites[site.key] = replace(site, storage=known.get(site.key, {}).get("storage"))
+        self.entries: dict[str, Mapping[str, Any]] = {
+            site.key: known.get(site.key) or site_entry(site, {}, self._first(site).dtype)
+            for site in self._sites.values()
+            if site.rank is not None or site.nonzeros is not None or site.storage is not None
+        }
+
+    def _first(self, site: Site) -> Tensor:
+        return self.state[self._names[site.key][0]]
+
+    def sites(self) -> list[Site]:
+        """Return the recurrent matrices, in the order of the file."""
+        return list(self._sites.values())
+
+    def weight(self, site: Site) -> Matrix:
+        """Return the matrix [m, n], with its mask applied, or its factors."""
+        return stored_matrix(self._names[site.key], self.state)
+
+    def identity(self, site: Site) -> Hashable:
+        """Return a value that is equal for sites whose tensors share memory."""
+        parts = [self.state[name] for name in self._names[site.key]]
+        return tuple((part.data_ptr(), part.shape, part.stride()) for part in parts)
+
+    def itemsize(self, site: Site) -> int:
+        """Return the bytes of one number."""
+        return self._first(site).element_size()
+
+    def check(self, site: Site, plan: SitePlan) -> None:
+        """Raise if the projection that is rounded together with an hh matrix is not finite."""
+        projection = self._projection(site)
+        if plan.storage is not None and projection is not None:
+            check_matrix(self.state[projection])
+
+    def put(self, replacements: Mapping[str, Replacement]) -> list[str]:
+        """Rewrite the state and the entries."""
+        for key, found in replacements.items():
+            site = self._sites[key]
+            first, projection = self._first(site), self._projection(site)
+            mask = found.mask
+            if mask is None and site.nonzeros is not None and found.factors is None:
+                mask = self.state[self._names[key][1]]
+            if found.storage is not None and projection is not None:
+                self.state[projection] = rounded(self.state[projection], found.storage)
+            for name in self._names[key]:
+                self.state.pop(name)
+            self.state.pop(key, None)
+            self.entries[key] = self._entry(site, found, first)
+            self.state.update(_stored_as(site, first if found.dense is None else found.dense, found.factors, mask))
+        _end_parametrizations(self.state, {self._sites[key].module for key in replacements})
+        return []
+
+    def _entry(self, site: Site, found: Replacement, first: Tensor) -> dict[str, Any]:
+        origin = {"method": found.method, "source_sha256": found.source_sha256}
+        known = self._known.get(site.key)
+        if found.method == DENSE and known is not None:
+            origin = {name: known[name] for name in origin if name in known} or origin
+        return site_entry(replaced_site(site, found), origin, first.dtype)
+
+    def _projection(self, site: Site) -> str | None:
+        name = site.key.replace("weight_hh", "weight_hr")
+        return name if name != site.key and name in self.state else None
+
+    def size(self) -> Sizes:
+        """Return the size of the LSTMs with their biases and of everything; weights under a mask are no parameters."""
+        return _sizes(self.state, self.entries)
+
+
+def _end_parametrizations(state: Tensors, modules: set[str]) -> None:
+    """Give unmasked weights of compressed modules their plain names, as ``compress_`` does."""
+    for name in list(state):
+        match = _ORIGINAL.fullmatch(name)
+        if match and (match.group(1) or "") in modules and f"{name.removesuffix('original')}0.mask" not in state:
+            state[".".join(part for part in match.groups() if part)] = state.pop(name)
+
+
+def _stored_as(site: Site, matrix: Tensor, factors: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensors:
+    """Return the names and tensors that the compressed module's ``state_dict`` has for one matrix."""
+    if factors is not None:
+        return {f"{site.key}_u": factors[0], f"{site.key}_v": factors[1]}
+    if mask is None:
+        return {site.key: matrix}
+    prefix = f"{site.module}." if site.module else ""
+    place = f"{prefix}parametrizations.{site.name}"
+    return {f"{place}.original": matrix, f"{place}.0.mask": mask}
+
+
+def _sizes(tensors: Mapping[str, Tensor], entries: Mapping[str, Mapping[str, Any]]) -> Sizes:
+    """Return the size of the LSTMs with their biases, and of everything; weights under a mask are no parameters."""
+    matrices = find_matrices(tensors)
+    masked = {site: names for site, names in matrices.items() if site.nonzeros is not None}
+    zeroed = {names[0]: tensors[names[0]].numel() - (site.nonzeros or 0) for site, names in masked.items()}
+    modules = {f"{site.module}." if site.module else "" for site in matrices}
+    parts = [name for name in tensors if any(_LSTM_PART.fullmatch(name[len(m) :]) for m in modules if name.startswith(m))]
+    storages = dict(stored_names(tensors, entries))
+
+    def size(names: Iterable[str]) -> Size:
+        unique = {tensors[name].data_ptr(): name for name in names if tensors[name].is_floating_point()}
+        count = sum(tensors[name].numel() - zeroed.get(name, 0) for name in unique.values())
+        stored = ((tensors[name], storages.get(name)) for name in unique.values())
+        return Size(count, sum(stored_bytes(tuple(part.shape), storage, part.element_size()) for part, storage in stored))
+
+    return Sizes(size(parts), size(tensors))

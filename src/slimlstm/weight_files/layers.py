@@ -1,0 +1,71 @@
+"""Rebuild the LSTM layers in a weight file as modules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from slimlstm.modules.lstm import LowRankLSTM
+from slimlstm.modules.sites import Site
+from slimlstm.weight_files.matrices import find_matrices, stored_matrix
+
+
+def layers_of(
+    tensors: Mapping[str, Tensor], sites: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, LowRankLSTM]:
+    """Return every LSTM layer among named tensors as a module of its own, in float32, with both directions.
+
+    Args:
+        tensors: see :func:`slimlstm.weight_files.read_tensors`; factors stay factors.
+        sites: the site entries of a folder's ``config.json``, which name the storages.
+    """
+    matrices = {site.key: (site, names) for site, names in find_matrices(tensors).items()}
+    found: dict[str, LowRankLSTM] = {}
+    # Files order names in their own ways; the layers' numbers give the order here.
+    for key in sorted(matrices, key=_natural):
+        site, _ = matrices[key]
+        if site.target == "hh" and not site.reverse:
+            name = f"{site.module} layer {site.layer}".strip() if "_l" in site.name else site.module
+            found[name] = _layer(key, matrices, tensors, sites or {})
+    return found
+
+
+def _natural(key: str) -> list[str | int]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]
+
+
+def _layer(
+    key: str,
+    matrices: Mapping[str, tuple[Site, tuple[str, ...]]],
+    tensors: Mapping[str, Tensor],
+    sites: Mapping[str, Mapping[str, Any]],
+) -> LowRankLSTM:
+    endings = ["", "_reverse"] if f"{key}_reverse" in matrices else [""]
+    (rows, outputs), (_, inputs) = (matrices[name][0].shape for name in (key, key.replace("weight_hh", "weight_ih")))
+    projected = key.replace("weight_hh", "weight_hr") in tensors
+    layer = LowRankLSTM(
+        inputs,
+        rows // 4,
+        bias=key.replace("weight_hh", "bias_hh") in tensors,
+        bidirectional=len(endings) == 2,
+        proj_size=outputs if projected else 0,
+    ).eval()
+    for ending in endings:
+        for kind in ("weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh"):
+            name, place = f"{kind}_l0{ending}", key.replace("weight_hh", kind) + ending
+            if place in matrices:
+                matrix = stored_matrix(matrices[place][1], tensors)
+                if isinstance(matrix, Tensor):
+                    layer.get_parameter(name).data = matrix.float()
+                else:
+                    layer.set_factors(name, matrix[0].float(), matrix[1].float())
+            elif name in layer.state_dict():
+                layer.get_parameter(name).data = tensors[place].float()
+        for kind in ("weight_ih", "weight_hh"):
+            storage = sites.get(key.replace("weight_hh", kind) + ending, {}).get("storage")
+            if storage is not None:
+                layer.store(f"{kind}_l0{ending}", storage)
+    return layer
