@@ -16,7 +16,7 @@ from slimlstm.calibration.recorder import Keys, Recorder, Rows
 from slimlstm.errors import SlimLSTMError
 from slimlstm.modules.modes import evaluation_mode
 
-_NO_BATCH = "no batch was given; if the batches came from an iterator, it may have been used up before"
+NO_BATCH = "no batch was given; if the batches came from an iterator, it may have been used up before"
 
 
 def calibrate(
@@ -54,7 +54,7 @@ def calibrate(
         >>> found.predictions
         40
     """
-    recorder, sums = Recorder(loss is not None), dict[Keys, _Sums]()
+    recorder, sums = Recorder(loss is not None), dict[Keys, MomentSums]()
     total, predictions, is_scaled, done = 0.0, 0, True, 0
     with observing(model, observable_hosts(model), recorder), torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -64,13 +64,13 @@ def calibrate(
                 total, predictions = total + float(losses.detach().double().sum()), predictions + losses.numel()
             is_scaled = is_scaled and scaled
             for keys, rows in seen.items():
-                sums.setdefault(keys, _Sums()).add(rows)
+                sums.setdefault(keys, MomentSums()).add(rows)
             if progress is not None:
                 progress(done)
     if not done:
-        raise SlimLSTMError(_NO_BATCH)
+        raise SlimLSTMError(NO_BATCH)
     mean = total / predictions if predictions else None
-    return Calibration(_moments(sums), mean, predictions, is_scaled)
+    return Calibration(moments_of(sums), mean, predictions, is_scaled)
 
 
 def _run(
@@ -108,11 +108,11 @@ def mean_loss(model: nn.Module, batches: Iterable[Any], loss: Loss) -> float | N
             losses = checked_losses(result)
             total, count = total + float(losses.double().sum()), count + losses.numel()
     if not count:
-        raise SlimLSTMError(_NO_BATCH)
+        raise SlimLSTMError(NO_BATCH)
     return total / count
 
 
-class _Sums:
+class MomentSums:
     """Sums of z zᵀ for every matrix of a group, and of δ δᵀ, over rows."""
 
     def __init__(self) -> None:
@@ -121,6 +121,7 @@ class _Sums:
         self.gradients: Tensor | None = None
 
     def add(self, rows: Rows) -> None:
+        """Add the rows that receive a gradient, or all rows where no gradients are known."""
         inputs, gradients, reached = list(rows.inputs), rows.gradients, rows.reached
         if gradients is not None and reached is not None:
             inputs, gradients = [values[reached] for values in inputs], gradients[reached]
@@ -132,7 +133,12 @@ class _Sums:
             self.gradients = square if self.gradients is None else self.gradients.add_(square)
 
 
-def _moments(sums: Mapping[Keys, _Sums]) -> dict[str, Moments]:
+def moments_of(sums: Mapping[Keys, MomentSums]) -> dict[str, Moments]:
+    """Return the moments of every matrix of every group that saw a row, by key.
+
+    Raises:
+        SlimLSTMError: a sum is not finite.
+    """
     found: dict[str, Moments] = {}
     for keys, entry in sums.items():
         if entry.rows == 0:
