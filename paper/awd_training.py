@@ -29,13 +29,15 @@ from paper.checkpoints import (
     write_tensors,
 )
 from paper.processes import Processes
-from paper.runs import Deadline, check_settings, one_cycle, seed, write_log
-from slimlstm.demo.awd_lstm import AWDLSTM, State
+from paper.runs import Pace, check_settings, one_cycle, seed, write_log
+from slimlstm.demo.awd_lstm import AWDLSTM, LSTMStates
 from slimlstm.errors import SlimLSTMError
 from slimlstm.evaluate import perplexity
 
 OPTIMIZERS = {"ntasgd": 30.0, "asgd": 30.0, "adamw": 3e-3}
 """Learning rate by optimizer: SGD that turns into averaged SGD, averaged SGD from the start, AdamW with one cycle."""
+LayerStates = list[tuple[Tensor, Tensor]]
+"""By layer: h [1, B, P] and c [1, B, H]."""
 CLIP, ALPHA, BETA, WEIGHT_DECAY, PATIENCE = 0.25, 2.0, 1.0, 1.2e-6, 5
 WARM_UP = 0.1
 EVALUATION_STREAMS = 10
@@ -107,7 +109,7 @@ class Objective(nn.Module):
     def _remember(self, _module: nn.Module, _inputs: Any, outputs: Any) -> None:
         self._outputs = outputs[0]
 
-    def forward(self, inputs: Tensor, targets: Tensor, state: State | None) -> tuple[Tensor, Tensor, State]:
+    def forward(self, inputs: Tensor, targets: Tensor, state: LSTMStates | None) -> tuple[Tensor, Tensor, LSTMStates]:
         hidden, state = self.model.features(inputs, state)
         loss = cross_entropy(self.model.decoder(hidden).flatten(0, 1).float(), targets.flatten())
         activation = ALPHA * hidden.float().pow(2).mean()
@@ -143,7 +145,7 @@ class Training:
         self.optimizer = self._new_optimizer()
         self.place = Place(epoch=options.first_epoch, averaging=options.optimizer == "asgd")
         self.averages: dict[str, Tensor] = {}
-        self.state: State | None = None
+        self.state: LSTMStates | None = None
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         lr, parameters = self.options.lr, self.parameters.values()
@@ -153,7 +155,7 @@ class Training:
 
     # ---- one step ----
 
-    def step(self, deadline: Deadline) -> float:
+    def step(self, pace: Pace) -> float:
         """Learn from the next piece of the text; return the mean over the processes of their seconds so far."""
         options, place = self.options, self.place
         start, taken = place.position, self._next_length()
@@ -164,7 +166,7 @@ class Training:
             loss, entropy, state = self.objective(inputs, targets, self.state)
         self._update(loss, taken)
         self.state = [(h.detach(), c.detach()) for h, c in state]
-        shared = torch.stack([entropy.double(), entropy.new_tensor(deadline.seconds(), dtype=torch.float64)])
+        shared = torch.stack([entropy.double(), entropy.new_tensor(pace.seconds(), dtype=torch.float64)])
         mean_entropy, seconds = self.processes.mean(shared).tolist()
         place.total += mean_entropy * taken
         place.position, place.piece = start + taken, place.piece + 1
@@ -210,40 +212,32 @@ class Training:
 
     # ---- epochs ----
 
-    def run(
-        self, save: Callable[[], None], write: Callable[[], None], deadline: Deadline, every: float, console: Console
-    ) -> None:
-        """Train to the end, or stop the process at the deadline.
+    def run(self, save: Callable[[], None], write: Callable[[], None], pace: Pace, console: Console) -> None:
+        """Train to the end, or until ``pace`` ends the process.
 
         Args:
-            save: writes a checkpoint; called every ``every`` seconds, and after each epoch.
+            save: writes a checkpoint; called after each epoch, and when ``pace`` says so.
             write: writes the model's weights; called whenever the validation loss has improved.
-            deadline: after which the process stops, with a checkpoint.
-            every: seconds.
+            pace: see :class:`paper.runs.Pace`.
             console: shows progress.
         """
-        before, written = self.place.seconds, 0.0
+        before = self.place.seconds
         while self.place.epoch < self.options.epochs:
-            for seconds in self._pieces(deadline, console):
+            for seconds in self._pieces(pace, console):
                 self.place.seconds = before + seconds
-                is_over = deadline.is_over(seconds)
-                if is_over or seconds - written >= every:
-                    save()
-                    written = seconds
-                if is_over:
-                    deadline.stop()
+                pace.after_step(save, seconds)
             self.state = None
             self.end_epoch(write, console)
             save()
 
-    def _pieces(self, deadline: Deadline, console: Console) -> Iterator[float]:
+    def _pieces(self, pace: Pace, console: Console) -> Iterator[float]:
         """Take the steps left in the epoch, and yield the seconds after each."""
         self.model.train()
         place = self.place
         with Progress(console=console, transient=True) as bar:
             task = bar.add_task(f"epoch {place.epoch}", total=self.length - 1, completed=place.position)
             while place.position < self.length - 1:
-                yield self.step(deadline)
+                yield self.step(pace)
                 bar.update(task, completed=place.position)
 
     def end_epoch(self, write: Callable[[], None], console: Console) -> None:
@@ -321,7 +315,7 @@ class Training:
         restore_moments(self.optimizer, tensors)
         self.state = self._state_of(without_prefix("state", tensors))
 
-    def _state_of(self, tensors: Mapping[str, Tensor]) -> State | None:
+    def _state_of(self, tensors: Mapping[str, Tensor]) -> LSTMStates | None:
         """Return this process's streams of a stored state, None at the start of an epoch."""
         if not tensors:
             return None

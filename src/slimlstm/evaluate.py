@@ -1,4 +1,4 @@
-"""What a model is worth and what it weighs; takes any ``nn.Module``."""
+"""Perplexity of language models, and their loss on successive batches of a text; for any ``nn.Module``."""
 
 from __future__ import annotations
 
@@ -18,14 +18,23 @@ from slimlstm.modules.modes import evaluation_mode
 
 @dataclass(frozen=True)
 class Perplexity:
-    """``loss`` is the mean negative log-likelihood in nats over ``predictions`` tokens."""
+    """The result of :func:`perplexity`.
+
+    Attributes:
+        loss: mean negative log-likelihood, in nats per token.
+        predictions: the number of predicted tokens.
+
+    Example:
+        >>> round(Perplexity(loss=math.log(50.0), predictions=100).perplexity, 6)
+        50.0
+    """
 
     loss: float
     predictions: int
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
+        """Return exp(loss)."""
         return math.exp(min(self.loss, 700.0))
 
 
@@ -37,20 +46,30 @@ def perplexity(
     steps: int = 70,
     progress: Callable[[float], None] | None = None,
 ) -> Perplexity:
-    """The perplexity of a language model over a text, its state carried from the first token to the last.
+    """Measure the perplexity of a language model on a text, with the state carried from call to call.
 
-    The text is cut into ``streams`` equal pieces that are read side by side, each from a zero state; the tail is dropped.
-    So the result depends on ``streams`` only at the cuts, and on ``steps``, which is how many tokens a call takes, not
-    at all. The model runs in evaluation mode, which is restored.
+    The text is cut into ``streams`` equal parts, which are read side by side from an empty state; the rest is dropped. The
+    result depends on ``streams`` only at the cuts, and not on ``steps``. The model runs in evaluation mode, and its modes
+    are restored.
 
     Args:
-        model: called as ``model(tokens [T, B], state)``, first with the state ``None``; returns logits [T, B, V] and the
-            next state.
-        tokens: the text's ids, int64 [N].
-        progress: called with the fraction done, now and then.
+        model: called as ``model(tokens, state)`` with ids [T, B] and, at first, the state None; returns logits [T, B, V]
+            and the next state.
+        tokens: the ids of the text, int64 [N].
+        streams: B, the number of parts.
+        steps: T, the tokens per call and stream.
+        progress: called after each call with the fraction done.
 
     Raises:
-        SlimLSTMError: fewer than two tokens a stream, or a ``streams`` or ``steps`` below 1.
+        SlimLSTMError: fewer than two tokens per stream, or ``streams`` or ``steps`` below 1.
+
+    Example:
+        >>> def uniform(tokens, state):
+        ...     return torch.zeros(*tokens.shape, 7), state
+        >>> model = nn.Module()
+        >>> model.forward = uniform
+        >>> round(perplexity(model, torch.arange(50) % 7).perplexity, 3)
+        7.0
     """
     text = _side_by_side(tokens, streams, steps)
     length = len(text)
@@ -68,49 +87,68 @@ def perplexity(
 
 
 def pieces(tokens: Tensor, *, streams: int, steps: int) -> list[tuple[int, Tensor]]:
-    """A text as batches for :class:`NextTokens`: (where the piece starts, ids [steps + 1, streams]), the last one shorter.
-
-    Pieces overlap by the token that is only predicted; the tail that does not fill all streams is dropped.
+    """Cut a text into batches for :class:`NextTokens`.
 
     Args:
-        tokens: the text's ids, int64 [N].
+        tokens: the ids of the text, int64 [N].
+        streams: B, the number of parts that are read side by side; tokens that do not fill all parts are dropped.
+        steps: T, the predictions per batch and stream.
+
+    Returns:
+        Pairs of a start in the parts and ids [T + 1, B]. Successive batches share one row, which the first of them predicts
+        and the second reads; the last batch may be shorter.
 
     Raises:
-        SlimLSTMError: fewer than two tokens a stream, or a ``streams`` or ``steps`` below 1.
+        SlimLSTMError: fewer than two tokens per stream, or ``streams`` or ``steps`` below 1.
+
+    Example:
+        >>> [(start, ids.flatten().tolist()) for start, ids in pieces(torch.arange(6), streams=1, steps=3)]
+        [(0, [0, 1, 2, 3]), (3, [3, 4, 5])]
     """
     text = _side_by_side(tokens, streams, steps)
     return [(start, text[start : start + steps + 1]) for start in range(0, len(text) - 1, steps)]
 
 
 class NextTokens:
-    """The loss of a language model on pieces of a text, token by token: ``loss(model, piece)``, pieces in order.
+    """The losses of a language model on the batches of a text, in their order, as ``loss(model, piece)``.
 
-    The state is carried from piece to piece, without its gradients; the piece that starts at 0 starts from None. It is in
-    ``state_dict``, so that two models that take turns keep their own.
+    The state passes from batch to batch, detached; the batch that starts at 0 begins without a state. ``state_dict`` holds
+    the state, so that models that take turns can each keep their own.
+
+    Example:
+        >>> from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig
+        >>> model, loss = AWDLSTM(AWDLSTMConfig(vocab_size=11, embedding_size=4, hidden_size=6, num_layers=1)), NextTokens()
+        >>> [list(loss(model, piece).shape) for piece in pieces(torch.arange(11), streams=2, steps=3)]
+        [[6], [2]]
     """
 
     def __init__(self) -> None:
         self._state: list[tuple[Tensor, Tensor]] | None = None
 
     def __call__(self, model: nn.Module, piece: tuple[int, Tensor]) -> Tensor:
-        """Losses [T B] of (start, ids [T + 1, B]) for a model such as :func:`perplexity` takes, its state pairs (h, c)."""
+        """Return the losses [T · B] of a batch (start, ids [T + 1, B]).
+
+        The model is called as in :func:`perplexity`; its state is a sequence of pairs (h, c).
+        """
         start, tokens = piece
         logits, state = model(tokens[:-1], self._state if start else None)
         self._state = [(h.detach(), c.detach()) for h, c in state]
         return cross_entropy(logits.flatten(0, 1).float(), tokens[1:].flatten(), reduction="none")
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that the next piece starts from."""
+        """Return the state before the next batch."""
         return {"state": self._state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from what :meth:`state_dict` gave."""
+        """Continue from a state that :meth:`state_dict` returned."""
         self._state = state["state"]
 
 
 def _side_by_side(tokens: Tensor, streams: int, steps: int) -> Tensor:
-    """The text as [N / streams, streams]."""
+    """Return the text as [N / streams, streams]."""
     if streams < 1 or steps < 1 or len(tokens) // max(streams, 1) < 2:
-        raise SlimLSTMError(f"{len(tokens)} tokens cannot be read as {streams} streams of {steps} tokens a call")
+        raise SlimLSTMError(
+            f"{len(tokens)} tokens cannot be read as {streams} streams of {steps} tokens a call; each stream needs two"
+        )
     length = len(tokens) // streams
     return tokens[: length * streams].view(streams, length).t().contiguous()

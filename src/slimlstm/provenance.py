@@ -1,4 +1,4 @@
-"""Where a result comes from: versions, machine, commit."""
+"""The provenance of a result: versions, machine, time and commit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ import torch
 
 
 def provenance() -> dict[str, Any]:
-    """Versions, processor, threads, time (UTC), and the commit where the package lies in a git checkout."""
+    """Return versions, processor, threads, time (UTC) and, in a git checkout, the commit.
+
+    Example:
+        >>> provenance()["torch"] == torch.__version__
+        True
+    """
     return {
         "slimlstm": version("slimlstm"),
         "torch": torch.__version__,

@@ -21,20 +21,26 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import dropout, embedding
 
-from slimlstm.errors import SlimLSTMError
+from slimlstm.errors import SlimLSTMError, reason_of
+from slimlstm.files import replacing, write_json
 
-State = list[tuple[Tensor, Tensor]]
+LSTMStates = list[tuple[Tensor, Tensor]]
+"""One pair (h, c), each [1, B, H], for every layer."""
 
 WEIGHTS, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "model.pt"
 _HEADER = 10_000
-"""Bytes that are left free in every shard for the names of its tensors."""
+"""Bytes reserved in every shard for the names of its tensors."""
 
 
 @dataclass(frozen=True)
 class AWDLSTMConfig:
-    """Sizes and dropout rates of an :class:`AWDLSTM`; the defaults are the published Penn Treebank ones.
+    """Sizes and dropout rates of an :class:`AWDLSTM`; the defaults are the published ones for Penn Treebank.
 
-    The last of ``num_layers`` layers has ``embedding_size`` units, so that the softmax can share the embedding's weights.
+    The last layer has ``embedding_size`` units, so that the softmax can share the embedding's weights.
+
+    Example:
+        >>> AWDLSTMConfig(vocab_size=100).scaled(0.5).dropout_input
+        0.2
     """
 
     vocab_size: int
@@ -48,23 +54,35 @@ class AWDLSTMConfig:
     weight_drop: float = 0.5
 
     def scaled(self, rate: float) -> AWDLSTMConfig:
-        """The same sizes with every dropout rate multiplied by ``rate``."""
+        """Return the same sizes with every dropout rate multiplied by ``rate``."""
         names = ("dropout_embedding", "dropout_input", "dropout_hidden", "dropout_output", "weight_drop")
         return replace(self, **{name: rate * getattr(self, name) for name in names})
 
 
 def locked_dropout(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Dropout with one mask for all time steps; x is [T, B, F]."""
+    """Apply dropout to x [T, B, F] with the same mask at all time steps.
+
+    Example:
+        >>> y = locked_dropout(torch.ones(3, 1, 4), 0.5, training=True)
+        >>> torch.equal(y[0], y[2])
+        True
+    """
     if not training or rate == 0.0:
         return x
     return x * dropout(x.new_ones(1, *x.shape[1:]), rate)
 
 
 class AWDLSTM(nn.Module):
-    """Stacked LSTMs between an embedding and a softmax that shares its weights.
+    """Stacked LSTMs between an embedding and a softmax that share their weights.
 
-    ``forward(tokens, state)`` takes token ids [T, B] and returns logits [T, B, V] and the state after the last step, one
-    ``(h, c)`` pair per layer. A state of ``None`` stands for zeros.
+    ``forward(tokens, state)`` takes token ids [T, B] and the state before the first step, one pair (h, c) per layer or None
+    for zeros. It returns logits [T, B, V] and the state after the last step.
+
+    Example:
+        >>> model = AWDLSTM(AWDLSTMConfig(vocab_size=11, embedding_size=4, hidden_size=6, num_layers=2))
+        >>> logits, state = model(torch.zeros(5, 3, dtype=torch.int64))
+        >>> list(logits.shape), [list(h.shape) for h, c in state]
+        ([5, 3, 11], [[1, 3, 6], [1, 3, 4]])
     """
 
     def __init__(self, config: AWDLSTMConfig) -> None:
@@ -78,13 +96,13 @@ class AWDLSTM(nn.Module):
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
         nn.init.zeros_(self.decoder.bias)
 
-    def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def forward(self, tokens: Tensor, state: LSTMStates | None = None) -> tuple[Tensor, LSTMStates]:
         hidden, state = self.features(tokens, state)
         return self.decoder(hidden), state
 
-    def features(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """What the softmax sees: the last layer's outputs [T, B, E] after dropout, and the state."""
-        config, new_state = self.config, State()
+    def features(self, tokens: Tensor, state: LSTMStates | None = None) -> tuple[Tensor, LSTMStates]:
+        """Return the softmax's inputs, the last layer's outputs [T, B, E] after dropout, and the state."""
+        config, new_state = self.config, LSTMStates()
         x = locked_dropout(self._embed(tokens), config.dropout_input, self.training)
         for index, lstm in enumerate(self.lstms):
             x, pair = self._recur(lstm, x, None if state is None else state[index])
@@ -96,7 +114,7 @@ class AWDLSTM(nn.Module):
     def _embed(self, tokens: Tensor) -> Tensor:
         weight = self.embedding.weight
         if self.training and self.config.dropout_embedding > 0.0:
-            # Whole words are dropped, not single numbers.
+            # Drop whole words, not single numbers.
             weight = weight * dropout(weight.new_ones(len(weight), 1), self.config.dropout_embedding)
         return embedding(tokens, weight)
 
@@ -104,8 +122,7 @@ class AWDLSTM(nn.Module):
         rate = self.config.weight_drop
         if not self.training or rate == 0.0:
             return lstm(x, state)
-        # Under a mask it has a longer name; what is computed from several parameters is dropped where it is computed, and
-        # factors are left alone.
+        # Match by the end of the name: a mask makes it longer. Factors have other names and get no weight dropout.
         dropped = {
             name: dropout(weight, rate)
             for name, weight in lstm.named_parameters()
@@ -115,10 +132,15 @@ class AWDLSTM(nn.Module):
 
 
 def config_of(tensors: Mapping[str, Tensor]) -> AWDLSTMConfig:
-    """The sizes of the AWD-LSTM that these tensors belong to, dense or compressed; dropout rates are the published ones.
+    """Return the sizes of the AWD-LSTM that these tensors belong to, dense or compressed, with the published dropout rates.
 
     Raises:
-        SlimLSTMError: they do not belong to an AWD-LSTM.
+        SlimLSTMError: the tensors do not belong to an AWD-LSTM.
+
+    Example:
+        >>> config = AWDLSTMConfig(vocab_size=11, embedding_size=4, hidden_size=6, num_layers=2)
+        >>> config_of(AWDLSTM(config).state_dict()) == config
+        True
     """
     try:
         vocab_size, embedding_size = tensors["embedding.weight"].shape
@@ -129,28 +151,30 @@ def config_of(tensors: Mapping[str, Tensor]) -> AWDLSTMConfig:
 
 
 def load_awd_lstm(folder: str | Path) -> AWDLSTM:
-    """The AWD-LSTM in ``folder``, in float32 and evaluation mode.
+    """Load the AWD-LSTM in ``folder``, in float32 and evaluation mode.
 
-    It is in ``model.safetensors``, in the shards that ``model.safetensors.index.json`` names, such as
-    :func:`save_awd_lstm` writes, or in ``model.pt``, a pickled dictionary of tensors and nothing else; the first of them
-    that is there is read. Names are PyTorch's: ``embedding.weight`` [V, E], ``lstms.{i}.weight_ih_l0`` and so on,
-    ``decoder.bias`` [V]; or those of the published code: ``encoder.weight``, ``rnns.{i}.module.weight_ih_l0``,
-    ``rnns.{i}.module.weight_hh_l0_raw``.
+    The first of these files that exists is read: ``model.safetensors``; ``model.safetensors.index.json``, which names the
+    shards that :func:`save_awd_lstm` writes; ``model.pt``, a pickled dictionary of tensors only. Tensors have PyTorch's
+    names (``embedding.weight`` [V, E], ``lstms.{i}.weight_ih_l0`` and so on, ``decoder.bias`` [V]) or the names of the published
+    code (``encoder.weight``, ``rnns.{i}.module.weight_ih_l0``, ``rnns.{i}.module.weight_hh_l0_raw``).
 
     Raises:
-        SlimLSTMError: the file is missing, damaged, holds pickled code, or does not hold such a model.
+        SlimLSTMError: no file exists, or it is damaged, holds pickled code, or holds another model.
+
+    Example:
+        >>> from slimlstm.demo.model import FOLDER
+        >>> load_awd_lstm(FOLDER).config.num_layers
+        3
     """
     path = next((found for name in (WEIGHTS, INDEX, PICKLED) if (found := Path(folder) / name).is_file()), None)
     if path is None:
-        raise SlimLSTMError(
-            f"no {WEIGHTS} in {folder}, nor {INDEX} or {PICKLED}; give the folder of an AWD-LSTM checkpoint"
-        )
+        raise SlimLSTMError(f"{folder} has no {WEIGHTS}, {INDEX} or {PICKLED}; give the folder of an AWD-LSTM checkpoint")
     try:
         read = {WEIGHTS: load_file, INDEX: _read_shards, PICKLED: _read_pickled}[path.name]
         state = {name: tensor.float() for name, tensor in _renamed(read(path)).items()}
         model = AWDLSTM(config_of(state))
         if not state.setdefault("decoder.weight", state["embedding.weight"]).equal(state["embedding.weight"]):
-            raise SlimLSTMError("its softmax has weights of its own, not the embedding's")
+            raise SlimLSTMError("its softmax does not share the embedding's weights")
         model.load_state_dict(state)
     except (SafetensorError, OSError, RuntimeError, SlimLSTMError) as error:
         raise SlimLSTMError(f"{path} does not hold an AWD-LSTM: {error}") from error
@@ -158,50 +182,55 @@ def load_awd_lstm(folder: str | Path) -> AWDLSTM:
 
 
 def save_awd_lstm(model: AWDLSTM, folder: str | Path, *, shard_bytes: int = 16_000_000) -> None:
-    """Writes a dense AWD-LSTM in half precision, as safetensors files of at most ``shard_bytes`` each and their index.
+    """Write a dense AWD-LSTM in half precision, as safetensors files of at most ``shard_bytes`` each and an index.
 
-    The index, ``model.safetensors.index.json``, is that of the Hugging Face libraries; it is written last. A tensor that
-    takes more than a shard is cut along its rows into ``{name}.part0``, ``{name}.part1`` and so on. The softmax's weights
-    are the embedding's and are written once.
+    The index, ``model.safetensors.index.json``, has the format of the Hugging Face libraries and is written last. A tensor
+    larger than a shard is cut along its rows into ``{name}.part0``, ``{name}.part1`` and so on. The weights that embedding
+    and softmax share are written once.
 
     Raises:
-        SlimLSTMError: the model is compressed or parametrized, a weight is too large for half precision, a row for a
-            shard, or the folder holds another checkpoint that would be read in its place.
+        SlimLSTMError: the model is compressed or parametrized, a weight is too large for half precision, a row is too large
+            for a shard, or the folder holds another checkpoint, which :func:`load_awd_lstm` would read instead.
+
+    Example:
+        >>> import tempfile
+        >>> model = AWDLSTM(AWDLSTMConfig(vocab_size=11, embedding_size=4, hidden_size=6, num_layers=2))
+        >>> folder = tempfile.mkdtemp()
+        >>> save_awd_lstm(model, folder)
+        >>> load_awd_lstm(folder).config.hidden_size
+        6
     """
     folder = Path(folder)
     state = {name: tensor.detach().cpu().half() for name, tensor in model.state_dict().items() if name != "decoder.weight"}
     expected = AWDLSTM(model.config).state_dict().keys() - {"decoder.weight"}
     if state.keys() != expected:
         odd = ", ".join(sorted(state.keys() ^ expected))
-        raise SlimLSTMError(f"only dense AWD-LSTMs are written in half precision, and here is or lacks {odd}")
+        raise SlimLSTMError(f"only a dense AWD-LSTM can be written in half precision; this model has or lacks {odd}")
     infinite = [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]
     if infinite:
         raise SlimLSTMError(f"half precision cannot hold {', '.join(infinite)}: beyond 65504, or not finite before")
     for name in (WEIGHTS, PICKLED):
         if (folder / name).exists():
-            raise SlimLSTMError(f"{folder / name} is there; name another folder, or remove it")
+            raise SlimLSTMError(f"{folder / name} exists and would be read instead; name another folder, or remove it")
     shards = list(_packed(state, shard_bytes - _HEADER))
     names = [f"model-{index:05d}-of-{len(shards):05d}.safetensors" for index in range(1, len(shards) + 1)]
-    folder.mkdir(parents=True, exist_ok=True)
     for name, shard in zip(names, shards, strict=True):
-        save_file(shard, folder / f"{name}.part")
-        (folder / f"{name}.part").replace(folder / name)
+        with replacing(folder / name) as draft:
+            save_file(shard, draft)
     index = {
         "metadata": {"total_size": sum(2 * tensor.numel() for tensor in state.values())},
         "weight_map": {part: name for name, shard in zip(names, shards, strict=True) for part in shard},
     }
-    draft = (folder / INDEX).with_suffix(".part")
-    draft.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    draft.replace(folder / INDEX)
+    write_json(folder / INDEX, index)
 
 
 def _packed(state: Mapping[str, Tensor], most: int) -> Iterator[dict[str, Tensor]]:
-    """The tensors, one after the other, in groups of at most ``most`` bytes."""
+    """Yield the tensors in order, in groups of at most ``most`` bytes."""
     shard: dict[str, Tensor] = {}
     for name, tensor in state.items():
         rows = most * len(tensor) // (2 * tensor.numel())
         if rows < 1:
-            raise SlimLSTMError(f"a row of {name} {list(tensor.shape)} does not fit into a shard; shard_bytes is too small")
+            raise SlimLSTMError(f"a row of {name} {list(tensor.shape)} does not fit into a shard; give larger shard_bytes")
         parts = tensor.split(rows)
         for index, part in enumerate(parts):
             if 2 * (part.numel() + sum(held.numel() for held in shard.values())) > most:
@@ -212,17 +241,17 @@ def _packed(state: Mapping[str, Tensor], most: int) -> Iterator[dict[str, Tensor
 
 
 def _read_shards(path: Path) -> dict[str, Tensor]:
-    """The tensors of all shards that an index names, those that were cut joined again."""
+    """Return the tensors of all shards that an index names; join the tensors that were cut."""
     try:
-        places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(places.values()))
+        file_of = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(file_of.values()))
         if any(Path(file).name != file for file in files):
             raise ValueError("a shard lies outside the folder")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SlimLSTMError(f"its index cannot be read ({error})") from error
+        raise SlimLSTMError(f"its index cannot be read ({reason_of(error)})") from error
     tensors = {name: tensor for file in files for name, tensor in load_file(path.with_name(file)).items()}
-    if tensors.keys() != places.keys():
-        raise SlimLSTMError(f"index and shards differ in {', '.join(sorted(tensors.keys() ^ places.keys()))}")
+    if tensors.keys() != file_of.keys():
+        raise SlimLSTMError(f"index and shards differ in {', '.join(sorted(tensors.keys() ^ file_of.keys()))}")
     parts: dict[str, dict[int, Tensor]] = {}
     for name, tensor in tensors.items():
         whole, _, index = name.partition(".part")
@@ -231,26 +260,25 @@ def _read_shards(path: Path) -> dict[str, Tensor]:
 
 
 def _read_pickled(path: Path) -> dict[str, Tensor]:
-    """The tensors of a pickled dictionary; nothing else that a pickle may do is done."""
+    """Return the tensors of a pickled dictionary, without running any code in it."""
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError) as error:
-        reason = next(iter(str(error).splitlines()), "it is cut short")
         raise SlimLSTMError(
-            "it is damaged, or holds pickled code, which is not run here; load it where its code is and save "
-            f"model.state_dict() instead ({reason})"
+            f"it is damaged, or holds pickled code, which slimlstm does not run ({reason_of(error)}); load it where its "
+            "code is, and save model.state_dict() instead"
         ) from error
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise SlimLSTMError("it is no dictionary of tensors; save model.state_dict() alone")
+        raise SlimLSTMError("it is not a dictionary of tensors; save model.state_dict() alone")
     return dict(content)
 
 
 def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by their names here, where they have those of the published code."""
+    """Replace the names of the published code by the names used here."""
     renamed = {
         re.sub(r"^rnns\.(\d+)\.(module\.)?", r"lstms.\1.", name).replace("encoder.weight", "embedding.weight"): tensor
         for name, tensor in tensors.items()
     }
-    # Weight drop keeps the weights as *_raw, and beside them what it has made of them.
+    # Weight drop stores the weights as *_raw, beside copies with dropped entries.
     raw = {name.removesuffix("_raw"): tensor for name, tensor in renamed.items() if name.endswith("_raw")}
     return {name: tensor for name, tensor in renamed.items() if not name.endswith("_raw")} | raw

@@ -1,8 +1,8 @@
-"""Text corpora for language models: where they are published, how to check them, how to read them.
+"""Text corpora for language models: find, download, check and read them.
 
-A corpus is looked for in the folder that the environment variable ``SLIMLSTM_DATA`` names (as ``NAME/FILE``, plain or
-xz-compressed), then in the cache (``$XDG_CACHE_HOME/slimlstm``), and is downloaded into the cache otherwise. Whatever the
-way, the content has to have the published SHA-256.
+The file ``NAME/FILE``, plain or xz-compressed, is read from the folder that the environment variable ``SLIMLSTM_DATA``
+names, or else from the cache, ``$XDG_CACHE_HOME/slimlstm``. If neither has it, it is downloaded into the cache. In every
+case its content must have the published SHA-256.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import hashlib
 import http.client
 import lzma
 import os
-import tempfile
 import urllib.request
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ import torch
 from rich.progress import wrap_file
 from torch import Tensor
 
-from slimlstm.errors import SlimLSTMError
+from slimlstm.errors import SlimLSTMError, reason_of
+from slimlstm.files import replacing
 
 EOS = "<eos>"
 UNKNOWN = "<unk>"
@@ -29,7 +29,7 @@ UNKNOWN = "<unk>"
 
 @dataclass(frozen=True)
 class PublishedFile:
-    """A file's name, address and SHA-256; without an address there are local copies only."""
+    """Name, address and SHA-256 of a file; the address is None if the file has no public one."""
 
     file: str
     url: str | None
@@ -38,7 +38,7 @@ class PublishedFile:
 
 @dataclass(frozen=True)
 class Split(PublishedFile):
-    """One file of a corpus, and its published length in tokens, line ends counted."""
+    """A file of a corpus, and its published length in tokens, line ends counted."""
 
     tokens: int
 
@@ -117,19 +117,28 @@ CORPORA = {
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: ``$XDG_CACHE_HOME/slimlstm``, by default ``~/.cache/slimlstm``."""
+    """Return the folder of downloads: ``$XDG_CACHE_HOME/slimlstm``, by default ``~/.cache/slimlstm``.
+
+    Example:
+        >>> cache_folder().name
+        'slimlstm'
+    """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slimlstm"
 
 
 def read_text(name: str, split: str) -> str:
-    """The text of one split of a corpus (``"ptb"`` or ``"wikitext-2"``; ``"train"``, ``"valid"`` or ``"test"``).
+    """Return the text of one split of a corpus.
+
+    Args:
+        name: ``"ptb"`` or ``"wikitext-2"``.
+        split: ``"train"``, ``"valid"`` or ``"test"``.
 
     Raises:
-        SlimLSTMError: no such corpus or split; a file without the published SHA-256; a failed download.
+        SlimLSTMError: an unknown corpus or split, a file without the published SHA-256, or a failed download.
     """
     corpus = CORPORA.get(name)
     if corpus is None:
-        raise SlimLSTMError(f"no corpus is called {name!r}; there are {', '.join(map(repr, CORPORA))}")
+        raise SlimLSTMError(f"no corpus is called {name!r}; the corpora are {', '.join(map(repr, CORPORA))}")
     if split not in corpus.splits:
         raise SlimLSTMError(f"{name} has no split {split!r}; it has {', '.join(map(repr, corpus.splits))}")
     wanted = corpus.splits[split]
@@ -137,11 +146,16 @@ def read_text(name: str, split: str) -> str:
 
 
 def read_file(folder: str, editions: Sequence[PublishedFile]) -> tuple[bytes, PublishedFile]:
-    """The content of the first of ``editions`` that lies in a ``folder`` of this name, or else of the first that has an
-    address, and which one it is.
+    """Return the content of one of several editions of a file, and the edition.
+
+    The first edition with a local copy is read; if none has one, the first edition with an address is downloaded.
+
+    Args:
+        folder: name of the subfolder of ``SLIMLSTM_DATA`` and of the cache.
+        editions: the editions, most wanted first.
 
     Raises:
-        SlimLSTMError: a file without the published SHA-256; a failed download; none is there, and none has an address.
+        SlimLSTMError: a file without the published SHA-256, a failed download, or neither a local copy nor an address.
     """
     for wanted in editions:
         path = _local_copy(folder, wanted)
@@ -152,40 +166,52 @@ def read_file(folder: str, editions: Sequence[PublishedFile]) -> tuple[bytes, Pu
         if not published:
             names = " or ".join(edition.file for edition in editions)
             raise SlimLSTMError(
-                f"{folder} has no public address: put {names}, plain or xz-compressed, into {folder}/ in a folder of yours "
-                "and name the folder in SLIMLSTM_DATA"
+                f"{folder} has no public address and no local copy; put {names}, plain or xz-compressed, into a folder "
+                f"DIR/{folder}, and set SLIMLSTM_DATA to DIR"
             )
         wanted = published[0]
         path = _download(folder, wanted)
     try:
         content = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
     except (lzma.LZMAError, OSError) as error:
-        raise SlimLSTMError(f"{path} is damaged or cannot be read ({error}); delete it and fetch it again") from error
+        raise SlimLSTMError(
+            f"{path} is damaged or cannot be read ({reason_of(error)}); delete it and fetch it again"
+        ) from error
     _check(content, wanted, str(path))
     return content, wanted
 
 
 def read_words(name: str, split: str) -> list[str]:
-    """The words of one split with ``<eos>`` for each line end, as many as published.
+    """Return the words of one split, with ``<eos>`` at each line end.
 
     Raises:
-        SlimLSTMError: as :func:`read_text`; or the count differs from the published one.
+        SlimLSTMError: see :func:`read_text`; or the number of words is not the published one.
     """
     words = words_of(read_text(name, split))
     published = CORPORA[name].splits[split].tokens
     if len(words) != published:
-        raise SlimLSTMError(f"{name} {split} gave {len(words):,} tokens, not the published {published:,}")
+        raise SlimLSTMError(f"{name} {split} has {len(words):,} tokens, not the published {published:,}; fetch it again")
     return words
 
 
 def words_of(text: str) -> list[str]:
-    """Words separated by white space, with ``<eos>`` for each line end; a last line without line end counts too."""
+    """Split a text at white space, with ``<eos>`` at each line end; a last line without line end counts too.
+
+    Example:
+        >>> words_of("a b\\nc")
+        ['a', 'b', '<eos>', 'c', '<eos>']
+    """
     lines = text.removesuffix("\n").split("\n") if text else []
     return [word for line in lines for word in (*line.split(), EOS)]
 
 
 class Vocabulary:
-    """Words and their ids, 0 to V - 1."""
+    """Words and their ids, from 0 to V - 1.
+
+    Example:
+        >>> Vocabulary(["<unk>", "a", "b"]).encode(["b", "c"])
+        tensor([2, 0])
+    """
 
     def __init__(self, words: Iterable[str]) -> None:
         self.words = list(dict.fromkeys(words))
@@ -193,35 +219,36 @@ class Vocabulary:
 
     @classmethod
     def read(cls, path: str | Path) -> Vocabulary:
-        """From a text file, one word a line, the line number being the id.
+        """Read a text file with one word per line; the line number, from 0, is the id.
 
         Raises:
-            SlimLSTMError: the file is missing or holds a word twice.
+            SlimLSTMError: the file cannot be read, or holds a word twice.
         """
         try:
             words = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise SlimLSTMError(f"the vocabulary {path} cannot be read: {error}") from error
+            raise SlimLSTMError(f"the vocabulary {path} cannot be read: {reason_of(error)}") from error
         vocabulary = cls(words)
         if len(vocabulary) != len(words):
-            raise SlimLSTMError(f"the vocabulary {path} holds a word more than once; ids would shift")
+            raise SlimLSTMError(f"the vocabulary {path} holds a word more than once, so ids would shift; remove the second")
         return vocabulary
 
     def __len__(self) -> int:
         return len(self.words)
 
     def encode(self, words: Iterable[str]) -> Tensor:
-        """The ids of ``words`` (int64 [T]); a word that is not there becomes ``<unk>``.
+        """Return the ids of ``words``, int64 [T]; unknown words become ``<unk>``.
 
         Raises:
-            SlimLSTMError: a word is not in the vocabulary, and ``<unk>`` is not either.
+            SlimLSTMError: a word is unknown, and the vocabulary has no ``<unk>``.
         """
         unknown = self._ids.get(UNKNOWN)
         ids = [self._ids.get(word, unknown) for word in words]
         known = [index for index in ids if index is not None]
         if len(known) != len(ids):
             raise SlimLSTMError(
-                f"the text has {len(ids) - len(known)} words outside the vocabulary, which has no {UNKNOWN}"
+                f"the text has {len(ids) - len(known)} words outside the vocabulary, which has no {UNKNOWN}; name the "
+                "vocabulary of this text"
             )
         return torch.tensor(known, dtype=torch.int64)
 
@@ -237,20 +264,17 @@ def _local_copy(name: str, wanted: PublishedFile) -> Path | None:
 def _download(name: str, wanted: PublishedFile) -> Path:
     target, url = cache_folder() / name / wanted.file, str(wanted.url)
     try:
-        with urllib.request.urlopen(url, timeout=30) as reply:  # noqa: S310 (the addresses stand in this package)
+        with urllib.request.urlopen(url, timeout=30) as reply:  # noqa: S310 (only addresses in this package)
             size = int(reply.headers.get("Content-Length") or 0)
             with wrap_file(reply, total=size, description=wanted.file, transient=True) as stream:
                 content = stream.read()
         _check(content, wanted, url)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            part = Path(scratch) / wanted.file
-            part.write_bytes(content)
-            part.replace(target)
+        with replacing(target) as draft:
+            draft.write_bytes(content)
     except (http.client.HTTPException, OSError) as error:
         raise SlimLSTMError(
-            f"{url} could not be downloaded to {target} ({error}); put a copy at {name}/{wanted.file} "
-            "in a folder of yours and name the folder in SLIMLSTM_DATA"
+            f"{url} could not be downloaded to {target} ({reason_of(error)}); put a copy at DIR/{name}/{wanted.file} and "
+            "set SLIMLSTM_DATA to DIR"
         ) from error
     return target
 
@@ -260,5 +284,5 @@ def _check(content: bytes, wanted: PublishedFile, where: str) -> None:
     if found != wanted.sha256:
         raise SlimLSTMError(
             f"{where} is not {wanted.file} as published: SHA-256 {found}, expected {wanted.sha256}; "
-            "it is damaged or another edition, delete it and fetch it again"
+            "it is damaged or another edition; delete it and fetch it again"
         )

@@ -1,6 +1,6 @@
-"""The language model that ships in the package: an AWD-LSTM over byte-pair pieces of WikiText-2, and text it never saw.
+"""The embedded language model: an AWD-LSTM of byte-pair pieces of WikiText-2, with held-out text.
 
-``recipes/demo_model.py`` trains it; ``embedded/training.json`` says how, ``embedded/README.md`` where the text comes from.
+``recipes/demo_model.py`` trains it. ``embedded/training.json`` records how; ``embedded/README.md`` names the text's source.
 """
 
 from __future__ import annotations
@@ -12,40 +12,65 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from slimlstm.demo.awd_lstm import AWDLSTM, load_awd_lstm
-from slimlstm.errors import SlimLSTMError
+from slimlstm.errors import SlimLSTMError, reason_of
 
 FOLDER = Path(__file__).parent / "embedded"
 TOKENIZER = FOLDER / "tokenizer.model"
 
 
 def embedded_model() -> AWDLSTM:
-    """The trained model, in float32 and evaluation mode."""
+    """Return the trained model, in float32 and evaluation mode.
+
+    Example:
+        >>> embedded_model().config.hidden_size
+        512
+    """
     return load_awd_lstm(FOLDER)
 
 
 def held_out_text() -> str:
-    """The beginning of WikiText-2's test split (CC BY-SA), one paragraph a line."""
+    """Return the beginning of WikiText-2's test split (CC BY-SA), one paragraph per line.
+
+    Example:
+        >>> held_out_text().count("\\n") > 10
+        True
+    """
     return (FOLDER / "held_out.txt").read_text(encoding="utf-8")
 
 
 def held_out_tokens() -> Tensor:
-    """The ids of :func:`held_out_text`'s pieces, int64 [N]."""
+    """Return the ids of the byte-pair pieces of :func:`held_out_text`, int64 [N].
+
+    Example:
+        >>> held_out_tokens().dtype
+        torch.int64
+    """
     return load_file(FOLDER / "held_out.safetensors")["tokens"].to(torch.int64)
 
 
 def encode(text: str, tokenizer: str | Path = TOKENIZER) -> Tensor:
-    """The ids int64 [N] of a text's byte-pair pieces, with ``<eos>`` for each line end.
+    """Return the ids of a text's byte-pair pieces, int64 [N], with ``<eos>`` at each line end.
 
     Raises:
-        SlimLSTMError: ``sentencepiece`` is not installed.
+        SlimLSTMError: ``sentencepiece`` is not installed, or the tokenizer cannot be read.
+
+    Example:
+        >>> text = held_out_text()[:held_out_text().index("\\n")]
+        >>> ids = encode(text)
+        >>> torch.equal(ids, held_out_tokens()[:len(ids)])
+        True
     """
     try:
         import sentencepiece
     except ImportError as error:
-        raise SlimLSTMError("reading a text of your own takes sentencepiece: pip install 'slimlstm[data]'") from error
+        raise SlimLSTMError(
+            "sentencepiece, which reads your own text, is not installed: pip install 'slimlstm[data]'"
+        ) from error
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
     except (OSError, RuntimeError) as error:
-        raise SlimLSTMError(f"the tokenizer {tokenizer} cannot be read: {error}") from error
+        raise SlimLSTMError(
+            f"the tokenizer {tokenizer} cannot be read ({reason_of(error)}); give a SentencePiece model"
+        ) from error
     lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
     return torch.tensor([token for pieces in processor.encode(lines) for token in (*pieces, processor.eos_id())])

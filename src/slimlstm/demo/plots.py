@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from slimlstm.errors import SlimLSTMError
+from slimlstm.files import replacing
 
 Points = Sequence[tuple[float, float]]
-"""(x, y) pairs of one line."""
+"""Pairs (x, y) of one line."""
 
-# SVD and Semi-NMF often lie on each other: one is a line, the other hollow marks on it.
+# SVD and Semi-NMF often coincide: draw one as a line, the other as hollow marks on it.
 STYLE = {
     "svd": {"color": "#0b6e99", "marker": "o"},
     "semi-nmf": {"color": "#d9730d", "marker": "s", "linestyle": ":", "fillstyle": "none", "markersize": 9},
@@ -25,12 +26,13 @@ _PRECISIONS = ("float32", "bfloat16", "int8")
 def quality_curves(
     panels: Mapping[str, Mapping[str, Points]], dense: float, path: Path, *, x_label: str, y_label: str
 ) -> None:
-    """Draws quality against size, a panel for every target and a line for every method, and writes a PNG or PDF.
+    """Draw quality against size, a panel per target and a line per method, and write a PNG or PDF.
 
     Args:
-        panels: the title of every panel, and in it the name and the points (x, y) of every line.
+        panels: the title of every panel; for each, the names and points (x, y) of its lines.
         dense: the dense model's y, drawn as a dashed line.
-        path: where to; the ending says which format.
+        path: the file to write; its suffix decides the format.
+        x_label, y_label: labels of the axes.
 
     Raises:
         SlimLSTMError: matplotlib is not installed.
@@ -48,14 +50,14 @@ def quality_curves(
 
 
 def speed_ratios(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws how many times faster each of our candidates is than its best dense rival, and writes a PNG or PDF.
+    """Draw how many times faster slimlstm is than the best dense engine, and write a PNG or PDF.
 
-    Above, one sequence on one thread: a panel for every number of steps and precision, a line for every model, and hollow
-    marks where the same low-rank model runs in the best other engine. Below, all other settings, a dot for every candidate.
+    The upper panels show one sequence on one thread: a panel per number of steps and precision, a line per model. Hollow
+    marks compare with the same low-rank model in the best other engine. The lowest panel has all settings, a dot per model.
 
     Args:
-        rows: what ``benchmarks/engines.py`` measured, at least one of them with one sequence on one thread.
-        path: where to; the ending says which format.
+        rows: the results of ``benchmarks/engines.py``, at least one of them for one sequence on one thread.
+        path: the file to write; its suffix decides the format.
 
     Raises:
         SlimLSTMError: matplotlib is not installed.
@@ -135,13 +137,14 @@ def _ratio_axis(axis: Any) -> None:
 
 
 def predictions(points: Mapping[str, Points], path: Path) -> None:
-    """Draws measured against predicted rises of the loss, a mark for every plan and a colour for every method.
+    """Draw measured against predicted rises of the loss: a mark per plan, a colour per method.
 
     Args:
-        points: by method, (predicted, measured) of every plan; those that are not positive are left out.
+        points: pairs (predicted, measured) by method; pairs that are not positive are left out.
+        path: the file to write; its suffix decides the format.
 
     Raises:
-        SlimLSTMError: as :func:`check_drawable`.
+        SlimLSTMError: see :func:`check_drawable`.
     """
     check_drawable(path)
     from matplotlib.ticker import LogFormatterSciNotation, LogLocator
@@ -162,27 +165,28 @@ def predictions(points: Mapping[str, Points], path: Path) -> None:
 
 
 def save_figure(figure: Any, path: Path, **options: Any) -> None:
-    """Write a figure without a creation time, so that the same picture is the same file."""
-    figure.savefig(path, metadata={"CreationDate": None} if path.suffix == ".pdf" else None, **options)
+    """Write a figure without a creation time, so that equal pictures are equal files."""
+    with replacing(path) as draft:
+        figure.savefig(draft, metadata={"CreationDate": None} if path.suffix == ".pdf" else None, **options)
 
 
 def check_available() -> None:
-    """Raises :class:`SlimLSTMError` where matplotlib is not installed."""
+    """Raise :class:`SlimLSTMError` if matplotlib is not installed."""
     if find_spec("matplotlib") is None:
-        raise SlimLSTMError("drawing takes matplotlib: pip install 'slimlstm[plots]'")
+        raise SlimLSTMError("matplotlib, which draws, is not installed: pip install 'slimlstm[plots]'")
 
 
 def check_drawable(path: Path) -> None:
-    """Raises what :func:`quality_curves` would, before there is anything to draw.
+    """Check that a picture can be written to ``path``, before spending time on its content.
 
     Raises:
-        SlimLSTMError: matplotlib is not installed, or does not know the ending; there is no such folder.
+        SlimLSTMError: matplotlib is not installed or does not know the suffix, or the folder does not exist.
     """
     endings = subplots(1)[0].canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in endings:
-        raise SlimLSTMError(f"{path} ends in {path.suffix or 'nothing'}; a picture can be drawn as {', '.join(endings)}")
+        raise SlimLSTMError(f"{path} has the suffix {path.suffix!r}; a picture can have {', '.join(endings)}")
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise SlimLSTMError(f"{path} cannot be written: name a file in a folder that is there")
+        raise SlimLSTMError(f"{path} cannot be written; name a file in a folder that exists")
 
 
 def subplots(count: int) -> tuple[Any, list[Any]]:

@@ -222,5 +222,5 @@ def _check_outputs(model: AWDLSTM, sample: Tensor) -> None:
     error = float((expected - found).norm() / expected.norm())
     if not error < 1e-4:
         raise SlimLSTMError(
-            f"the compressed model's output differs from the reference recurrence by {error:.1e}, relative; please report it"
+            f"the compressed model's output differs from the reference recurrence by {error:.1e}; please report it"
         )

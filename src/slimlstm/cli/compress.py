@@ -1,0 +1,126 @@
+"""``slimlstm compress``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slimlstm.cli.options import (
+    Allocation,
+    Bytes,
+    Energy,
+    Force,
+    Json,
+    Keep,
+    Method,
+    Rank,
+    Request,
+    SiteFilter,
+    Storage,
+    Targets,
+)
+from slimlstm.cli.output import progress_bar, show
+from slimlstm.errors import SlimLSTMError
+
+_WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+
+
+def command(
+    file: Annotated[Path, typer.Argument(help="A .safetensors, .pt, .pth or .onnx file, or a compressed folder.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The folder to write; for an ONNX file, the ONNX file to write.")
+    ],
+    method: Method = "svd",
+    rank: Rank = None,
+    keep: Keep = None,
+    bytes_: Bytes = None,
+    energy: Energy = None,
+    allocation: Allocation = None,
+    target: Targets = "both",
+    site_filter: SiteFilter = None,
+    storage: Storage = None,
+    batches: Annotated[
+        list[Path] | None,
+        typer.Option(help="An .npz file of an ONNX file's inputs, by name, the first axis for runs; may be repeated."),
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Compress the LSTMs of a weight file into a folder for slimlstm.load, or of an ONNX file into another."""
+    request = Request(method, rank, keep, target, storage, bytes_, energy, allocation, site_filter)
+    _check_output(file, output, force)
+    to_onnx = output.suffix.lower() == ".onnx"
+    if batches and not to_onnx:
+        raise SlimLSTMError("--batches are inputs of an ONNX file; compress an ONNX file into another, with -o small.onnx")
+    config = request.configuration()
+    with progress_bar("compressing") as progress:
+        if to_onnx:
+            from slimlstm.onnx.calibrate import read_batches
+            from slimlstm.onnx.compress import compress_onnx
+
+            runs = [run for path in batches for run in read_batches(path)] if batches else None
+            report = compress_onnx(file, config, output, batches=runs, progress=progress)
+            use = "it has the inputs and outputs of the file before, and any ONNX runtime reads it."
+        else:
+            from slimlstm.weight_files import compress_file
+
+            report = compress_file(file, config, output, progress)
+            use = f"slimlstm.load({str(output)!r}, model) loads it into the model."
+    show(report.to_dict(), as_json, report, f"Written to {output}; {use}")
+
+
+def _check_output(file: Path, output: Path, force: bool) -> None:
+    """Refuse an output that would destroy the input, lose weights, or replace something without ``--force``."""
+    is_onnx = file.suffix.lower() == ".onnx"
+    if output.exists() and file.exists() and (output.samefile(file) or _is_weights_file_of(file, output)):
+        raise SlimLSTMError(f"{output} is the input, which would be lost; name another output")
+    if is_onnx and output.suffix.lower() != ".onnx":
+        _check_that_nothing_is_lost(file, output)
+    elif not is_onnx and output.suffix.lower() == ".onnx":
+        raise SlimLSTMError(
+            f"{file} holds weights without a model, so no ONNX file can be made of it; name a folder, such as "
+            f"-o {output.stem}, load it with slimlstm.load, and write ONNX with slimlstm.export_onnx"
+        )
+    elif output.suffix.lower() in _WEIGHT_FILES:
+        raise SlimLSTMError(f"{output} looks like a file, but the output is a folder; name one, such as -o {output.stem}")
+    taken = output if output.is_file() else output / "config.json"
+    if taken.exists() and not force:
+        raise SlimLSTMError(f"{output} exists; add --force to replace it, or name another output")
+
+
+def _is_weights_file_of(file: Path, folder: Path) -> bool:
+    """Return whether ``file`` lies in a folder that slimlstm saved."""
+    return (folder / "config.json").exists() and file.resolve().parent == folder.resolve()
+
+
+def _check_that_nothing_is_lost(file: Path, output: Path) -> None:
+    """Refuse to write an ONNX file with weights outside LSTMs as a folder, which holds the LSTMs only."""
+    from slimlstm.weight_files import read_tensors
+
+    in_lstms = sum(tensor.numel() for tensor in read_tensors(file).values())
+    others = _weights_in(file) - in_lstms
+    if others > 0:
+        raise SlimLSTMError(
+            f"{file} has {others:,} weights outside its LSTMs, which a folder would not hold; name an ONNX file to write, "
+            f"such as -o {output.name}.onnx"
+        )
+
+
+def _weights_in(file: Path) -> int:
+    """Return the number of floating-point numbers among an ONNX file's initializers, nested graphs included."""
+    from onnx import TensorProto
+
+    from slimlstm.onnx.graph import graphs_of, read_model
+
+    floats = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
+    tensors = [tensor for graph in graphs_of(read_model(file).graph) for tensor in graph.initializer]
+    return sum(_numel(tensor.dims) for tensor in tensors if tensor.data_type in floats)
+
+
+def _numel(dims: list[int]) -> int:
+    count = 1
+    for size in dims:
+        count *= size
+    return count

@@ -1,0 +1,43 @@
+"""``slimlstm demo``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slimlstm.cli.options import Force, Json
+from slimlstm.cli.output import print_note, progress_bar, show
+from slimlstm.errors import SlimLSTMError
+
+_PICTURE = Path("slimlstm-demo.png")
+_HEADING = (
+    "An AWD-LSTM language model of WikiText-2, compressed without training. Perplexity: per byte-pair token of held-out "
+    "text. Parameters and bytes: of the LSTMs. Speed: of the LSTMs, relative to the dense model, batch 1, one thread."
+)
+
+
+def command(
+    plot: Annotated[
+        Path | None, typer.Option(help=f"File for the curves, PNG or PDF; by default {_PICTURE}, replaced if it exists.")
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Compress the embedded language model by every method; print quality, size and speed."""
+    from slimlstm.demo import plots, tour
+
+    if plot is not None and plot.is_file() and not force:
+        raise SlimLSTMError(f"{plot} exists; add --force to replace it, or name another file")
+    picture = plot or _PICTURE
+    began = time.monotonic()
+    plots.check_drawable(picture)
+    with progress_bar("compressing") as progress:
+        found = tour.run(progress)
+    tour.draw(found, picture)
+    note = f"The curves are in {picture}."
+    show({**found.to_dict(), "plot": str(picture)}, as_json, _HEADING, found, found.summary(), note)
+    if not as_json:
+        print_note(f"{time.monotonic() - began:.0f} s")

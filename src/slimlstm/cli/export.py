@@ -1,0 +1,51 @@
+"""``slimlstm export``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from slimlstm.cli.models import Model, language_model
+from slimlstm.cli.options import Force, Json
+from slimlstm.cli.output import show
+from slimlstm.errors import SlimLSTMError
+
+
+def command(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")],
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write an AWD-LSTM language model as an ONNX file, with its states as inputs and outputs."""
+    import torch
+    from rich.table import Table
+
+    from slimlstm.onnx.export import export_onnx
+
+    if output.is_file() and not force:
+        raise SlimLSTMError(f"{output} exists; add --force to replace it, or name another file")
+    network = language_model(model)
+    lstms: list[Any] = list(network.lstms)
+    states = [(torch.zeros(1, 2, lstm.hidden_size), torch.zeros(1, 2, lstm.hidden_size)) for lstm in lstms]
+    tokens = torch.randint(network.config.vocab_size, (3, 2))
+    names = [f"{kind}{layer}" for layer in range(len(lstms)) for kind in "hc"]
+    found = export_onnx(
+        network,
+        (tokens, states),
+        output,
+        input_names=["tokens", *names],
+        output_names=["logits", *(f"{name}_next" for name in names)],
+    )
+    table = Table("name", "shape")
+    for name, shape in (*found.inputs.items(), *found.outputs.items()):
+        table.add_row(name, " x ".join(map(str, shape)))
+    sizes = " and ".join(", ".join(f"{name} = {size}" for name, size in at.items()) for at in found.checked)
+    text = (
+        f"{found.bytes:,} bytes in {output}. {found.engine} differs from PyTorch by at most {found.difference:.1g}, "
+        f"relative, at {sizes}."
+    )
+    show({"model": model, "file": str(output), **asdict(found)}, as_json, table, text)

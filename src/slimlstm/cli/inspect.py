@@ -1,0 +1,79 @@
+"""``slimlstm inspect``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from slimlstm.cli.options import Json
+from slimlstm.cli.output import progress_bar, show, sketch
+from slimlstm.errors import SlimLSTMError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_ENERGIES = (0.5, 0.9, 0.99)
+
+
+def command(
+    file: Annotated[Path, typer.Argument(help="A .safetensors, .pt, .pth or .onnx file, or a compressed folder.")],
+    as_json: Json = False,
+) -> None:
+    """List the LSTM matrices of a weight file: shapes, break-even ranks, and how fast singular values fall."""
+    from slimlstm.weight_files import find_matrices, read_tensors
+
+    tensors = read_tensors(file)
+    matrices = find_matrices(tensors)
+    if not matrices:
+        raise SlimLSTMError(
+            f"{file} holds no weights of an LSTM: no names such as weight_hh_l0 with shapes [4H, H]; give a file that does"
+        )
+    entries: list[dict[str, Any]] = []
+    with progress_bar("singular values") as progress:
+        for index, (site, names) in enumerate(matrices.items()):
+            progress(site.key, index / len(matrices))
+            entries.append(_entry(site, names, tensors))
+    in_matrices, total = sum(entry["parameters"] for entry in entries), sum(tensor.numel() for tensor in tensors.values())
+    share = f"These matrices hold {in_matrices:,} of the file's {total:,} numbers ({in_matrices / total:.0%})."
+    result = {"file": str(file), "sites": entries, "parameters": in_matrices, "total": total}
+    show(result, as_json, _table(entries), share)
+
+
+def _entry(site: Any, names: tuple[str, ...], tensors: Any) -> dict[str, Any]:
+    from slimlstm.methods import break_even_rank, rank_for_energy, singular_values
+    from slimlstm.weight_files import matrix_of
+
+    values = singular_values(matrix_of(names, tensors).float())
+    return {
+        "site": site.key,
+        "shape": list(site.shape),
+        "rank": site.rank,
+        "parameters": site.parameters,
+        "break_even_rank": break_even_rank(site.shape),
+        "energy_ranks": {str(energy): rank_for_energy(values, energy) for energy in _ENERGIES},
+        "singular_values": [round(value, 6) for value in values.tolist()],
+    }
+
+
+def _table(entries: list[dict[str, Any]]) -> Table:
+    from rich.table import Table
+
+    table = Table(caption="Break-even: factors of a lower rank are smaller. Energy: rank that preserves this part of Σ σ².")
+    table.caption_justify = "left"
+    table.add_column("site", overflow="fold")
+    for heading in ("shape", "rank", "break-even", *(f"{energy:.0%}" for energy in _ENERGIES)):
+        table.add_column(heading, justify="right")
+    table.add_column("singular values")
+    for entry in entries:
+        rows, columns = entry["shape"]
+        table.add_row(
+            entry["site"],
+            f"{rows} x {columns}",
+            "full" if entry["rank"] is None else str(entry["rank"]),
+            f"{entry['break_even_rank']:.1f}",
+            *map(str, entry["energy_ranks"].values()),
+            sketch(entry["singular_values"]),
+        )
+    return table

@@ -1,0 +1,87 @@
+"""Options that several verbs share, and the configuration that they describe."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from slimlstm.errors import SlimLSTMError
+
+if TYPE_CHECKING:
+    from slimlstm.modules.sites import Site
+    from slimlstm.pipeline.config import LowRank, Prune, Quantize, Target
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="svd, semi-nmf or prune; activation or fisher, which need calibration; or a registered method.",
+    ),
+]
+Rank = Annotated[int | None, typer.Option(help="Give every matrix factors of this rank.")]
+Keep = Annotated[float | None, typer.Option(help="Keep this fraction of the parameters, above 0, at most 1.")]
+Bytes = Annotated[int | None, typer.Option("--bytes", help="Spend this many bytes on all matrices together.")]
+Energy = Annotated[float | None, typer.Option(help="Preserve this fraction of every matrix's squared singular values.")]
+Allocation = Annotated[
+    str | None,
+    typer.Option(help="With --keep: uniform (every matrix alike) or global (one budget, spent where it helps most)."),
+]
+Targets = Annotated[str, typer.Option("--target", help="hh (hidden to hidden), ih (input to hidden) or both.")]
+SiteFilter = Annotated[
+    str | None,
+    typer.Option("--filter", help="Compress only matrices whose name contains a match of this regular expression."),
+]
+Storage = Annotated[
+    str | None, typer.Option(help="Store weights or factors as int8 or bfloat16; alone, only change the storage.")
+]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A configuration as the command line describes it."""
+
+    method: str
+    rank: int | None
+    keep: float | None
+    target: str
+    storage: str | None
+    bytes: int | None = None
+    energy: float | None = None
+    allocation: str | None = None
+    filter: str | None = None
+
+    def has_size_or_storage(self) -> bool:
+        """Return whether anything says how small the matrices have to become."""
+        return any(value is not None for value in (self.rank, self.keep, self.bytes, self.energy, self.storage))
+
+    def configuration(self) -> LowRank | Prune | Quantize:
+        """Return the configuration.
+
+        Raises:
+            SlimLSTMError: a value out of range, two values that exclude each other, or no regular expression.
+        """
+        from slimlstm.pipeline.config import Quantize, configuration
+
+        target, selects = cast("Target", self.target), self._filter()
+        size: dict[str, Any] = {"rank": self.rank, "keep": self.keep, "bytes": self.bytes, "energy": self.energy}
+        if self.storage is not None and self.method == "svd" and all(value is None for value in size.values()):
+            return Quantize(self.storage, target, selects)
+        size["allocation"] = self.allocation
+        return configuration(self.method, storage=self.storage, target=target, filter=selects, **size)
+
+    def _filter(self) -> Any:
+        if self.filter is None:
+            return None
+        try:
+            pattern = re.compile(self.filter)
+        except re.error as error:
+            raise SlimLSTMError(f"--filter {self.filter!r} is no regular expression: {error}") from error
+
+        def selects(site: Site) -> bool:
+            return pattern.search(site.key) is not None
+
+        return selects
