@@ -12,7 +12,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from paper.elmo import CHARACTERS, ELMo, Highway
+from paper.characters import Highway
+from paper.elmo import ELMo
+from paper.elmo_config import CHARACTERS
 from paper.parts import Embedder, Encoder, Text, attention, present
 
 

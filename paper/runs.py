@@ -1,4 +1,4 @@
-"""Runs of recipes that can be interrupted: one process a folder, seeds by place in the run, deadlines, settings checks."""
+"""Runs that can be interrupted: one process a folder, seeds by place in the run, limits of time, checks of settings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import sys
 import time
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -66,17 +66,21 @@ def seed(*place: object) -> None:
     torch.manual_seed(zlib.crc32(repr(place).encode()))
 
 
-class Deadline:
-    """Limit on the minutes of one process; a run goes on in the next process.
+class Pace:
+    """When a run writes checkpoints, and when its process stops; the next process continues the run.
+
+    Args:
+        max_minutes: of this process.
+        checkpoint_seconds: between two checkpoints.
 
     Example:
-        >>> Deadline(0.0).is_over(), Deadline(math.inf).is_over()
+        >>> Pace(0.0).is_over(), Pace(math.inf).is_over()
         (True, False)
     """
 
-    def __init__(self, minutes: float) -> None:
-        self.minutes = minutes
-        self._start = time.monotonic()
+    def __init__(self, max_minutes: float, checkpoint_seconds: float = 180.0) -> None:
+        self.max_minutes, self.checkpoint_seconds = max_minutes, checkpoint_seconds
+        self._start, self._last_checkpoint = time.monotonic(), 0.0
 
     def seconds(self) -> float:
         """Return the seconds since this object was made."""
@@ -84,11 +88,25 @@ class Deadline:
 
     def is_over(self, seconds: float | None = None) -> bool:
         """Return whether ``seconds``, by default :meth:`seconds`, have reached the limit."""
-        return (self.seconds() if seconds is None else seconds) >= 60.0 * self.minutes
+        return (self.seconds() if seconds is None else seconds) >= 60.0 * self.max_minutes
+
+    def after_step(self, write_checkpoint: Callable[[], None], seconds: float | None = None) -> None:
+        """Write a checkpoint if one is due, and end the process at the limit.
+
+        Args:
+            write_checkpoint: called before the process ends, too.
+            seconds: of this run; by default :meth:`seconds`. Processes that share a run have to agree on them.
+        """
+        seconds = self.seconds() if seconds is None else seconds
+        if self.is_over(seconds) or seconds - self._last_checkpoint >= self.checkpoint_seconds:
+            write_checkpoint()
+            self._last_checkpoint = seconds
+        if self.is_over(seconds):
+            self.stop()
 
     def stop(self) -> NoReturn:
         """End the process with a message, and with the exit status of success."""
-        print(f"stopped after {self.minutes:g} minutes; the same command continues the run")
+        print(f"stopped after {self.max_minutes:g} minutes; the same command continues the run")
         sys.exit()
 
 

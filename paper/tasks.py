@@ -21,7 +21,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from paper.bidaf import best_spans
-from paper.elmo import BiLM, characters_of
+from paper.characters import characters_of
+from paper.elmo import BiLM
 from paper.metrics import accuracy, answer_score
 from paper.parts import Text
 from paper.task_data import Example, Pair, Paragraph, Question, Sentence

@@ -35,7 +35,7 @@ from paper.awd_training import OPTIMIZERS, Training, TrainingOptions
 from paper.checkpoints import write_tensors
 from paper.methods import TUNABLE, compression_of, factors_by_svd_
 from paper.processes import Processes
-from paper.runs import Deadline, lock_folder, seed, settings_of
+from paper.runs import Pace, lock_folder, seed, settings_of
 from paper.tensor_train import tensor_train_
 from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig, load_awd_lstm, save_awd_lstm
 from slimlstm.demo.corpora import CORPORA, EOS, Vocabulary, read_words, words_of
@@ -171,7 +171,7 @@ def result():
     }
 
 
-deadline = Deadline(arguments.max_minutes)
+pace = Pace(arguments.max_minutes, arguments.checkpoint_seconds)
 seed(arguments.seed, "weights")
 model, vocabulary = started_model() if arguments.start else new_model()
 if device.type == "cpu":
@@ -212,9 +212,7 @@ if (output / "checkpoint.safetensors").exists():
     training.read_checkpoint(output, settings)
     place = training.place
     console.print(f"continuing in epoch {place.epoch} at token {place.position} of {training.length}")
-training.run(
-    lambda: training.write_checkpoint(output, settings), write_weights, deadline, arguments.checkpoint_seconds, console
-)
+training.run(lambda: training.write_checkpoint(output, settings), write_weights, pace, console)
 training.model = read_weights()
 found = result()
 if processes.is_first:
