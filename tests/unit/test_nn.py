@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.methods.magnitude import magnitude_mask
+from slimlstm.methods import magnitude_mask
 from slimlstm.modules.cell import LowRankLSTMCell
 from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.modules.masks import apply_mask

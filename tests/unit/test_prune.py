@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.methods.magnitude import magnitude_mask, nonzeros_at_rank
+from slimlstm.methods import magnitude_mask, nonzeros_at_rank
 from slimlstm.modules.cell import LowRankLSTMCell
 from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.modules.masks import Mask, apply_mask, mask_of

@@ -15,13 +15,22 @@ from slimlstm.ops.weights import Direction
 
 
 class LowRankLSTMCell(FactoredModule):
-    """``nn.LSTMCell`` with its whole contract, whose matrices may be factored.
+    """``nn.LSTMCell`` with its whole contract, whose matrices may be factored: W ≈ U V.
+
+    The forward pass takes [B, I] or [I], and optionally ``(h, c)`` of shape [B, H] or [H]; it returns ``(h, c)``.
 
     Args:
-        input_size, hidden_size, bias, device, dtype: as of ``nn.LSTMCell``.
-        ranks: the rank of ``weight_ih`` and of ``weight_hh``, where they are to be kept as factors.
+        input_size, hidden_size, bias, device, dtype: as for ``nn.LSTMCell``.
+        ranks: the rank of ``weight_ih`` and of ``weight_hh``, where they are factored.
 
-    The forward pass takes [B, I] or [I], and optionally ``(h, c)`` of [B, H] or [H]; it returns ``(h, c)``.
+    Raises:
+        SlimLSTMError: sizes, ranks or inputs do not fit.
+
+    Example:
+        >>> cell = LowRankLSTMCell(3, 4, ranks={"weight_hh": 2})
+        >>> h, c = cell(torch.randn(2, 3))
+        >>> tuple(h.shape)
+        (2, 4)
     """
 
     def __init__(
@@ -50,16 +59,19 @@ class LowRankLSTMCell(FactoredModule):
 
     @classmethod
     def from_dense(cls, cell: nn.LSTMCell, factors: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> LowRankLSTMCell:
-        """The same cell with the matrices named in ``factors`` replaced; see :meth:`LowRankLSTM.from_dense`."""
+        """Build the same cell, with the (U, V) in ``factors`` instead of the matrices that they name.
+
+        Parameters that stay dense are shared with ``cell``; see :meth:`LowRankLSTM.from_dense`.
+        """
         module = cls(cell.input_size, cell.hidden_size, cell.bias, device="meta")
-        module._take_over(cell, factors)
+        module._share_parameters(cell, factors)
         return module
 
     def to_dense(self) -> nn.LSTMCell:
-        """An ``nn.LSTMCell`` with the same weights, factors multiplied and masks applied."""
+        """Build an ``nn.LSTMCell`` with the same weights, factors multiplied and masks applied."""
         some = next(self.parameters())
         cell = nn.LSTMCell(self.input_size, self.hidden_size, self.bias, device=some.device, dtype=some.dtype)
-        self._fill(cell)
+        self._copy_weights_to(cell)
         return cell
 
     def extra_repr(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from operator import is_
 from typing import Any
 
@@ -12,78 +13,111 @@ from torch import Tensor, nn
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import STORAGES, rounded
+from slimlstm.modules.masks import drop_parametrizations
 from slimlstm.ops.dense import rebuilt
 from slimlstm.ops.weights import Direction, Layer, Matrix, flat
 
 Provenance = dict[str, str]
-"""Where the numbers of a compressed matrix come from: the ``method`` and the ``source_sha256`` of the dense matrix."""
+"""The origin of a compressed matrix: the ``method``, and the ``source_sha256`` of the dense matrix."""
+
+
+@dataclass(frozen=True)
+class _LayerCache:
+    """The layers of a module, and everything they were made from. It is never copied: kernels pack weights per module."""
+
+    parameters: list[nn.Parameter | None]
+    storages: dict[str, str]
+    bounds: tuple[float | None, float | None]
+    layers: list[Layer]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
 
 
 class FactoredModule(nn.Module):
-    """Keeps every matrix ``name`` either as one parameter ``name`` or as two, ``name_u`` [m, r] and ``name_v`` [r, n]."""
+    """Base of modules that hold every matrix ``name`` as one parameter or as factors.
+
+    A dense matrix is the parameter ``name`` [m, n]. A factored one is two parameters, ``name_u`` [m, r] and ``name_v``
+    [r, n]; the attribute ``name`` then returns their product and cannot be set.
+
+    Attributes:
+        matrix_shapes: the shape (m, n) of every matrix that may be factored, by name.
+        provenance: the origin of compressed matrices, by name; :func:`slimlstm.compress_` and ``load`` set it.
+        storages: the storage of matrices that are not in their own dtype, by name; see :meth:`store`.
+        cell_clip, proj_clip: bounds on cells and projected outputs, or None.
+
+    Example:
+        >>> from slimlstm import LowRankLSTM
+        >>> lstm = LowRankLSTM(3, 4, ranks={"weight_hh_l0": 2})
+        >>> lstm.ranks, [tuple(factor.shape) for factor in lstm.matrix("weight_hh_l0")]
+        ({'weight_hh_l0': 2}, [(16, 2), (2, 4)])
+    """
 
     matrix_shapes: dict[str, tuple[int, int]]
-    """The recurrent matrices that may be factored, and their shapes."""
     provenance: dict[str, Provenance]
-    """Where the factors come from, by matrix; filled in by those who compress and save."""
+    storages: dict[str, str]
     cell_clip: float | None = None
     proj_clip: float | None = None
-    storages: dict[str, str]
-    """What the fused kernel keeps a matrix in, by matrix, "float32" where none is given; see :meth:`store`."""
+    hidden_size: int
+    _layer_cache: _LayerCache | None = None
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of every factored matrix, by name."""
+        factors = {name: getattr(self, f"{name}_v", None) for name in self.matrix_shapes}
+        return {name: len(v) for name, v in factors.items() if v is not None}
 
     def matrix(self, name: str) -> Matrix:
-        """The matrix ``name`` as it is kept: W, or (U, V). Masks and other parametrizations are applied."""
+        """Return the matrix ``name``: W [m, n], or its factors (U, V). Masks and other parametrizations are applied."""
         if name in self._parameters:
             return self._weight(name)
         if f"{name}_v" in self._parameters or name in self.ranks:
             return self._weight(f"{name}_u"), self._weight(f"{name}_v")
         return getattr(self, name)
 
-    _kept: tuple[list[nn.Parameter], dict[str, str], tuple[float | None, float | None], list[Layer]] | None = None
+    def product(self, name: str) -> Tensor:
+        """Return the matrix ``name`` [m, n], factors multiplied."""
+        return rebuilt(self.matrix(name))
 
-    def layers(self) -> Sequence[Sequence[Direction]]:
-        """The weights of all layers: the same objects as long as the parameters and storages are the same."""
-        kept, parameters = self._kept, self._parameters
-        if kept is not None and not torch.compiler.is_compiling():
-            known, storages, bounds, layers = kept
-            same = len(known) == len(parameters) and all(map(is_, known, parameters.values()))
-            if same and storages == self.storages and bounds == (self.cell_clip, self.proj_clip):
-                return layers
-        made, present = self._make_layers(), set(map(id, parameters.values()))
-        # What is computed from parameters, as masked weights are, may be another the next time.
-        if torch.compiler.is_compiling() or any(
-            id(weight) not in present for one in made for weight in flat(one) if weight is not None
-        ):
-            return made
-        layers = [Layer(one) for one in made]
-        known = [parameter for parameter in parameters.values() if parameter is not None]
-        self._kept = known, dict(self.storages), (self.cell_clip, self.proj_clip), layers
-        return layers
+    def set_factors(self, name: str, u: Tensor, v: Tensor) -> None:
+        """Replace the matrix ``name`` by factors. Parametrizations of the matrix end, and so does its storage.
 
-    def _make_layers(self) -> list[list[Direction]]:
-        raise NotImplementedError
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state.pop("_kept", None)
-        return state
-
-    def _weight(self, name: str) -> Tensor:
-        # Every streamed step asks for every weight, and PyTorch's getattr is slow for parameters.
-        parameter = self._parameters.get(name)
-        return getattr(self, name) if parameter is None else parameter
-
-    def store(self, name: str, storage: str) -> None:
-        """Has the fused kernel keep the matrix ``name`` in ``storage``: "float32", "bfloat16" or "int8".
-
-        The parameters stay what they are, rounded to what the storage holds, so that every backend computes with the same
-        weights. Of a projected layer, ``weight_hr`` is kept as ``weight_hh``.
+        Args:
+            name: a matrix of this module.
+            u, v: U [m, r] and V [r, n]. Parameters are registered as they are, other tensors become parameters.
 
         Raises:
-            SlimLSTMError: there is no such matrix or storage, or it is not float32 that would be rounded.
+            SlimLSTMError: no matrix has that name, or U V does not have its shape.
         """
-        if name not in self.matrix_shapes:
-            raise SlimLSTMError(f"there is no matrix {name!r} to store; there are {', '.join(self.matrix_shapes)}")
+        self._check_name(name)
+        m, n = self.matrix_shapes[name]
+        if u.ndim != 2 or v.ndim != 2 or u.shape[0] != m or v.shape[1] != n or not 0 < u.shape[1] == v.shape[0]:
+            raise SlimLSTMError(f"factors of {list(u.shape)} and {list(v.shape)} do not make {name}, which is {m} x {n}")
+        for old in (name, f"{name}_u", f"{name}_v"):
+            drop_parametrizations(self, old)
+        self._parameters.pop(name, None)
+        vars(self).pop(name, None)
+        for ending, factor in (("_u", u), ("_v", v)):
+            self.register_parameter(name + ending, as_parameter(factor))
+        self.storages.pop(name, None)
+
+    def store(self, name: str, storage: str) -> None:
+        """Round the matrix ``name`` to ``storage``, and let the fused kernel read it in the storage's format.
+
+        The parameters are rounded in place and keep their dtype, so that every backend computes with the same weights. The
+        projection ``weight_hr`` of a projected layer is rounded together with its ``weight_hh``.
+
+        Args:
+            name: a matrix of this module.
+            storage: a key of :data:`slimlstm.methods.STORAGES`, such as ``"int8"``.
+
+        Raises:
+            SlimLSTMError: no matrix or storage has that name, or the matrix is not float32.
+        """
+        self._check_name(name)
         with torch.no_grad():
             weights = [(self.original(part), rounded(self._weight(part), storage)) for part in self.stored_parts(name)]
             for original, weight in weights:
@@ -95,13 +129,16 @@ class FactoredModule(nn.Module):
         return STORAGES[self.storages.get(name, "float32")].kernel_format
 
     def stored_parts(self, name: str) -> list[str]:
-        """The names of the weights that are kept as the matrix ``name`` is: itself or its factors, and the projection."""
+        """Return the names of the weights that share the storage of the matrix ``name``.
+
+        They are the matrix or its factors, and for hh the projection too.
+        """
         projection = name.replace("weight_hh", "weight_hr")
         parts = [f"{name}_u", f"{name}_v"] if name in self.ranks else [name]
         return parts + ([projection] if projection != name and projection in self._parameters else [])
 
     def original(self, name: str) -> Tensor:
-        """The parameter that the weight ``name`` is, or that a mask is laid on.
+        """Return the parameter behind the weight ``name``: the weight itself, or the weight below a mask.
 
         Raises:
             SlimLSTMError: the weight is computed from several parameters.
@@ -111,39 +148,27 @@ class FactoredModule(nn.Module):
         except AttributeError as error:
             raise SlimLSTMError(f"{name} is computed from several parameters; remove its parametrization first") from error
 
-    def product(self, name: str) -> Tensor:
-        """The matrix ``name`` [m, n], factors multiplied."""
-        return rebuilt(self.matrix(name))
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        """The rank of every factored matrix, by name."""
-        factors = {name: getattr(self, f"{name}_v", None) for name in self.matrix_shapes}
-        return {name: len(v) for name, v in factors.items() if v is not None}
-
-    def set_factors(self, name: str, u: Tensor, v: Tensor) -> None:
-        """Puts U [m, r] and V [r, n] in the place of the matrix ``name``; parameters are taken as they are.
-
-        The kernel keeps them in float32, whatever the matrix was stored in.
-
-        Raises:
-            SlimLSTMError: there is no such matrix, or the factors do not multiply to its shape.
-        """
-        if name not in self.matrix_shapes:
-            raise SlimLSTMError(f"there is no matrix {name!r} to factor; there are {', '.join(self.matrix_shapes)}")
-        m, n = self.matrix_shapes[name]
-        if u.ndim != 2 or v.ndim != 2 or u.shape[0] != m or v.shape[1] != n or not 0 < u.shape[1] == v.shape[0]:
-            raise SlimLSTMError(f"factors of {list(u.shape)} and {list(v.shape)} do not make {name}, which is {m} x {n}")
-        if nn.utils.parametrize.is_parametrized(self, name):
-            nn.utils.parametrize.remove_parametrizations(self, name)
-        if hasattr(self, name):
-            delattr(self, name)
-        for ending, factor in (("_u", u), ("_v", v)):
-            self.register_parameter(name + ending, as_parameter(factor))
-        self.storages.pop(name, None)
+    def layers(self) -> Sequence[Sequence[Direction]]:
+        """Return the weights of all layers: the same objects as long as parameters, storages and clips are the same."""
+        cache, parameters = self._layer_cache, self._parameters
+        if cache is not None and not torch.compiler.is_compiling():
+            same = len(cache.parameters) == len(parameters) and all(map(is_, cache.parameters, parameters.values()))
+            if same and cache.storages == self.storages and cache.bounds == (self.cell_clip, self.proj_clip):
+                return cache.layers
+        made, present = self._make_layers(), set(map(id, parameters.values()))
+        # Weights that are computed from parameters, such as masked ones, may differ at the next call.
+        if torch.compiler.is_compiling() or any(
+            id(weight) not in present for one in made for weight in flat(one) if weight is not None
+        ):
+            return made
+        layers = [Layer(one) for one in made]
+        self._layer_cache = _LayerCache(
+            list(parameters.values()), dict(self.storages), (self.cell_clip, self.proj_clip), layers
+        )
+        return layers
 
     def reset_parameters(self) -> None:
-        """Draws all weights anew: as ``nn.LSTM`` does, factors so that their product has the same variance."""
+        """Draw all weights anew: dense ones as in ``nn.LSTM``, factors such that their product has the same variance."""
         bound = 1.0 / math.sqrt(self.hidden_size) if self.hidden_size > 0 else 0.0
         for name, rank in self.ranks.items():
             factor_bound = math.sqrt(bound * math.sqrt(3.0 / rank))
@@ -154,9 +179,36 @@ class FactoredModule(nn.Module):
             if name not in factor_names:
                 nn.init.uniform_(parameter, -bound, bound)
 
-    hidden_size: int
+    def __getattr__(self, name: str) -> Any:
+        parameters: Mapping[str, nn.Parameter | None] = self.__dict__.get("_parameters", {})
+        if name in parameters:
+            return parameters[name]
+        if name in self.__dict__.get("matrix_shapes", ()) and name in self.ranks:
+            return self.product(name)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("matrix_shapes", ()) and name in self.ranks:
+            raise SlimLSTMError(
+                f"{name} is the product of {name}_u and {name}_v, and cannot be set; set the factors with set_factors"
+            )
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_layer_cache", None)
+        return state
+
+    def _make_layers(self) -> list[list[Direction]]:
+        raise NotImplementedError
+
+    def _weight(self, name: str) -> Tensor:
+        # Every streamed step reads every weight, and PyTorch's getattr is slow for parameters.
+        parameter = self._parameters.get(name)
+        return getattr(self, name) if parameter is None else parameter
 
     def _allocate(self, name: str, shape: tuple[int, ...], rank: int | None, **factory: Any) -> None:
+        """Register an uninitialised weight, or uninitialised factors of a rank."""
         if rank is None:
             self.register_parameter(name, nn.Parameter(torch.empty(shape, **factory)))
             return
@@ -166,8 +218,8 @@ class FactoredModule(nn.Module):
         self.register_parameter(f"{name}_u", nn.Parameter(torch.empty(m, rank, **factory)))
         self.register_parameter(f"{name}_v", nn.Parameter(torch.empty(rank, n, **factory)))
 
-    def _take_over(self, dense: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]] | None) -> None:
-        """Takes the parameters of ``dense`` that are not factored as they are, and the factors of the others."""
+    def _share_parameters(self, dense: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]] | None) -> None:
+        """Register the parameters of ``dense`` as this module's own, with ``factors`` instead of the matrices they name."""
         factors = factors or {}
         for name, parameter in dense.named_parameters():
             if name in factors:
@@ -179,18 +231,30 @@ class FactoredModule(nn.Module):
             self.set_factors(name, u, v)
         self.train(dense.training)
 
-    def _fill(self, dense: nn.Module) -> None:
-        """Copies this module's weights into ``dense``, factors multiplied."""
+    def _copy_weights_to(self, dense: nn.Module) -> None:
+        """Copy this module's weights into ``dense``, factors multiplied and masks applied."""
         with torch.no_grad():
             for name, parameter in dense.named_parameters():
                 parameter.copy_(self.product(name) if name in self.matrix_shapes else getattr(self, name))
         dense.train(self.training)
 
+    def _check_name(self, name: str) -> None:
+        if name not in self.matrix_shapes:
+            raise SlimLSTMError(f"no matrix is called {name!r}; the matrices are {', '.join(self.matrix_shapes)}")
+
     def _check_ranks(self, ranks: Mapping[str, int]) -> None:
         unknown = [name for name in ranks if name not in self.matrix_shapes]
         if unknown:
-            raise SlimLSTMError(f"ranks name {', '.join(unknown)}, but there are only {', '.join(self.matrix_shapes)}")
+            raise SlimLSTMError(
+                f"ranks name {', '.join(unknown)}, but the only matrices are {', '.join(self.matrix_shapes)}"
+            )
 
 
 def as_parameter(tensor: Tensor) -> nn.Parameter:
+    """Return a parameter as it is, or a parameter with the numbers of another tensor.
+
+    Example:
+        >>> type(as_parameter(torch.ones(2, 3))).__name__
+        'Parameter'
+    """
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach().contiguous())

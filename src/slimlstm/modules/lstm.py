@@ -22,19 +22,25 @@ Input = TypeVar("Input", Tensor, PackedSequence)
 class LowRankLSTM(FactoredModule):
     """``nn.LSTM`` with its whole contract, whose matrices may be factored: W ≈ U V.
 
+    The forward pass takes and returns the same as ``nn.LSTM``: [T, B, I], with ``batch_first`` [B, T, I], unbatched [T, I],
+    or a ``PackedSequence``; optionally ``(h0, c0)`` of shapes [D L, B, P] and [D L, B, H].
+
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype:
-            as of ``nn.LSTM``.
-        ranks: the rank of every matrix to be kept as factors, by the name it has in ``nn.LSTM``
-            (``weight_hh_l0_reverse`` is then kept as ``weight_hh_l0_reverse_u`` and ``..._v``); the others are dense.
-        backend: which implementation of the recurrence runs; see :mod:`slimlstm.ops`. It may be set at any time.
-        cell_clip, proj_clip: bounds that cells, and projected outputs, are clipped to, as in ELMo (Peters et al. 2018).
-
-    The forward pass takes and returns what that of ``nn.LSTM`` does: [T, B, I], with ``batch_first`` [B, T, I],
-    unbatched [T, I], or a ``PackedSequence``; optionally ``(h0, c0)`` of shapes [D L, B, P] and [D L, B, H].
+            as for ``nn.LSTM``.
+        ranks: the rank of every matrix that is factored, by its name in ``nn.LSTM``. ``weight_hh_l0_reverse``, for
+            instance, then becomes the parameters ``weight_hh_l0_reverse_u`` and ``..._v``. All others are dense.
+        backend: the implementation of the recurrence; see :mod:`slimlstm.ops`. It may be set at any time.
+        cell_clip, proj_clip: bounds on cells and on projected outputs, as in ELMo (Peters et al. 2018).
 
     Raises:
-        SlimLSTMError: sizes, ranks or inputs that do not fit.
+        SlimLSTMError: sizes, ranks or inputs do not fit.
+
+    Example:
+        >>> lstm = LowRankLSTM(3, 4, ranks={"weight_hh_l0": 2})
+        >>> output, (h, c) = lstm(torch.randn(5, 2, 3))
+        >>> tuple(output.shape), sorted(name for name, _ in lstm.named_parameters())
+        ((5, 2, 4), ['bias_hh_l0', 'bias_ih_l0', 'weight_hh_l0_u', 'weight_hh_l0_v', 'weight_ih_l0'])
     """
 
     def __init__(
@@ -67,7 +73,7 @@ class LowRankLSTM(FactoredModule):
             if bound is not None and not bound > 0.0:
                 raise SlimLSTMError(f"{name} is a bound above zero, or None for no bound, not {bound}")
         if proj_clip is not None and not proj_size:
-            raise SlimLSTMError("proj_clip bounds what a projection gives, but proj_size is 0")
+            raise SlimLSTMError("proj_clip bounds projected outputs, but proj_size is 0; leave proj_clip out")
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
         self.bidirectional, self.proj_size, self.backend = bidirectional, proj_size, backend
@@ -89,20 +95,30 @@ class LowRankLSTM(FactoredModule):
 
     @classmethod
     def from_dense(cls, lstm: nn.LSTM, factors: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> LowRankLSTM:
-        """The same layers with the matrices named in ``factors`` replaced by their (U, V).
+        """Build the same layers, with the (U, V) in ``factors`` instead of the matrices that they name.
 
-        Parameters that stay dense are shared with ``lstm``, not copied. Without factors the result computes what
-        ``lstm`` computes, and can be given to ``compress_``.
+        Parameters that stay dense are shared with ``lstm``, not copied. Without factors, the result computes the same as
+        ``lstm``.
+
+        Args:
+            lstm: the dense module; it does not change.
+            factors: U [m, r] and V [r, n] by the name of the matrix [m, n] that they replace.
 
         Raises:
-            SlimLSTMError: a name or shape in ``factors`` does not fit, or ``lstm`` has parameters of its own.
+            SlimLSTMError: a name or shape in ``factors`` does not fit, or ``lstm`` has parameters that a plain LSTM does
+                not have.
+
+        Example:
+            >>> u, v = torch.randn(16, 2), torch.randn(2, 4)
+            >>> LowRankLSTM.from_dense(nn.LSTM(3, 4), {"weight_hh_l0": (u, v)}).ranks
+            {'weight_hh_l0': 2}
         """
         module = cls(**lstm_arguments(lstm), **clips(lstm), device="meta")
-        module._take_over(lstm, factors)
+        module._share_parameters(lstm, factors)
         return module
 
     def to_dense(self) -> nn.LSTM:
-        """An ``nn.LSTM`` with the same weights, factors multiplied and masks applied.
+        """Build an ``nn.LSTM`` with the same weights, factors multiplied and masks applied.
 
         Raises:
             SlimLSTMError: this module clips, which ``nn.LSTM`` cannot.
@@ -111,8 +127,33 @@ class LowRankLSTM(FactoredModule):
             raise SlimLSTMError("nn.LSTM does not clip cells or projections; set cell_clip and proj_clip to None first")
         some = next(self.parameters())
         lstm = nn.LSTM(**lstm_arguments(self), device=some.device, dtype=some.dtype)
-        self._fill(lstm)
+        self._copy_weights_to(lstm)
         return lstm
+
+    @property
+    def mode(self) -> str:
+        """``"LSTM"``, as in ``nn.LSTM``."""
+        return "LSTM"
+
+    @property
+    def all_weights(self) -> list[list[Tensor]]:
+        """The dense weights by layer and direction, in the order of ``nn.LSTM.all_weights``; factors are multiplied."""
+        return [[getattr(self, name) for name in names] for names in self._all_weights]
+
+    @property
+    def _all_weights(self) -> list[list[str]]:
+        kinds = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if self.bias else [])]
+        kinds += ["weight_hr"] if self.proj_size else []
+        suffixes = [suffix for layer in range(self.num_layers) for suffix in self._suffixes(layer)]
+        return [[kind + suffix for kind in kinds] for suffix in suffixes]
+
+    @property
+    def _flat_weights_names(self) -> list[str]:
+        return [name for names in self._all_weights for name in names]
+
+    @property
+    def _flat_weights(self) -> list[Tensor]:
+        return [weight for weights in self.all_weights for weight in weights]
 
     @property
     def _directions(self) -> int:
@@ -122,7 +163,7 @@ class LowRankLSTM(FactoredModule):
         return [f"_l{layer}", f"_l{layer}_reverse"][: self._directions]
 
     def flatten_parameters(self) -> None:
-        """Does nothing; ``nn.LSTM`` has it for cuDNN."""
+        """Do nothing; ``nn.LSTM`` needs it for cuDNN."""
 
     def extra_repr(self) -> str:
         settings = [f"{self.input_size}, {self.hidden_size}", f"num_layers={self.num_layers}"]
@@ -134,7 +175,7 @@ class LowRankLSTM(FactoredModule):
         return ", ".join([*settings, f"ranks={self.ranks}"])
 
     def direction(self, suffix: str) -> Direction:
-        """The weights of the layer and direction that ``suffix`` names, such as ``"_l0_reverse"``."""
+        """Return the weights of the layer and direction that ``suffix`` names, such as ``"_l0_reverse"``."""
         return Direction(
             self.matrix(f"weight_ih{suffix}"),
             self.matrix(f"weight_hh{suffix}"),
@@ -200,7 +241,7 @@ class LowRankLSTM(FactoredModule):
         return x, (torch.cat([result.h for result in last]), torch.cat([result.c for result in last]))
 
     def _check_states(self, hx: LSTMState, batch: tuple[int, ...]) -> None:
-        """``batch`` is (B,), or () for unbatched input."""
+        """Reject states of another shape; ``batch`` is (B,), or () for unbatched input."""
         count = self.num_layers * self._directions
         shapes = (count, *batch, self.proj_size or self.hidden_size), (count, *batch, self.hidden_size)
         h0, c0 = hx

@@ -1,4 +1,4 @@
-"""Masks on parameters: weights that are zero for good, also while the others are trained."""
+"""Masks on parameters: weights that are zero for good, while the others can still be trained."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from torch.nn.utils import parametrize
 
 
 class Mask(nn.Module):
-    """A parametrization that multiplies a weight with a 0/1 mask of the same shape, also while it is trained.
+    """A parametrization that multiplies a weight by a 0/1 mask of the same shape, in training too.
 
-    ``provenance`` says where the mask comes from; those who compress and save fill it in.
+    Args:
+        mask: boolean, of the weight's shape.
+
+    Attributes:
+        provenance: the origin of the mask; :func:`slimlstm.compress_` and ``load`` set it.
     """
 
     mask: Tensor
@@ -28,9 +32,20 @@ class Mask(nn.Module):
 
 
 def apply_mask(module: nn.Module, name: str, mask: Tensor) -> None:
-    """Lets ``module`` see its parameter ``name`` only through ``mask``, from now on and through any training.
+    """Mask the parameter ``name`` of ``module`` from now on, through any training.
 
-    The weights themselves stay in ``module.parametrizations[name].original``; a mask that is already there is replaced.
+    The weights themselves stay in ``module.parametrizations[name].original``. An earlier mask is replaced.
+
+    Args:
+        module: the module that owns the parameter.
+        name: the parameter's name.
+        mask: boolean, of the parameter's shape; True where a weight stays.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> apply_mask(layer, "weight", torch.tensor([[True, False]]))
+        >>> (layer.weight != 0).tolist()
+        [[True, False]]
     """
     present = mask_of(module, name)
     if present is not None:
@@ -38,22 +53,37 @@ def apply_mask(module: nn.Module, name: str, mask: Tensor) -> None:
     else:
         parametrize.register_parametrization(module, name, Mask(mask))
         if isinstance(module, nn.RNNBase):
-            _let_copy(module)
+            _make_copyable(module)
 
 
 def mask_of(module: nn.Module, name: str) -> Mask | None:
-    """The mask of ``module``'s parameter ``name``, or None where it has none."""
+    """Return the mask on the parameter ``name`` of ``module``, or None.
+
+    Example:
+        >>> print(mask_of(nn.Linear(2, 1), "weight"))
+        None
+    """
     if not parametrize.is_parametrized(module, name):
         return None
     stack = cast(nn.ModuleDict, module.parametrizations)[name]
     return next((entry for entry in cast(nn.ModuleList, stack) if isinstance(entry, Mask)), None)
 
 
-def _let_copy(module: nn.RNNBase) -> None:
-    """Lets a masked ``nn.LSTM`` be deep-copied after a forward pass too.
+def drop_parametrizations(module: nn.Module, name: str) -> None:
+    """Remove all parametrizations of the parameter ``name``; nothing happens where it has none.
 
-    It caches its weights, and those that a mask gave carry a gradient history, which cannot be copied. ``parametrize`` made
-    a class for this very module, so that no other is touched.
+    The original parameter returns unchanged. Where several parameters make up the weight, their value becomes a parameter.
+    """
+    if parametrize.is_parametrized(module, name):
+        stack = cast(nn.ModuleDict, module.parametrizations)[name]
+        parametrize.remove_parametrizations(module, name, leave_parametrized=not hasattr(stack, "original"))
+
+
+def _make_copyable(module: nn.RNNBase) -> None:
+    """Let a masked ``nn.LSTM`` be deep-copied after a forward pass too.
+
+    PyTorch's LSTM caches its weights. Masked weights carry a gradient history, which ``deepcopy`` refuses. ``parametrize``
+    made a class for this module alone, so changing the class affects no other module.
     """
     kind = cast(Any, type(module))
     copy = kind.__deepcopy__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,11 +9,27 @@ from torch import Tensor, nn
 LSTMState = tuple[Tensor, Tensor]
 """The hidden state h and the cell state c."""
 
+_ARGUMENTS = (
+    "input_size",
+    "hidden_size",
+    "num_layers",
+    "bias",
+    "batch_first",
+    "dropout",
+    "bidirectional",
+    "proj_size",
+)
+
 
 def lstm_matrix_shapes(
     input_size: int, hidden_size: int, num_layers: int, bidirectional: bool, proj_size: int, **_: Any
 ) -> dict[str, tuple[int, int]]:
-    """Names and shapes of the recurrent matrices of an ``nn.LSTM``: ih [4H, I], hh [4H, P]."""
+    """Return the shapes of an LSTM's recurrent matrices by name: ih [4H, I] and hh [4H, P].
+
+    Example:
+        >>> lstm_matrix_shapes(input_size=3, hidden_size=4, num_layers=1, bidirectional=False, proj_size=0)
+        {'weight_ih_l0': (16, 3), 'weight_hh_l0': (16, 4)}
+    """
     shapes: dict[str, tuple[int, int]] = {}
     outputs, endings = proj_size or hidden_size, ("", "_reverse") if bidirectional else ("",)
     for layer in range(num_layers):
@@ -26,25 +41,30 @@ def lstm_matrix_shapes(
 
 
 def cell_matrix_shapes(input_size: int, hidden_size: int) -> dict[str, tuple[int, int]]:
-    """Names and shapes of the recurrent matrices of an ``nn.LSTMCell``."""
+    """Return the shapes of an LSTM cell's recurrent matrices by name.
+
+    Example:
+        >>> cell_matrix_shapes(input_size=3, hidden_size=4)
+        {'weight_ih': (16, 3), 'weight_hh': (16, 4)}
+    """
     return {"weight_ih": (4 * hidden_size, input_size), "weight_hh": (4 * hidden_size, hidden_size)}
 
 
 def lstm_arguments(lstm: nn.Module) -> dict[str, Any]:
-    """What an ``nn.LSTM`` like this one is made with, device and dtype aside."""
-    names: Sequence[str] = (
-        "input_size",
-        "hidden_size",
-        "num_layers",
-        "bias",
-        "batch_first",
-        "dropout",
-        "bidirectional",
-        "proj_size",
-    )
-    return {name: getattr(lstm, name, 0) for name in names}
+    """Return the arguments that make an ``nn.LSTM`` like this one, except device and dtype.
+
+    Example:
+        >>> lstm_arguments(nn.LSTM(3, 4, num_layers=2))["num_layers"]
+        2
+    """
+    return {name: getattr(lstm, name, 0) for name in _ARGUMENTS}
 
 
 def clips(lstm: nn.Module) -> dict[str, Any]:
-    """The bounds that an LSTM clips its cells and projections to, None where it does not."""
+    """Return the bounds on an LSTM's cells and projected outputs, None where it has none.
+
+    Example:
+        >>> clips(nn.LSTM(3, 4))
+        {'cell_clip': None, 'proj_clip': None}
+    """
     return {name: getattr(lstm, name, None) for name in ("cell_clip", "proj_clip")}

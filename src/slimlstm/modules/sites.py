@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 SITE_NAME = re.compile(r"weight_(ih|hh)(?:_l(\d+)(_reverse)?)?")
+"""The names that PyTorch gives to the recurrent matrices of LSTMs and cells."""
 
 
 @dataclass(frozen=True)
@@ -14,13 +15,18 @@ class Site:
     """One recurrent matrix of a model.
 
     Attributes:
-        module: dotted path of the module that holds it, "" for the model itself. Of a shared module, the first path.
-        name: the parameter's name in ``nn.LSTM`` (or ``nn.LSTMCell``), such as ``"weight_hh_l0_reverse"``.
-        shape: (m, n) = (4H, I) for ih, (4H, H or P) for hh.
-        rank: the rank of the factors it is kept as, None where it is dense.
-        nonzeros: how many weights a mask leaves, None where there is no mask.
-        problem: why it cannot be compressed, in words; None where it can.
-        storage: ``"bfloat16"`` or ``"int8"`` where the kernel keeps it so, None where it is as it was trained.
+        module: the dotted path of the module that holds it, "" for the model itself; the first path of a shared module.
+        name: the parameter's name in ``nn.LSTM`` or ``nn.LSTMCell``, such as ``"weight_hh_l0_reverse"``.
+        shape: (m, n) = (4H, I) for ih, (4H, H) or (4H, P) for hh.
+        rank: the rank of its factors, or None for a dense matrix.
+        nonzeros: the number of weights that its mask leaves, or None without a mask.
+        problem: why it cannot be compressed, or None.
+        storage: the storage of its numbers, such as ``"int8"``, or None for the model's own dtype.
+
+    Example:
+        >>> site = Site("encoder", "weight_hh_l1_reverse", (16, 4), rank=2)
+        >>> site.key, site.target, site.layer, site.reverse, site.parameters
+        ('encoder.weight_hh_l1_reverse', 'hh', 1, True, 40)
     """
 
     module: str
@@ -33,7 +39,7 @@ class Site:
 
     @property
     def key(self) -> str:
-        """What plans and reports call it: path and name, joined by a dot."""
+        """The site's name in plans and reports: path and name, joined by a dot."""
         return f"{self.module}.{self.name}" if self.module else self.name
 
     @property
@@ -54,7 +60,7 @@ class Site:
 
     @property
     def parameters(self) -> int:
-        """How many numbers stand for the matrix now: factors, weights a mask leaves, or all of them."""
+        """The number of parameters of the matrix in its present form: in factors, under a mask, or dense."""
         m, n = self.shape
         if self.rank is not None:
             return self.rank * (m + n)
