@@ -1,52 +1,103 @@
-"""Compression methods of the paper and those beyond it, and what recipes do with them."""
+"""Compression methods: the paper's, those beyond it, and those that a plugin adds to the library's table."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Literal
+import argparse
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from torch import nn
 
-import slimlstm as sl
-from slimlstm.methods import calibrated_methods
+from slimlstm.errors import SlimLSTMError, reason_of
+from slimlstm.methods import METHODS, svd
 from slimlstm.modules.lstm import LowRankLSTM
 
 PAPER = ("svd", "semi-nmf", "prune")
-"""The methods that the paper compares."""
-BEYOND = ("activation", "fisher")
-"""Calibrated methods of this library, shown beside them."""
-TUNABLE = PAPER
-"""The methods whose result is fine-tuned."""
-LABELS = {"activation": "activation", "fisher": "fisher"}
+"""The methods that the paper compares, in its order."""
+FACTORING = tuple(name for name in PAPER if not METHODS[name].makes_mask)
+MASKING = tuple(name for name in PAPER if METHODS[name].makes_mask)
 
 
-def compression_of(method: str, *, rank: int, target: Literal["ih", "hh", "both"], **options: Any) -> sl.LowRank | sl.Prune:
-    """Return the configuration of a method at a rank; pruning leaves as many weights as factors of that rank have.
+def beyond_paper() -> list[str]:
+    """Return the registered methods that the paper does not have.
 
     Example:
-        >>> compression_of("prune", rank=4, target="hh").rank
-        4
+        >>> beyond_paper()[:2]
+        ['activation', 'fisher']
     """
-    if method == "prune":
-        return sl.Prune(rank=rank, target=target, **options)
-    return sl.LowRank(method, rank=rank, target=target, **options)
+    return [name for name in METHODS if name not in PAPER]
 
 
-def is_calibrated(method: str) -> bool:
-    """Return whether the method needs calibration batches."""
-    return method in calibrated_methods()
+def all_methods() -> list[str]:
+    """Return the paper's methods, then the others."""
+    return [*PAPER, *beyond_paper()]
 
 
 def factors_by_svd_(lstms: Iterable[nn.Module]) -> None:
-    """Replace factors by those of their product's SVD, in place; products stay the same.
+    """Replace factors by those of their product's SVD, in place; the products stay the same.
 
     Non-negative rows that represent signed rows are long and nearly parallel, so a small step changes the product much.
     Factors from the SVD tolerate the learning rates of other models.
     """
-    from slimlstm.methods.svd import svd
-
     for lstm in lstms:
         if isinstance(lstm, LowRankLSTM):
             for name, rank in lstm.ranks.items():
                 factors = svd(lstm.product(name), rank)
                 lstm.set_factors(name, factors.u, factors.v)
+
+
+def import_plugins(sources: Sequence[str]) -> None:
+    """Import modules, or files ending in ``.py``, that register methods; each once a process.
+
+    Raises:
+        SlimLSTMError: one of them cannot be imported.
+
+    Example:
+        >>> import_plugins(["json"])
+    """
+    for source in sources:
+        if source.endswith(".py"):
+            _import_file(Path(source))
+            continue
+        try:
+            importlib.import_module(source)
+        except ImportError as error:
+            raise SlimLSTMError(f"the plugin {source} cannot be imported: {reason_of(error)}") from error
+
+
+def add_plugin_option(parser: argparse.ArgumentParser) -> list[str]:
+    """Add the option ``--plugin``, import the plugins that the command line names, and return them.
+
+    Call this before adding options whose choices are method names.
+    """
+    early = argparse.ArgumentParser(add_help=False)
+    for one in (early, parser):
+        one.add_argument(
+            "--plugin",
+            action="append",
+            default=[],
+            metavar="MODULE_OR_FILE",
+            help="module, or file ending in .py, that registers methods; repeatable",
+        )
+    named: list[str] = early.parse_known_args()[0].plugin
+    # Other processes may work in other folders.
+    plugins = [str(Path(name).absolute()) if name.endswith(".py") else name for name in named]
+    try:
+        import_plugins(plugins)
+    except SlimLSTMError as error:
+        parser.error(str(error))
+    return plugins
+
+
+def _import_file(path: Path) -> None:
+    name = f"plugin_{path.stem}"
+    if name in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(name, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise SlimLSTMError(f"the plugin {path} does not exist; name a Python file or an importable module")
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)

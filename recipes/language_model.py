@@ -33,13 +33,16 @@ from torch import nn
 import slimlstm as sl
 from paper.awd_training import OPTIMIZERS, Training, TrainingOptions
 from paper.checkpoints import write_tensors
-from paper.methods import TUNABLE, compression_of, factors_by_svd_
+from paper.methods import add_plugin_option, factors_by_svd_
 from paper.processes import Processes
 from paper.runs import Pace, lock_folder, seed, settings_of
 from paper.tensor_train import tensor_train_
+from slimlstm.calibration.moments import Calibration
 from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig, load_awd_lstm, save_awd_lstm
 from slimlstm.demo.corpora import CORPORA, EOS, Vocabulary, read_words, words_of
 from slimlstm.files import write_json, write_text
+from slimlstm.methods import METHODS, calibrated_methods
+from slimlstm.pipeline.config import configuration
 from slimlstm.provenance import provenance
 
 CONFIGS = {
@@ -51,6 +54,7 @@ CONFIGS = {
 }
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+plugins = add_plugin_option(parser)
 source = parser.add_mutually_exclusive_group(required=True)
 source.add_argument("--corpus", choices=CORPORA)
 source.add_argument("--text", type=Path, help="folder with train.txt, valid.txt and test.txt, instead of a corpus")
@@ -67,7 +71,8 @@ parser.add_argument(
     help="store recurrent matrices as tensor trains of this share of their size",
 )
 parser.add_argument("--start", type=Path, help="folder of a trained AWD-LSTM to start from")
-parser.add_argument("--compress", choices=TUNABLE, help="method that compresses it first")
+parser.add_argument("--compress", choices=METHODS, help="method that compresses it first")
+parser.add_argument("--calibration", type=Path, help="for methods that need it: a file that recipes/sweep.py wrote")
 parser.add_argument("--target", choices=["hh", "ih", "both"], default="hh", help="the matrices to compress")
 parser.add_argument("--rank", type=int, help="of the factors; pruning leaves as many weights as they would have")
 parser.add_argument("--optimizer", choices=OPTIMIZERS, default="ntasgd")
@@ -93,6 +98,8 @@ if arguments.tensor_train and (arguments.start or arguments.half):
     parser.error("tensor trains are trained from random weights and stored in float32; leave out --start and --half")
 if arguments.compress and not (arguments.start and arguments.rank):
     parser.error("--compress needs --start, the model to compress, and --rank")
+if arguments.compress in calibrated_methods() and not arguments.calibration:
+    parser.error(f"--compress {arguments.compress} needs --calibration, which recipes/sweep.py --methods writes")
 if (arguments.first_epoch or arguments.warm_up) and arguments.optimizer != "adamw":
     parser.error("--first-epoch and --warm-up shape the cycle of --optimizer adamw")
 if arguments.first_epoch and not (arguments.start and arguments.first_epoch < arguments.epochs):
@@ -178,7 +185,9 @@ if device.type == "cpu":
     # These train faster there than nn.LSTM, and have its weights and names.
     model.lstms = nn.ModuleList(sl.LowRankLSTM.from_dense(lstm) for lstm in model.lstms)
 if arguments.compress:
-    sl.compress_(model, compression_of(arguments.compress, rank=arguments.rank, target=arguments.target))
+    calibration = Calibration.load(arguments.calibration) if arguments.calibration else None
+    rule = configuration(arguments.compress, rank=arguments.rank, target=arguments.target)
+    sl.compress_(model, rule, calibration=calibration)
 if arguments.compress == "semi-nmf":
     factors_by_svd_(model.lstms)
 if arguments.tensor_train:
@@ -198,12 +207,13 @@ options = TrainingOptions(
 tokens = {split: vocabulary.encode(words(split)).to(device) for split in ("train", "valid", "test")}
 training = Training(model, tokens, arguments.streams, options, processes)
 # Left out where they are not used, as in the checkpoints of runs before they existed.
-unset = [name for name in ("first_epoch", "warm_up") if getattr(arguments, name) is None]
+unset = [name for name in ("first_epoch", "warm_up", "plugin", "calibration") if not getattr(arguments, name)]
 free = (
     "output",
     "max_minutes",
     "checkpoint_seconds",
     "device",
+    "calibration",
     *(() if arguments.optimizer == "adamw" else ("epochs",)),
     *unset,
 )
