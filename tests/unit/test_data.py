@@ -19,8 +19,8 @@ CONTENT = TEXT.encode()
 
 
 @dataclass
-class Site:
-    """What a local web server answers with, and the paths it was asked for."""
+class WebSite:
+    """The answer of a local web server, and the paths that were requested."""
 
     address: str = ""
     status: int = 200
@@ -31,7 +31,7 @@ class Site:
 
 @pytest.fixture
 def site():
-    site = Site()
+    site = WebSite()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -50,7 +50,7 @@ def site():
 @pytest.fixture
 def site_without_http():
     """A server that answers with something other than HTTP."""
-    site = Site()
+    site = WebSite()
 
     class Handler(socketserver.StreamRequestHandler):
         def handle(self):
@@ -84,7 +84,7 @@ def folders(monkeypatch, tmp_path):
 
 @pytest.fixture
 def publish(monkeypatch, folders):
-    """Makes a small text the train split of "ptb", to be had at a site."""
+    """Makes a small text the train split of "ptb", published at a local site."""
 
     def publish(site, tokens=9):
         split = replace(
@@ -166,7 +166,7 @@ def test_a_vocabulary_is_read_by_line_number(tmp_path, text):
 def test_a_vocabulary_with_a_word_twice_is_refused(tmp_path):
     path = tmp_path / "vocab.txt"
     path.write_text("a\nb\na\n", encoding="utf-8")
-    with pytest.raises(SlimLSTMError, match="a word more than once; ids would shift"):
+    with pytest.raises(SlimLSTMError, match="a word more than once, so ids would shift"):
         Vocabulary.read(path)
 
 
@@ -178,7 +178,7 @@ def test_a_vocabulary_that_is_not_there_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "split", "message"),
     [
-        ("wikitext", "train", "no corpus is called 'wikitext'; there are 'ptb', 'wikitext-2'"),
+        ("wikitext", "train", "no corpus is called 'wikitext'; the corpora are 'ptb', 'wikitext-2'"),
         ("ptb", "dev", "ptb has no split 'dev'; it has 'train', 'valid', 'test'"),
     ],
 )
@@ -208,7 +208,7 @@ def test_a_damaged_file_in_the_cache_is_refused(site, publish, folders):
     [
         ({"content": CONTENT.upper()}, "is not ptb.train.txt as published: SHA-256 .* expected"),
         ({"content": CONTENT[:-5]}, "train.txt"),
-        ({"status": 404}, "could not be downloaded .*404.*put a copy at ptb/ptb.train.txt .* SLIMLSTM_DATA"),
+        ({"status": 404}, "could not be downloaded .*404.*put a copy at DIR/ptb/ptb.train.txt .* SLIMLSTM_DATA"),
         ({"status": 500}, "could not be downloaded .*500"),
     ],
     ids=["wrong checksum", "truncated", "missing", "broken server"],
@@ -224,7 +224,7 @@ def test_a_bad_download_is_refused_and_leaves_nothing(site, publish, folders, an
 
 
 def test_a_server_that_is_not_there_is_named(publish):
-    publish(Site(address="http://127.0.0.1:1"))
+    publish(WebSite(address="http://127.0.0.1:1"))
     with pytest.raises(SlimLSTMError, match=r"http://127\.0\.0\.1:1/train\.txt could not be downloaded"):
         read_text("ptb", "train")
 
@@ -291,7 +291,7 @@ def test_words_are_as_many_as_published(site, publish):
     publish(site, tokens=10)
     assert len(read_words("ptb", "train")) == 10
     publish(site, tokens=11)
-    with pytest.raises(SlimLSTMError, match="ptb train gave 10 tokens, not the published 11"):
+    with pytest.raises(SlimLSTMError, match="ptb train has 10 tokens, not the published 11"):
         read_words("ptb", "train")
 
 

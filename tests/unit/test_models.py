@@ -30,7 +30,7 @@ def tokens():
 
 
 def signals(model, tokens):
-    """What goes into and comes out of every LSTM, and the features, of one call."""
+    """The inputs and outputs of every LSTM in one call, and the features."""
     seen = []
     for lstm in model.lstms:
         lstm.register_forward_hook(lambda _, inputs, outputs: seen.extend([inputs[0], outputs[0]]))
@@ -211,7 +211,7 @@ def test_load_awd_lstm_refuses_a_cut_file(kept, tmp_path):
 
 
 def test_load_awd_lstm_names_the_missing_file(tmp_path):
-    with pytest.raises(SlimLSTMError, match=r"no model\.safetensors in .*nowhere"):
+    with pytest.raises(SlimLSTMError, match=r"nowhere has no model\.safetensors"):
         load_awd_lstm(tmp_path / "nowhere")
 
 
@@ -252,10 +252,10 @@ def test_what_shards_cannot_hold_is_refused(tmp_path):
         large.lstms[0].weight_hh_l0[0, 0] = 1e5
     refused(large, r"lstms\.0\.weight_hh_l0: beyond 65504")
     compress_(compressed, LowRank(rank=1))
-    refused(compressed, "only dense")
+    refused(compressed, "only a dense")
     (tmp_path / "new").mkdir()
     save_file(state_of(make()), tmp_path / "new" / "model.safetensors")
-    refused(make(), "is there")
+    refused(make(), "exists and would be read instead")
 
 
 @pytest.mark.parametrize("index", ["", "[]", "{}", '{"weight_map": {"a": "../a"}}', '{"weight_map": {"a": 1}}'])
@@ -295,9 +295,9 @@ def test_a_pickled_state_dict_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([make(), nn.CrossEntropyLoss()], r"pickled code, which is not run here.*model\.state_dict\(\)"),
-        ([1, 2], "no dictionary of tensors"),
-        ({"epoch": 3}, "no dictionary of tensors"),
+        ([make(), nn.CrossEntropyLoss()], r"pickled code, which slimlstm does not run.*model\.state_dict\(\)"),
+        ([1, 2], "not a dictionary of tensors"),
+        ({"epoch": 3}, "not a dictionary of tensors"),
         ({"a": torch.ones(1)}, "not the tensors of an AWD-LSTM"),
     ],
     ids=["modules", "numbers", "a number", "another model"],
@@ -329,7 +329,7 @@ class TestEmbedded:
         model = embedded.embedded_model()
         assert not model.training
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-        assert perplexity(model, embedded.held_out_tokens(), streams=20).perplexity < 60
+        assert perplexity(model, embedded.held_out_tokens()[:8_000], streams=20).perplexity < 60
 
     def test_the_stored_ids_are_those_of_the_text(self):
         assert torch.equal(embedded.encode(embedded.held_out_text()), embedded.held_out_tokens())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from slimlstm.modules.lstm import LowRankLSTM
+    from slimlstm.pipeline.config import Target
 
 
 def command(
@@ -53,9 +54,13 @@ def _compressed_copy(layers: dict[str, LowRankLSTM], request: Request) -> dict[s
     from torch.nn import ModuleList
 
     from slimlstm.compress import compress_
+    from slimlstm.pipeline.config import Quantize
 
     changed = copy.deepcopy(layers)
-    compress_(ModuleList(changed.values()), request.configuration())
+    holder, storage = ModuleList(changed.values()), request.storage_of_masked()
+    compress_(holder, request.configuration())
+    if storage is not None:
+        compress_(holder, Quantize(storage, cast("Target", request.target)))
     return changed
 
 

@@ -60,13 +60,17 @@ def command(
             from slimlstm.onnx.calibrate import read_batches
             from slimlstm.onnx.compress import compress_onnx
 
+            if request.storage_of_masked():
+                raise SlimLSTMError(
+                    "of an ONNX file, prune takes no --storage; compress the result again, with --storage alone"
+                )
             runs = [run for path in batches for run in read_batches(path)] if batches else None
             report = compress_onnx(file, config, output, batches=runs, progress=progress)
             use = "it has the inputs and outputs of the file before, and any ONNX runtime reads it."
         else:
             from slimlstm.weight_files import compress_file
 
-            report = compress_file(file, config, output, progress)
+            report = compress_file(file, config, output, progress, request.storage_of_masked())
             use = f"slimlstm.load({str(output)!r}, model) loads it into the model."
     show(report.to_dict(), as_json, report, f"Written to {output}; {use}")
 
@@ -91,8 +95,15 @@ def _check_output(file: Path, output: Path, force: bool) -> None:
 
 
 def _is_weights_file_of(file: Path, folder: Path) -> bool:
-    """Return whether ``file`` lies in a folder that slimlstm saved."""
-    return (folder / "config.json").exists() and file.resolve().parent == folder.resolve()
+    """Return whether ``file`` holds the weights of a compressed folder."""
+    from slimlstm.folders import CONFIG, read_config
+
+    if file.resolve().parent != folder.resolve() or not (folder / CONFIG).exists():
+        return False
+    try:
+        return read_config(folder)["weights"]["file"] == file.name
+    except (SlimLSTMError, KeyError, TypeError):
+        return False
 
 
 def _check_that_nothing_is_lost(file: Path, output: Path) -> None:

@@ -67,11 +67,18 @@ class Request:
         from slimlstm.pipeline.config import Quantize, configuration
 
         target, selects = cast("Target", self.target), self._filter()
+        storage = None if self.storage_of_masked() else self.storage
         size: dict[str, Any] = {"rank": self.rank, "keep": self.keep, "bytes": self.bytes, "energy": self.energy}
         if self.storage is not None and self.method == "svd" and all(value is None for value in size.values()):
             return Quantize(self.storage, target, selects)
         size["allocation"] = self.allocation
-        return configuration(self.method, storage=self.storage, target=target, filter=selects, **size)
+        return configuration(self.method, storage=storage, target=target, filter=selects, **size)
+
+    def storage_of_masked(self) -> str | None:
+        """Return the storage to round to after masking; None for other methods, whose configuration holds the storage."""
+        from slimlstm.methods import method_called
+
+        return self.storage if method_called(self.method).makes_mask else None
 
     def _filter(self) -> Any:
         if self.filter is None:

@@ -155,8 +155,8 @@ def load_awd_lstm(folder: str | Path) -> AWDLSTM:
 
     The first of these files that exists is read: ``model.safetensors``; ``model.safetensors.index.json``, which names the
     shards that :func:`save_awd_lstm` writes; ``model.pt``, a pickled dictionary of tensors only. Tensors have PyTorch's
-    names (``embedding.weight`` [V, E], ``lstms.{i}.weight_ih_l0`` and so on, ``decoder.bias`` [V]) or the names of the published
-    code (``encoder.weight``, ``rnns.{i}.module.weight_ih_l0``, ``rnns.{i}.module.weight_hh_l0_raw``).
+    names (``embedding.weight`` [V, E], ``lstms.{i}.weight_ih_l0`` and so on, ``decoder.bias`` [V]) or the names of the
+    published code (``encoder.weight``, ``rnns.{i}.module.weight_ih_l0``, ``rnns.{i}.module.weight_hh_l0_raw``).
 
     Raises:
         SlimLSTMError: no file exists, or it is damaged, holds pickled code, or holds another model.
