@@ -1,10 +1,10 @@
-"""One LSTM layer through slimlstm's kernel and through every engine that a user could have instead.
+"""Time one LSTM layer in slimlstm's kernel and in every engine that a user could choose instead.
 
     python benchmarks/engines.py --json results/engines/engines.json --plot docs/engines.png
 
-Each candidate's output is checked against the float64 result for the same weights before anything is timed; one that fails
-is reported and left out. Then all take turns, and only ratios of medians within a run are told. A run that was stopped goes
-on where it was: settings that are in the JSON are not measured again, if the same versions made it on the same machine.
+Each output is first checked against the float64 result for the same weights; engines that fail are reported and left out.
+Calls of all engines interleave, and only ratios of medians within a run are reported. A stopped run can be resumed:
+settings in the JSON file are not measured again if the same versions wrote it on the same machine.
 """
 
 from __future__ import annotations
@@ -23,20 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimlstm.bench.engines import (
-    FEWEST,
-    SECONDS,
-    Candidate,
-    dense_rivals,
-    exact_output,
-    low_rank_rivals,
-    measure,
-    only_threads,
-)
+from slimlstm.bench.candidates import Candidate, measure
+from slimlstm.bench.engines import dense_rivals, exact_output, low_rank_rivals
+from slimlstm.bench.timing import MIN_TURNS, SECONDS, using_threads
 from slimlstm.demo import plots
+from slimlstm.files import write_json
 from slimlstm.methods import STORAGES
 from slimlstm.modules.lstm import LowRankLSTM
-from slimlstm.ops import cpu
+from slimlstm.ops import native
 from slimlstm.provenance import provenance
 
 SETTINGS = {
@@ -49,7 +43,7 @@ Setting = dict[str, int]
 
 
 def ours(layer: LowRankLSTM, model: str, x: Tensor) -> Iterator[tuple[str, Candidate]]:
-    """The kernel, in every storage."""
+    """Yield the kernel in every storage."""
     for storage in STORAGES:
         stored = deepcopy(layer)
         for name in stored.matrix_shapes:
@@ -58,7 +52,7 @@ def ours(layer: LowRankLSTM, model: str, x: Tensor) -> Iterator[tuple[str, Candi
 
 
 def measured(setting: Setting, divisors: list[int]) -> dict[str, Any]:
-    """One row of the result; the layer has as many inputs as hidden units."""
+    """Return one row of the result, for a layer with as many inputs as hidden units."""
     hidden, threads = setting["hidden"], setting["threads"]
     torch.manual_seed(0)
     x, lstm = torch.randn(setting["steps"], setting["batch"], hidden), nn.LSTM(hidden, hidden).eval()
@@ -67,7 +61,7 @@ def measured(setting: Setting, divisors: list[int]) -> dict[str, Any]:
         ranks = {"weight_ih_l0": rank, "weight_hh_l0": rank}
         layers[f"rank {rank}"] = LowRankLSTM(hidden, hidden, ranks=ranks).eval()
     refused: dict[str, str] = {}
-    with only_threads(threads), torch.no_grad():
+    with using_threads(threads), torch.no_grad():
         found = dict(dense_rivals(lstm, x, threads, refused))
         for model, layer in layers.items():
             layer.backend = "fused"
@@ -79,14 +73,14 @@ def measured(setting: Setting, divisors: list[int]) -> dict[str, Any]:
 
 
 def expected_seconds(setting: Setting, divisors: list[int]) -> float:
-    """What a setting will take, roughly: dense calls at 20 billion operations a second, low-rank ones at least so fast."""
+    """Estimate the seconds that a setting takes, at 20 billion operations a second."""
     call = 16 * setting["hidden"] ** 2 * setting["steps"] * setting["batch"] / 20e9
     candidates = 9 + 6 * len(divisors)
-    return 3.0 + candidates * 2 * max(SECONDS, FEWEST * call)
+    return 3.0 + candidates * 2 * max(SECONDS, MIN_TURNS * call)
 
 
 def table(row: dict[str, Any]) -> str:
-    """A row as lines of text."""
+    """Return a row as lines of text."""
     lines = ["H {hidden}, T {steps}, B {batch}, {threads} threads".format(**row)]
     for name, one in row["candidates"].items():
         ratios = [f"{ratio['ratio']:.2f}x {ratio['than']}" for ratio in one.get("faster", {}).values()]
@@ -95,8 +89,8 @@ def table(row: dict[str, Any]) -> str:
 
 
 def origin() -> dict[str, Any]:
-    """Where the rows come from, with the versions of the rivals."""
-    found = provenance() | {"instruction_set": cpu.instruction_set(), "seconds": SECONDS}
+    """Return the provenance of the rows, with the versions of the rivals."""
+    found = provenance() | {"instruction_set": native.instruction_set(), "seconds": SECONDS}
     for package in ("onnx", "onnxruntime", "openvino"):
         try:
             found[package] = version(package)
@@ -106,25 +100,29 @@ def origin() -> dict[str, Any]:
 
 
 def rows_before(path: Path | None, made_by: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows that are measured already, if the same versions made them on the same machine."""
+    """Return the rows that the same versions have already measured on the same machine.
+
+    Raises:
+        SystemExit: other versions or another machine wrote the file.
+    """
     if path is None or not path.exists():
         return []
     before = json.loads(path.read_text(encoding="utf-8"))
-    passing = {"time", "threads"}
-    other = sorted(key for key in made_by if key not in passing and before["provenance"].get(key) != made_by[key])
+    may_differ = {"time", "threads"}
+    other = sorted(key for key in made_by if key not in may_differ and before["provenance"].get(key) != made_by[key])
     if other:
-        raise SystemExit(f"{path} was made with another {', '.join(other)}: name another file, or remove it")
+        raise SystemExit(f"{path} was written with a different {', '.join(other)}; name another file, or remove it")
     return before["rows"]
 
 
 def main() -> None:
-    """Measures every combination of the settings and writes them with where they come from."""
+    """Measure every combination of the settings, and write the rows with their provenance."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in SETTINGS.items():
         parser.add_argument(f"--{name}", type=int, nargs="+", default=default)
-    parser.add_argument("--divisors", type=int, nargs="+", default=[4, 8, 16], help="ranks, as H over these")
+    parser.add_argument("--divisors", type=int, nargs="+", default=[4, 8, 16], help="ranks, as divisors of H")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path, help="where to draw the ratios (PNG or PDF)")
+    parser.add_argument("--plot", type=Path, help="file for a plot of the ratios (PNG or PDF)")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     made_by = origin()
@@ -143,9 +141,7 @@ def main() -> None:
         rest = spent / sum(guesses[: index + 1]) * sum(guesses[index + 1 :])
         print(f"{table(rows[-1])}\n  {spent / 60:.0f} minutes spent, about {rest / 60:.0f} left", flush=True)
         if arguments.json:
-            part = arguments.json.with_name(arguments.json.name + ".part")
-            part.write_text(json.dumps({"provenance": made_by, "rows": rows}, indent=1), encoding="utf-8")
-            part.replace(arguments.json)
+            write_json(arguments.json, {"provenance": made_by, "rows": rows})
     if arguments.plot:
         plots.speed_ratios(rows, arguments.plot)
 

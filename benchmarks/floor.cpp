@@ -1,5 +1,5 @@
-// What this machine can do at most, with one thread: multiply-adds a second in each precision, and bytes a second from
-// memory of the sizes that the arguments give, read again and again. One line each: "float32 5.8e+10", "65536 1.2e+11".
+// Measures the peak speed of one thread: multiply-adds a second in each precision, and bytes a second when reading memory
+// of each size in the arguments repeatedly. Prints one line each: "float32 5.8e+10", "65536 1.2e+11".
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -17,14 +17,14 @@
 using F = Simd::F;
 using I = Simd::I;
 
-#define EACH _Pragma("GCC unroll 16") for (int k = 0; k < chains; ++k)
+#define UNROLL(index, count) _Pragma("GCC unroll 16") for (int index = 0; index < (count); ++index)
 
 constexpr int chains = 12;  // enough to hide the latency of a multiply-add, few enough for sixteen registers
 constexpr long rounds = 1000000;
 
 static volatile float sink = 0;
 
-// So that no work is left out.
+// Uses a result, so that the compiler cannot remove its computation.
 template <class Vector>
 void keep(const Vector& v) {
     float first;
@@ -32,7 +32,7 @@ void keep(const Vector& v) {
     sink = first;
 }
 
-// The calls a second of the best of several runs.
+// Returns the calls a second in the best of several runs.
 template <class Work>
 double rate(const Work& work) {
     double best = 1e9;
@@ -45,26 +45,27 @@ double rate(const Work& work) {
     return 1 / best;
 }
 
-// step(sum) for every chain again and again; how often a second.
+// Returns how often a second step(sum) runs, over independent chains.
 template <class Start, class Step>
 double steps(const Start& start, const Step& step) {
     return rounds * chains * rate([&] {
-        decltype(start(0)) sums[chains];
-        EACH sums[k] = start(sink);  // volatile, so that no two chains are known to be the same
-        for (long round = 0; round < rounds; ++round) EACH sums[k] = step(sums[k]);
-        EACH keep(sums[k]);
-    });
+               decltype(start(0)) sums[chains];
+               UNROLL(k, chains) sums[k] = start(sink);  // volatile, so that the compiler cannot merge equal chains
+               for (long round = 0; round < rounds; ++round)
+                   UNROLL(k, chains) sums[k] = step(sums[k]);
+               UNROLL(k, chains) keep(sums[k]);
+           });
 }
 
 int main(int count, char** arguments) {
-    const F a = Simd::all(sink), b = Simd::all(sink);  // of which the compiler knows nothing
+    const F a = Simd::all(sink), b = Simd::all(sink);  // unknown to the compiler
     const I words = Simd::all_words(static_cast<int>(sink));
     double float32 = Simd::lanes * steps(Simd::all, [&](F sum) { return Simd::fma(a, b, sum); }), bfloat16 = float32;
 #if defined(__AVX512BF16__)
     bfloat16 = 2 * Simd::lanes * steps(Simd::all, [&](F sum) {
-        asm("vdpbf16ps %1, %1, %0" : "+v"(sum) : "v"(a));
-        return sum;
-    });
+                   asm("vdpbf16ps %1, %1, %0" : "+v"(sum) : "v"(a));
+                   return sum;
+               });
 #endif
     double int8 = 4 * Simd::lanes * steps(Simd::all_words, [&](I sum) { return Simd::dot_int8(words, words, sum); });
     std::printf("float32 %.4g\nbfloat16 %.4g\nint8 %.4g\n", float32, bfloat16, int8);
@@ -76,14 +77,13 @@ int main(int count, char** arguments) {
         for (size_t k = 0; k < floats; ++k) memory.get()[k] = 1.0f;
         const size_t times = (1 << 28) / size + 1;
         double passes = static_cast<double>(times) * rate([&] {
-            F sums[8];
-            for (F& sum : sums) sum = Simd::zero();
-            for (size_t time = 0; time < times; ++time)
-                for (const float* at = memory.get(); at < memory.get() + floats; at += block)
-                    _Pragma("GCC unroll 8") for (int k = 0; k < 8; ++k)
-                        sums[k] = Simd::add(sums[k], Simd::load(at + k * Simd::lanes));
-            for (const F& sum : sums) keep(sum);
-        });
+                            F sums[8];
+                            for (F& sum : sums) sum = Simd::zero();
+                            for (size_t time = 0; time < times; ++time)
+                                for (const float* at = memory.get(); at < memory.get() + floats; at += block)
+                                    UNROLL(k, 8) sums[k] = Simd::add(sums[k], Simd::load(at + k * Simd::lanes));
+                            for (const F& sum : sums) keep(sum);
+                        });
         std::printf("%s %.4g\n", arguments[argument], passes * static_cast<double>(floats * sizeof(float)));
     }
 }

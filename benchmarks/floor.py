@@ -1,33 +1,34 @@
-"""The least time that a layer can take on this machine with one thread, beside what the kernel takes.
+"""Compare the kernel's time with a lower bound for this machine and one thread.
 
     python benchmarks/floor.py --hidden 1024 --steps 35 --json results/floor.json
 
-The floor is the larger of two: the multiply-adds over the machine's peak in that precision, and the bytes of the weights,
-hh's for every step and ih's once, over the speed at which memory of that size can be read. Both speeds are measured first,
-by ``floor.cpp``, which takes a C++17 compiler.
+The bound, or floor, is the larger of two times: the multiply-adds at the machine's peak speed in that precision, and
+reading the weights (hh at every step, ih once) at the bandwidth of memory of that size. ``floor.cpp`` measures both speeds
+first, which takes a C++17 compiler.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
+import statistics
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 
 import torch
+from common import stored_layer
 
+from slimlstm.bench import interleaved_seconds
+from slimlstm.files import write_json
 from slimlstm.methods import STORAGES
-from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.provenance import provenance
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 def speeds(sizes: list[int]) -> tuple[dict[str, float], dict[int, float]]:
-    """Multiply-adds a second by precision, and bytes a second by the size of what is read."""
+    """Return multiply-adds a second by precision, and bytes a second by the size of the memory that is read."""
     source = Path(__file__).with_name("floor.cpp")
     headers = source.parents[1] / "src/slimlstm/csrc"
     with tempfile.TemporaryDirectory() as folder:
@@ -40,27 +41,18 @@ def speeds(sizes: list[int]) -> tuple[dict[str, float], dict[int, float]]:
 
 
 def elements(hidden: int, rank: int | None) -> int:
-    """Of one matrix [4H, H], or of its factors."""
+    """Return the number of weights in a matrix [4H, H], or in its factors."""
     return 5 * hidden * rank if rank else 4 * hidden * hidden
 
 
 def measured(hidden: int, steps: int, batch: int, rank: int | None, storage: str, seconds: float = 0.5) -> float:
-    """The kernel's median in seconds."""
-    ranks = {"weight_ih_l0": rank, "weight_hh_l0": rank} if rank else None
-    layer, x = LowRankLSTM(hidden, hidden, ranks=ranks, backend="fused").eval(), torch.randn(steps, batch, hidden)
-    for name in layer.matrix_shapes:
-        layer.store(name, storage)
-    times: list[float] = []
-    with torch.no_grad():
-        while len(times) < 5 or sum(times) < seconds:
-            began = time.perf_counter()
-            layer(x)
-            times.append(time.perf_counter() - began)
-    return sorted(times)[len(times) // 2]
+    """Return the kernel's median time in seconds."""
+    layer, x = stored_layer(hidden, rank, storage), torch.randn(steps, batch, hidden)
+    return statistics.median(interleaved_seconds({"layer": lambda: layer(x)}, seconds=seconds)["layer"])
 
 
 def main() -> None:
-    """Prints a line for every combination of the settings, and keeps them all as JSON."""
+    """Print a line for every combination of the settings, and write all results as JSON if ``--json`` is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     defaults = {"hidden": [1024], "steps": [35], "batch": [1, 16], "divisors": [8]}
     for name, default in defaults.items():
@@ -89,7 +81,7 @@ def main() -> None:
             )
     if arguments.json:
         content = {"peak": peak, "rows": rows, "provenance": provenance()}
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json(arguments.json, content)
 
 
 if __name__ == "__main__":

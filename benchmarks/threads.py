@@ -1,40 +1,37 @@
-"""What a second thread is worth to the kernel, in a process that runs nothing else.
+"""Measure how much faster the kernel is with a second thread, in a process that runs nothing else.
 
     python benchmarks/threads.py --json results/threads.json
 
-Other engines' threads spin for a while after their calls, on the processors that ours would use; the kernel then runs by
-itself. So this is measured without them.
+Other engines are left out, because their threads spin for a while after each call and occupy the processors that the
+kernel's threads need.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 from pathlib import Path
 
 import torch
+from common import stored_layer
 
-from slimlstm.bench.timing import interleaved_seconds
-from slimlstm.modules.lstm import LowRankLSTM
+from slimlstm.bench import interleaved_seconds
+from slimlstm.files import write_json
 from slimlstm.provenance import provenance
 
 
 def speedup(hidden: int, steps: int, batch: int, rank: int | None, storage: str) -> float:
-    """The median time of one thread over that of two; blocks of calls take turns."""
-    ranks = {"weight_ih_l0": rank, "weight_hh_l0": rank} if rank else None
-    layer, x = LowRankLSTM(hidden, hidden, ranks=ranks, backend="fused").eval(), torch.randn(steps, batch, hidden)
-    for name in layer.matrix_shapes:
-        layer.store(name, storage)
-    seconds: dict[int, list[float]] = {1: [], 2: []}
-    for _, threads in itertools.product(range(3), seconds):
-        seconds[threads] += interleaved_seconds({"layer": lambda: layer(x)}, repeats=15, threads=threads)["layer"]
-    return statistics.median(seconds[1]) / statistics.median(seconds[2])
+    """Return the median time with one thread over the median time with two; blocks of calls take turns."""
+    layer, x = stored_layer(hidden, rank, storage), torch.randn(steps, batch, hidden)
+    times: dict[int, list[float]] = {1: [], 2: []}
+    for _, threads in itertools.product(range(3), times):
+        times[threads] += interleaved_seconds({"layer": lambda: layer(x)}, seconds=0.1, threads=threads)["layer"]
+    return statistics.median(times[1]) / statistics.median(times[2])
 
 
 def main() -> None:
-    """Prints a line for every setting and keeps them all as JSON."""
+    """Print a line for every setting, and write all results as JSON if ``--json`` is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, nargs="+", default=[128, 256, 512, 1024])
     parser.add_argument("--json", type=Path)
@@ -48,7 +45,7 @@ def main() -> None:
         rows.append({"hidden": hidden, "steps": steps, "batch": batch, "rank": rank, "storage": storage, "speedup": found})
         print(f"H {hidden}, T {steps}, B {batch}, {f'rank {rank}' if rank else 'dense'}, {storage}: {found:.2f}x")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"rows": rows, "provenance": provenance()}, indent=1) + "\n", encoding="utf-8")
+        write_json(arguments.json, {"rows": rows, "provenance": provenance()})
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import slimlstm as sl
-from slimlstm.bench.timing import compare
+from slimlstm.bench import compare
 
 torch.manual_seed(0)
 dense = nn.LSTM(64, 256, num_layers=2)

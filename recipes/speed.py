@@ -26,9 +26,10 @@ from rich.progress import track
 from torch import nn
 
 import slimlstm as sl
-from slimlstm.bench.engines import SECONDS, Candidate, measure
+from slimlstm.bench.candidates import Candidate, measure
+from slimlstm.bench.timing import SECONDS
 from slimlstm.demo.awd_lstm import load_awd_lstm
-from slimlstm.ops import cpu
+from slimlstm.ops import native
 from slimlstm.provenance import provenance
 
 PLAIN = ("reference", "dense")
@@ -156,7 +157,7 @@ result = {
     "rows": [row_of(*setting) for setting in track(settings, "speed")],
     "parameters": parameters,
     "config": {"model": arguments.model.name, "seconds": arguments.seconds, "threads": 1},
-    "provenance": provenance() | {"instruction_set": cpu.instruction_set()},
+    "provenance": provenance() | {"instruction_set": native.instruction_set()},
 }
 arguments.output.parent.mkdir(parents=True, exist_ok=True)
 arguments.output.with_suffix(".part").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

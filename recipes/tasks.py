@@ -45,8 +45,7 @@ from paper.elmo import ELMo, load_bilm
 from paper.esim import ESIM, ESIMConfig
 from paper.task_data import Paragraph, read_task, read_vectors, with_phrases
 from paper.tasks import Batches, Remembering, losses, predictions, scores, size_of, texts_of, vocabulary_of
-from slimlstm.bench.explain import explain
-from slimlstm.bench.timing import interleaved_seconds, median_ratios
+from slimlstm.bench import explain, interleaved_seconds, median_ratios
 from slimlstm.provenance import provenance
 
 TASKS = {
@@ -71,7 +70,7 @@ TASKS = {
     },
 }
 HELD_OUT, LONGEST_PARAGRAPH = 10, 400
-CLIP, PATIENCE, CALIBRATION_SEED, REPEATS = 5.0, 4, 0, 30
+CLIP, PATIENCE, CALIBRATION_SEED = 5.0, 4, 0
 SHARED, SEEDED = ("svd", "semi-nmf", "prune"), ("activation", "fisher")
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -550,7 +549,7 @@ def latency():
                 raise sl.SlimLSTMError(
                     f"{part}, {name}: the output is off by {error:.1e}; no time is told of a wrong answer"
                 )
-        seconds = interleaved_seconds({name: partial(module, *inputs) for name, module in modules.items()}, repeats=REPEATS)
+        seconds = interleaved_seconds({name: partial(module, *inputs) for name, module in modules.items()})
         ratios = median_ratios(seconds, "dense")
         found[part] = {
             name: {

@@ -1,5 +1,5 @@
-// Calls layers of every kind again and again, by one thread and by several, after a first call that may allocate, and says
-// how often that allocated: "calls allocations". Compiled with the kernel's sources; glibc lets a program have its own malloc.
+// Counts the allocations of repeated calls of layers of every kind, with one thread and with several, after a first call
+// that may allocate. Prints "calls allocations" for each. Compiled with the kernel's sources; replaces glibc's malloc.
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>

@@ -8,7 +8,7 @@ import onnxruntime
 from registry import arguments, data, show, speech
 
 import slimlstm as sl
-from slimlstm.bench.timing import interleaved_seconds, median_ratios
+from slimlstm.bench import interleaved_seconds, median_ratios
 from slimlstm.onnx.compress import compress_onnx
 
 FRAME, HOP = 512, 128
@@ -63,7 +63,7 @@ with tempfile.TemporaryDirectory() as folder:
         lost = float((error**2).sum() / (expected**2).sum())
         row = {"variant": label, "bytes": [before, after], "kept": after / before, "quality": 1 - lost}
         rows.append(row | {"snr_db": -10 * np.log10(lost)})
-faster = median_ratios(interleaved_seconds(calls, repeats=9), "dense")
+faster = median_ratios(interleaved_seconds(calls), "dense")
 for row in rows:
     row["faster"] = faster[row["variant"]]
 show("dtln", "1 - noise / signal", rows, arguments())

@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import nn
 
 import slimlstm as sl
-from slimlstm.bench.timing import compare
+from slimlstm.bench import compare
 from slimlstm.demo.corpora import cache_folder
 from slimlstm.provenance import provenance
 

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import slimlstm as sl
 from paper.elmo import BiLM, ClippedLSTM, ELMo, ELMoConfig, characters_of, load_bilm, read_bilm, save_bilm
 from slimlstm.modules.lstm import LowRankLSTM
-from slimlstm.ops import cpu
+from slimlstm.ops import native
 
 h5py = pytest.importorskip("h5py")
 
@@ -22,7 +22,7 @@ TINY = ELMoConfig(
     hidden_size=24, proj_size=8, cell_clip=0.3, proj_clip=0.1, character_size=4, filters=((1, 4), (2, 8), (3, 8))
 )
 SENTENCES = [["Rank", "is", "enough", "."], ["No"], [], ["A", "thin", "factor"]]
-needs_kernel = pytest.mark.skipif(cpu.missing is not None, reason="the kernel is not built")
+needs_kernel = pytest.mark.skipif(native.missing is not None, reason="the kernel is not built")
 
 
 @pytest.fixture

@@ -1,10 +1,9 @@
-"""Timings that are taken by turns after outputs were checked, and the engines that are compared."""
+"""Interleaved timings of calls whose outputs were checked first, and the engines that are compared."""
 
 import itertools
 import json
 import statistics
 import sys
-import time
 from copy import deepcopy
 from pathlib import Path
 
@@ -14,10 +13,9 @@ from safetensors.torch import save_file
 from strangers import STRANGERS
 from torch import Tensor, nn
 
-from slimlstm import LowRank, LowRankLSTM, Prune, Quantize, SlimLSTMError, cli, compress_, save
-from slimlstm.bench import engines
-from slimlstm.bench import timing as bench
-from slimlstm.bench.engines import Candidate, measure, seconds_by_turns
+from slimlstm import LowRank, LowRankLSTM, Prune, Quantize, SlimLSTMError, bench, cli, compress_, save
+from slimlstm.bench import engines, interleaved_seconds, median_ratios, timing
+from slimlstm.bench.candidates import Candidate, measure
 from slimlstm.demo import model as embedded
 from slimlstm.demo import plots
 from slimlstm.folders import read_config, read_folder
@@ -28,17 +26,15 @@ BRIEF = 0.002
 
 @pytest.fixture
 def brief(monkeypatch):
-    """Timings that are over soon."""
-    monkeypatch.setattr(engines, "SECONDS", BRIEF)
-    monkeypatch.setattr(engines.seconds_by_turns, "__defaults__", (BRIEF,))
+    """Timings that end soon."""
     monkeypatch.setattr(bench.bench_layers, "__kwdefaults__", bench.bench_layers.__kwdefaults__ | {"seconds": BRIEF})
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still but for what calls take."""
+    """Calls that take a given time on a clock that advances only for them."""
     now = [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
 
     def call(name: str, seconds: float, log: list[str]):
         def run():
@@ -53,21 +49,53 @@ def clock(monkeypatch):
 # ---- turns ----
 
 
-def test_everyone_is_timed_as_long_and_spread_over_the_run(clock):
+def test_all_calls_are_timed_for_as_long_and_spread_over_the_run(clock):
     log: list[str] = []
     calls = {"slow": clock("slow", 0.5, log), "middle": clock("middle", 0.03, log), "fast": clock("fast", 1e-4, log)}
-    times = seconds_by_turns(calls, 0.3)
+    times = interleaved_seconds(calls, seconds=0.3)
     assert {name: len(values) for name, values in times.items()} == {"slow": 5, "middle": 10, "fast": 200}
     assert {name: statistics.median(values) for name, values in times.items()} == pytest.approx(
         {"slow": 0.5, "middle": 0.03, "fast": 1e-4}
     )
-    # Every timed call comes right after one of the same that is not timed.
+    # Every timed call directly follows an untimed call of the same function.
     turns = list(zip(log[::2], log[1::2], strict=True))
     assert all(first == second for first, second in turns)
     places = [index for index, (name, _) in enumerate(turns[3:]) if name == "slow"]
     gaps = [after - before for before, after in itertools.pairwise(places)]
     assert len(places) == 5
     assert max(gaps) - min(gaps) <= 2
+
+
+def test_ratios_are_those_of_medians():
+    seconds = {"dense": [4.0, 4.0, 6.0], "small": [1.0, 2.0, 30.0]}
+    assert median_ratios(seconds, "dense") == {"dense": 1.0, "small": 2.0}
+    assert median_ratios(seconds, "small") == {"dense": 0.5, "small": 1.0}
+
+
+def test_time_that_passes_is_measured():
+    numbers = list(range(20_000))
+    calls = {"once": lambda: sorted(numbers), "fifty times": lambda: [sorted(numbers) for _ in range(50)]}
+    assert median_ratios(interleaved_seconds(calls, seconds=0.05), "fifty times")["once"] > 10
+
+
+def test_calls_run_without_gradients_and_with_masks_applied_once():
+    class Count(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            seen.append(torch.is_grad_enabled())
+            return weight
+
+    seen: list[bool] = []
+    linear = nn.Linear(2, 2)
+    nn.utils.parametrize.register_parametrization(linear, "weight", Count())
+    seen.clear()
+    interleaved_seconds({"linear": lambda: linear(torch.zeros(1, 2))}, seconds=BRIEF)
+    assert seen == [False]
+
+
+@pytest.mark.parametrize(("calls", "seconds"), [({}, 1.0), ({"dense": lambda: None}, 0.0), ({"dense": lambda: None}, -1.0)])
+def test_timings_of_nothing_are_refused(calls, seconds):
+    with pytest.raises(SlimLSTMError, match=f"{len(calls)} calls cannot be timed for {seconds} seconds"):
+        interleaved_seconds(calls, seconds=seconds)
 
 
 def candidate(ours: bool, precision: str, model: str, call, output: Tensor) -> Candidate:
@@ -153,7 +181,7 @@ def test_outputs_that_cannot_be_compared():
         bench.compare(one, nn.LSTM(3, 5), x)
     bad = LowRankLSTM.from_dense(deepcopy(one))
     nn.init.constant_(bad.weight_hh_l0, torch.nan)
-    with pytest.raises(SlimLSTMError, match="not finite; no speed is told of a wrong answer"):
+    with pytest.raises(SlimLSTMError, match="not finite; its speed is not measured"):
         bench.compare(one, bad, x)
 
 
@@ -208,7 +236,7 @@ def test_every_layer_in_every_engine():
         assert {"PyTorch native", "slimlstm dense", "slimlstm compressed"} <= layer.candidates.keys()
         ours = layer.candidates["slimlstm compressed"]
         assert (ours["precision"], ours["model"], ours["ours"]) == ("int8", "compressed", True)
-        assert ours["turns"] >= engines.FEWEST
+        assert ours["turns"] >= timing.MIN_TURNS
         assert 0 < layer.difference < 0.05
     for name, total in found.totals().items():
         assert total == pytest.approx(sum(layer.candidates[name]["microseconds"] for layer in found.layers))
@@ -219,7 +247,7 @@ def test_every_layer_in_every_engine():
 @pytest.mark.usefixtures("brief")
 def test_layers_that_do_not_correspond():
     dense = layers_of(Stack().state_dict())
-    with pytest.raises(SlimLSTMError, match="low layer 1 is not there, or of other sizes"):
+    with pytest.raises(SlimLSTMError, match="no layer low layer 1 of the same sizes"):
         bench.bench_layers(dense, dense | {"low layer 1": dense["high layer 0"]})
     with pytest.raises(SlimLSTMError, match="0 layers of 35 steps"):
         bench.bench_layers({}, {})
@@ -258,8 +286,8 @@ def test_the_command(tmp_path, run_json):
         assert found["provenance"]["torch"] == torch.__version__
         assert set(found["faster"]) == {"slimlstm dense", "slimlstm compressed"}
     assert all(layer["difference"] == 0.0 for layer in results[3]["layers"])
-    assert "give either --compressed" in run_json(file, "--compressed", small, *how)
-    assert "there is no file" in run_json(tmp_path / "none.safetensors")
+    assert "--compressed excludes" in run_json(file, "--compressed", small, *how)
+    assert "does not exist" in run_json(tmp_path / "none.safetensors")
 
 
 @pytest.mark.parametrize("name", ["embedded", "a folder"])
@@ -269,7 +297,7 @@ def test_language_models_are_layers_too(name, monkeypatch, run_json):
         return bench.LayerBench([], settings["steps"], settings["batch"], settings["threads"])
 
     given: dict[str, LowRankLSTM] = {}
-    monkeypatch.setattr(cli, "bench_layers", note)
+    monkeypatch.setattr(bench, "bench_layers", note)
     monkeypatch.setattr(bench.LayerBench, "to_dict", lambda _: {})
     run_json("embedded" if name == "embedded" else embedded.FOLDER)
     assert list(given) == ["lstms.0 layer 0", "lstms.1 layer 0", "lstms.2 layer 0"]
@@ -293,7 +321,7 @@ def test_what_the_command_prints(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime", "openvino"])
-def test_what_is_not_installed_is_told(package, monkeypatch):
+def test_missing_packages_are_reported(package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     refused: dict[str, str] = {}
     with torch.no_grad():
@@ -313,7 +341,7 @@ def test_what_is_not_installed_is_told(package, monkeypatch):
 # ---- the benchmark ----
 
 
-def test_the_benchmark_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+def test_a_stopped_benchmark_is_resumed(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     monkeypatch.delitem(sys.modules, "engines", raising=False)
     import engines as program
@@ -344,7 +372,7 @@ def test_the_benchmark_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     changed = json.loads(result.read_text())
     changed["provenance"]["torch"] = "1.0"
     result.write_text(json.dumps(changed))
-    with pytest.raises(SystemExit, match="was made with another torch: name another file"):
+    with pytest.raises(SystemExit, match="was written with a different torch; name another file"):
         run(64)
 
 
@@ -366,5 +394,5 @@ def test_the_picture_of_ratios(tmp_path):
 def test_predictions_are_drawn(tmp_path):
     plots.predictions({"svd": [(0.01, 0.02), (0.1, 0.2)], "prune": [(0.5, 0.9), (0.0, -0.1)]}, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(SlimLSTMError, match="a picture can be drawn as"):
+    with pytest.raises(SlimLSTMError, match="a picture can have"):
         plots.predictions({}, tmp_path / "p.txt")

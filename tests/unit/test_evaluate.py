@@ -1,7 +1,6 @@
-"""Perplexity against values worked out by hand, and timings against a clock that the test winds."""
+"""Perplexity against values worked out by hand."""
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,8 +8,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from slimlstm import SlimLSTMError
-from slimlstm.bench import timing as bench
-from slimlstm.bench.timing import interleaved_seconds, median_ratios
 from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig, load_awd_lstm
 from slimlstm.demo.corpora import Vocabulary, read_words
 from slimlstm.evaluate import NextTokens, Perplexity, perplexity, pieces
@@ -184,51 +181,3 @@ def plain_loss(weights: dict[str, Tensor], tokens: Tensor) -> float:
         x, _ = lstm(x)
     logits = x @ weights["embedding.weight"].float().T + weights["decoder.bias"]
     return float(-logits.log_softmax(-1).gather(2, text[1:, :, None]).double().mean())
-
-
-class Clock:
-    """Time that passes only while something is timed."""
-
-    def __init__(self) -> None:
-        self.now, self.calls = 0.0, list[str]()
-
-    def takes(self, name: str, *seconds: float) -> Callable[[], None]:
-        """A call that takes longer or shorter from call to call, and is made without gradients."""
-        left = list(seconds)
-
-        def call() -> None:
-            assert not torch.is_grad_enabled()
-            self.calls.append(name)
-            self.now += left.pop(0)
-
-        return call
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock.now)
-    return clock
-
-
-def test_calls_take_turns_after_a_warm_up_that_does_not_count(clock):
-    calls = {"dense": clock.takes("dense", 100.0, 4.0, 4.0, 6.0), "small": clock.takes("small", 50.0, 1.0, 2.0, 30.0)}
-    seconds = interleaved_seconds(calls, repeats=3)
-    assert clock.calls == ["dense", "small"] * 4
-    assert seconds == {"dense": [4.0, 4.0, 6.0], "small": [1.0, 2.0, 30.0]}
-    assert median_ratios(seconds, "dense") == {"dense": 1.0, "small": 2.0}
-    assert median_ratios(seconds, "small") == {"dense": 0.5, "small": 1.0}
-
-
-def test_time_that_passes_is_measured():
-    numbers = list(range(20_000))
-    calls = {"once": lambda: sorted(numbers), "fifty times": lambda: [sorted(numbers) for _ in range(50)]}
-    seconds = interleaved_seconds(calls, repeats=5)
-    assert [len(times) for times in seconds.values()] == [5, 5]
-    assert median_ratios(seconds, "fifty times")["once"] > 10
-
-
-@pytest.mark.parametrize(("calls", "repeats"), [({}, 3), ({"dense": lambda: None}, 0), ({"dense": lambda: None}, -1)])
-def test_what_cannot_be_timed_is_refused(calls, repeats):
-    with pytest.raises(SlimLSTMError, match=f"{len(calls)} calls cannot be timed {repeats} times"):
-        interleaved_seconds(calls, repeats=repeats)

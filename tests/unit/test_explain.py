@@ -1,4 +1,4 @@
-"""What :func:`slimlstm.bench.explain.explain` says is what runs."""
+"""The backends that :func:`slimlstm.bench.explain` reports are those that run."""
 
 import pytest
 import torch
@@ -6,10 +6,10 @@ from strangers import STRANGERS
 from torch import nn
 
 from slimlstm import LowRank, LowRankLSTM, Prune, Quantize, SlimLSTMError, compress_, ops
-from slimlstm.bench.explain import Explanation, explain
-from slimlstm.ops import cpu
+from slimlstm.bench import Explanation, explain
+from slimlstm.ops import cpu, native
 
-needs_kernel = pytest.mark.skipif(cpu.missing is not None, reason=str(cpu.missing))
+needs_kernel = pytest.mark.skipif(native.missing is not None, reason=str(native.missing))
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ MODES = {
 @pytest.mark.parametrize("name", ["CRNN", "seq2seq", "tagger", "shared", "cell", "projected"])
 @pytest.mark.parametrize(("mode", "dtype"), MODES.values(), ids=MODES)
 @pytest.mark.parametrize("config", [LowRank(rank=2), None], ids=["factored", "masked"])
-def test_what_is_told_is_what_runs(name, mode, dtype, config, ran):
+def test_the_reported_backends_run(name, mode, dtype, config, ran):
     stranger = STRANGERS[name]
     model = stranger.make().to(dtype)
     compress_(model, LowRank(rank=2, target="ih"))
@@ -59,9 +59,9 @@ def test_what_is_told_is_what_runs(name, mode, dtype, config, ran):
     inputs = [value.to(dtype) if value.is_floating_point() else value for value in stranger.inputs()]
     with mode():
         explanation = explain(model, *inputs)
-        told, inside = expected(explanation), sorted(ran)
-    assert told == inside
-    assert told
+        reported, inside = expected(explanation), sorted(ran)
+    assert reported == inside
+    assert reported
     assert {layer.module for layer in explanation.layers} <= {path for path, _ in model.named_modules()}
     for layer in explanation.layers:
         assert layer.reason
@@ -79,18 +79,18 @@ def test_storages_instructions_and_threads():
         ("", 0, "fused", "float32"),
         ("", 1, "fused", "float32, int8"),
     ]
-    assert {one.instruction_set for one in explanation.layers} == {cpu.instruction_set()}
+    assert {one.instruction_set for one in explanation.layers} == {native.instruction_set()}
     assert {one.threads for one in explanation.layers} == {torch.get_num_threads()}
     assert explanation.to_dict()["layers"][1]["storage"] == "float32, int8"
 
 
-def test_a_backend_that_was_asked_for():
+def test_a_requested_backend():
     module = LowRankLSTM(5, 8, backend="dense")
     (one,) = explain(module, torch.randn(3, 2, 5)).layers
-    assert (one.backend, one.reason) == ("dense", "asked for, backend='dense'")
+    assert (one.backend, one.reason) == ("dense", "requested by backend='dense'")
 
 
-def test_what_is_not_compressed():
+def test_layers_that_are_not_compressed():
     model = STRANGERS["seq2seq"].make()
     compress_(model, LowRank(rank=2, filter=lambda site: site.module == "decoder"))
     explanation = explain(model, *STRANGERS["seq2seq"].inputs())
@@ -101,7 +101,7 @@ def test_what_is_not_compressed():
     assert decoder.reason.startswith("the input is torch.float64")
 
 
-def test_nothing_to_explain_and_nothing_left_behind():
+def test_models_without_lstms_are_refused_and_hooks_removed():
     model = STRANGERS["tagger"].make()
     with pytest.raises(SlimLSTMError, match="the call reached no LSTM"):
         explain(model.labels, torch.randn(2, 16, dtype=torch.float64))

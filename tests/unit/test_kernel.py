@@ -31,20 +31,20 @@ from slimlstm.methods import STORAGES, rounded
 from slimlstm.modules.cell import LowRankLSTMCell
 from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.modules.masks import apply_mask
-from slimlstm.ops import cpu, reference
-from slimlstm.ops.weights import Direction
+from slimlstm.ops import fused, native, operator, packing, reference
+from slimlstm.ops.weights import Direction, flat
 
-needs_kernel = pytest.mark.skipif(cpu.missing is not None, reason=str(cpu.missing))
+needs_kernel = pytest.mark.skipif(native.missing is not None, reason=str(native.missing))
 pytestmark = needs_kernel
-INSTRUCTION_SETS = cpu.kernel.names() if cpu.kernel else []
+INSTRUCTION_SETS = native.instruction_sets()
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)
 def isa(request, monkeypatch):
     monkeypatch.setenv("SLIMLSTM_ISA", request.param)
-    cpu.forget()
+    packing.forget()
     yield request.param
-    cpu.forget()
+    packing.forget()
 
 
 def compressed(problem: Problem, backend: str) -> LowRankLSTM:
@@ -116,10 +116,10 @@ def test_gates_over_the_whole_range():
         ih[gate] = 1.0
         weights = Direction(ih, torch.zeros(4, 1), torch.full((4,), 0.3), torch.zeros(4), None)
         x, h0, c0 = values[None, :, None], torch.zeros(1, len(values), 1), torch.ones(1, len(values), 1)
-        fused = cpu.layer(x, None, h0, c0, [weights])
+        found = fused.layer(x, None, h0, c0, [weights])
         exact = Direction(ih.double(), torch.zeros(4, 1).double(), *(torch.full((4,), v).double() for v in (0.3, 0)), None)
         truth = reference.layer(x.double(), None, h0.double(), c0.double(), [exact])
-        for ours, theirs in zip(fused, truth, strict=True):
+        for ours, theirs in zip(found, truth, strict=True):
             torch.testing.assert_close(ours.double(), theirs, rtol=1e-6, atol=3e-7)
 
 
@@ -162,7 +162,7 @@ def test_nothing_to_do(steps, batch):
         pytest.skip("there is something to do")
     weights = low_rank().direction("_l0")
     h0, c0 = torch.randn(1, batch, 33), torch.randn(1, batch, 33)
-    output, h, c = cpu.layer(torch.zeros(steps, batch, 5), None, h0, c0, [weights])
+    output, h, c = fused.layer(torch.zeros(steps, batch, 5), None, h0, c0, [weights])
     assert output.shape == (steps, batch, 33)
     assert torch.equal(h, h0)
     assert torch.equal(c, c0)
@@ -182,7 +182,7 @@ def test_weights_of_any_strides():
     module.set_factors("weight_hh_l0", nn.Parameter(torch.randn(4, 132).T * 0.2), nn.Parameter(torch.randn(4, 66)[:, ::2]))
     assert_current(module, torch.randn(3, 2, 5))
     module.weight_hh_l0_v.data[2, 3] += 5.0
-    assert_current(module, torch.randn(cpu.THOROUGH, 2, 5))
+    assert_current(module, torch.randn(packing.FULL_CHECK_ROWS, 2, 5))
 
 
 # ---- storages ----
@@ -416,7 +416,7 @@ def to_vector_and_back(module):
     ],
     ids=lambda change: change.__name__,
 )
-@pytest.mark.parametrize("steps", [1, cpu.THOROUGH], ids=["short", "long"])
+@pytest.mark.parametrize("steps", [1, packing.FULL_CHECK_ROWS], ids=["short", "long"])
 @torch.no_grad()
 def test_changed_weights_are_packed_anew(change, steps):
     module, x = low_rank(), torch.randn(steps, 1, 5)
@@ -439,7 +439,7 @@ def test_changed_weights_are_packed_anew(change, steps):
 
 @torch.no_grad()
 def test_any_change_of_data_is_seen_by_long_calls():
-    module, x = low_rank(), torch.randn(cpu.THOROUGH, 1, 5)
+    module, x = low_rank(), torch.randn(packing.FULL_CHECK_ROWS, 1, 5)
     for parameter in module.parameters():
         for index in (0, parameter.numel() // 2, parameter.numel() - 1):
             assert_current(module, x)
@@ -453,7 +453,7 @@ def test_forget():
     assert_current(module, x)
     for index in range(20):
         module.weight_hh_l0_u.data.view(-1)[index * 7 + 3] += 0.5
-    cpu.forget()
+    packing.forget()
     assert_current(module, x)
 
 
@@ -471,8 +471,8 @@ def test_weights_made_in_inference_mode():
 @torch.no_grad()
 def test_unchanged_weights_are_packed_once(monkeypatch):
     made = []
-    packed = cpu._Packed
-    monkeypatch.setattr(cpu, "_Packed", lambda *args: made.append(1) or packed(*args))
+    packed = packing.PackedLayer
+    monkeypatch.setattr(packing, "PackedLayer", lambda *args: made.append(1) or packed(*args))
     module = LowRankLSTM(5, 33, 2, bidirectional=True, ranks={"weight_hh_l0": 4}, backend="fused").eval()
     for steps in (1, 40, 3, 1):
         module(torch.randn(steps, 2, 5))
@@ -482,14 +482,14 @@ def test_unchanged_weights_are_packed_once(monkeypatch):
 @torch.no_grad()
 def test_packed_weights_die_with_the_module():
     gc.collect()
-    before = len(cpu._cache)
+    before = len(packing._cache)
     modules = [low_rank() for _ in range(3)]
     for module in modules:
         module(torch.randn(2, 1, 5))
-    assert len(cpu._cache) == before + 3
+    assert len(packing._cache) == before + 3
     del modules, module
     gc.collect()
-    assert len(cpu._cache) == before
+    assert len(packing._cache) == before
 
 
 @torch.no_grad()
@@ -552,7 +552,7 @@ def test_other_dtypes_and_devices_are_refused():
 def test_shapes_refused(x, h0, c0, sizes):
     sizes = None if sizes is None else torch.tensor(sizes)
     with pytest.raises(ValueError, match=r"do not fit a layer of 5 inputs|batch_sizes"):
-        cpu.layer(torch.zeros(x), sizes, torch.zeros(h0), torch.zeros(c0), [low_rank().direction("_l0")])
+        fused.layer(torch.zeros(x), sizes, torch.zeros(h0), torch.zeros(c0), [low_rank().direction("_l0")])
 
 
 @torch.no_grad()
@@ -567,7 +567,7 @@ def test_weights_that_do_not_fit_are_refused():
     ]
     for one in wrong:
         with pytest.raises(SlimLSTMError, match="do not fit each other"):
-            cpu.layer(torch.zeros(3, 2, 5), None, states, states, [one])
+            fused.layer(torch.zeros(3, 2, 5), None, states, states, [one])
 
 
 @torch.no_grad()
@@ -579,20 +579,20 @@ def test_states_of_another_dtype_are_refused():
 
 @torch.no_grad()
 def test_a_kernel_that_is_not_there(monkeypatch, caplog):
-    monkeypatch.setattr(cpu, "missing", "the compiled kernel is not there (no compiler)")
-    cpu.tell_missing.cache_clear()
+    monkeypatch.setattr(native, "missing", "the compiled kernel could not be imported (no compiler)")
+    native.warn_missing.cache_clear()
     module, x = low_rank(), torch.randn(2, 1, 5)
-    with pytest.raises(SlimLSTMError, match=r"cannot run: the compiled kernel is not there \(no compiler\)"):
+    with pytest.raises(SlimLSTMError, match=r"cannot run: the compiled kernel could not be imported \(no compiler\)"):
         module(x)
     module.backend = "auto"
     with caplog.at_level(logging.WARNING, "slimlstm"):
         assert_current(module, x)
         module(x)
     assert [record.message for record in caplog.records] == [
-        "running PyTorch's operators, which are slower: the compiled kernel is not there (no compiler)"
+        "running PyTorch's operators, which are slower: the compiled kernel could not be imported (no compiler)"
     ]
-    with pytest.raises(SlimLSTMError, match="not there"):
-        cpu.instruction_set()
+    with pytest.raises(SlimLSTMError, match="could not be imported"):
+        native.instruction_set()
 
 
 @torch.no_grad()
@@ -619,9 +619,9 @@ def test_masked_weights_are_not_packed_at_every_call():
 
     module = low_rank(backend="auto")
     nn.utils.parametrize.register_parametrization(module, "weight_hh_l0_u", Half())
-    before = len(cpu._cache)
+    before = len(packing._cache)
     module(torch.randn(2, 1, 5))
-    assert len(cpu._cache) == before
+    assert len(packing._cache) == before
     module.backend = "fused"
     module(torch.randn(2, 1, 5))
 
@@ -642,9 +642,9 @@ def test_compilers_see_one_operator_a_layer(bidirectional):
     x, longer = torch.randn(3, 2, 5), torch.randn(9, 2, 5)
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), module(x))
-    packed = len(cpu._cache)
+    packed = len(packing._cache)
     compiled(x)
-    assert len(cpu._cache) == packed, "compiled calls find what was packed"
+    assert len(packing._cache) == packed, "compiled calls find what was packed"
     exported = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("T", min=2, max=100)},))
     assert [str(node.target) for node in exported.graph.nodes].count("slimlstm.layer.default") == 2
     torch.testing.assert_close(exported.module()(longer), module(longer))
@@ -658,8 +658,8 @@ def test_the_operator_keeps_the_rules_of_pytorch():
     both = [weights.direction("_l0"), weights.direction("_l0_reverse")]
     states = torch.randn(2, 3, 33), torch.randn(2, 3, 33)
     for x, sizes in ((torch.randn(4, 3, 5), None), (torch.randn(6, 5), torch.tensor([3, 2, 1]))):
-        weights = cpu.flat(both), ",".join(["float32"] * 4), [0.5, math.inf] * 2
-        torch.library.opcheck(cpu._operator, (x, sizes, *states, *weights))
+        weights = flat(both), ",".join(["float32"] * 4), [0.5, math.inf] * 2
+        torch.library.opcheck(operator.layer, (x, sizes, *states, *weights))
 
 
 @torch.no_grad()
@@ -671,7 +671,7 @@ def test_cells_run_the_kernel():
         h, c = cell(x)
         truth = exact(x.double(), (h.double(), c.double()))
         assert_near(dict(zip("hc", cell(x, (h, c)), strict=True)), dict(zip("hc", truth, strict=True)))
-    assert any(cell.weight_hh_u.data_ptr() in packed.state for packed in cpu._cache.values())
+    assert any(cell.weight_hh_u.data_ptr() in packed.state for packed in packing._cache.values())
 
 
 # ---- in the large ----
@@ -755,6 +755,24 @@ with torch.no_grad():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 def test_fork():
     subprocess.run([sys.executable, "-c", FORK], check=True, timeout=120)
+
+
+LEAK = """
+import torch
+from slimlstm.modules.lstm import LowRankLSTM
+module = LowRankLSTM(5, 33, ranks={"weight_hh_l0": 4}).eval().requires_grad_(False)
+x = torch.randn(2, 1, 5)
+with torch.no_grad():
+    module(x)
+    traced = torch.jit.trace(module, x)
+"""
+
+
+def test_modules_that_live_until_the_interpreter_exits_cause_no_warnings():
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LEAK], check=True, capture_output=True, text=True, timeout=120
+    )
+    assert ended.stdout + ended.stderr == ""
 
 
 @torch.no_grad()

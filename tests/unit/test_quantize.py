@@ -39,7 +39,7 @@ from slimlstm.methods import rounded
 from slimlstm.methods.storages import to_int8
 from slimlstm.modules.factored import FactoredModule
 from slimlstm.modules.hosts import find_hosts
-from slimlstm.ops import cpu
+from slimlstm.ops import native
 from slimlstm.pipeline.plan import SitePlan
 
 SMALL = ("bfloat16", "int8")
@@ -48,7 +48,7 @@ BEFORE = {"dense": None, "factored": LowRank(rank=2), "masked": Prune(keep=0.5)}
 every_stranger = pytest.mark.parametrize("name", STRANGERS)
 every_storage = pytest.mark.parametrize("storage", SMALL)
 every_start = pytest.mark.parametrize("before", BEFORE.values(), ids=BEFORE)
-needs_kernel = pytest.mark.skipif(cpu.missing is not None, reason=str(cpu.missing))
+needs_kernel = pytest.mark.skipif(native.missing is not None, reason=str(native.missing))
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
@@ -519,8 +519,8 @@ def test_the_kernel_computes_with_the_rounded_weights(name, storage, before):
 @every_storage
 def test_perplexity_of_the_embedded_model(storage, backend):
     """All matrices; with the kernel, inputs and hidden states are rounded too."""
-    if backend == "fused" and cpu.missing:
-        pytest.skip(cpu.missing)
+    if backend == "fused" and native.missing:
+        pytest.skip(native.missing)
     tokens = embedded.held_out_tokens()[:6000]
     dense, model = embedded.embedded_model(), embedded.embedded_model()
     compress_(model, Quantize(storage))

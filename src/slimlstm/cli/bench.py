@@ -35,7 +35,7 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Time a model's LSTM layers: dense in every engine, compressed in slimlstm, by turns."""
-    from slimlstm.bench.timing import bench_layers
+    from slimlstm.bench import bench_layers
     from slimlstm.weight_files import layers_of
 
     request = Request(method, rank, keep, target, storage)

@@ -1,6 +1,6 @@
-// The Python face of the kernel. Weights come as arrays through DLPack, without copies; calls take bare addresses, because
-// turning six tensors into arrays costs more than a short call itself. slimlstm/ops/cpu.py is the only caller and checks
-// what it passes.
+// Python bindings of the kernel. Weights arrive as arrays through DLPack, without copies. Calls take plain addresses,
+// because converting six tensors to arrays costs more than a short call itself. The only caller, slimlstm/ops/packed.py,
+// checks its arguments.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -17,13 +17,16 @@ namespace {
 using Array = nb::ndarray<const float, nb::device::cpu>;
 using MaybeArray = std::optional<Array>;
 
-// In fewer nanoseconds, handing the interpreter's lock to another thread costs more than it frees.
+// Calls of fewer nanoseconds keep the interpreter's lock: releasing it would cost more than it gains.
 constexpr double worth_unlocking = 2e4;
 
 Source source_of(const MaybeArray& array) {
     if (!array) return {};
     Source source{array->data(), static_cast<ptrdiff_t>(array->shape(0)), 1, array->stride(0), array->stride(0)};
-    if (array->ndim() == 2) source.columns = static_cast<ptrdiff_t>(array->shape(1)), source.column_stride = array->stride(1);
+    if (array->ndim() == 2) {
+        source.columns = static_cast<ptrdiff_t>(array->shape(1));
+        source.column_stride = array->stride(1);
+    }
     return source;
 }
 
@@ -31,11 +34,11 @@ Storage storage_of(const std::string& name) {
     if (name == "float32") return Storage::float32;
     if (name == "bfloat16") return Storage::bfloat16;
     if (name == "int8") return Storage::int8;
-    throw nb::value_error("no storage of this name");
+    throw nb::value_error("unknown storage; use float32, bfloat16 or int8");
 }
 
-// A direction is seven arrays in the order of Sources; ``storages`` are those of ih and hh of every direction, ``clips`` the
-// bounds of its cells and projections, ``gains`` those of ih and hh, of V and of U or the dense matrix.
+// Each direction has seven arrays, in the order of Sources; two storages, of ih and hh; two clips, of cells and
+// projections; and four gains, of V and of U (or the dense matrix), for ih and then for hh.
 void make(Layer* layer, const std::string& isa, const std::vector<std::vector<MaybeArray>>& directions,
           const std::vector<std::string>& storages, const std::vector<float>& clips, const std::vector<float>& gains) {
     std::vector<Sources> sources;
@@ -43,7 +46,7 @@ void make(Layer* layer, const std::string& isa, const std::vector<std::vector<Ma
     if (clips.size() != 2 * directions.size()) throw nb::value_error("a direction has two bounds");
     if (gains.size() != 4 * directions.size()) throw nb::value_error("a direction has four gains");
     for (const auto& arrays : directions) {
-        if (arrays.size() != 7) throw nb::value_error("a direction is seven arrays, absent ones being None");
+        if (arrays.size() != 7) throw nb::value_error("a direction has seven arrays, None where one is absent");
         sources.push_back({source_of(arrays[0]), source_of(arrays[1]), source_of(arrays[2]), source_of(arrays[3]),
                            source_of(arrays[4]), source_of(arrays[5]), source_of(arrays[6]),
                            storage_of(storages[2 * sources.size()]), storage_of(storages[2 * sources.size() + 1]),
@@ -53,13 +56,13 @@ void make(Layer* layer, const std::string& isa, const std::vector<std::vector<Ma
     new (layer) Layer(isa, sources);
 }
 
-// Of packed sequences: the longest come first, and all rows belong to a step.
+// Checks the sizes of packed sequences: longest first, and every row belongs to a step.
 void check_sizes(const Call& call) {
     ptrdiff_t rows = 0, last = call.batch;
     for (ptrdiff_t step = 0; step < call.steps; ++step) {
         ptrdiff_t size = call.sizes[step];
         if (size < 1 || size > last || (step == 0 && size != call.batch))
-            throw nb::value_error("batch_sizes have to begin with the number of sequences, and never grow or vanish");
+            throw nb::value_error("batch_sizes must begin with the number of sequences and never grow or reach zero");
         rows += last = size;
     }
     if (rows != call.rows) throw nb::value_error("batch_sizes do not add up to the rows of the input");
@@ -92,10 +95,12 @@ bool run(const Layer& layer, uintptr_t x, uintptr_t sizes, ptrdiff_t steps, ptrd
 }  // namespace
 
 NB_MODULE(_kernel, module) {
-    module.def("names", &kernel_names, "The kernels that this machine can run, the best first.");
-    nb::class_<Layer>(module, "Layer", "The packed weights of one layer.")
+    // Layers in module-level variables, or held by torch.jit.trace, outlive the interpreter's shutdown. That is harmless.
+    nb::set_leak_warnings(false);
+    module.def("names", &kernel_names, "Return the kernels that this machine can run, fastest first.");
+    nb::class_<Layer>(module, "Layer", "Packed weights of one layer.")
         .def("__init__", &make)
         .def("run", &run,
-             "Runs the layer on contiguous float32 memory at the addresses given. False, with nothing done, if the "
-             "weights are no longer what was packed.");
+             "Run the layer on contiguous float32 memory at the given addresses. Return False, without running it, if the "
+             "weights have changed since they were packed.");
 }

@@ -1,5 +1,5 @@
-// What the kernels, one per instruction set, are given. Names as in slimlstm/ops/weights.py; L is the number of float
-// lanes of the instruction set's vectors. Everything here is plain data, so that translation units compiled for
+// The interface of the kernels, one for each instruction set. Names follow slimlstm/ops/weights.py; L is the number of
+// float lanes in a vector of the instruction set. All types here are plain data, so that translation units compiled for
 // different instruction sets share no inline function.
 #pragma once
 
@@ -8,52 +8,51 @@
 
 namespace slimlstm {
 
-// How weights are kept. Of int8 every row has a scale of its own; what they are multiplied with is rounded likewise, every
-// row of it by a scale of its own, as it comes; where that could be seen in the gates, what is left over is rounded to
-// int8 and multiplied, too. Sums are float32, of int8 int32.
+// Number format of packed weights. In int8 every row of weights has its own scale. The inputs of int8 weights are rounded
+// to int8 at run time, also with one scale a row; where that error could show in the gates, the remainder is rounded to
+// int8 and multiplied as well. Sums are accumulated in float32, or in int32 for int8.
 enum class Storage : int { float32, bfloat16, int8 };
 
-// W [outputs, inputs], its rows dealt out to vectors of L lanes and its vectors to panels of four (the last panel takes
-// what is left). A panel holds, for every input in turn, the weights of its outputs side by side; of bfloat16 for every two
-// inputs in turn, and of int8 for every four, so that a lane of one step is always a word of 32 bits. Lanes without a row
-// are zero, and so are inputs that fill up the last word. For the matrices that make gates, a panel is L hidden units by
-// the four gates i, f, g, o. int8 weights are kept plus 128, without a sign, as the instruction for them wants.
+// Packed W [outputs, inputs]. Each lane of a vector holds one row, and four vectors form a panel; the last panel may have
+// fewer. A panel stores one 32-bit word per lane for each input (float32), pair of inputs (bfloat16) or four inputs (int8).
+// Lanes without a row and inputs that pad the last word are zero. In matrices that compute gates, a panel holds L hidden
+// units by the four gates i, f, g, o. int8 weights are stored unsigned, plus 128, as the dot-product instruction needs.
 struct Panels {
-    const float* data = nullptr;  // words of 32 bits, whatever they hold
-    const float* scales = nullptr;  // of int8: [vectors * L]
-    // Of int8, the largest norm of a row of all that lies between these inputs and the gates: of W, or for V of U V. 0 where
-    // inputs need never be finer.
+    const float* data = nullptr;    // 32-bit words of any format
+    const float* scales = nullptr;  // int8 only: [vectors * L]
+    // int8 only: the largest row norm of the map from these inputs to the gates, which is W, or U V where this is V. It
+    // bounds how far rounded inputs can move a gate. 0 if the inputs never need the remainder.
     float gain = 0;
     ptrdiff_t vectors = 0;
     ptrdiff_t inputs = 0;
-    ptrdiff_t words = 0;  // those of a lane
+    ptrdiff_t words = 0;  // per lane
     Storage storage = Storage::float32;
 };
 
-// One direction of a layer. A matrix that is kept as factors is U in ``ih`` or ``hh``, and V in ``ih_v`` or ``hh_v``.
+// One direction of a layer. For a factored matrix, ``ih`` or ``hh`` holds U, and ``ih_v`` or ``hh_v`` holds V.
 struct Weights {
     Panels ih_v, ih, hh_v, hh, hr;
-    const float* bias = nullptr;  // bias_ih + bias_hh, ordered as the gates of a panel
+    const float* bias = nullptr;  // bias_ih + bias_hh, in the gate order of a panel
     ptrdiff_t input_size = 0, hidden_size = 0, output_size = 0;
-    float cell_clip = 0, proj_clip = 0;  // bounds of c and of what hr gives; infinite where there is none
+    float cell_clip = 0, proj_clip = 0;  // bounds of c and of the projection; infinite: no clipping
 };
 
-// The sequences [first_row, last_row) of one direction of a layer over a whole batch.
+// The sequences [first_row, last_row) of a batch, in one direction of a layer.
 struct Task {
     const Weights* weights;
-    const float* x;           // [rows of all steps, input_size], ``x_stride`` floats from row to row
+    const float* x;  // [rows of all steps, input_size], rows ``x_stride`` floats apart
     ptrdiff_t x_stride;
-    const int64_t* sizes;     // the number of sequences at each step, never growing; null: ``batch`` at every step
+    const int64_t* sizes;  // sequences at each step, never growing; null: ``batch`` at every step
     ptrdiff_t steps, batch, rows;
     ptrdiff_t first_row, last_row;
-    const float *h0, *c0;     // [batch, output_size], [batch, hidden_size]; null: zeros
-    float* output;            // [rows, ...], ``output_stride`` floats from row to row
+    const float *h0, *c0;  // [batch, output_size], [batch, hidden_size]; null: zeros
+    float* output;         // [rows, ...], rows ``output_stride`` floats apart
     ptrdiff_t output_stride;
-    float *h, *c;             // the last states, as the first
+    float *h, *c;  // last states, shaped like h0 and c0
     bool reverse;
 };
 
-// The threads that share one task, and where they wait for each other.
+// The threads that share one task, and their barrier.
 struct Team {
     int size;
     void (*barrier)(void* self);
@@ -63,10 +62,10 @@ struct Team {
 struct Kernel {
     const char* name;
     ptrdiff_t lanes;
-    // How many floats ``run`` needs, 64-byte aligned and shared by the team.
+    // The number of floats that ``run`` needs, 64-byte aligned and shared by the team.
     size_t (*workspace)(const Task&, int team_size);
     void (*run)(const Task&, float* workspace, const Team&, int member);
-    // A number that values and those before them make, and others hardly ever do.
+    // A hash of the values, continued from the hash of the values before them.
     uint64_t (*digest)(const float* values, ptrdiff_t count, uint64_t so_far);
 };
 

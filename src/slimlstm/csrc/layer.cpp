@@ -13,7 +13,7 @@ namespace {
 
 constexpr size_t alignment = 64;
 constexpr ptrdiff_t samples_per_weight = 64;
-constexpr double waking = 2e4;  // how many nanoseconds a thread takes to wake, measured
+constexpr double wake_up = 2e4;  // nanoseconds to wake a thread, measured
 
 std::vector<const Kernel*> kernels() {
     std::vector<const Kernel*> found;
@@ -37,7 +37,7 @@ const Kernel* kernel_named(const std::string& name) {
     throw std::invalid_argument("no kernel is called " + name);
 }
 
-// Grows to what the largest call of this thread has wanted, and is kept.
+// Memory of this thread, which grows to the largest request and is reused.
 float* workspace(size_t floats) {
     thread_local Floats memory;
     if (memory.size() < floats) {
@@ -59,6 +59,12 @@ uint64_t digest(const Kernel& kernel, const Source& source) {
                 so_far = kernel.digest(source.at(row, column), 1, so_far);
     }
     return so_far;
+}
+
+// The k-th of a sequence of indices below ``count`` that covers all rows and all columns evenly.
+ptrdiff_t golden_section(ptrdiff_t k, ptrdiff_t count) {
+    double fraction = 0.6180339887 * static_cast<double>(k) - std::floor(0.6180339887 * static_cast<double>(k));
+    return static_cast<ptrdiff_t>(static_cast<double>(count) * fraction);
 }
 
 }  // namespace
@@ -97,11 +103,9 @@ Layer::Layer(const std::string& isa, const std::vector<Sources>& directions) : k
             if (!source.data) continue;
             to.sources.push_back(source);
             to.digests.push_back(digest(*kernel_, source));
-            // Steps of a golden section reach all rows and all columns.
             ptrdiff_t count = source.rows * source.columns, wanted = std::min(count, samples_per_weight);
             for (ptrdiff_t k = 0; k < wanted; ++k) {
-                ptrdiff_t at = count == wanted ? k : static_cast<ptrdiff_t>(static_cast<double>(count) *
-                                                                            (0.6180339887 * k - std::floor(0.6180339887 * k)));
+                ptrdiff_t at = count == wanted ? k : golden_section(k, count);
                 Sample sample{source.at(at / source.columns, at % source.columns), 0};
                 std::memcpy(&sample.bits, sample.where, sizeof sample.bits);
                 to.samples.push_back(sample);
@@ -128,8 +132,8 @@ bool Layer::is_current(bool thoroughly) const {
 }
 
 double Layer::nanoseconds(ptrdiff_t rows, ptrdiff_t batch) const {
-    // Measured: a multiply-add of each storage, of one sequence and of several, which share the reading of the weights; and
-    // the gates of a hidden unit.
+    // Measured: a multiply-add in each storage, for one sequence and for several, which share the reading of the weights;
+    // and the activations of a hidden unit.
     constexpr double of_one[] = {0.035, 0.022, 0.0095}, of_several[] = {0.019, 0.019, 0.0055}, of_unit = 1.5;
     double each = 0;
     for (const Direction& direction : directions_) {
@@ -175,11 +179,11 @@ Task Layer::task(const Call& call, ptrdiff_t index) const {
 
 void Layer::run(const Call& call, int threads) const {
     int directions = static_cast<int>(directions_.size());
-    Shares shares = threads < 0   ? Shares{-threads * directions, -threads, false}
-                    : threads > 1 ? share_out(call, threads)
-                                  : Shares{1, 1, false};
+    Shares shares{1, 1, false};
+    if (threads < 0) shares = {-threads * directions, -threads, false};
+    if (threads > 1) shares = share_out(call, threads);
     if (shares.threads > 1) {
-        Crew crew(shares.threads, threads < 0 ? -1 : waking + 0.05 * nanoseconds(call.rows, call.batch));
+        Crew crew(shares.threads, threads < 0 ? -1 : wake_up + 0.05 * nanoseconds(call.rows, call.batch));
         if (crew.size() < shares.threads) shares = crew.size() > 1 ? share_out(call, crew.size()) : Shares{1, 1, false};
         if (shares.threads > 1) return run_together(call, shares, crew);
     }
@@ -190,15 +194,14 @@ void Layer::run(const Call& call, int threads) const {
 }
 
 Layer::Shares Layer::share_out(const Call& call, int threads) const {
-    // Measured in nanoseconds: meeting at a barrier.
-    constexpr double meeting = 400;
+    constexpr double barrier = 400;  // nanoseconds, measured
     double alone = nanoseconds(call.rows, call.batch);
     int directions = static_cast<int>(directions_.size());
     int each = std::max(1, threads / directions);
-    double barriers = each > 1 ? static_cast<double>(call.steps) * meeting : 0;
-    // Each part of a batch reads all weights: only where they stay in the cache of its processor is that free.
+    double barriers = each > 1 ? static_cast<double>(call.steps) * barrier : 0;
+    // Dividing the batch makes each member read all weights, which is free only while they fit in its processor's cache.
     bool by_rows = call.batch >= 4 * each && bytes() / directions < 1 << 19;
-    double together = waking + alone / (directions * each) + (by_rows ? 0 : barriers);
+    double together = wake_up + alone / (directions * each) + (by_rows ? 0 : barriers);
     if (directions * each < 2 || directions > threads || together > 0.7 * alone) return {1, 1, false};
     return {directions * each, each, by_rows};
 }
@@ -207,12 +210,12 @@ void Layer::run_together(const Call& call, const Shares& shares, Crew& crew) con
     struct Job {
         const Kernel* kernel;
         Shares shares;
-        std::vector<Task> tasks;  // one for each member, or for each team
+        std::vector<Task> tasks;  // one for each member, or one for each team
         std::vector<size_t> begins;
         float* memory;
         Barrier barriers[2];
     };
-    thread_local Job job;  // so that its vectors are allocated once
+    thread_local Job job;  // thread_local so that its vectors are allocated once
     job.kernel = kernel_, job.shares = shares;
     job.tasks.clear(), job.begins.clear();
     int team = shares.by_rows ? 1 : shares.each;

@@ -1,4 +1,4 @@
-// A layer packed for one kernel, and how a call is shared out among threads.
+// A layer packed for one kernel, and the division of a call among threads.
 #pragma once
 
 #include <cstdlib>
@@ -11,7 +11,7 @@
 
 namespace slimlstm {
 
-// A float32 matrix of somebody else's: element (i, j) is data[i * row_stride + j * column_stride].
+// A float32 matrix that the caller owns: element (i, j) is data[i * row_stride + j * column_stride].
 struct Source {
     const float* data = nullptr;
     ptrdiff_t rows = 0, columns = 0, row_stride = 0, column_stride = 0;
@@ -19,12 +19,12 @@ struct Source {
     const float* at(ptrdiff_t row, ptrdiff_t column) const { return data + row * row_stride + column * column_stride; }
 };
 
-// The weights of one direction as PyTorch keeps them; those without data are not there.
+// The weights of one direction as PyTorch stores them; absent weights have null data.
 struct Sources {
     Source ih_v, ih, hh_v, hh, bias_ih, bias_hh, hr;
-    Storage ih_storage = Storage::float32, hh_storage = Storage::float32;  // the projection's is that of hh
-    float cell_clip = 0, proj_clip = 0;  // infinite where there is none
-    // Those of Panels, which int8 needs.
+    Storage ih_storage = Storage::float32, hh_storage = Storage::float32;  // hr has the storage of hh
+    float cell_clip = 0, proj_clip = 0;                                    // infinite: no clipping
+    // The gains of Panels, for int8.
     float ih_v_gain = 0, ih_gain = 0, hh_v_gain = 0, hh_gain = 0;
 };
 
@@ -44,7 +44,7 @@ class Floats {
     size_t size_ = 0;
 };
 
-// What a call works on; shapes as in slimlstm/ops/weights.py, all of it contiguous.
+// The inputs and outputs of a call, contiguous; shapes as in slimlstm/ops/weights.py.
 struct Call {
     const float* x;
     const int64_t* sizes;
@@ -55,20 +55,20 @@ struct Call {
 
 class Layer {
   public:
-    // ``isa`` is the name of a kernel; see kernel_names.
+    // ``isa`` is one of kernel_names().
     Layer(const std::string& isa, const std::vector<Sources>& directions);
 
     Layer(const Layer&) = delete;
     Layer& operator=(const Layer&) = delete;
 
-    // Whether the weights still are, as far as can be told cheaply, what was packed.
+    // Whether the weights are unchanged since they were packed: all of them if ``thoroughly``, else a sample.
     bool is_current(bool thoroughly) const;
 
-    // Uses up to so many threads, fewer where fewer are faster. Of a negative number every direction uses as many, whatever
-    // it costs, which is for tests.
+    // Uses up to ``threads`` threads, fewer where that is faster. A negative number, for tests, makes each direction use
+    // exactly that many threads.
     void run(const Call& call, int threads) const;
 
-    // About how long a call of so many rows takes one thread, ``batch`` of them at a step.
+    // The estimated time of a call on one thread: ``rows`` rows in all, ``batch`` at a step.
     double nanoseconds(ptrdiff_t rows, ptrdiff_t batch) const;
 
   private:
@@ -80,7 +80,7 @@ class Layer {
     };
     Task task(const Call& call, ptrdiff_t direction) const;
     Shares share_out(const Call& call, int threads) const;
-    double bytes() const;  // of all weights
+    double bytes() const;  // of all packed weights
     void run_together(const Call& call, const Shares& shares, Crew& crew) const;
 
     struct Sample {
@@ -98,7 +98,7 @@ class Layer {
     std::vector<Direction> directions_;
 };
 
-// The kernels that this machine can run, the best first.
+// The kernels that this machine can run, fastest first.
 std::vector<std::string> kernel_names();
 
 }  // namespace slimlstm

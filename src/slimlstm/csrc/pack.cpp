@@ -9,7 +9,7 @@ namespace {
 
 constexpr ptrdiff_t panel_vectors = 4;
 
-// The row of a matrix that a lane holds, or -1.
+// The row of a matrix that a lane holds; -1 for a lane without a row.
 ptrdiff_t row_of(ptrdiff_t vector, ptrdiff_t lane, ptrdiff_t rows, ptrdiff_t hidden, ptrdiff_t lanes) {
     if (hidden == 0) {
         ptrdiff_t row = vector * lanes + lane;
@@ -30,7 +30,7 @@ uint16_t to_bfloat16(float value) {
     return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
-// The largest magnitude of a row over 127, NaN if one is not finite.
+// The largest magnitude of a row, divided by 127; NaN if an element is not finite.
 float scale_of(const Source& source, ptrdiff_t row) {
     float bound = 0;
     for (ptrdiff_t k = 0; k < source.columns; ++k) {
@@ -45,7 +45,7 @@ uint8_t to_uint8(float value, float scale) {
     return static_cast<uint8_t>(128 + (scale > 0 ? std::lrint(value / scale) : 0));
 }
 
-// Writes the word of inputs that begins at ``k``; ``row`` is -1 for a lane without one.
+// Writes the word of weights of a row that begins at input ``k``; zeros if ``row`` is -1.
 void write_word(const Source& source, ptrdiff_t row, ptrdiff_t k, Storage storage, float scale, float* to) {
     auto value = [&](ptrdiff_t at) { return row < 0 || at >= source.columns ? 0.0f : *source.at(row, at); };
     if (storage == Storage::float32) {
@@ -60,6 +60,14 @@ void write_word(const Source& source, ptrdiff_t row, ptrdiff_t k, Storage storag
     }
 }
 
+ptrdiff_t inputs_per_word(Storage storage) {
+    switch (storage) {
+        case Storage::float32: return 1;
+        case Storage::bfloat16: return 2;
+        default: return 4;
+    }
+}
+
 }  // namespace
 
 Panels pack(const Source& source, Storage storage, ptrdiff_t hidden, ptrdiff_t lanes, std::vector<Floats>& memory) {
@@ -67,7 +75,7 @@ Panels pack(const Source& source, Storage storage, ptrdiff_t hidden, ptrdiff_t l
     panels.storage = storage;
     panels.vectors = vectors_of(source.rows, hidden, lanes);
     panels.inputs = source.columns;
-    ptrdiff_t per_word = storage == Storage::float32 ? 1 : storage == Storage::bfloat16 ? 2 : 4;
+    ptrdiff_t per_word = inputs_per_word(storage);
     ptrdiff_t words = panels.words = (source.columns + per_word - 1) / per_word;
     memory.emplace_back(static_cast<size_t>(panels.vectors * lanes * words));
     float* data = memory.back().get();

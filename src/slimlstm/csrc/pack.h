@@ -1,4 +1,4 @@
-// Weights dealt out to panels; see Panels in kernel.h.
+// Packing weights into panels; see Panels in kernel.h.
 #pragma once
 
 #include <vector>
@@ -7,10 +7,11 @@
 
 namespace slimlstm {
 
-// Rounds a matrix to a storage and packs it for vectors of so many lanes; with ``hidden`` > 0 its rows are the gates of so many hidden units.
+// Rounds a matrix to a storage and packs it for vectors of ``lanes`` lanes. With ``hidden`` > 0 its rows are the gates of
+// that many hidden units.
 Panels pack(const Source& source, Storage storage, ptrdiff_t hidden, ptrdiff_t lanes, std::vector<Floats>& memory);
 
-// The sum of the biases that are there, in the order of packed gates.
+// The sum of the biases that are present, in the order of packed gates; null if neither is.
 const float* pack_bias(const Source& one, const Source& other, ptrdiff_t hidden, ptrdiff_t lanes,
                        std::vector<Floats>& memory);
 

@@ -20,7 +20,7 @@ void pause() {
 #endif
 }
 
-// The processor that this thread is on; where that is not known, one that no other is on.
+// The processor that runs this thread; where the system does not tell, a number unique to the thread.
 int processor() {
 #if defined(__linux__)
     return sched_getcpu();
@@ -31,8 +31,8 @@ int processor() {
 #endif
 }
 
-// Spins for some microseconds, which is what members of a team that all run wait for each other. Who waits longer waits for
-// a thread that may need this very processor, and gives it away.
+// Spins for some microseconds, the usual wait while all members of a team run. After that it yields, because the thread
+// it waits for may need this processor.
 template <class Done>
 void spin_until(const Done& done) {
     constexpr int spins_before_yielding = 200;
@@ -40,23 +40,24 @@ void spin_until(const Done& done) {
 }
 
 struct Pool {
-    std::mutex users;  // held by the call that has the threads
+    std::mutex users;  // held by the call that leases the pool
     std::mutex mutex;
     std::condition_variable woken;
-    uint32_t job = 0;  // counts them, never zero; under ``mutex``
+    uint32_t job = 0;  // number of the current job, never zero; guarded by ``mutex``
     int threads = 0;
-    // The job that threads may join, in the upper half, and how many have; zero while there is none.
+    // Upper half: the job that threads may join; lower half: how many have joined. Zero if no job is open.
     std::atomic<uint64_t> open{0};
-    std::atomic<uint32_t> begun{0};  // the job whose work, which follows, is known
-    int misses = 0, pause = 0;  // in a row, and for how many calls not to try it again; under ``users``
-    std::atomic<int> caller{0};         // the processor of the call
-    std::atomic<bool> anywhere{false};  // whether threads on that processor are welcome too
+    std::atomic<uint32_t> begun{0};     // the job whose ``count``, ``work`` and ``context`` are set
+    int misses = 0;                     // calls in a row that got too few threads; guarded by ``users``
+    int pause = 0;                      // calls that will not wake threads; guarded by ``users``
+    std::atomic<int> caller{0};         // the processor of the calling thread
+    std::atomic<bool> anywhere{false};  // whether threads on that processor may join
     int count = 0;
     void (*work)(void*, int) = nullptr;
     void* context = nullptr;
     std::atomic<int> running{0};
 
-    // Which member of the job a thread becomes, 0 where it comes too late.
+    // Joins a job and returns the member's number, or 0 if the job is closed.
     int join(uint32_t wanted) {
         uint64_t seen = open.load(std::memory_order_acquire);
         do {
@@ -73,8 +74,9 @@ struct Pool {
                 woken.wait(lock, [&] { return job != seen; });
                 seen = job;
             }
-            // On the processor of whoever called it would only be in the way.
-            if (!anywhere.load(std::memory_order_relaxed) && processor() == caller.load(std::memory_order_relaxed)) continue;
+            // On the caller's processor this thread would only slow the caller down.
+            if (!anywhere.load(std::memory_order_relaxed) && processor() == caller.load(std::memory_order_relaxed))
+                continue;
             int member = join(seen);
             if (!member) continue;
             spin_until([&] { return begun.load(std::memory_order_acquire) == seen; });
@@ -83,7 +85,7 @@ struct Pool {
         }
     }
 
-    // Lets those go who have joined, the members below ``count`` after some work.
+    // Starts the threads that have joined; members below ``members`` do the work first.
     void begin(int joined, int members, void (*what)(void*, int), void* with) {
         count = members, work = what, context = with;
         running.store(joined, std::memory_order_relaxed);
@@ -91,8 +93,8 @@ struct Pool {
     }
 };
 
-// A forked child has none of its parent's threads, and their mutexes in any state: it starts over with a new pool. None is
-// ever destroyed, because its threads may still wait in it when the process ends.
+// A forked child has none of its parent's threads, and its copy of the mutexes may be locked: it starts a new pool. Pools
+// are never destroyed, because threads may still wait in them when the process ends.
 Pool& pool() {
     static std::atomic<Pool*> current{nullptr};
     static std::atomic<pid_t> owner{0};
@@ -142,7 +144,7 @@ Crew::Crew(int wanted, double patience) : lock_(pool().users, std::try_to_lock) 
     if (patience < 0) {
         spin_until(all_came);
     } else {
-        // Without giving the processor away: a thread that would come then has none of its own.
+        // Do not yield: a thread that then ran here would have no processor of its own.
         auto end = now() + std::chrono::nanoseconds(static_cast<int64_t>(patience));
         while (!all_came() && now() < end) pause();
     }

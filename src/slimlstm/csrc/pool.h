@@ -1,4 +1,4 @@
-// Threads that sleep between calls and spin only within them.
+// A pool of threads that sleep between calls and spin only within them.
 #pragma once
 
 #include <atomic>
@@ -6,7 +6,7 @@
 
 namespace slimlstm {
 
-// Lets so many threads wait for each other, again and again, without sleeping.
+// A reusable barrier for ``count`` threads that spins and never sleeps.
 class Barrier {
   public:
     void expect(int count) { count_ = count; }
@@ -18,21 +18,21 @@ class Barrier {
     std::atomic<unsigned> round_{0};
 };
 
-// The right to use the threads, which one call at a time can have.
+// Exclusive lease on the pool.
 class Crew {
   public:
-    // Calls for threads until there are ``wanted``, this one included, or so many nanoseconds are over: processors may have
-    // other work. Where they have it all the time, most calls do without. Of a negative patience it waits as long as it
-    // takes.
+    // Wakes threads and waits until ``wanted`` have joined, the caller included, or ``patience`` nanoseconds have passed,
+    // since the processors may be busy. After repeated misses most calls do not wake threads. A negative patience waits
+    // without a limit.
     Crew(int wanted, double patience);
     ~Crew();
     Crew(const Crew&) = delete;
     Crew& operator=(const Crew&) = delete;
 
-    // How many came, this one included; one where another call has the threads.
+    // The number of threads that joined, the caller included; 1 if another call holds the lease.
     int size() const { return size_; }
 
-    // work(context, member) for every member in [0, count) at once, member 0 on this thread; count is at most the size.
+    // Runs work(context, member) in parallel for every member in [0, count), member 0 on this thread; count <= size().
     void run(int count, void (*work)(void*, int), void* context);
 
   private:

@@ -1,292 +1,23 @@
-// The recurrence of one direction of a layer, written once for every instruction set: each includes its ``Simd`` and
-// then this file. Everything is in an unnamed namespace, so that the linker cannot put code for one instruction set in
-// the place of another's.
+// The recurrence of one direction of a layer, written once for all instruction sets. Each instruction set includes its
+// ``Simd`` and then this file. Everything is in an unnamed namespace, so that the linker cannot substitute code for one
+// instruction set by another's.
 //
-// G = ceil(H / L) groups of hidden units. A team shares the groups out among its members; a member computes the gates,
-// the cells and the outputs of its own groups, so that one barrier a step is enough:
-//     hh dense     all of h has to be there before the next step: a barrier after each step, h in two buffers
-//     hh = U V     V h is a sum over hidden units: each member adds up its own, a barrier, everybody adds the parts
-//     projection   hr m is such a sum likewise, after which everybody has all of h
+// The hidden units form ceil(H / L) groups, which a team divides among its members. Each member computes the gates, cells
+// and outputs of its own groups, so that one barrier a step suffices:
+//     hh dense     the next step needs all of h: a barrier after each step, h in two buffers
+//     hh = U V     V h is a sum over hidden units: each member sums its own units, a barrier, each member adds all parts
+//     projection   hr m is a sum of the same kind, after which each member has all of h
 #pragma once
 
-#include "elementwise.h"
-#include "kernel.h"
+#include "products.h"
 
 namespace {
 
-using slimlstm::Panels;
-using slimlstm::Storage;
 using slimlstm::Task;
 using slimlstm::Team;
 using slimlstm::Weights;
 
-constexpr ptrdiff_t panel_vectors = 4;
-// One cell waits for its own numbers most of the time.
-constexpr int cells_at_once = 2;
-
-SLIMLSTM_INLINE constexpr ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
-SLIMLSTM_INLINE ptrdiff_t larger(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
-SLIMLSTM_INLINE ptrdiff_t ceiling(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b; }
-
-// ---- weights and inputs of each storage ----
-
-// What products are taken with: inputs by row, int8 four to a word, and what makes numbers of their sums.
-struct Words {
-    const float* const* rows;
-    const float* scales;       // of the rows
-    const int32_t* offsets;    // 128 times the sum of a row, which weights without a sign add
-    ptrdiff_t from, to;        // which words of weights count
-    ptrdiff_t rests = 0;       // how many words after those of a row are those of what rounding left over; 0: there are none
-    const int32_t* rest_offsets = nullptr;
-};
-
-struct Float32 {
-    static constexpr int max_rows = Simd::max_rows;
-    using Sum = F;
-    using Input = F;
-    static Sum zero() { return Simd::zero(); }
-    static Sum add(Sum a, Sum b) { return Simd::add(a, b); }
-    static Input input(const float* row, ptrdiff_t word, ptrdiff_t) { return Simd::all(row[word]); }
-    static Sum multiply_add(const float* weights, Input input, Sum sum) {
-        return Simd::fma(input, Simd::load(weights), sum);
-    }
-    static F value(Sum sum, const Words&, ptrdiff_t, const float*) { return sum; }
-};
-
-// Not with the processor's instruction for it: where that was measured it does half as many products a second as this, and
-// it would round the inputs.
-struct BFloat16 {
-    static constexpr int max_rows = Simd::max_rows;
-    using Sum = F;
-    struct Input {
-        F even, odd;
-    };
-    static Sum zero() { return Simd::zero(); }
-    static Sum add(Sum a, Sum b) { return Simd::add(a, b); }
-    static Input input(const float* row, ptrdiff_t word, ptrdiff_t) {
-        return Input{Simd::all(row[2 * word]), Simd::all(row[2 * word + 1])};
-    }
-    static Sum multiply_add(const float* weights, const Input& input, Sum sum) {
-        I words = Simd::load_words(weights);
-        return Simd::fma(input.odd, Simd::high_halves(words), Simd::fma(input.even, Simd::low_halves(words), sum));
-    }
-    static F value(Sum sum, const Words&, ptrdiff_t, const float*) { return sum; }
-};
-
-struct Int8 {
-    static constexpr int max_rows = Simd::max_rows;
-    using Sum = I;
-    using Input = I;
-    static Sum zero() { return Simd::no_words(); }
-    static Sum add(Sum a, Sum b) { return Simd::add_words(a, b); }
-    static Input input(const float* row, ptrdiff_t word, ptrdiff_t) { return Simd::all_words(bits_of(row[word])); }
-    static Sum multiply_add(const float* weights, Input input, Sum sum) {
-        return Simd::dot_int8(Simd::load_words(weights), input, sum);
-    }
-    static F value(Sum sum, const Words& a, ptrdiff_t row, const float* scales) {
-        F number = Simd::to_float(Simd::subtract_words(sum, Simd::all_words(a.offsets[row])));
-        return Simd::mul(number, Simd::mul(Simd::load(scales), Simd::all(a.scales[row])));
-    }
-};
-
-// With what rounding the inputs to int8 left over, from the same reading of the weights.
-struct FineInt8 {
-    static constexpr int max_rows = Simd::max_rows > 1 ? Simd::max_rows / 2 : 1;
-    struct Sum {
-        I whole, rest;
-    };
-    using Input = Sum;
-    static Sum zero() { return Sum{Simd::no_words(), Simd::no_words()}; }
-    static Sum add(const Sum& a, const Sum& b) {
-        return Sum{Simd::add_words(a.whole, b.whole), Simd::add_words(a.rest, b.rest)};
-    }
-    static Input input(const float* row, ptrdiff_t word, ptrdiff_t rests) {
-        return Input{Simd::all_words(bits_of(row[word])), Simd::all_words(bits_of(row[word + rests]))};
-    }
-    static Sum multiply_add(const float* weights, const Input& input, const Sum& sum) {
-        I words = Simd::load_words(weights);
-        return Sum{Simd::dot_int8(words, input.whole, sum.whole), Simd::dot_int8(words, input.rest, sum.rest)};
-    }
-    static F value(const Sum& sum, const Words& a, ptrdiff_t row, const float* scales) {
-        F whole = Simd::to_float(Simd::subtract_words(sum.whole, Simd::all_words(a.offsets[row])));
-        F rest = Simd::to_float(Simd::subtract_words(sum.rest, Simd::all_words(a.rest_offsets[row])));
-        F number = Simd::fma(rest, Simd::all(1.0f / parts_of_one), whole);
-        return Simd::mul(number, Simd::mul(Simd::load(scales), Simd::all(a.scales[row])));
-    }
-};
-
-// ---- products ----
-
-// sums[m][w] = the products of the words of row a[m] that count with the W vectors of a panel.
-template <class Kept, int W, int M>
-SLIMLSTM_INLINE void products(const float* panel, const Words& a, ptrdiff_t row, typename Kept::Sum (&sums)[M][W]) {
-    // A sum that waits for itself takes one multiply-add per latency; eight at a time hide it.
-    constexpr int S = W * M >= 8 ? 1 : W * M >= 4 ? 2 : W * M >= 2 ? 4 : 8;
-    typename Kept::Sum parts[S][M][W];
-    SLIMLSTM_UNROLL for (int s = 0; s < S; ++s)
-        SLIMLSTM_UNROLL for (int m = 0; m < M; ++m)
-            SLIMLSTM_UNROLL for (int w = 0; w < W; ++w) parts[s][m][w] = Kept::zero();
-    const float* rows[M];
-    SLIMLSTM_UNROLL for (int m = 0; m < M; ++m) rows[m] = a.rows[row + m];
-    panel += a.from * W * L;
-    ptrdiff_t k = a.from;
-    for (; k + S <= a.to; k += S, panel += S * W * L)
-        SLIMLSTM_UNROLL for (int s = 0; s < S; ++s)
-            SLIMLSTM_UNROLL for (int m = 0; m < M; ++m) {
-                typename Kept::Input input = Kept::input(rows[m], k + s, a.rests);
-                SLIMLSTM_UNROLL for (int w = 0; w < W; ++w)
-                    parts[s][m][w] = Kept::multiply_add(panel + (s * W + w) * L, input, parts[s][m][w]);
-            }
-    for (; k < a.to; ++k, panel += W * L)
-        SLIMLSTM_UNROLL for (int m = 0; m < M; ++m) {
-            typename Kept::Input input = Kept::input(rows[m], k, a.rests);
-            SLIMLSTM_UNROLL for (int w = 0; w < W; ++w)
-                parts[0][m][w] = Kept::multiply_add(panel + w * L, input, parts[0][m][w]);
-        }
-    SLIMLSTM_UNROLL for (int m = 0; m < M; ++m)
-        SLIMLSTM_UNROLL for (int w = 0; w < W; ++w) {
-            sums[m][w] = parts[0][m][w];
-            SLIMLSTM_UNROLL for (int s = 1; s < S; ++s) sums[m][w] = Kept::add(sums[m][w], parts[s][m][w]);
-        }
-}
-
-// The products of P panels with M rows.
-template <class Kept, int P, int W, int M, class Take>
-void block(const Panels& matrix, ptrdiff_t vector, const Words& a, ptrdiff_t row, const Take& take) {
-    F values[P * M][W];
-    SLIMLSTM_UNROLL for (int p = 0; p < P; ++p) {
-        typename Kept::Sum sums[M][W];
-        ptrdiff_t first = vector + p * W;
-        products<Kept, W, M>(matrix.data + first * L * matrix.words, a, row, sums);
-        SLIMLSTM_UNROLL for (int m = 0; m < M; ++m)
-            SLIMLSTM_UNROLL for (int w = 0; w < W; ++w)
-                values[p * M + m][w] = Kept::value(sums[m][w], a, row + m, matrix.scales + (first + w) * L);
-    }
-    take.template operator()<P, W, M>(vector, row, values);
-}
-
-template <class Kept, int W, int M, class Take>
-SLIMLSTM_INLINE void block_of(int m, const Panels& matrix, ptrdiff_t vector, const Words& a, ptrdiff_t row,
-                              const Take& take) {
-    if constexpr (M > 1)
-        if (m < M) return block_of<Kept, W, M - 1>(m, matrix, vector, a, row, take);
-    block<Kept, 1, W, M>(matrix, vector, a, row, take);
-}
-
-template <class Kept, int W, class Take>
-void panel_by_rows(const Panels& matrix, ptrdiff_t vector, const Words& a, ptrdiff_t count, const Take& take) {
-    for (ptrdiff_t row = 0, left = count; left > 0;) {
-        // Blocks as equal as can be: 7 rows are 4 and 3, not 6 and 1.
-        ptrdiff_t m = ceiling(left, ceiling(left, Kept::max_rows));
-        block_of<Kept, W, Kept::max_rows>(static_cast<int>(m), matrix, vector, a, row, take);
-        row += m, left -= m;
-    }
-}
-
-template <class Kept, class Take>
-void multiply_as(const Panels& matrix, ptrdiff_t first, ptrdiff_t last, const Words& a, ptrdiff_t count, const Take& take) {
-    ptrdiff_t v = first;
-    if constexpr (Take::panels > 1)
-        for (ptrdiff_t step = Take::panels * panel_vectors; count == 1 && v + step <= last; v += step)
-            block<Kept, Take::panels, panel_vectors, 1>(matrix, v, a, 0, take);
-    for (; v < last; v += panel_vectors) switch (matrix.vectors - v) {
-            case 1: panel_by_rows<Kept, 1>(matrix, v, a, count, take); break;
-            case 2: panel_by_rows<Kept, 2>(matrix, v, a, count, take); break;
-            case 3: panel_by_rows<Kept, 3>(matrix, v, a, count, take); break;
-            default: panel_by_rows<Kept, 4>(matrix, v, a, count, take); break;
-        }
-}
-
-// Where inputs are put that cannot be used as they are.
-struct Scratch {
-    float* words;
-    const float** rows;
-    float* scales;
-    int32_t *offsets, *rest_offsets;
-};
-
-// Rounding to multiples of a scale moves a gate by scale * gain / sqrt(12) in the mean square; more than a thirty-second
-// could be seen, as sigmoid and tanh are steepest over a few units.
-constexpr float largest_rounding = 0.108253175f;
-
-// What a product is taken of: rows of floats, and which inputs of them count; ``from`` begins a word of any storage.
-struct Operand {
-    const float* const* rows;
-    ptrdiff_t count;
-    ptrdiff_t from, to;
-    Scratch scratch;
-
-    Words as_they_are() const { return Words{rows, nullptr, nullptr, from, to}; }
-
-    // By twos, the last of an odd number with a zero.
-    Words in_pairs() const {
-        Words words{rows, nullptr, nullptr, from / 2, larger(from / 2, ceiling(to, 2))};
-        if (to % 2 == 0) return words;
-        for (ptrdiff_t row = 0; row < count; ++row) {
-            float* padded = scratch.words + row * (to + 1 - from);
-            copy(padded, rows[row] + from, to - from);
-            padded[to - from] = 0.0f;
-            scratch.rows[row] = padded - from;
-        }
-        words.rows = scratch.rows;
-        return words;
-    }
-
-    // All rows as integers; what that left over after them, if one is too coarse for the gain of a matrix.
-    Words in_int8(float gain) const {
-        ptrdiff_t begin = from / 4, end = larger(begin, ceiling(to, 4)), width = end - begin;
-        Words words{scratch.rows, scratch.scales, scratch.offsets, begin, end};
-        for (ptrdiff_t row = 0; row < count; ++row) {
-            float* integers = scratch.words + row * width;
-            float bound = largest_magnitude(rows[row] + from, to - from);
-            scratch.scales[row] = bound / 127.0f;
-            scratch.offsets[row] = rounded_row<false>(row, bound, integers, width, nullptr);
-            scratch.rows[row] = integers - begin;
-            if (is_coarse(row, gain)) words.rests = count * width;
-        }
-        if (words.rests == 0) return words;
-        words.rest_offsets = scratch.rest_offsets;
-        for (ptrdiff_t row = 0; row < count; ++row) {
-            float* rests = scratch.words + words.rests + row * width;
-            if (is_coarse(row, gain)) {
-                float bound = largest_magnitude(rows[row] + from, to - from);
-                scratch.rest_offsets[row] = rounded_row<true>(row, bound, rests, width, scratch.words + row * width);
-            } else {
-                // None, so that what becomes of a row does not depend on those beside it.
-                copy_or_clear(rests, nullptr, width);
-                scratch.rest_offsets[row] = 0;
-            }
-        }
-        return words;
-    }
-
-    bool is_coarse(ptrdiff_t row, float gain) const { return scratch.scales[row] * gain > largest_rounding; }
-
-    template <bool Rests>
-    int32_t rounded_row(ptrdiff_t row, float bound, float* words, ptrdiff_t width, const float* integers) const {
-        if (width > 0) words[width - 1] = 0.0f;
-        return round_to_int8<Rests>(rows[row] + from, to - from, bound, reinterpret_cast<int8_t*>(words),
-                                    reinterpret_cast<const int8_t*>(integers));
-    }
-};
-
-// Gives ``take`` the products of ``a`` with the vectors [first, last) of a matrix; ``first`` begins a panel.
-template <class Take>
-void multiply(const Panels& matrix, ptrdiff_t first, ptrdiff_t last, const Operand& a, const Take& take) {
-    switch (matrix.storage) {
-        case Storage::float32:
-            return multiply_as<Float32>(matrix, first, last, a.as_they_are(), a.count, take);
-        case Storage::bfloat16:
-            return multiply_as<BFloat16>(matrix, first, last, a.in_pairs(), a.count, take);
-        case Storage::int8: {
-            Words words = a.in_int8(matrix.gain);
-            if (words.rests) return multiply_as<FineInt8>(matrix, first, last, words, a.count, take);
-            return multiply_as<Int8>(matrix, first, last, words, a.count, take);
-        }
-    }
-}
-
-// Writes products to rows ``stride`` apart, plus a bias where there is one, within a bound where that is finite.
+// Adds the bias, if any, to products, clips them to a finite bound, and stores them in rows ``stride`` floats apart.
 struct Write {
     float* to;
     ptrdiff_t stride;
@@ -297,8 +28,8 @@ struct Write {
 
     template <int P, int W, int M>
     SLIMLSTM_INLINE void operator()(ptrdiff_t vector, ptrdiff_t row, F (&sums)[P * M][W]) const {
-        SLIMLSTM_UNROLL for (int m = 0; m < M; ++m)
-            SLIMLSTM_UNROLL for (int w = 0; w < W; ++w) {
+        SLIMLSTM_UNROLL(m, M)
+            SLIMLSTM_UNROLL(w, W) {
                 ptrdiff_t at = (vector + w) * L;
                 F sum = sums[m][w];
                 if (bias) sum = Simd::add(sum, Simd::load(bias + at));
@@ -308,11 +39,11 @@ struct Write {
     }
 };
 
-// Turns the recurrent products of a panel into new cells and new h, without their ever being stored.
+// Computes new cells and h from the recurrent products of a panel while these are still in registers.
 struct Cells {
-    const float* gates;  // those of the input, row by row
+    const float* gates;  // W_ih x + b, row by row
     float *c, *h;        // [rows, stride]
-    float* output;       // null where h is projected first
+    float* output;       // null if h is to be projected
     ptrdiff_t gates_stride, c_stride, h_stride, output_stride, hidden_size;
     float clip;
 
@@ -321,17 +52,17 @@ struct Cells {
     template <int P, int W, int M>
     SLIMLSTM_INLINE void operator()(ptrdiff_t vector, ptrdiff_t row, F (&sums)[P * M][W]) const {
         if constexpr (W == panel_vectors) {
-            constexpr int N = smaller(P * M, cells_at_once), rest = P * M % N;
-            SLIMLSTM_UNROLL for (int at = 0; at + N <= P * M; at += N) several<N, M>(vector, row, at, sums);
-            if constexpr (rest > 0) several<rest, M>(vector, row, P * M - rest, sums);
+            constexpr int N = smaller(P * M, cells_at_once), left = P * M % N;
+            SLIMLSTM_UNROLL(k, P * M / N) several<N, M>(vector, row, k * N, sums);
+            if constexpr (left > 0) several<left, M>(vector, row, P * M - left, sums);
         }
     }
 
-    // The cells [first, first + N) of a block, of whose every panel there are M.
+    // Computes the cells [first, first + N) of a block with M rows to each panel.
     template <int N, int M, int All>
     SLIMLSTM_INLINE void several(ptrdiff_t vector, ptrdiff_t first_row, int first, F (&sums)[All][panel_vectors]) const {
         F sigmoids[3 * N], g[N], state[N];
-        SLIMLSTM_EACH {
+        SLIMLSTM_UNROLL(n, N) {
             const F(&sum)[panel_vectors] = sums[first + n];
             ptrdiff_t row = first_row + (first + n) % M, panel = vector / panel_vectors + (first + n) / M;
             const float* gate = gates + row * gates_stride + panel * panel_vectors * L;
@@ -342,7 +73,7 @@ struct Cells {
             state[n] = Simd::load(c + row * c_stride + panel * L);
         }
         cells<N>(sigmoids, g, state, clip);
-        SLIMLSTM_EACH {
+        SLIMLSTM_UNROLL(n, N) {
             ptrdiff_t row = first_row + (first + n) % M, unit = (vector / panel_vectors + (first + n) / M) * L;
             Simd::store(c + row * c_stride + unit, state[n]);
             Simd::store(h + row * h_stride + unit, g[n]);
@@ -356,33 +87,31 @@ struct Cells {
     }
 };
 
-// ---- workspace ----
-
-// A distance between rows of so many floats. Rows a multiple of 4096 bytes apart share a few sets of the cache, and the
-// processor takes a load from one for dependent on a store to another.
+// The distance between rows of ``floats`` floats. Rows a multiple of 4096 bytes apart would share few cache sets, and the
+// processor would take loads from one row to depend on stores to another.
 SLIMLSTM_INLINE ptrdiff_t spaced(ptrdiff_t floats) { return floats ? ceiling(floats, 16) * 16 + 16 : 0; }
 
-// How a workspace is laid out; with base null, only how large it is.
+// The layout of a workspace; with a null base, only its size.
 struct Buffers {
-    ptrdiff_t chunk;          // rows of input whose gates are held at once
-    ptrdiff_t units;          // those of the last group included that do not exist
+    ptrdiff_t chunk;  // rows of input whose gates are computed at once
+    ptrdiff_t units;  // H rounded up to whole groups
     ptrdiff_t gates_stride, thin_stride, unit_stride, z_stride, h_stride, part_stride;
-    float* gates;             // [chunk, gates_stride]
-    float* thin;              // [chunk, thin_stride]: V x
-    float* c;                 // [batch, unit_stride]
-    float* h[2];              // [batch, h_stride]; with a projection, every member has its own
-    float* m;                 // [batch, unit_stride]: what is projected
-    float* z;                 // [batch, z_stride], every member its own: V h
-    float* parts[2];          // [team, batch, part_stride]: partial sums, of even and odd steps
-    const float** rows;       // [chunk], every member its own
-    Scratch scratch;          // of every member its own
-    size_t size;              // in floats
+    float* gates;        // [chunk, gates_stride]
+    float* thin;         // [chunk, thin_stride]: V x
+    float* c;            // [batch, unit_stride]
+    float* h[2];         // [batch, h_stride]; with a projection, one per member
+    float* m;            // [batch, unit_stride]: σ(o) tanh(c) before the projection
+    float* z;            // [batch, z_stride]: V h, one per member
+    float* parts[2];     // [team, batch, part_stride]: partial sums, of even and odd steps
+    const float** rows;  // [chunk], one per member
+    Scratch scratch;     // one per member
+    size_t size;         // in floats
 
     Buffers(const Task& task, float* base, int team, int member) {
         const Weights& w = *task.weights;
         ptrdiff_t batch = task.last_row - task.first_row;
         units = ceiling(w.hidden_size, L) * L;
-        // About a megabyte of gates, but enough rows to make the reading of the input weights worth it.
+        // About a megabyte of gates, but enough rows to amortise reading the input weights.
         chunk = larger(batch, smaller(task.steps * batch, larger(48, (1 << 18) / (4 * units))));
         gates_stride = spaced(4 * units);
         thin_stride = spaced(w.ih_v.vectors * L);
@@ -413,17 +142,16 @@ struct Buffers {
         const Panels* matrices[] = {&w.ih_v, &w.ih, &w.hh_v, &w.hh, &w.hr};
         for (const Panels* matrix : matrices)
             if (matrix->storage != Storage::float32)
-                words = larger(words, matrix->storage == Storage::int8 ? 2 * ceiling(matrix->inputs, 4) : matrix->inputs + 1);
+                words =
+                    larger(words, matrix->storage == Storage::int8 ? 2 * ceiling(matrix->inputs, 4) : matrix->inputs + 1);
         scratch.words = take(chunk * words, team, member);
         scratch.rows = reinterpret_cast<const float**>(take(words ? chunk * floats : 0, team, member));
         scratch.scales = take(words ? chunk : 0, team, member);
         scratch.offsets = reinterpret_cast<int32_t*>(take(words ? chunk : 0, team, member));
-        scratch.rest_offsets = reinterpret_cast<int32_t*>(take(words ? chunk : 0, team, member));
+        scratch.remainder_offsets = reinterpret_cast<int32_t*>(take(words ? chunk : 0, team, member));
         size = used;
     }
 };
-
-// ---- the loop over time ----
 
 // One member's share of a task.
 struct Run {
@@ -433,7 +161,7 @@ struct Run {
     const int member;
     Buffers b;
     const ptrdiff_t batch;
-    ptrdiff_t first_unit, last_unit;  // the member's own
+    ptrdiff_t first_unit, last_unit;  // this member's units
     ptrdiff_t before = 0;             // sequences in the last step
     int read = 0, parity = 0;
 
@@ -451,10 +179,8 @@ struct Run {
 
     ptrdiff_t size_at(ptrdiff_t step) const { return task.sizes ? task.sizes[step] : task.batch; }
 
-    // How many of this task's own sequences there are at a step of the input.
-    ptrdiff_t active_at(ptrdiff_t step) const {
-        return larger(0, smaller(size_at(step), task.last_row) - task.first_row);
-    }
+    // The number of this task's sequences that are active at a step of the input.
+    ptrdiff_t active_at(ptrdiff_t step) const { return larger(0, smaller(size_at(step), task.last_row) - task.first_row); }
 
     void run() {
         ptrdiff_t begin = task.reverse ? task.rows : 0;  // the first row of the next step
@@ -486,7 +212,7 @@ struct Run {
         }
     }
 
-    // W_ih x + b for the rows of a chunk: the member's own gates.
+    // Computes W_ih x + b for this member's gates and the rows of a chunk.
     void input_gates(ptrdiff_t rows) {
         Operand a{b.rows, rows, 0, w.input_size, b.scratch};
         if (w.ih_v.data) {
@@ -504,7 +230,7 @@ struct Run {
         return Operand{b.rows, count, 0, inputs, b.scratch};
     }
 
-    // Gives the sequences that begin at this step their first states.
+    // Loads the initial states of the sequences that begin at this step.
     void enter(ptrdiff_t active) {
         if (active <= before) {
             before = active;
@@ -522,11 +248,11 @@ struct Run {
                 copy_or_clear(h + first_unit, h0 ? h0 + first_unit : nullptr, own);
         }
         before = active;
-        // Of a dense hh everybody reads all of h.
+        // With a dense hh each member reads all of h.
         if (!w.hh_v.data && !w.hr.data) wait();
     }
 
-    // Hands over the last states of the sequences [from, to).
+    // Stores the last states of the sequences [from, to), which end here.
     void leave(ptrdiff_t from, ptrdiff_t to) {
         for (ptrdiff_t k = from; k < to; ++k) {
             ptrdiff_t row = task.first_row + k, own = smaller(last_unit, w.hidden_size) - first_unit;
@@ -540,7 +266,7 @@ struct Run {
         }
     }
 
-    // One step of the sequences [0, active).
+    // Runs one step of the sequences [0, active).
     void advance(ptrdiff_t active, const float* gates, float* output) {
         const bool projected = w.hr.data;
         Operand state = w.hh_v.data ? thin_state(active) : rows_of(b.h[read], b.h_stride, active, w.output_size);
@@ -548,8 +274,8 @@ struct Run {
         float* to = projected ? b.m : b.h[write];
         ptrdiff_t stride = projected ? b.unit_stride : b.h_stride;
         multiply(w.hh, first_unit / L * 4, last_unit / L * 4, state,
-                 Cells{gates, b.c, to, projected ? nullptr : output, b.gates_stride, b.unit_stride, stride, task.output_stride,
-                       w.hidden_size, w.cell_clip});
+                 Cells{gates, b.c, to, projected ? nullptr : output, b.gates_stride, b.unit_stride, stride,
+                       task.output_stride, w.hidden_size, w.cell_clip});
         if (projected)
             project(active, output);
         else
@@ -557,7 +283,7 @@ struct Run {
         if (!projected && !w.hh_v.data) wait();
     }
 
-    // V h.
+    // Computes V h.
     Operand thin_state(ptrdiff_t active) {
         if (w.hr.data) {
             multiply(w.hh_v, 0, w.hh_v.vectors, rows_of(b.h[0], b.h_stride, active, w.output_size),
@@ -577,7 +303,7 @@ struct Run {
             copy(output + k * task.output_stride, b.h[0] + k * b.h_stride, w.output_size);
     }
 
-    // matrix · a within ``bound``, where each member has computed its own hidden units of ``a``.
+    // Computes matrix · a, clipped to ``bound``; each member holds its own hidden units of ``a``.
     void sum_over_members(const Panels& matrix, Operand a, float* to, ptrdiff_t stride, float bound) {
         a.from = first_unit;
         a.to = smaller(last_unit, w.hidden_size);
@@ -599,29 +325,27 @@ struct Run {
 
 size_t workspace(const Task& task, int team_size) { return Buffers(task, nullptr, team_size, 0).size; }
 
-void run(const Task& task, float* workspace, const Team& team, int member) {
-    Run(task, workspace, team, member).run();
-}
+void run(const Task& task, float* workspace, const Team& team, int member) { Run(task, workspace, team, member).run(); }
 
-// Of every lane two running sums, the second of the first, so that the order of values counts.
+// Keeps two running sums in each lane, the second over the first, so that the hash depends on the order of the values.
 uint64_t digest(const float* values, ptrdiff_t count, uint64_t so_far) {
     constexpr int vectors = 4;
     I sums[vectors], sums_of_sums[vectors];
-    SLIMLSTM_UNROLL for (int v = 0; v < vectors; ++v) sums[v] = sums_of_sums[v] = Simd::no_words();
+    SLIMLSTM_UNROLL(v, vectors) sums[v] = sums_of_sums[v] = Simd::no_words();
     ptrdiff_t k = 0;
     for (; k + vectors * L <= count; k += vectors * L)
-        SLIMLSTM_UNROLL for (int v = 0; v < vectors; ++v) {
+        SLIMLSTM_UNROLL(v, vectors) {
             sums[v] = Simd::add_words(sums[v], Simd::load_words(values + k + v * L));
             sums_of_sums[v] = Simd::add_words(sums_of_sums[v], sums[v]);
         }
     auto mix = [&](uint32_t word) { so_far = (so_far ^ word) * 0x9E3779B97F4A7C15u; };
     for (; k < count; ++k) mix(static_cast<uint32_t>(bits_of(values[k])));
     for (int v = 0; v < vectors; ++v) {
-            uint32_t words[2 * L];
-            __builtin_memcpy(words, &sums[v], sizeof(I));
-            __builtin_memcpy(words + L, &sums_of_sums[v], sizeof(I));
-            for (uint32_t word : words) mix(word);
-        }
+        uint32_t words[2 * L];
+        __builtin_memcpy(words, &sums[v], sizeof(I));
+        __builtin_memcpy(words + L, &sums_of_sums[v], sizeof(I));
+        for (uint32_t word : words) mix(word);
+    }
     return so_far;
 }
 

@@ -10,7 +10,7 @@ namespace {
 
 struct Simd {
     static constexpr ptrdiff_t lanes = 8;
-    static constexpr int max_rows = 3;  // 12 sums, 3 inputs, and one register through which the weights pass
+    static constexpr int max_rows = 3;  // 12 sums, 3 inputs and one register for weights
     using F = __m256;
     using I = __m256i;
 
@@ -26,7 +26,7 @@ struct Simd {
     static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
     static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
     static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
-    // Both keep a NaN in ``v``, which is why it comes second.
+    // Both return a NaN in ``v``, because it is the second operand.
     static F at_most(float limit, F v) { return _mm256_min_ps(all(limit), v); }
     static F at_least(float limit, F v) { return _mm256_max_ps(all(limit), v); }
     static F round(F v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -55,7 +55,7 @@ struct Simd {
         return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xB1)));
     }
     static I as_words(F v) { return _mm256_castps_si256(v); }
-    // The lowest byte of each word.
+    // Stores the lowest byte of each word.
     static void store_bytes(int8_t* to, I words) {
         const __m128i lowest = _mm_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
         __m128i low = _mm_shuffle_epi8(_mm256_castsi256_si128(words), lowest);
@@ -63,11 +63,13 @@ struct Simd {
         _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_unpacklo_epi32(low, high));
     }
 
-    // The bfloat16 in the lower and in the upper half of each word.
+    // Convert the bfloat16 in the lower or upper half of each word to float32.
     static F low_halves(I words) { return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16)); }
-    static F high_halves(I words) { return _mm256_castsi256_ps(_mm256_and_si256(words, all_words(static_cast<int>(0xFFFF0000u)))); }
+    static F high_halves(I words) {
+        return _mm256_castsi256_ps(_mm256_and_si256(words, all_words(static_cast<int>(0xFFFF0000u))));
+    }
 
-    // sum + the products of four unsigned weights and four signed inputs in each word.
+    // Adds to each word of ``sum`` the dot product of four unsigned weights and four signed inputs.
     static I dot_int8(I weights, I inputs, I sum) {
         I even = _mm256_madd_epi16(_mm256_and_si256(weights, _mm256_set1_epi16(255)),
                                    _mm256_srai_epi16(_mm256_slli_epi16(inputs, 8), 8));

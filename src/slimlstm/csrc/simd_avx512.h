@@ -1,4 +1,4 @@
-// AVX-512: sixteen lanes, thirty-two registers. With VNNI where the compiler is told so.
+// AVX-512: sixteen lanes, thirty-two registers; with VNNI if the compiler targets it.
 #pragma once
 
 #include <immintrin.h>
@@ -10,7 +10,7 @@ namespace {
 
 struct Simd {
     static constexpr ptrdiff_t lanes = 16;
-    static constexpr int max_rows = 6;  // 24 sums, 4 weights, the rest for inputs
+    static constexpr int max_rows = 6;  // 24 sums, 4 weights, the remaining registers for inputs
     using F = __m512;
     using I = __m512i;
 
@@ -25,7 +25,7 @@ struct Simd {
     static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
     static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
     static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-    // Both keep a NaN in ``v``, which is why it comes second.
+    // Both return a NaN in ``v``, because it is the second operand.
     static F at_most(float limit, F v) { return _mm512_min_ps(all(limit), v); }
     static F at_least(float limit, F v) { return _mm512_max_ps(all(limit), v); }
     static F round(F v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -44,7 +44,7 @@ struct Simd {
     static I and_words(I a, I b) { return _mm512_and_si512(a, b); }
     static I max_words(I a, I b) { return _mm512_max_epi32(a, b); }
     static int largest_word(I v) { return _mm512_reduce_max_epi32(v); }
-    // Not _mm512_reduce_add_epi32, which adds with a sign: to overflow is undefined there.
+    // _mm512_reduce_add_epi32 adds signed integers, whose overflow is undefined.
     static int sum_of_words(I v) {
         __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
         __m128i quarter = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
@@ -52,16 +52,18 @@ struct Simd {
         return _mm_cvtsi128_si32(_mm_add_epi32(quarter, _mm_shuffle_epi32(quarter, 0xB1)));
     }
     static I as_words(F v) { return _mm512_castps_si512(v); }
-    // The lowest byte of each word.
+    // Stores the lowest byte of each word.
     static void store_bytes(int8_t* to, I words) {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(words));
     }
 
-    // The bfloat16 in the lower and in the upper half of each word.
+    // Convert the bfloat16 in the lower or upper half of each word to float32.
     static F low_halves(I words) { return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)); }
-    static F high_halves(I words) { return _mm512_castsi512_ps(_mm512_and_si512(words, all_words(static_cast<int>(0xFFFF0000u)))); }
+    static F high_halves(I words) {
+        return _mm512_castsi512_ps(_mm512_and_si512(words, all_words(static_cast<int>(0xFFFF0000u))));
+    }
 
-    // sum + the products of four unsigned weights and four signed inputs in each word.
+    // Adds to each word of ``sum`` the dot product of four unsigned weights and four signed inputs.
     static I dot_int8(I weights, I inputs, I sum) {
 #ifdef __AVX512VNNI__
         asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(inputs));

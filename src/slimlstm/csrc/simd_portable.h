@@ -1,4 +1,4 @@
-// Four lanes in the vector language of GCC and Clang: SSE on x86, NEON on ARM, whatever there is elsewhere.
+// Four lanes with the vector extensions of GCC and Clang: SSE on x86, NEON on ARM, other instructions elsewhere.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +12,7 @@ struct Simd {
     static constexpr int max_rows = 2;
     typedef float F __attribute__((vector_size(16)));
     typedef int32_t I __attribute__((vector_size(16)));
-    typedef uint32_t U __attribute__((vector_size(16)));  // without a sign, of which to lose any is undefined
+    typedef uint32_t U __attribute__((vector_size(16)));  // unsigned, so that overflow and shifts are defined
 
     static F zero() { return F{}; }
     static F all(float value) { return F{value, value, value, value}; }
@@ -29,10 +29,10 @@ struct Simd {
     static F sub(F a, F b) { return a - b; }
     static F mul(F a, F b) { return a * b; }
     static F fma(F a, F b, F c) { return a * b + c; }
-    // Comparisons with NaN are false, so that both keep a NaN in ``v``.
+    // Comparisons with NaN are false, so that both return a NaN in ``v``.
     static F at_most(float limit, F v) { return all(limit) < v ? all(limit) : v; }
     static F at_least(float limit, F v) { return all(limit) > v ? all(limit) : v; }
-    // Adding 1.5 * 2^23 pushes the fraction out of the significand.
+    // Adding 1.5 * 2^23 moves the fraction out of the significand.
     static F round(F v) {
         const F magic = all(12582912.0f);
         return (v + magic) - magic;
@@ -55,7 +55,6 @@ struct Simd {
     static F to_float(I v) { return __builtin_convertvector(v, F); }
     static I add_words(I a, I b) { return reinterpret_cast<I>(reinterpret_cast<U>(a) + reinterpret_cast<U>(b)); }
     static I subtract_words(I a, I b) { return reinterpret_cast<I>(reinterpret_cast<U>(a) - reinterpret_cast<U>(b)); }
-
     static I and_words(I a, I b) { return a & b; }
     static I max_words(I a, I b) { return a > b ? a : b; }
     static int largest_word(I v) {
@@ -72,7 +71,7 @@ struct Simd {
         std::memcpy(&words, &v, sizeof words);
         return words;
     }
-    // The lowest byte of each word.
+    // Stores the lowest byte of each word.
     static void store_bytes(int8_t* to, I words) {
         for (ptrdiff_t lane = 0; lane < lanes; ++lane) to[lane] = static_cast<int8_t>(words[lane]);
     }
@@ -83,18 +82,20 @@ struct Simd {
         return v;
     }
 
-    // The bfloat16 in the lower and in the upper half of each word.
+    // Convert the bfloat16 in the lower or upper half of each word to float32.
     static F low_halves(I words) { return as_floats(up(words, 16)); }
     static F high_halves(I words) { return as_floats(words & all_words(static_cast<int>(0xFFFF0000u))); }
 
-    // sum + the products of four unsigned weights and four signed inputs in each word.
+    // Adds to each word of ``sum`` the dot product of four unsigned weights and four signed inputs.
     static I dot_int8(I weights, I inputs, I sum) {
         sum += (weights & 255) * (up(inputs, 24) >> 24) + ((weights >> 8) & 255) * (up(inputs, 16) >> 24);
         return sum + ((weights >> 16) & 255) * (up(inputs, 8) >> 24) + ((weights >> 24) & 255) * (inputs >> 24);
     }
 
   private:
-    static I up(I words, int bits) { return reinterpret_cast<I>(reinterpret_cast<U>(words) << static_cast<uint32_t>(bits)); }
+    static I up(I words, int bits) {
+        return reinterpret_cast<I>(reinterpret_cast<U>(words) << static_cast<uint32_t>(bits));
+    }
 };
 
 }  // namespace

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from slimlstm.bench.timing import interleaved_seconds, median_ratios
+from slimlstm.bench import interleaved_seconds, median_ratios
 from slimlstm.calibration.collect import calibrate
 from slimlstm.compress import compress_
 from slimlstm.demo.awd_lstm import AWDLSTM
@@ -208,7 +208,7 @@ def _losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def _latency_ratio(dense: AWDLSTM, compressed: AWDLSTM, sample: Tensor) -> float:
     _check_outputs(compressed, sample)
     calls = {"dense": lambda: dense.features(sample), "compressed": lambda: compressed.features(sample)}
-    return median_ratios(interleaved_seconds(calls, repeats=9, threads=1), "dense")["compressed"]
+    return median_ratios(interleaved_seconds(calls, threads=1), "dense")["compressed"]
 
 
 def _check_outputs(model: AWDLSTM, sample: Tensor) -> None:

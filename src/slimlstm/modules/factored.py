@@ -15,7 +15,7 @@ from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import STORAGES, rounded
 from slimlstm.modules.masks import drop_parametrizations
 from slimlstm.ops.dense import rebuilt
-from slimlstm.ops.weights import Direction, Layer, Matrix, flat
+from slimlstm.ops.weights import CachedLayer, Direction, Matrix, flat
 
 Provenance = dict[str, str]
 """The origin of a compressed matrix: the ``method``, and the ``source_sha256`` of the dense matrix."""
@@ -28,7 +28,7 @@ class _LayerCache:
     parameters: list[nn.Parameter | None]
     storages: dict[str, str]
     bounds: tuple[float | None, float | None]
-    layers: list[Layer]
+    layers: list[CachedLayer]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
@@ -161,7 +161,7 @@ class FactoredModule(nn.Module):
             id(weight) not in present for one in made for weight in flat(one) if weight is not None
         ):
             return made
-        layers = [Layer(one) for one in made]
+        layers = [CachedLayer(one) for one in made]
         self._layer_cache = _LayerCache(
             list(parameters.values()), dict(self.storages), (self.cell_clip, self.proj_clip), layers
         )

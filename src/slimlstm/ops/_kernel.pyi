@@ -2,21 +2,33 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-def names() -> list[str]: ...
+def names() -> list[str]:
+    """Return the instruction sets that this machine can run, fastest first."""
 
 class Layer:
+    """Packed weights of one layer of one or two directions.
+
+    Args:
+        isa: one of :func:`names`.
+        directions: for each direction seven arrays, in the order of :func:`slimlstm.ops.weights.flat`.
+        storages: for each direction the storage of ih, and of hh and hr.
+        clips: for each direction the bounds of cells and of projections; infinity for no bound.
+        gains: for each direction four row norms, for V and for U (or the dense matrix) of ih and then of hh.
+    """
+
     def __init__(
         self,
         isa: str,
         directions: Sequence[Sequence[Tensor | None]],
         storages: Sequence[str],
         clips: Sequence[float],
+        gains: Sequence[float],
         /,
     ) -> None: ...
     def run(
         self,
         x: int,
-        sizes: int,
+        batch_sizes: int,
         steps: int,
         batch: int,
         rows: int,
@@ -28,4 +40,8 @@ class Layer:
         thoroughly: bool,
         threads: int,
         /,
-    ) -> bool: ...
+    ) -> bool:
+        """Run the layer on contiguous memory at the given addresses; 0 for absent ``batch_sizes``, ``h0`` and ``c0``.
+
+        Return False, without running it, if the weights have changed since they were packed.
+        """

@@ -1,6 +1,6 @@
-"""hh rebuilt as U V once per call, then PyTorch's own LSTM: training, GPUs, large batches.
+"""PyTorch's LSTM with hh rebuilt as U V once per call: for training, GPUs and large batches.
 
-The input product stays factored: x Vᵀ is a thinner input, for which U is the input matrix.
+The input product stays factored: x Vᵀ is a narrower input, with U as its input matrix.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from slimlstm.ops.weights import Direction, LayerOutput, Matrix, is_clipped
 
 
 def layer(x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, directions: Sequence[Direction]) -> LayerOutput:
-    """One layer over x [T, B, I], or over packed x [N, I] with ``batch_sizes`` [T]; h0 [D, B, P], c0 [D, B, H].
+    """Run a layer over x [T, B, I], or over packed x [N, I] with ``batch_sizes`` [T]; h0 [D, B, P], c0 [D, B, H].
 
     Raises:
-        SlimLSTMError: the layer clips, which PyTorch's LSTM does not.
+        SlimLSTMError: the layer clips, which PyTorch's LSTM cannot do.
     """
     if is_clipped(directions):
-        raise SlimLSTMError("PyTorch's LSTM does not clip; use backend='auto' or 'reference' for a layer that does")
+        raise SlimLSTMError("PyTorch's LSTM cannot clip; use backend='auto' or 'reference' for a layer that does")
     x, ih = _thin_input(x, [weights.ih for weights in directions])
     parameters = [
         tensor
@@ -31,7 +31,7 @@ def layer(x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, directi
         if tensor is not None
     ]
     has_biases, bidirectional = directions[0].bias_ih is not None, len(directions) == 2
-    # cuDNN keeps what its backward pass needs only in training mode.
+    # cuDNN saves the tensors for its backward pass only in training mode.
     train = torch.is_grad_enabled()
     if batch_sizes is None:
         result = torch.lstm(x, [h0, c0], parameters, has_biases, 1, 0.0, train, bidirectional, False)
@@ -41,15 +41,15 @@ def layer(x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, directi
 
 
 def rebuilt(matrix: Matrix) -> Tensor:
-    """W, or U V."""
+    """Return W, or the product U V."""
     return matrix if isinstance(matrix, Tensor) else matrix[0] @ matrix[1]
 
 
 def _thin_input(x: Tensor, matrices: list[Matrix]) -> tuple[Tensor, list[Tensor]]:
-    """An input and dense input matrices [4H, ·] with the same products as x with ``matrices``.
+    """Return an input and dense input matrices [4H, ·] whose products equal the products of x with ``matrices``.
 
-    Two directions share one input, so their thin inputs are laid side by side, each matrix being zero on the other's.
-    Where one direction is dense, or two thin inputs are wider than x, the factors are multiplied instead.
+    Two directions share one input, so their thin inputs are concatenated, and each matrix is zero on the other's part.
+    If one direction is dense, or both thin inputs together are wider than x, the factors are multiplied instead.
     """
     if any(isinstance(matrix, Tensor) for matrix in matrices):
         return x, [rebuilt(matrix) for matrix in matrices]

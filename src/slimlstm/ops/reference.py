@@ -1,11 +1,13 @@
-"""The recurrence as a plain loop over time: the definition of correct, and the fastest plain PyTorch for few steps.
+"""The recurrence as a plain loop over time: the specification, and the fastest plain PyTorch for few steps.
 
 (i, f, g, o) = (σ, σ, tanh, σ)(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)
 c_t = clip(f ⊙ c_{t-1} + i ⊙ g)
 h_t = clip(W_hr (o ⊙ tanh c_t))
 
-W_hr is left out where there is no projection, clip where no bound is given. Factors are applied one after the other:
+Without a projection W_hr is left out, without a bound clip is left out. Factors are applied one after the other:
 W x = U (V x).
+
+Source: Hochreiter & Schmidhuber (1997) with the forget gate of Gers et al. (2000); projection: Sak et al. (2014).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from slimlstm.ops.weights import Direction, LayerOutput, Matrix
 
 
 def product(x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b for x [..., n] and W [m, n] or its factors."""
+    """Return x Wᵀ + b for x [..., n] and W [m, n] or its factors."""
     if isinstance(matrix, Tensor):
         return linear(x, matrix, bias)
     u, v = matrix
@@ -28,7 +30,7 @@ def product(x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
 
 
 def step(gates: Tensor, c: Tensor, weights: Direction) -> tuple[Tensor, Tensor]:
-    """h [B, P] and c [B, H] after one step, from the gates' pre-activations [B, 4H] and the last c [B, H]."""
+    """Return h [B, P] and c [B, H] after one step, from the gates' pre-activations [B, 4H] and the last c [B, H]."""
     i, f, g, o = gates.chunk(4, dim=-1)
     c = _clip(f.sigmoid() * c + i.sigmoid() * g.tanh(), weights.cell_clip)
     h = o.sigmoid() * c.tanh()
@@ -40,13 +42,13 @@ def _clip(x: Tensor, bound: float | None) -> Tensor:
 
 
 def cell(x: Tensor, h: Tensor, c: Tensor, weights: Direction) -> tuple[Tensor, Tensor]:
-    """One step from x [B, I], h [B, P] and c [B, H]: the next h and c."""
+    """Return the next h and c, one step from x [B, I], h [B, P] and c [B, H]."""
     gates = product(x, weights.ih, weights.bias_ih) + product(h, weights.hh, weights.bias_hh)
     return step(gates, c, weights)
 
 
 def layer(x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, directions: Sequence[Direction]) -> LayerOutput:
-    """One layer over x [T, B, I], or over packed x [N, I] with ``batch_sizes`` [T]; h0 [D, B, P], c0 [D, B, H]."""
+    """Run a layer over x [T, B, I], or over packed x [N, I] with ``batch_sizes`` [T]; h0 [D, B, P], c0 [D, B, H]."""
     sizes = [x.shape[1]] * x.shape[0] if batch_sizes is None else [int(size) for size in batch_sizes]
     packed = x.flatten(0, 1) if batch_sizes is None else x
     parts = [
@@ -62,13 +64,13 @@ def layer(x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, directi
 def recurrence(
     gates: Tensor, sizes: list[int], h: Tensor, c: Tensor, weights: Direction, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One direction, given W_ih x + b_ih for packed x [N, 4H]: output [N, P] and the last h [B, P], c [B, H].
+    """Run one direction on ``gates`` = W_ih x + b_ih [N, 4H], packed; return output [N, P] and the last h [B, P], c [B, H].
 
-    Sequences are sorted by length, longest first. Forward, those that have ended leave their states behind; backward,
-    those that have not begun wait with their first states.
+    Sequences are sorted by length, longest first. Forward, sequences that have ended keep their last states; backward,
+    sequences that have not begun keep their first states.
     """
     gates_of_x = gates.split(sizes)
-    # Under autocast the products are in a lower precision than the states, and so are nn.LSTM's outputs.
+    # Under autocast products have a lower precision than the states; nn.LSTM returns that precision too.
     h, c = h.to(gates_of_x[0].dtype), c.to(gates_of_x[0].dtype)
     outputs: list[Tensor] = []
     for gates_at in reversed(gates_of_x) if reverse else gates_of_x:

@@ -1,14 +1,15 @@
-"""A loop over time with its backward pass written out: training on the CPU.
+"""A loop over time with an explicit backward pass, for training on the CPU.
 
-Forward as in :mod:`slimlstm.ops.reference`. Backward, with a' the derivative of a gate's activation at its value,
+The forward pass is that of :mod:`slimlstm.ops.reference`. In the backward pass, with a' the derivative of a gate's
+activation,
 
 δc_t += δh_t ⊙ o ⊙ (1 - tanh² c_t)
 δ(i, f, g, o) = (δc ⊙ g ⊙ i', δc ⊙ c_{t-1} ⊙ f', δc ⊙ i ⊙ g', δh ⊙ tanh c_t ⊙ o')
 δc_{t-1} = δc_t ⊙ f,  δh_{t-1} = W_hhᵀ δ(i, f, g, o)
 
-A step computes what needs its neighbour and nothing more: gradients of weights, and of what comes from ih, are products
-over all steps at once, and hh is never rebuilt from its factors. Products are in the weights' precision or autocast's,
-states and gradients in float32 at least.
+Each step computes only the terms that depend on its neighbour. The gradients of weights and inputs are products over all
+steps at once, and hh is never rebuilt from its factors. Products have the precision of the weights or of autocast, states
+and gradients at least float32.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from slimlstm.ops.weights import Direction, LayerOutput, is_clipped
 
 
 def obstacle(batch_sizes: Tensor | None, directions: Sequence[Direction]) -> str | None:
-    """What keeps this backend from running the layer, or None."""
+    """Return the feature that this backend cannot run, or None."""
     if batch_sizes is not None:
         return "packed sequences"
     if any(weights.hr is not None for weights in directions):
@@ -35,23 +36,21 @@ def obstacle(batch_sizes: Tensor | None, directions: Sequence[Direction]) -> str
 
 
 def layer(x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, directions: Sequence[Direction]) -> LayerOutput:
-    """One layer over x [T, B, I]; h0 and c0 [D, B, H].
-
-    Gradients of gradients are not computed.
+    """Run a layer over x [T, B, I]; h0 and c0 [D, B, H]. Second derivatives are not available.
 
     Raises:
         SlimLSTMError: x is packed, or the layer projects or clips.
     """
     reason = obstacle(batch_sizes, directions)
     if reason is not None:
-        raise SlimLSTMError(f"this backend does not do {reason}; use backend='auto'")
+        raise SlimLSTMError(f"the training backend cannot do {reason}; use backend='auto'")
     parts = [_direction(x, h0[index], c0[index], weights, reverse=index == 1) for index, weights in enumerate(directions)]
     output, h, c = zip(*parts, strict=True)
     return LayerOutput(torch.cat(output, dim=-1), torch.stack(h), torch.stack(c))
 
 
 def _direction(x: Tensor, h0: Tensor, c0: Tensor, weights: Direction, *, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Output [T, B, H] and the last h and c [B, H] of one direction."""
+    """Return output [T, B, H] and the last h and c [B, H] of one direction."""
     bias = weights.bias_ih if weights.bias_ih is None or weights.bias_hh is None else weights.bias_ih + weights.bias_hh
     gates = product(x, weights.ih, bias)
     dtype, device = gates.dtype, gates.device.type
@@ -67,7 +66,7 @@ def _direction(x: Tensor, h0: Tensor, c0: Tensor, weights: Direction, *, reverse
 
 
 class _Recurrence(torch.autograd.Function):
-    """Gates [T, B, 4H] before activation and without hh's share, h0 and c0 [B, H], hh or its factors: all h, the last c."""
+    """The recurrence from W_ih x + b [T, B, 4H], h0 and c0 [B, H], and hh or its factors, to all h and the last c."""
 
     @staticmethod
     def forward(ctx: Any, gates: Tensor, h0: Tensor, c0: Tensor, *factors: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,10 +98,10 @@ class _Recurrence(torch.autograd.Function):
         size, low = width // 4, factors[0].dtype
         with torch.autocast(active.device.type, enabled=False):
             i, f, g, o = active.chunk(4, dim=2)
-            of_c = c[1:].tanh()
-            slope = o * (1 - of_c * of_c)
-            # What every gate's gradient is of that of c, or of h for the last; the loop multiplies it by that.
-            d_gates = torch.cat([g * i * (1 - i), c[:-1] * f * (1 - f), i * (1 - g * g), of_c * o * (1 - o)], dim=2)
+            tanh_c = c[1:].tanh()
+            slope = o * (1 - tanh_c * tanh_c)
+            # Derivatives of c by i, f and g, and of h by o; the loop multiplies them by the gradients of c and h.
+            d_gates = torch.cat([g * i * (1 - i), c[:-1] * f * (1 - f), i * (1 - g * g), tanh_c * o * (1 - o)], dim=2)
             d_h, d_c = torch.zeros_like(h[0]), d_last.clone()
             for step in reversed(range(steps)):
                 d_h = d_h + d_output[step]

@@ -1,11 +1,12 @@
-"""What one direction of one LSTM layer consists of.
+"""The weights of a layer, direction by direction, and what a layer returns.
 
-Dimensions: T time steps, B sequences, D directions, I input size, H hidden size, P what hh acts on (the projection size,
-or H), r rank. Gates are stacked in PyTorch's order i, f, g, o.
+Dimensions: T time steps, B sequences, D directions, I input size, H hidden size, P size of the outputs that hh multiplies
+(the projection size, or H), r rank. Gates are stacked in PyTorch's order i, f, g, o.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,9 +19,9 @@ Matrix = Tensor | tuple[Tensor, Tensor]
 class Direction(NamedTuple):
     """The weights of one direction: ih [4H, I], hh [4H, P], biases [4H] or None, projection hr [P, H] or None.
 
-    The storages, "float32", "bfloat16" or "int8", are the kernel's formats for ih, and for hh with hr. Other backends use
-    the weights as they are. c stays within ``cell_clip`` on either side of zero, and what hr gives within ``proj_clip``;
-    None leaves them as they are.
+    The storages, "float32", "bfloat16" or "int8", are the fused kernel's formats for ih, and for hh with hr. Other backends
+    use the weights as they are. Cells are clipped to [-cell_clip, cell_clip] and projected outputs to
+    [-proj_clip, proj_clip]; None means no clipping.
     """
 
     ih: Matrix
@@ -35,7 +36,10 @@ class Direction(NamedTuple):
 
 
 def flat(directions: Sequence[Direction]) -> list[Tensor | None]:
-    """The weights of the directions in the kernel's order: ih V and U, hh V and U, biases, projection."""
+    """Return the weights in the kernel's order, seven for each direction: ih V and U, hh V and U, two biases, hr.
+
+    V is None for a dense matrix, which takes the place of U.
+    """
     found: list[Tensor | None] = []
     for ih, hh, bias_ih, bias_hh, hr, *_ in directions:
         ih_u, ih_v = ih if isinstance(ih, tuple) else (ih, None)
@@ -44,22 +48,38 @@ def flat(directions: Sequence[Direction]) -> list[Tensor | None]:
     return found
 
 
+def unflattened(weights: Sequence[Tensor | None], storages: Sequence[str], clips: Sequence[float]) -> list[Direction]:
+    """Return the directions whose :func:`flat` weights, and two storages and two bounds each, are given."""
+    directions: list[Direction] = []
+    for index in range(len(weights) // 7):
+        ih_v, ih, hh_v, hh, bias_ih, bias_hh, hr = weights[7 * index : 7 * index + 7]
+        ih_storage, hh_storage = storages[2 * index : 2 * index + 2]
+        bounds = [None if math.isinf(bound) else bound for bound in clips[2 * index : 2 * index + 2]]
+        matrices = _matrix(ih, ih_v), _matrix(hh, hh_v)
+        directions.append(Direction(*matrices, bias_ih, bias_hh, hr, ih_storage, hh_storage, *bounds))
+    return directions
+
+
+def _matrix(u: Tensor | None, v: Tensor | None) -> Any:
+    return u if v is None else (u, v)
+
+
 def is_clipped(directions: Sequence[Direction]) -> bool:
-    """Whether any direction clips its cells or its projections."""
+    """Return whether any direction clips its cells or its projected outputs."""
     return any(weights.cell_clip is not None or weights.proj_clip is not None for weights in directions)
 
 
-class Layer(tuple[Direction, ...]):
-    """The directions of a layer whose weights are parameters, in an object that is kept from call to call."""
+class CachedLayer(tuple[Direction, ...]):
+    """The directions of a layer whose weights are all parameters, with their packed form, reused from call to call."""
 
     packed: Any = None
-    """What the fused kernel made of the weights."""
+    """The :class:`slimlstm.ops.packing.PackedLayer` of these weights, None before the first call."""
     tensors: Sequence[Tensor] = ()
-    """The weights it was made of."""
+    """The weights that were packed."""
 
 
 class LayerOutput(NamedTuple):
-    """``output`` [T, B, D P] or packed [N, D P]; the last states ``h`` [D, B, P] and ``c`` [D, B, H]."""
+    """``output`` [T, B, D P] or packed [N, D P], and the last states ``h`` [D, B, P] and ``c`` [D, B, H]."""
 
     output: Tensor
     h: Tensor
@@ -69,7 +89,7 @@ class LayerOutput(NamedTuple):
 def first_states(
     x: Tensor, batch_sizes: Tensor | None, h0: Tensor | None, c0: Tensor | None, directions: Sequence[Direction]
 ) -> tuple[Tensor, Tensor]:
-    """h0 [D, B, P] and c0 [D, B, H] as they are, or zeros."""
+    """Return h0 [D, B, P] and c0 [D, B, H], zeros if they are None."""
     if h0 is not None and c0 is not None:
         return h0, c0
     batch = x.shape[1] if batch_sizes is None else int(batch_sizes[0]) if len(batch_sizes) else 0
@@ -78,16 +98,16 @@ def first_states(
 
 
 def shape_of(matrix: Matrix) -> tuple[int, int] | None:
-    """(m, n), or None for factors that cannot be multiplied."""
+    """Return (m, n), or None for factors that cannot be multiplied."""
     fits = isinstance(matrix, Tensor) or matrix[0].shape[1] == matrix[1].shape[0]
     return (rows(matrix), columns(matrix)) if fits else None
 
 
 def rows(matrix: Matrix) -> int:
-    """m, the number of rows of the matrix or of the product of its factors."""
+    """Return m, the number of rows of the matrix or of the product of its factors."""
     return matrix.shape[0] if isinstance(matrix, Tensor) else matrix[0].shape[0]
 
 
 def columns(matrix: Matrix) -> int:
-    """n, the number of columns of the matrix or of the product of its factors."""
+    """Return n, the number of columns of the matrix or of the product of its factors."""
     return matrix.shape[1] if isinstance(matrix, Tensor) else matrix[1].shape[1]

@@ -1,4 +1,4 @@
-"""Which backend every LSTM layer of a model runs with, and why."""
+"""Explain which backend each LSTM layer of a model runs with, and why."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from slimlstm.errors import SlimLSTMError
 from slimlstm.modules.cell import LowRankLSTMCell
 from slimlstm.modules.factored import FactoredModule
 from slimlstm.modules.lstm import LowRankLSTM
-from slimlstm.ops import cpu
+from slimlstm.ops import native
 from slimlstm.ops.weights import Direction
 from slimlstm.pipeline.report import as_text
 
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """How one layer ran.
+    """The backend that one layer ran with.
 
     Attributes:
         module: dotted path of its module, "" for the model itself.
-        layer: its number within the module.
-        backend: a key of :data:`slimlstm.ops.BACKENDS`, or ``"nn.LSTM"`` where it is PyTorch's own module.
-        reason: why that one.
-        storage: what the fused kernel keeps ih and hh in, ``"int8"`` or such as ``"bfloat16, int8"``.
-        instruction_set: of the fused kernel, None elsewhere.
-        threads: how many PyTorch allows; the kernel takes fewer where waking them would not pay.
-        calls: how many times it ran so.
+        layer: its index within the module.
+        backend: a key of :data:`slimlstm.ops.BACKENDS`, or ``"nn.LSTM"`` for PyTorch's own module.
+        reason: why this backend was chosen.
+        storage: the fused kernel's format of ih and hh: ``"int8"``, or ``"bfloat16, int8"`` if they differ.
+        instruction_set: the fused kernel's instruction set, None for other backends.
+        threads: the number of PyTorch's threads; the kernel uses fewer where that is faster.
+        calls: how many times the layer ran with this backend.
     """
 
     module: str
@@ -48,7 +48,7 @@ class LayerChoice:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What :func:`explain` found, in the order of the first calls; to print, or to read."""
+    """Result of :func:`explain`, printable: the layers in the order of their first calls."""
 
     layers: list[LayerChoice]
 
@@ -66,17 +66,24 @@ class Explanation:
         return as_text(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """The explanation as JSON types."""
+        """Return the explanation as JSON types."""
         return asdict(self)
 
 
 def explain(model: nn.Module, *inputs: Any, **named: Any) -> Explanation:
-    """Calls ``model(*inputs, **named)`` once and tells which backend every LSTM layer in it ran with, and why.
+    """Call ``model(*inputs, **named)`` once and return which backend each of its LSTM layers ran with, and why.
 
-    Gradients, autocast and threads are as around this call: under ``torch.no_grad()`` it tells of inference.
+    The model runs in its current mode, and with the gradients, autocast and threads of the caller: call ``model.eval()``
+    first to learn about inference.
 
     Raises:
         SlimLSTMError: the call reached no LSTM.
+
+    Example:
+        >>> from slimlstm import LowRankLSTM
+        >>> found = explain(LowRankLSTM(3, 4, backend="dense"), torch.randn(5, 1, 3))
+        >>> found.layers[0].backend, found.layers[0].reason
+        ('dense', "requested by backend='dense'")
     """
     found: dict[LayerChoice, int] = {}
     handles: list[Any] = []
@@ -94,14 +101,14 @@ def explain(model: nn.Module, *inputs: Any, **named: Any) -> Explanation:
         for handle in handles:
             handle.remove()
     if not found:
-        raise SlimLSTMError("the call reached no LSTM; give the model an input that it takes through its LSTMs")
+        raise SlimLSTMError("the call reached no LSTM; give inputs that the model passes through its LSTMs")
     return Explanation([replace(choice, calls=calls) for choice, calls in found.items()])
 
 
 def _choices(path: str, module: nn.Module, given: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[LayerChoice]:
     threads = torch.get_num_threads()
     if not isinstance(module, LowRankLSTM | LowRankLSTMCell):
-        reason = "not compressed; LowRankLSTM.from_dense gives it the kernel without changing a weight"
+        reason = "not compressed; LowRankLSTM.from_dense(lstm) would run the kernel with the same weights"
         layers = getattr(module, "num_layers", 1)
         yield from (LayerChoice(path, layer, "nn.LSTM", reason, threads=threads) for layer in range(layers))
         return
@@ -111,8 +118,8 @@ def _choices(path: str, module: nn.Module, given: tuple[Any, ...], kwargs: dict[
     x = x.data if isinstance(x, PackedSequence) else x
     for layer, directions in enumerate(module.layers()):
         backend, reason = _choose(module, x, sizes, directions, states)
-        storages = dict.fromkeys(kept for weights in directions for kept in (weights.ih_storage, weights.hh_storage))
-        instructions = cpu.instruction_set() if backend == "fused" and not cpu.missing else None
+        storages = dict.fromkeys(storage for weights in directions for storage in (weights.ih_storage, weights.hh_storage))
+        instructions = native.instruction_set() if backend == "fused" and not native.missing else None
         yield LayerChoice(path, layer, backend, reason, ", ".join(storages), instructions, threads)
 
 
@@ -127,7 +134,7 @@ def _choose(
         choice = ops.choose(x[None], None, directions, states)
         return (choice.backend if choice.backend == "fused" else "reference"), choice.reason
     if module.backend != "auto":
-        return module.backend, f"asked for, backend={module.backend!r}"
+        return module.backend, f"requested by backend={module.backend!r}"
     if sizes is None:
         x = x[:, None] if x.ndim == 2 else x.transpose(0, 1) if module.batch_first else x
     return ops.choose(x, sizes, directions, states)
