@@ -127,7 +127,7 @@ def test_a_torchscript_archive_is_refused(tmp_path):
 
 
 UNREADABLE = {
-    "missing.safetensors": (None, "there is no file"),
+    "missing.safetensors": (None, "does not exist"),
     "weights.h5": (b"", r"ends in \.h5; \.safetensors, \.pt, \.pth and \.onnx can be read"),
     "weights": (b"", "ends in nothing"),
     "empty.safetensors": (b"", "no intact safetensors file"),
@@ -661,7 +661,7 @@ REFUSED = {
     "a number that is none": (with_nan, LowRank(rank=1), "encoder.weight_hh_l0: .*"),
     "no such site": (encoder, Plan({"decoder.weight_hh_l0": SitePlan("svd", rank=1)}), "decoder.weight_hh_l0.*encoder"),
     "no LSTM": (lambda: nn.GRU(INPUTS, H), LowRank(rank=1), "no weights of an LSTM"),
-    "filter": (encoder, LowRank(rank=1, filter=lambda _: False), "the filter chose none"),
+    "filter": (encoder, LowRank(rank=1, filter=lambda _: False), "the filter selected none"),
     "float64": (lambda: encoder().double(), Quantize("int8"), "encoder.weight_ih_l0: only float32 weights"),
     "NaN in a projection": (with_nan_in_projection, Quantize("int8"), "weight_hh_l0: .*1 NaN"),
 }

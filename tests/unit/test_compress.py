@@ -477,7 +477,11 @@ def factored() -> nn.Module:
 KEY = "lstm.weight_hh_l0"
 NOTHING = "the model holds no nn.LSTM or nn.LSTMCell"
 REFUSED = {
-    "unknown method": (plain, lambda: LowRank("tucker", rank=2), r"no method that finds factors is called 'tucker'; .*'svd', 'semi-nmf'"),
+    "unknown method": (
+        plain,
+        lambda: LowRank("tucker", rank=2),
+        r"no method that finds factors is called 'tucker'; .*'svd', 'semi-nmf'",
+    ),
     "rank 0": (plain, lambda: LowRank(rank=0), "a rank is an int of at least 1, not 0"),
     "rank -1": (plain, lambda: Prune(rank=-1), "a rank is an int of at least 1, not -1"),
     "rank a bool": (plain, lambda: LowRank(rank=True), "a rank is an int of at least 1, not True"),
@@ -509,14 +513,18 @@ REFUSED = {
     "plan's rank": (plain, lambda: Plan({KEY: SitePlan("svd", H + 1)}), f"rank {H + 1} is above {H}"),
     "plan's rank 0": (plain, lambda: Plan({KEY: SitePlan("svd", 0)}), "at least 1, not 0"),
     "plan's rank a bool": (plain, lambda: Plan({KEY: SitePlan("svd", True)}), "at least 1, not True"),
-    "plan's weights": (plain, lambda: Plan({KEY: SitePlan("prune", nonzeros=999)}), f"{KEY} has 256 weights; the number of nonzeros cannot be 999"),
+    "plan's weights": (
+        plain,
+        lambda: Plan({KEY: SitePlan("prune", nonzeros=999)}),
+        f"{KEY} has 256 weights; the number of nonzeros cannot be 999",
+    ),
     "plan's weights, none": (
         plain,
         lambda: Plan({KEY: SitePlan("prune", nonzeros=0)}),
         f"{KEY} has 256 weights; the number of nonzeros cannot be 0",
     ),
     "plan's weights, a part": (plain, lambda: Plan({KEY: SitePlan("prune", nonzeros=2.5)}), f"{KEY}.* cannot be 2.5"),
-    "plan's method": (plain, lambda: Plan({KEY: SitePlan("tucker", 2)}), "no plan for a site: .* 'svd', 'semi-nmf'"),
+    "plan's method": (plain, lambda: Plan({KEY: SitePlan("tucker", 2)}), "no plan for a site: 'svd', 'semi-nmf'"),
     "plan without a rank": (plain, lambda: Plan({KEY: SitePlan("svd")}), "no plan for a site: .* need a rank"),
     "plan of something else": (plain, lambda: Plan.from_dict({KEY: {"methods": "svd"}}), "this is no plan: .*methods"),
     "mask on factors": (factored, lambda: Prune(rank=2), "lstm.weight_hh_l1 is a product of factors of rank 2; a mask"),

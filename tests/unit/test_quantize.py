@@ -306,16 +306,20 @@ REFUSED = {
     "storage": (
         lambda: make("tagger"),
         lambda: Quantize("int4"),
-        "no storage is called 'int4'; there are 'bfloat16', 'int8'",
+        "no storage is called 'int4'; the storages are 'bfloat16', 'int8'",
     ),
-    "float32": (lambda: make("tagger"), lambda: Quantize("float32"), "no storage is called 'float32'; there are 'bf"),
+    "float32": (
+        lambda: make("tagger"),
+        lambda: Quantize("float32"),
+        "no storage is called 'float32'; the storages are 'bf",
+    ),
     "target": (lambda: make("tagger"), lambda: Quantize("int8", "all"), "the target is 'ih', 'hh' or 'both', not 'all'"),
     "plan": (
         lambda: make("tagger"),
         lambda: Plan({"lstm.weight_hh_l0": SitePlan("dense", storage="int4")}),
-        "no storage is called 'int4'; there are 'float32', ",
+        "no storage is called 'int4'; the storages are 'float32', ",
     ),
-    "filter": (lambda: make("tagger"), lambda: Quantize("int8", filter=lambda site: False), "chose none of the 8 sites"),
+    "filter": (lambda: make("tagger"), lambda: Quantize("int8", filter=lambda site: False), "selected none of the 8 sites"),
     "float64": (
         STRANGERS["tagger"].make,
         lambda: Quantize("int8"),
@@ -455,7 +459,7 @@ def resign(folder: Path, change) -> None:
 
 
 FORGED = {
-    "unknown storage": (lambda entry: entry.update(storage="int4"), "is stored as 'int4', which its tensors are not"),
+    "unknown storage": (lambda entry: entry.update(storage="int4"), "has weights in 'int4', an unknown storage"),
     "another storage": (lambda entry: entry.update(storage="bfloat16"), "stored as 'bfloat16', which its tensors are not"),
     "storage left out": (lambda entry: entry.pop("storage"), r"weight_hh_l0"),
     "rank": (lambda entry: entry.update(rank=2), "rank 2, which its tensors do not have"),

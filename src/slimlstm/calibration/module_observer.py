@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Generator, Iterable, Mapping, Sequence, Sized
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ class ModuleObserver:
     def __init__(self, model: nn.Module, hosts: Sequence[Host], batches: Iterable[Any], loss: Loss | None) -> None:
         self._model, self._hosts, self._batches, self._loss = model, hosts, batches, loss
 
-    @cached_property
+    @property
     def batch_count(self) -> int:
         """The number of batches in one pass."""
         return len(self._batches) if isinstance(self._batches, Sized) else sum(1 for _ in self._batches)

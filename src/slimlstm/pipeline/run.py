@@ -116,8 +116,8 @@ def apply(source: Source, solution: Solution) -> Report:
     before = source.size()
     notes = source.put(solution.replacements)
     after = source.size()
-    totals = (Total.between(*pair) for pair in zip(before, after, strict=True))
-    return Report(solution.reports, solution.plan, *totals, [*solution.notes, *notes])
+    lstm, model = Total.between(before.lstm, after.lstm), Total.between(before.model, after.model)
+    return Report(solution.reports, solution.plan, lstm, model, [*solution.notes, *notes])
 
 
 def check_smaller(solution: Solution) -> None:
