@@ -18,13 +18,11 @@ import slimlstm as sl
 from paper.elmo import BiLM
 from paper.task_data import Example, Paragraph
 from paper.tasks import Batch, losses, size_of, texts_of
-from slimlstm.bench.explain import explain
-from slimlstm.bench.timing import interleaved_seconds, median_ratios
+from slimlstm.bench import explain, interleaved_seconds, median_ratios
 from slimlstm.modules.sites import Site
 from slimlstm.pipeline.config import configuration
 from slimlstm.pipeline.report import Report
 
-REPEATS = 30
 _MOST_ROUNDING = 1e-4
 
 Target = Literal["ih", "hh", "both"]
@@ -123,7 +121,7 @@ def latencies(modules: Mapping[str, nn.Module], inputs: tuple[Any, ...], part: s
                 "wrong outputs are not timed"
             )
     calls = {name: partial(module, *inputs) for name, module in modules.items()}
-    seconds = interleaved_seconds(calls, repeats=REPEATS)
+    seconds = interleaved_seconds(calls)
     ratios = median_ratios(seconds, "dense")
     return {
         name: {
