@@ -4,13 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types figures docs clean
+# Workers that run tests side by side, one thread each.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+
+.PHONY: demo test unit lint types figures docs clean
 
 demo: $(READY)
 	$(BIN)/slimlstm demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST) tests/unit tests/recipes
+
+unit: $(READY)
+	$(PYTEST) tests/unit
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,6 +1,8 @@
-"""Which room of the library may import which, read from the source, and the sizes that keep it readable."""
+"""Imports run one way between the rooms of the library, and files and functions stay short."""
 
 import ast
+import io
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ import slimlstm
 SOURCE = Path(slimlstm.__file__).parent
 ROOT = Path(__file__).parents[2]
 FACE = "__init__"
+MOST_LINES, MOST_CODE_LINES = 450, 60
+CODE = {tokenize.NAME, tokenize.NUMBER, tokenize.STRING, tokenize.OP}
 
 ARROWS = {
     "errors": set(),
@@ -22,7 +26,18 @@ ARROWS = {
     "pipeline": {"calibration", "modules", "methods", "ops", "errors"},
     "compress": {"pipeline", "calibration", "modules", "methods", "ops", "errors"},
     "folders": {"modules", "methods", "ops", "files", "errors"},
-    "weight_files": {"folders", "onnx", "pipeline", "compress", "modules", "methods", "ops", "files", "errors"},
+    "weight_files": {
+        "folders",
+        "onnx",
+        "pipeline",
+        "compress",
+        "calibration",
+        "modules",
+        "methods",
+        "ops",
+        "files",
+        "errors",
+    },
     "onnx": {"compress", "pipeline", "calibration", "modules", "methods", "ops", "files", "errors"},
     "search": {"compress", "calibration", "pipeline", "errors"},
     "tuning": {"modules", "files", "errors"},
@@ -36,8 +51,9 @@ ARROWS = {
 """The rooms that each room may import; its own files it always may."""
 ARROWS[FACE] = set(ARROWS)
 ARROWS["cli"] = set(ARROWS)
+ARROWS["__main__"] = {"cli"}
 
-MODULES = sorted(SOURCE.rglob("*.py"))
+MODULES, PAPER = sorted(SOURCE.rglob("*.py")), sorted((ROOT / "paper").glob("*.py"))
 ROOMS = {path.stem if path.is_file() else path.name for path in SOURCE.iterdir() if path.suffix == ".py" or path.is_dir()}
 every_module = pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(SOURCE).as_posix())
 
@@ -118,8 +134,53 @@ def test_public_modules_say_what_they_are_for(path):
 
 
 @every_module
-def test_modules_are_short(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 600
+def test_files_are_short(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+
+
+def code_lines(function, source):
+    """The number of lines of a function that hold code: no docstring, comment or blank line."""
+    tokens = (token for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type in CODE)
+    lines = {line for token in tokens for line in range(token.start[0], token.end[0] + 1)}
+    first = min([function.lineno, *(decorator.lineno for decorator in function.decorator_list)])
+    documented = set()
+    if ast.get_docstring(function, clean=False) is not None:
+        documented = set(range(function.body[0].lineno, function.body[0].end_lineno + 1))
+    return len((lines & set(range(first, function.end_lineno + 1))) - documented)
+
+
+def long_functions(source, most=MOST_CODE_LINES):
+    functions = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    counted = ((function.name, code_lines(function, source)) for function in functions)
+    return {name: count for name, count in counted if count > most}
+
+
+FUNCTION = '''
+@decorated
+def f(
+    x,
+):
+    """A docstring
+
+    of three lines."""
+    # a comment
+
+    y = """a text
+    in two lines"""
+    return g(
+        y
+    )
+'''
+
+
+def test_lines_of_code_are_counted():
+    assert long_functions(FUNCTION, most=0) == {"f": 9}
+    assert long_functions(FUNCTION, most=9) == {}
+
+
+@pytest.mark.parametrize("path", [*MODULES, *PAPER], ids=lambda path: "/".join(path.parts[-2:]))
+def test_functions_are_short(path):
+    assert long_functions(path.read_text(encoding="utf-8")) == {}
 
 
 def test_the_public_face_is_small():

@@ -23,7 +23,7 @@ def embedded_model() -> AWDLSTM:
 
     Example:
         >>> embedded_model().config.hidden_size
-        512
+        448
     """
     return load_awd_lstm(FOLDER)
 
