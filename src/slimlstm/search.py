@@ -1,4 +1,4 @@
-"""How much to keep, found by trying: as little as a quality allows, or as much as a latency does."""
+"""Search for a size by trying: the smallest that a quality allows, or the largest that a latency allows."""
 
 from __future__ import annotations
 
@@ -31,22 +31,35 @@ def find_keep(
     loss: Loss | None = None,
     progress: Callable[[float, float], None] | None = None,
 ) -> LowRank:
-    """``config`` with the smallest ``keep`` at which a copy of ``model``, compressed so, has a metric of at most ``limit``.
+    """Return ``config`` with the smallest ``keep`` whose compressed copy of ``model`` has a metric of at most ``limit``.
 
-    A perplexity at most 2% worse: ``find_keep(model, LowRank("fisher", keep=1), perplexity, 1.02 * perplexity(model),
-    calibration=calibration)``. The metric is taken to fall as more is kept; with ``largest`` to rise, as a latency does, of
-    which the largest keep is found. Bisects log(keep) between ``smallest_keep`` and 1; the model itself does not change.
+    Bisects log(keep) between ``smallest_keep`` and 1. The model does not change. For instance, a perplexity at most 2%
+    worse: ``find_keep(model, LowRank("fisher", keep=1), perplexity, 1.02 * perplexity(model), calibration=calibration)``.
 
     Args:
-        metric: takes the compressed copy; lower is better.
-        evaluations: how often the metric may be asked; the answer is within (1 / smallest_keep)^(2^-(evaluations - 1)) of
-            where the metric meets the limit.
-        calibration: for the methods that need it.
-        batches, loss: as of :func:`compress_`, so that the factors of every copy are fitted again.
-        progress: called with every keep that was tried and its metric.
+        model: any module that :func:`slimlstm.compress_` can compress.
+        config: the method, target and storage; its size is replaced.
+        metric: takes a compressed copy, and returns a number; lower is better. It should fall as ``keep`` rises.
+        limit: the highest acceptable metric.
+        largest: find the largest ``keep`` instead, for a metric that rises with ``keep``, such as a latency.
+        smallest_keep: the smallest fraction to try.
+        evaluations: how often to compute the metric, at least twice. The result is within a factor of
+            (1 / smallest_keep)^(2^-(evaluations - 1)) of the exact one.
+        calibration: for calibrated methods.
+        batches, loss: see :func:`slimlstm.compress_`; with them every copy's factors are fitted again.
+        progress: called with every ``keep`` that was tried and its metric.
 
     Raises:
-        SlimLSTMError: fewer than two evaluations, or the limit is met nowhere that was tried. As :func:`compress_` besides.
+        SlimLSTMError: fewer than two evaluations, no size that was tried meets the limit, or see
+            :func:`slimlstm.compress_`.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.LSTM(8, 16))
+        >>> def parameters(model):
+        ...     return sum(parameter.numel() for parameter in model.parameters())
+        >>> round(find_keep(model, LowRank(keep=1.0), parameters, limit=1000, largest=True).keep, 2)
+        0.56
     """
     if evaluations < 2 or not 0.0 < smallest_keep < 1.0:
         raise SlimLSTMError(
@@ -64,7 +77,7 @@ def find_keep(
             progress(keep, value)
         return value <= limit
 
-    # ``good`` meets the limit, ``bad`` lies on the side where it is missed.
+    # ``good`` meets the limit; ``bad`` is on the side that misses it.
     good, bad = (smallest_keep, 1.0) if largest else (1.0, smallest_keep)
     if not accepts(good):
         raise SlimLSTMError(f"even keep={good} does not bring the metric to {limit:g}; allow more, or check the metric")

@@ -302,7 +302,7 @@ def test_a_loss_that_is_far_from_its_prediction_is_said_to_be():
             parameter.mul_(3.0)
     report = compress_(model, LowRank(rank=1), batches=batches_of(stranger), loss=losses_of)
     assert not 0.5 <= report.measured_rise / report.predicted_rise <= 2.0
-    assert "they are apart: the prediction ranks plans, but is no measure of the loss here" in report.loss_note
+    assert "these differ: the prediction ranks plans here, but does not measure the loss" in report.loss_note
 
 
 def test_losses_before_and_after_are_on_the_batches_given():
@@ -368,7 +368,11 @@ REFUSED = {
     ),
     "no batches, fisher": (lambda: LowRank("fisher", keep=0.5), dict, "give batches= and loss=, or calibration="),
     "no batches, plan": (lambda: Plan({"left.weight_hh_l0": SitePlan("fisher", 2)}), dict, "'fisher' has to see data"),
-    "no loss": (lambda: LowRank("fisher", rank=2), lambda: {"batches": BATCHES}, "'fisher' needs a loss, and compress_ got none"),
+    "no loss": (
+        lambda: LowRank("fisher", rank=2),
+        lambda: {"batches": BATCHES},
+        "'fisher' needs a loss, and compress_ got none",
+    ),
     "no loss, keep": (lambda: LowRank("fisher", keep=0.5), lambda: {"batches": BATCHES}, "'fisher' needs a loss"),
     "no batch": (lambda: LowRank("fisher", rank=2), lambda: {"batches": [], "loss": losses_of}, "no batch was given"),
     "not reached": (lambda: LowRank("fisher", rank=2), lambda: UNREACHED, "no batch reached towers.0.weight_ih_l0, or no"),

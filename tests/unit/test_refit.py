@@ -13,11 +13,11 @@ from torch.nn.functional import cross_entropy
 from slimlstm import LowRank, Quantize, SlimLSTMError, compress_
 from slimlstm.calibration.module_observer import ModuleObserver
 from slimlstm.calibration.refit import refit
-from slimlstm.pipeline.run import PASSES
 from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig
 from slimlstm.demo.model import embedded_model, held_out_tokens
 from slimlstm.methods import DAMPING
 from slimlstm.modules.hosts import find_hosts
+from slimlstm.pipeline.run import PASSES
 
 
 class OneLayer(nn.Module):

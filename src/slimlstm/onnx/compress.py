@@ -8,7 +8,7 @@ thin products.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from slimlstm.methods import Needs, Replacement
 from slimlstm.onnx.calibrate import RunInputs, calibrate_graph
 from slimlstm.onnx.find import find_lstms
 from slimlstm.onnx.graph import OnnxLSTM, graphs_of, read_model
+from slimlstm.onnx.observe import GraphObserver
 from slimlstm.onnx.source import GraphSource
 from slimlstm.ops.dense import rebuilt
 from slimlstm.pipeline.plan import Config, check_config
@@ -73,12 +74,18 @@ def compress_onnx(
     if not source.sites():
         raise SlimLSTMError("; ".join([f"{path} holds no LSTM with constant weights", *problems]))
     check_config(config, source.sites())
-    if batches is not None and calibration is None and needs_of(config) > Needs.NOTHING:
-        calibration = source.calibration(calibrate_graph(model, lstms, batches))
+    needs = needs_of(config)
+    if batches is not None and calibration is None and needs > Needs.NOTHING:
+        observed = [lstm for group in source.groups for lstm in group]
+        calibration = source.calibration(calibrate_graph(model, observed, batches, needs >= Needs.GRADIENTS))
+    observer = None
+    if batches is not None and not isinstance(batches, Iterator) and needs > Needs.NOTHING and refit != 0:
+        observer = GraphObserver(model, source.groups, batches)
     solution = solve(
         source,
         config,
         calibration=calibration,
+        observer=observer,
         refit_obstacle="it takes batches that can be iterated more than once",
         refit=refit,
         progress=progress,
@@ -98,8 +105,8 @@ def _check_size(report: Report, replacements: Mapping[str, Replacement]) -> None
     before, after = report.model.bytes_before, report.model.bytes_after
     if after >= before and not any(found.mask is not None for found in replacements.values()):
         raise SlimLSTMError(
-            f"the file would take {after:,} bytes, {before:,} before: its weights are used elsewhere too, or hardly smaller; "
-            "give a lower rank"
+            f"the file would take {after:,} bytes, and takes {before:,} now: its weights are used elsewhere too, or hardly "
+            "become smaller; give a lower rank"
         )
 
 

@@ -1,4 +1,4 @@
-"""What compression did: per site and in total, to print and to keep."""
+"""Reports of a compression: for every site and in total, to print and to keep."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from slimlstm.pipeline.plan import Plan
 
 
 def as_text(table: RenderableType) -> str:
-    """What is printed of it where nobody resizes the window."""
+    """Return what a rich table prints in 160 columns, without colour."""
     console = Console(file=io.StringIO(), width=160, color_system=None)
     console.print(table)
     assert isinstance(console.file, io.StringIO)  # noqa: S101 (made above)
@@ -25,11 +25,19 @@ def as_text(table: RenderableType) -> str:
 class SiteReport:
     """What happened to one site.
 
-    ``relative_error`` is ‖W - W'‖_F / ‖W‖_F, rounding included. Of a pruned matrix, ``parameters_after`` counts the weights
-    that are left; ``bytes_after`` counts what is stored, and a mask saves nothing there. ``iterations`` and ``converged``
-    are of the solver. ``storage`` is None where weights are kept as they were trained; elsewhere bytes are those of the
-    saved file and of what the kernel reads, scales of int8 included, while the parameters in memory stay float32.
-    ``predicted_rise`` is what calibration predicts the mean loss to rise by for this site alone.
+    Attributes:
+        key, shape: of the site; (m, n).
+        method: a key of :data:`slimlstm.methods.METHODS`, or ``"dense"``.
+        rank: the rank of the factors afterwards, None for a dense matrix.
+        break_even_rank: m n / (m + n), at and above which factors are no smaller than the matrix.
+        parameters_before, parameters_after: the numbers in the matrix or its factors; weights under a mask do not count.
+        bytes_before, bytes_after: in the saved file, scales included. A mask saves no bytes. The fused kernel reads as
+            many; the parameters in memory stay float32.
+        relative_error: ‖W - W'‖_F / ‖W‖_F, rounding included.
+        iterations, converged: of an iterative solver; 0 and True for a direct one.
+        note: why the site was treated differently from its configuration.
+        storage: the storage afterwards, None for the matrix's own dtype.
+        predicted_rise: the rise of the mean loss that the calibration predicts for this site alone.
     """
 
     key: str
@@ -51,7 +59,7 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Total:
-    """Parameters and bytes before and after, of the LSTMs with their biases or of the whole model, shared ones once."""
+    """Parameters and bytes before and after; shared parameters count once."""
 
     parameters_before: int
     parameters_after: int
@@ -60,7 +68,7 @@ class Total:
 
     @classmethod
     def between(cls, before: tuple[int, int], after: tuple[int, int]) -> Total:
-        """From (parameters, bytes) before and after."""
+        """Return the total of (parameters, bytes) before and after."""
         return cls(before[0], after[0], before[1], after[1])
 
     def __str__(self) -> str:
@@ -72,9 +80,21 @@ class Total:
 
 @dataclass(frozen=True)
 class Report:
-    """What ``compress_`` did. Print it, keep ``to_dict()``, or do the same again with ``plan``.
+    """What a compression did. Print it, keep ``to_dict()``, or repeat the compression with ``plan``.
 
-    ``loss_before`` and ``loss_after`` are the mean losses on the calibration batches, where there were any.
+    Attributes:
+        sites: one report for every selected site.
+        plan: what was decided, with ranks and storages.
+        lstm: the total of the LSTMs with their biases.
+        model: the total of the model; for an ONNX file, of the file.
+        notes: what else to know.
+        loss_before, loss_after: mean losses on the calibration batches, where a loss was given.
+
+    Example:
+        >>> import slimlstm, torch
+        >>> report = slimlstm.compress_(torch.nn.Sequential(torch.nn.LSTM(8, 16)), slimlstm.LowRank(rank=2))
+        >>> [site.rank for site in report.sites]
+        [2, 2]
     """
 
     sites: list[SiteReport]
@@ -87,20 +107,20 @@ class Report:
 
     @property
     def predicted_rise(self) -> float | None:
-        """The sum of the sites' predicted rises of the mean loss; None where there is none."""
+        """The sum of the sites' predicted rises of the mean loss; None without predictions."""
         rises = [site.predicted_rise for site in self.sites if site.predicted_rise is not None]
         return sum(rises) if rises else None
 
     @property
     def measured_rise(self) -> float | None:
-        """By how much the mean loss on the calibration batches rose."""
+        """The rise of the mean loss on the calibration batches; None where it was not measured."""
         if self.loss_before is None or self.loss_after is None:
             return None
         return self.loss_after - self.loss_before
 
     @property
     def loss_note(self) -> str:
-        """Both rises in words, and whether the prediction is to be trusted; empty where there was no loss."""
+        """The predicted and the measured rise in words, and a warning where they differ; empty without a loss."""
         predicted, measured = self.predicted_rise, self.measured_rise
         parts = [f"predicted {predicted:+.4f}"] if predicted is not None else []
         if measured is not None and self.loss_before is not None:
@@ -108,10 +128,10 @@ class Report:
         if predicted is None or measured is None:
             is_near = True
         else:
-            # Rounding alone puts them apart where nothing was lost.
+            # Where almost nothing is lost, rounding makes the ratio meaningless.
             is_near = abs(measured - predicted) < 1e-4 or 0.5 * predicted <= measured <= 2.0 * predicted
         if not is_near:
-            parts.append("they are apart: the prediction ranks plans, but is no measure of the loss here")
+            parts.append("these differ: the prediction ranks plans here, but does not measure the loss")
         return "loss on the calibration batches: " + ", ".join(parts) if parts else ""
 
     def __rich__(self) -> Table:
@@ -145,17 +165,17 @@ class Report:
         return as_text(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON types."""
+        """Return the report as JSON types."""
         sites = [{**asdict(site), "shape": list(site.shape)} for site in self.sites]
         return {**asdict(self), "sites": sites, "plan": self.plan.to_dict()}
 
     def to_json(self) -> str:
-        """The report as JSON text."""
+        """Return the report as JSON text."""
         return json.dumps(self.to_dict(), indent=1)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Report:
-        """The report that :meth:`to_dict` gave."""
+        """Return the report that :meth:`to_dict` wrote."""
         entries: list[dict[str, Any]] = data["sites"]
         sites = [replace(SiteReport(**entry), shape=(entry["shape"][0], entry["shape"][1])) for entry in entries]
         lstm, model = Total(**data["lstm"]), Total(**data["model"])
