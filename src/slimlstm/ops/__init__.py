@@ -1,9 +1,9 @@
 """The recurrence of one LSTM layer: one entry point, several backends, and a reason for each choice.
 
-All backends compute the same layer, except for rounding. With int8 storage that difference can be seen, because the fused
-kernel rounds the inputs of int8 weights too, row by row: to eight bits, or to fifteen where eight could move a gate. On the
-embedded language model the logits of the fused kernel then differ from the reference's by up to 0.09 on a scale of
-9.8.
+All backends compute the same layer, except for rounding. In int8 the difference is visible, because the fused kernel also
+rounds the inputs of int8 weights, row by row: to eight bits, or to fifteen where eight could move a gate. On the embedded
+language model the fused kernel's logits then differ from the reference's by 0.2% in norm (by 0.17 at most, on a scale of
+25), about as much as int8 weights change them, and the perplexities are 54.97 and 54.96.
 """
 
 from __future__ import annotations

@@ -1,0 +1,173 @@
+"""The fused kernel with weights in bfloat16 and int8.
+
+Dimensions: T time steps, B sequences, I input size, H hidden size, D directions.
+"""
+
+import math
+
+import pytest
+import torch
+from kernels import assert_current, by_reference, isa, low_rank, needs_kernel  # noqa: F401
+from torch import nn
+
+from slimlstm import Quantize, compress_
+from slimlstm.demo.model import embedded_model, held_out_tokens
+from slimlstm.errors import SlimLSTMError
+from slimlstm.methods import STORAGES, rounded
+from slimlstm.modules.lstm import LowRankLSTM
+from slimlstm.modules.masks import apply_mask
+from slimlstm.ops import packing
+
+pytestmark = needs_kernel
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("threads", [1, -3])
+@pytest.mark.parametrize(("storage", "bound"), [("bfloat16", 2e-6), ("int8", 0.02)])
+@pytest.mark.parametrize("hidden", [1, 7, 33, 129])
+@pytest.mark.parametrize("how", ["dense", "factored", "projected"])
+@torch.no_grad()
+def test_rounded_weights(how, hidden, storage, bound, threads, monkeypatch):
+    if how == "projected" and hidden == 1:
+        pytest.skip("the projection needs at least two units")
+    rank = None if how == "dense" else max(1, hidden // 8)
+    ranks = {f"weight_{kind}_l0{end}": rank for kind in ("ih", "hh") for end in ("", "_reverse")} if rank else {}
+    proj_size = hidden // 2 if how == "projected" else 0
+    module = LowRankLSTM(hidden + 2, hidden, ranks=ranks, proj_size=proj_size, bidirectional=True).eval()
+    for name in module.matrix_shapes:
+        module.store(name, storage)
+    x = torch.randn(20, 3, hidden + 2)
+    truth = by_reference(module, x.double())
+    module.backend = "fused"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    output, (h, c) = module(x)
+    for ours, theirs in ((output, truth["output"]), (h, truth["h_n"]), (c, truth["c_n"])):
+        assert (ours - theirs).norm() <= bound * theirs.norm()
+
+
+def of_a_wide_range(how: str, hidden: int) -> tuple[LowRankLSTM, torch.Tensor]:
+    """Return an int8 module for inputs and states over three orders of magnitude, and their ranges [H].
+
+    The weights compensate for the ranges.
+    """
+    ranks = {"weight_ih_l0": max(1, hidden // 4), "weight_hh_l0": max(1, hidden // 4)} if how == "factored" else {}
+    module = LowRankLSTM(hidden, hidden, ranks=ranks, proj_size=hidden // 2 if how == "projected" else 0).eval()
+    ranges = torch.logspace(-2, 1, hidden)
+    for name, shape in module.matrix_shapes.items():
+        matrix = getattr(module, f"{name}_v" if name in ranks else name)
+        matrix.div_(ranges[: shape[1]])
+        module.store(name, "int8")
+    module.backend = "fused"
+    return module, ranges
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("threads", [1, -3])
+@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize("hidden", [7, 33, 129])
+@pytest.mark.parametrize("how", ["dense", "factored", "projected"])
+@torch.no_grad()
+def test_int8_is_accurate_for_inputs_of_any_range(how, hidden, batch, threads, monkeypatch):
+    """One step, so that the states have the given range. With eight bits alone the error is a tenth and more."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    module, ranges = of_a_wide_range(how, hidden)
+    outputs = module.proj_size or hidden
+    x, h0 = torch.randn(1, batch, hidden) * ranges, torch.randn(1, batch, outputs) * ranges[:outputs]
+    inputs = x, (h0, torch.randn(1, batch, hidden))
+    output, (h, c) = module(*inputs)
+    truth = by_reference(module, x.double(), (h0.double(), inputs[1][1].double()))
+    # The input of a projection is always rounded to eight bits.
+    bound = 0.03 if how == "projected" else 0.02
+    for ours, theirs in ((output, truth["output"]), (h, truth["h_n"]), (c, truth["c_n"])):
+        assert (ours - theirs).norm() <= bound * theirs.norm()
+
+
+@torch.no_grad()
+def test_int8_logits_differ_from_the_reference_only_by_rounded_inputs(monkeypatch):
+    """The difference that the documentation of ``slimlstm.ops`` states."""
+    model = embedded_model()
+    compress_(model, Quantize("int8"))
+    tokens = held_out_tokens()[:280].view(8, 35).t()
+
+    def logits(backend: str) -> torch.Tensor:
+        for module in model.modules():
+            if isinstance(module, LowRankLSTM):
+                module.backend = backend
+        return model(tokens)[0]
+
+    def difference() -> float:
+        packing.forget()
+        return float((logits("fused") - exact).norm() / exact.norm())
+
+    exact = logits("reference")
+    assert 1e-4 < difference() < 4e-3
+    gains = packing._gains
+    monkeypatch.setattr(packing, "_gains", lambda directions: [math.inf if gain else 0.0 for gain in gains(directions)])
+    assert difference() < 3e-5, "with fifteen bits for all inputs"
+
+
+@pytest.mark.usefixtures("isa")
+@torch.no_grad()
+def test_int8_results_do_not_depend_on_other_sequences_of_the_batch():
+    module, ranges = of_a_wide_range("dense", 33)
+    quiet, loud = 1e-3 * torch.randn(5, 1, 33), torch.randn(5, 1, 33) * ranges
+    for x in (quiet, loud):
+        alone, _ = module(x)
+        for index, beside in enumerate(([x, loud, quiet], [loud, x, quiet], [quiet, quiet, x])):
+            found = module(torch.cat(beside, 1))[0][:, index : index + 1]
+            torch.testing.assert_close(found, alone, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@torch.no_grad()
+def test_rounded_weights_are_packed_exactly(storage):
+    """The inputs are exact in every storage, so that only weights are rounded, and these are rounded already."""
+    module = LowRankLSTM(3, 5)
+    module.store("weight_ih_l0", storage)
+    module.bias_ih_l0.zero_()
+    module.bias_hh_l0.zero_()
+    before = module.weight_ih_l0.clone()
+    module.store("weight_ih_l0", storage)
+    assert torch.equal(module.weight_ih_l0, before)
+    module.backend = "fused"
+    assert_current(module, torch.eye(3)[None])
+
+
+@pytest.mark.usefixtures("isa")
+@torch.no_grad()
+def test_rounding_keeps_nan_and_zero():
+    for storage in STORAGES:
+        module = low_rank()
+        for name in module.matrix_shapes:
+            module.store(name, storage)
+        for value in (torch.nan, torch.inf):
+            x = torch.randn(3, 2, 5)
+            x[1, 0, 2] = value
+            output, _ = module(x)
+            assert output[:, 1].isfinite().all()
+            assert output[0].isfinite().all()
+            assert value == torch.inf or output[1:, 0].isnan().all()
+        assert module(torch.zeros(3, 2, 5))[0].isfinite().all()
+        assert module(torch.full((3, 2, 5), 1e-42))[0].isfinite().all()
+
+
+def test_masked_weights_are_rounded():
+    module, mask = LowRankLSTM(5, 33), torch.rand(4 * 33, 33) < 0.3
+    apply_mask(module, "weight_hh_l0", mask)
+    before = module.weight_hh_l0.detach().clone()
+    module.store("weight_hh_l0", "int8")
+    assert torch.equal(module.weight_hh_l0, rounded(before, "int8"))
+    assert not module.weight_hh_l0[~mask].any()
+
+
+def test_impossible_storages_are_refused():
+    with pytest.raises(SlimLSTMError, match="only float32 weights can be kept in int8"):
+        low_rank().double().store("weight_hh_l0", "int8")
+    computed = low_rank()
+    nn.utils.parametrizations.weight_norm(computed, "weight_hh_l0_u")
+    with pytest.raises(SlimLSTMError, match="weight_hh_l0_u is computed from several parameters"):
+        computed.store("weight_hh_l0", "int8")
+    with pytest.raises(SlimLSTMError, match="no storage is called 'int4'"):
+        low_rank().store("weight_hh_l0", "int4")
+    with pytest.raises(SlimLSTMError, match="no matrix is called 'bias'"):
+        low_rank().store("bias", "int8")
