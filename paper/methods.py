@@ -12,8 +12,9 @@ from pathlib import Path
 from torch import nn
 
 from slimlstm.errors import SlimLSTMError, reason_of
-from slimlstm.methods import METHODS, svd
+from slimlstm.methods import METHODS, calibrated_methods, svd
 from slimlstm.modules.lstm import LowRankLSTM
+from slimlstm.pipeline.config import LowRank, Prune, configuration
 
 PAPER = ("svd", "semi-nmf", "prune")
 """The methods that the paper compares, in its order."""
@@ -34,6 +35,31 @@ def beyond_paper() -> list[str]:
 def all_methods() -> list[str]:
     """Return the paper's methods, then the others."""
     return [*PAPER, *beyond_paper()]
+
+
+def configuration_called(name: str, keep: float, dense_bytes: int) -> LowRank | Prune:
+    """Return the configuration of a method, or of a variant of one, at a fraction of the dense matrices' bytes.
+
+    Args:
+        name: a method; ``METHOD-global`` chooses the ranks of all matrices together; ``METHOD-int8`` stores factors in
+            int8, so that they have four times as many weights in the same bytes.
+        keep: the fraction.
+        dense_bytes: of all matrices.
+
+    Example:
+        >>> configuration_called("svd-int8", 0.25, 4000).bytes
+        1000
+    """
+    if name.endswith("-int8"):
+        return configuration(name.removesuffix("-int8"), bytes=int(keep * dense_bytes), storage="int8")
+    if name.endswith("-global"):
+        return configuration(name.removesuffix("-global"), keep=keep, allocation="global")
+    return configuration(name, keep=keep)
+
+
+def is_calibrated(name: str) -> bool:
+    """Return whether a method, or the method of a variant, needs calibration."""
+    return name.removesuffix("-int8").removesuffix("-global") in calibrated_methods()
 
 
 def factors_by_svd_(lstms: Iterable[nn.Module]) -> None:

@@ -1,11 +1,11 @@
-"""Trains the language model that ships inside the package, and writes it there.
+"""Train the language model that ships inside the package, and write it there.
 
     python recipes/demo_model.py --run runs/demo_model
 
-An AWD-LSTM over 4,096 byte-pair pieces of WikiText-2, small enough for half precision to fit into 10 MB. Every epoch
-writes a checkpoint into the run folder; a run that was interrupted, or is given more epochs, goes on from the last one,
-with the settings of its own command. ``training.json`` keeps the settings of every start. The last step writes the
-half-precision weights, a held-out slice of the test text and its token ids into ``src/slimlstm/models/embedded``.
+The model is an AWD-LSTM over 4,096 byte-pair pieces of WikiText-2, which fits into 10 MB in half precision. Every epoch
+writes a checkpoint into the run folder. A run that was interrupted, or gets more epochs, continues from the last one, with
+the settings of the new command; ``training.json`` lists the settings of every start. The last step writes the
+half-precision weights, a held-out slice of the test text and its token ids into ``src/slimlstm/demo/embedded``.
 """
 
 import argparse
@@ -19,13 +19,15 @@ import sentencepiece
 import torch
 from rich.console import Console
 from rich.progress import track
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
+from paper.checkpoints import write_tensors
 from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig
 from slimlstm.demo.corpora import CORPORA, read_text, words_of
+from slimlstm.files import replacing, write_json, write_text
 
-PACKAGE_FOLDER = Path(__file__).parents[1] / "src" / "slimlstm" / "models" / "embedded"
+PACKAGE_FOLDER = Path(__file__).parents[1] / "src" / "slimlstm" / "demo" / "embedded"
 HELD_OUT_LINES = 300
 VOCAB_SIZE = 4096
 BPTT = 70
@@ -36,7 +38,7 @@ parser.add_argument("--run", type=Path, required=True, help="folder for checkpoi
 parser.add_argument("--epochs", type=int, default=16)
 parser.add_argument("--streams", type=int, default=80, help="text streams side by side (the batch size)")
 parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate of AdamW")
-parser.add_argument("--dropout", type=float, default=1.0, help="multiplies every dropout rate")
+parser.add_argument("--dropout", type=float, default=1.0, help="factor of every dropout rate")
 parser.add_argument("--seed", type=int, default=1)
 arguments = parser.parse_args()
 console = Console()
@@ -65,18 +67,18 @@ tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_file))
 
 
 def encode(text):
-    """Token ids of a text: the pieces of every line, then <eos>."""
+    """Return token ids of a text: the pieces of every line, then <eos>."""
     lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
     return torch.tensor([token for pieces in tokenizer.encode(lines) for token in (*pieces, tokenizer.eos_id())])
 
 
 def streams_of(tokens, count):
-    """[T, count]: the tokens cut into ``count`` consecutive streams, the tail dropped."""
+    """Cut tokens into ``count`` consecutive streams [T, count], without the tail."""
     return tokens[: len(tokens) // count * count].view(count, -1).t().contiguous()
 
 
 def evaluate(model, streams):
-    """Mean negative log-likelihood a token, state carried through."""
+    """Return the mean negative log-likelihood a token, with the state carried through."""
     model.eval()
     total, state = 0.0, None
     with torch.no_grad():
@@ -127,7 +129,7 @@ if checkpoint.exists():
     schedule.last_epoch = first_epoch * steps_per_epoch - 1
     schedule.step()
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    console.print(f"going on with epoch {first_epoch}")
+    console.print(f"continuing with epoch {first_epoch}")
 
 settings = {name: value for name, value in vars(arguments).items() if name != "run"}
 with log_file.open("a") as log:
@@ -161,13 +163,12 @@ for epoch in range(first_epoch, arguments.epochs):
     state_dict = model.state_dict()
     state_dict.pop("decoder.weight")
     optimizer_state = optimizer.state_dict()["state"]
-    save_file(
+    write_tensors(
+        checkpoint,
         {f"model.{name}": value for name, value in state_dict.items()}
         | {f"optimizer.{index}.{key}": value for index, entry in optimizer_state.items() for key, value in entry.items()}
         | {"rng": torch.get_rng_state(), "epoch": torch.tensor(epoch)},
-        checkpoint.with_suffix(".part"),
     )
-    checkpoint.with_suffix(".part").replace(checkpoint)
 
 half = {name: value.half() for name, value in model.state_dict().items() if name != "decoder.weight"}
 model.load_state_dict(
@@ -195,10 +196,10 @@ provenance = {
     },
 }
 held_out = "\n".join(text["test"].split("\n")[:HELD_OUT_LINES]) + "\n"
-PACKAGE_FOLDER.mkdir(parents=True, exist_ok=True)
-save_file(half, PACKAGE_FOLDER / "model.safetensors")
-save_file({"tokens": encode(held_out).to(torch.int16)}, PACKAGE_FOLDER / "held_out.safetensors")
-(PACKAGE_FOLDER / "held_out.txt").write_text(held_out, encoding="utf-8", newline="\n")
-(PACKAGE_FOLDER / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
-(PACKAGE_FOLDER / "training.json").write_text(json.dumps(provenance, indent=1) + "\n")
+write_tensors(PACKAGE_FOLDER / "model.safetensors", half)
+write_tensors(PACKAGE_FOLDER / "held_out.safetensors", {"tokens": encode(held_out).to(torch.int16)})
+write_text(PACKAGE_FOLDER / "held_out.txt", held_out)
+with replacing(PACKAGE_FOLDER / "tokenizer.model") as draft:
+    draft.write_bytes(tokenizer_file.read_bytes())
+write_json(PACKAGE_FOLDER / "training.json", provenance)
 console.print(provenance)

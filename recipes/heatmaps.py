@@ -1,9 +1,9 @@
-"""Pictures of the matrices of a trained AWD-LSTM or ELMo: as they are, as low-rank products, and pruned to as many weights.
+"""Draw matrices of a trained AWD-LSTM or ELMo: dense, as low-rank products, and pruned to as many weights.
 
     python recipes/heatmaps.py --model checkpoints/awd_lstm_ptb
     python recipes/heatmaps.py --model runs/elmo --name elmo-heatmap
 
-Writes ``heatmap-hh`` and ``heatmap-ih``, each as PNG and PDF, into docs/paper.
+It writes ``heatmap-hh`` and ``heatmap-ih``, each as PNG and PDF, into docs/paper.
 """
 
 import argparse
@@ -16,9 +16,9 @@ from slimlstm.methods import magnitude_mask, nonzeros_at_rank, svd
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", type=Path, required=True, help="folder of an AWD-LSTM, or of an ELMo in official files")
-parser.add_argument("--layer", type=int, default=1, help="counted from 0, of an ELMo in the forward direction")
+parser.add_argument("--layer", type=int, default=1, help="counted from 0; for an ELMo, of the forward direction")
 parser.add_argument("--rank", type=int, default=10)
-parser.add_argument("--name", default="heatmap", help="what the files' names begin with")
+parser.add_argument("--name", default="heatmap", help="beginning of the files' names")
 parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs" / "paper", help="folder")
 arguments = parser.parse_args()
 arguments.output.mkdir(parents=True, exist_ok=True)
@@ -26,12 +26,12 @@ is_elmo = list(arguments.model.glob("*options.json"))
 lstms = load_bilm(arguments.model).forward_lstms if is_elmo else load_awd_lstm(arguments.model).lstms
 for target in ("hh", "ih"):
     matrix = getattr(lstms[arguments.layer], f"weight_{target}_l0").detach()
-    kept = nonzeros_at_rank(tuple(matrix.shape), arguments.rank)
+    nonzeros = nonzeros_at_rank(tuple(matrix.shape), arguments.rank)
     factors = svd(matrix, arguments.rank)
     pictures = {
         f"{target} of layer {arguments.layer}": matrix,
         f"U V, rank {arguments.rank}": factors.u @ factors.v,
-        f"pruned to {kept / matrix.numel():.1%}": matrix * magnitude_mask(matrix, kept),
+        f"pruned to {nonzeros / matrix.numel():.1%}": matrix * magnitude_mask(matrix, nonzeros),
     }
     for ending in ("png", "pdf"):
         heatmaps(pictures, arguments.output / f"{arguments.name}-{target}.{ending}")

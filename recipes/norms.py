@@ -1,14 +1,13 @@
-"""Norms and spectra of the matrices of a trained AWD-LSTM or ELMo, as they are and after every method and rank.
+"""Measure norms and spectra of the matrices of a trained AWD-LSTM or ELMo, dense and after every method and rank.
 
     python recipes/norms.py --model checkpoints/awd_lstm_ptb --output results/ptb_norms.json
     python recipes/norms.py --model runs/elmo --ranks 10 20 30 50 100 --output results/elmo_norms.json
 
-A matrix whose factors would be no smaller stays dense, as it does in ``compress_``. A file that is there is left alone.
+A matrix whose factors would be no smaller stays dense, as in ``compress_``. If the output exists, nothing is done.
 """
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,33 +15,37 @@ from rich.progress import track
 
 from paper.analysis import energy, norms
 from paper.elmo_files import load_bilm
+from paper.methods import PAPER
+from paper.runs import exit_if_done
 from slimlstm.demo.awd_lstm import load_awd_lstm
-from slimlstm.methods import magnitude_mask, nonzeros_at_rank, semi_nmf, singular_values, svd
+from slimlstm.files import write_text
+from slimlstm.methods import METHODS, MatrixProblem, nonzeros_at_rank, singular_values
 from slimlstm.modules.hosts import find_hosts
 from slimlstm.provenance import provenance
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", type=Path, required=True, help="folder of an AWD-LSTM, or of an ELMo in official files")
-parser.add_argument("--output", type=Path, required=True)
+parser.add_argument("--output", type=Path, required=True, help="JSON file")
 parser.add_argument("--ranks", nargs="+", type=int, default=[10, 50, 100, 200, 250, 300, 350, 400])
 arguments = parser.parse_args()
-if arguments.output.exists():
-    sys.exit(f"{arguments.output} is there")
+exit_if_done(arguments.output)
 
 
 def approximations(matrix, rank):
-    """Every method's approximation at a rank."""
-    kept = nonzeros_at_rank(tuple(matrix.shape), rank)
-    if kept >= matrix.numel():
-        return dict.fromkeys(("svd", "semi-nmf", "prune"), matrix)
-    factors = {"svd": svd(matrix, rank), "semi-nmf": semi_nmf(matrix, rank)}
-    products = {method: found.u.double() @ found.v.double() for method, found in factors.items()}
-    return products | {"prune": matrix * magnitude_mask(matrix, kept)}
+    """Return every method's approximation at a rank."""
+    nonzeros = nonzeros_at_rank(tuple(matrix.shape), rank)
+    if nonzeros >= matrix.numel():
+        return dict.fromkeys(PAPER, matrix)
+    problem = MatrixProblem(matrix)
+    found = {name: METHODS[name].solve(problem, nonzeros if METHODS[name].makes_mask else rank, None) for name in PAPER}
+    return {
+        name: matrix * one if METHODS[name].makes_mask else one.u.double() @ one.v.double() for name, one in found.items()
+    }
 
 
 rows, spectra = [], []
 model = load_bilm(arguments.model) if list(arguments.model.glob("*options.json")) else load_awd_lstm(arguments.model)
-# Of an ELMo, the layers of the forward direction come before those of the backward one.
+# An ELMo's forward layers come before its backward ones.
 matrices = [
     (site.target, layer, host.matrix(site.name)) for layer, host in enumerate(find_hosts(model)) for site in host.sites()
 ]
@@ -63,6 +66,4 @@ for target, layer, matrix in track(matrices, "norms"):
         for method, found in approximations(matrix, rank).items():
             rows.append({"method": method, "target": target, "layer": layer, "rank": rank, **asdict(norms(found))})
 result = {"rows": rows, "spectra": spectra, "config": {"model": arguments.model.name}, "provenance": provenance()}
-arguments.output.parent.mkdir(parents=True, exist_ok=True)
-arguments.output.with_suffix(".part").write_text(json.dumps(result) + "\n", encoding="utf-8")
-arguments.output.with_suffix(".part").replace(arguments.output)
+write_text(arguments.output, json.dumps(result) + "\n")

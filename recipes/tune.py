@@ -1,16 +1,15 @@
-"""Compresses a trained AWD-LSTM, tunes it for some minutes, and measures its perplexity before and after.
+"""Compress a trained AWD-LSTM, tune it for some minutes, and measure its perplexity before and after.
 
     python recipes/tune.py --model checkpoints/awd_lstm_ptb --corpus ptb --method svd --keep 0.25 --teacher \\
         --minutes 10 --output results/ptb_tuned/svd-025.json
 
-Training text only is learnt from; the weights that do best on part of the validation text are kept. A run that was
-interrupted goes on with the same command; one whose output is there does nothing. ``torchrun --nproc-per-node N`` shares
-the streams out among N processes.
+It learns from training text only; the result has the weights that do best on part of the validation text. After an
+interruption, the same command continues the run; if the output exists, nothing is done. ``torchrun --nproc-per-node N``
+divides the streams among N processes.
 """
 
 import argparse
 import copy
-import json
 import os
 import sys
 import time
@@ -26,6 +25,9 @@ from slimlstm.calibration.moments import Calibration
 from slimlstm.demo.awd_lstm import load_awd_lstm
 from slimlstm.demo.corpora import CORPORA, Vocabulary, read_words
 from slimlstm.evaluate import perplexity
+from slimlstm.files import write_json
+from slimlstm.methods import METHODS
+from slimlstm.pipeline.config import configuration
 from slimlstm.provenance import provenance
 from slimlstm.tuning import divergence
 
@@ -36,23 +38,23 @@ EVALUATION_STREAMS = 10
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", type=Path, required=True, help="folder with model.safetensors and vocab.txt")
 parser.add_argument("--corpus", choices=CORPORA, required=True)
-parser.add_argument("--method", default="svd", help="prune, or a method of LowRank")
-parser.add_argument("--calibration", type=Path, help="for fisher and activation: what recipes/quality.py has kept")
-parser.add_argument("--keep", type=float, default=0.25, help="the fraction of every matrix's parameters that is left")
+parser.add_argument("--method", default="svd", choices=METHODS)
+parser.add_argument("--calibration", type=Path, help="for methods that need it: a file that recipes/quality.py wrote")
+parser.add_argument("--keep", type=float, default=0.25, help="fraction of every matrix's parameters that stays")
 parser.add_argument("--minutes", type=float, default=10.0)
 parser.add_argument("--teacher", action="store_true", help="learn the dense model's predictions instead of the next words")
-parser.add_argument("--lr", type=float, help="by default 1e-3 with --teacher, 3e-4 without")
-parser.add_argument("--dropout", type=float, default=0.0, help="multiplies the published dropout rates")
+parser.add_argument("--lr", type=float, help="learning rate; default: 1e-3 with --teacher, 3e-4 without")
+parser.add_argument("--dropout", type=float, default=0.0, help="factor of the published dropout rates")
 parser.add_argument("--streams", type=int, default=20, help="text streams side by side (the batch size)")
 parser.add_argument("--device", default="cpu")
-parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="what is computed in")
-parser.add_argument("--output", type=Path, required=True, help="JSON file; the checkpoint lies beside it meanwhile")
+parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="precision of the computation")
+parser.add_argument("--output", type=Path, required=True, help="JSON file; the checkpoint is beside it meanwhile")
 arguments = parser.parse_args()
 arguments.lr = arguments.lr or (1e-3 if arguments.teacher else 3e-4)
 processes, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
 console = Console(quiet=rank > 0)
 if arguments.output.exists():
-    console.print(f"{arguments.output} is there")
+    console.print(f"{arguments.output} already exists")
     sys.exit()
 
 words = Vocabulary.read(arguments.model / "vocab.txt")
@@ -64,7 +66,7 @@ model.config = model.config.scaled(arguments.dropout)
 
 
 class NextWords:
-    """The loss; every model's state is carried from piece to piece of the text."""
+    """Loss that carries every model's state from piece to piece of the text."""
 
     def __init__(self):
         self.states = {}
@@ -94,9 +96,9 @@ class NextWords:
 
 
 def pieces(epoch):
-    """(Index in the epoch, tokens [BPTT + 1, streams]); the pieces of an epoch overlap by the token to be predicted.
+    """Yield pieces (index in the epoch, tokens [BPTT + 1, streams]), which overlap by the token that is only predicted.
 
-    Several processes get their own streams each, always the same ones.
+    Every process gets its own streams, always the same ones.
     """
     offset = int(torch.randint(BPTT, ()))
     for index, start in enumerate(range(offset, len(streams) - BPTT, BPTT)):
@@ -109,11 +111,8 @@ def measured(model, split, count=None):
 
 
 began = time.monotonic()
-if arguments.method == "prune":
-    report = sl.compress_(model, sl.Prune(keep=arguments.keep))
-else:
-    calibration = Calibration.load(arguments.calibration) if arguments.calibration else None
-    report = sl.compress_(model, sl.LowRank(arguments.method, keep=arguments.keep), calibration=calibration)
+calibration = Calibration.load(arguments.calibration) if arguments.calibration else None
+report = sl.compress_(model, configuration(arguments.method, keep=arguments.keep), calibration=calibration)
 compressed = time.monotonic()
 results = {"dense": measured(dense, "test"), "before": measured(model, "test")}
 arguments.output.parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +146,6 @@ result = {
     "provenance": provenance(),
 }
 if rank == 0:
-    arguments.output.with_suffix(".part").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    arguments.output.with_suffix(".part").replace(arguments.output)
+    write_json(arguments.output, result)
     checkpoint.unlink()
 console.print(result["perplexity"])
