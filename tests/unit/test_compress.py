@@ -533,13 +533,16 @@ REFUSED = {
         lambda: Plan({KEY: SitePlan("svd", 2), "lstm.weight_hh_l1": SitePlan("prune", nonzeros=5)}),
         "lstm.weight_hh_l1 is a product of factors of rank 2; a mask",
     ),
-    "a subclass among others": (with_a_subclass, lambda: LowRank(rank=2), r"'1\.rnn' is a Residual with a forward pass"),
+    "a subclass among others": (
+        with_a_subclass,
+        lambda: LowRank(rank=2),
+        r"'1\.rnn' is a Residual, whose forward would be lost",
+    ),
     "a subclass in a plan": (
         with_a_subclass,
         lambda: Plan({"0.rnn.weight_hh_l0": SitePlan("svd", 2), "1.rnn.weight_hh_l0": SitePlan("svd", 2)}),
-        r"'1\.rnn' is a Residual with a forward pass",
+        r"'1\.rnn' is a Residual, whose forward would be lost",
     ),
-    "bare": (lambda: nn.LSTM(IN, H), lambda: LowRank(rank=2), r"LowRankLSTM\.from_dense\(model\)"),
 }
 
 

@@ -15,7 +15,7 @@ from helpers import assert_same
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from strangers import IN, STRANGERS, H
+from strangers import STRANGERS, H
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -342,7 +342,6 @@ REFUSED = {
         lambda: Quantize("int8"),
         "lstm.weight_hh_l1: weight_hh_l1_v is parametrized; remove",
     ),
-    "bare": (lambda: nn.LSTM(IN, H), lambda: Quantize("int8"), r"LowRankLSTM\.from_dense\(model\)"),
 }
 
 

@@ -122,14 +122,12 @@ REMEDIES = {
         "'rnn' is a quantised LSTM, .* compress the float model and quantise after",
     ),
     "meta": (on_meta, "'rnn' is on the meta device .* load the weights first"),
-    "subclass": (lambda: LanguageModel(Residual(IN, IN), IN), "'rnn' is a Residual with a forward pass of its own"),
+    "subclass": (lambda: LanguageModel(Residual(IN, IN), IN), "'rnn' is a Residual, whose forward would be lost"),
     "weight_norm": (lambda: with_hook(weight_norm), "weight_hh_l0 of 'rnn' is no parameter .* remove_weight_norm"),
     "prune": (
         lambda: with_hook(prune.l1_unstructured, 0.5),
         "weight_hh_l0 of 'rnn' is no parameter .* or torch.nn.utils.prune.remove",
     ),
-    "root": (lambda: nn.LSTM(IN, H), r"the model itself is a LSTM .* LowRankLSTM\.from_dense\(model\)"),
-    "root cell": (lambda: nn.LSTMCell(IN, H), r"the model itself is a LSTMCell .* LowRankLSTMCell\.from_dense\(model\)"),
 }
 
 

@@ -14,7 +14,7 @@ from slimlstm.calibration.losses import Loss, call, checked_losses, observed_los
 from slimlstm.calibration.observe import observing
 from slimlstm.calibration.recorder import Keys, Recorder, Rows
 from slimlstm.calibration.refit import Observation
-from slimlstm.modules.hosts import Host
+from slimlstm.modules.host import Host
 from slimlstm.ops.weights import Matrix
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from slimlstm.calibration.recorder import Keys, Recorder, states_before
 from slimlstm.errors import SlimLSTMError
 from slimlstm.modules.cell import LowRankLSTMCell
-from slimlstm.modules.hosts import Host, find_hosts, parameter_names
+from slimlstm.modules.host import Host, parameter_names
+from slimlstm.modules.hosts import find_hosts
 from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.modules.modes import evaluation_mode
 from slimlstm.modules.shapes import LSTMState, clips, lstm_arguments

@@ -1,19 +1,30 @@
-"""Put factors, masks and weights in the place of a model's recurrent matrices."""
+"""Put compressed matrices in the place of a model's own.
+
+The new module is built beside the old one. Then the old object takes over its class and its content in one step, which
+can be undone. Because the object stays the same, all references to it see the compressed module, such as those in plain
+lists, closures and compiled code.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from slimlstm.methods import DENSE, Replacement
+from slimlstm.methods import DENSE, Replacement, rounded
 from slimlstm.modules.cell import LowRankLSTMCell
 from slimlstm.modules.factored import FactoredModule, Provenance, as_parameter
-from slimlstm.modules.hosts import Host, matrix_shapes, parameter_names
+from slimlstm.modules.host import Host, parameter_names
 from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.modules.masks import apply_mask, mask_of
+from slimlstm.modules.problems import carried_attributes, own_members
 from slimlstm.modules.shapes import clips, lstm_arguments
+
+Undo = Callable[[], None]
+"""Restores every module that was replaced, with its old class and content."""
 
 _HOOKS = (
     "_forward_pre_hooks",
@@ -23,40 +34,113 @@ _HOOKS = (
     "_forward_hooks_always_called",
     "_backward_pre_hooks",
     "_backward_hooks",
+    "_is_full_backward_hook",
 )
+"""The hooks that a successor takes over, as the same dictionaries, so that their handles still remove them."""
+
+_COPIED = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_flat_weights", "_flat_weight_refs")
+"""Containers that a copy of a module may change."""
 
 
 def replace(model: nn.Module, host: Host, replacements: Mapping[str, Replacement]) -> nn.Module:
     """Put replacements, by parameter name, into the host's place in ``model``; everything else stays.
 
-    The new module takes over the parameters that stay, existing masks, hooks, and the training mode. Where the replacements
-    are masks alone, an LSTM that computes with its own parameters stays the same object. Factors and dense weights make it
-    a :class:`slimlstm.modules.FactoredModule`. Weights that are parameters are taken as they are, so that tied matrices can
-    share them.
+    The module keeps its identity, its hooks, its training mode, the parameters and masks that are not replaced, and the
+    attributes, buffers and submodules that its class does not need. With masks alone, an LSTM that computes with its own
+    parameters keeps its class. Factors and dense weights make it a :class:`slimlstm.modules.FactoredModule`. Weights that
+    are parameters are taken as they are, so that tied matrices can share them.
 
     Returns:
         The module that now computes.
     """
-    module = host.lstm
-    origins = {name: _origin(host.lstm, name, replacement) for name, replacement in replacements.items()}
+    replace_all([(host, replacements)])
+    return host.module
+
+
+def replace_all(changes: Iterable[tuple[Host, Mapping[str, Replacement]]]) -> Undo:
+    """Carry out :func:`replace` for several hosts: all of them, or after an exception none.
+
+    Returns:
+        A function that restores all modules.
+    """
+    successors = [(host.module, _successor(host, replacements)) for host, replacements in changes]
+    before = [(module, type(module), vars(module)) for module, _ in successors]
+
+    def undo() -> None:
+        for module, kind, content in before:
+            _become(module, kind, content)
+
+    try:
+        for module, successor in successors:
+            _become(module, type(successor), vars(successor))
+    except BaseException:
+        undo()
+        raise
+    return undo
+
+
+def _become(module: nn.Module, kind: type[nn.Module], content: dict[str, Any]) -> None:
+    # Not through nn.Module.__setattr__, which subclasses override.
+    object.__setattr__(module, "__class__", kind)
+    object.__setattr__(module, "__dict__", content)
+
+
+def provenance_of(module: nn.Module, name: str) -> Provenance:
+    """Return the origin of the factors or the mask of a matrix; empty where it has neither.
+
+    Example:
+        >>> provenance_of(nn.LSTM(3, 4), "weight_hh_l0")
+        {}
+    """
+    mask = mask_of(module, name)
+    if mask is not None:
+        return mask.provenance
+    return module.provenance.get(name, {}) if isinstance(module, FactoredModule) else {}
+
+
+def set_provenance(module: nn.Module, name: str, provenance: Provenance) -> None:
+    """Record the origin of the factors or the mask of a matrix."""
+    mask = mask_of(module, name)
+    if mask is not None:
+        mask.provenance = provenance
+    elif isinstance(module, FactoredModule):
+        module.provenance[name] = provenance
+
+
+def _successor(host: Host, replacements: Mapping[str, Replacement]) -> nn.Module:
+    """Build the module that takes the host's place. The host does not change."""
+    old = host.lstm
+    origins = {name: _origin(old, name, replacement) for name, replacement in replacements.items()}
     factors = {name: found.factors for name, found in replacements.items() if found.factors is not None}
     weights = {name: as_parameter(found.dense) for name, found in replacements.items() if found.dense is not None}
-    if isinstance(module, FactoredModule):
+    if isinstance(old, FactoredModule):
+        module = _copy(old)
         for name, (u, v) in factors.items():
             module.set_factors(name, u, v)
         for name, weight in weights.items():
             _set_original(module, name, weight)
-    elif factors or weights or any(host.is_computed(name) for name in parameter_names(module)):
-        module = _successor(host, factors, weights)
-        for path in host.paths:
-            model.set_submodule(path, module)
+    elif factors or weights or any(host.is_computed(name) for name in parameter_names(old)):
+        module = _rebuilt(host, factors, weights)
+    else:
+        module = _copy(old)
     for name, replacement in replacements.items():
         if replacement.mask is not None:
             apply_mask(module, name, replacement.mask)
         set_provenance(module, name, origins[name])
         if replacement.storage is not None and isinstance(module, FactoredModule):
-            module.storages[name] = replacement.storage
+            _store(module, name, replacement.storage)
     return module
+
+
+def _store(module: FactoredModule, name: str, storage: str) -> None:
+    """Mark a rounded matrix as stored, and round the projection that shares its storage."""
+    module.storages[name] = storage
+    projection = name.replace("weight_hh", "weight_hr")
+    own = module._parameters.get(projection)  # pyright: ignore[reportPrivateUsage] (projections are never computed)
+    if projection != name and own is not None:
+        with torch.no_grad():
+            after = rounded(own.detach(), storage).clone()
+        module.register_parameter(projection, nn.Parameter(after, own.requires_grad))
 
 
 def _origin(module: nn.Module, name: str, replacement: Replacement) -> Provenance:
@@ -68,57 +152,99 @@ def _origin(module: nn.Module, name: str, replacement: Replacement) -> Provenanc
     return {key: value for key, value in found.items() if value}
 
 
-def provenance_of(module: nn.Module, name: str) -> Provenance:
-    """Where the factors or the mask of a matrix come from; empty where it has neither."""
-    mask = mask_of(module, name)
-    if mask is not None:
-        return mask.provenance
-    return module.provenance.get(name, {}) if isinstance(module, FactoredModule) else {}
-
-
-def set_provenance(module: nn.Module, name: str, provenance: Provenance) -> None:
-    """Notes where the factors or the mask of a matrix come from."""
-    mask = mask_of(module, name)
-    if mask is not None:
-        mask.provenance = provenance
-    elif isinstance(module, FactoredModule):
-        module.provenance[name] = provenance
-
-
-def _successor(host: Host, factors: Mapping[str, tuple[Tensor, Tensor]], weights: Mapping[str, nn.Parameter]) -> nn.Module:
-    """A module with the host's parameters and masks, the matrices in ``factors`` and ``weights`` replaced."""
+def _rebuilt(host: Host, factors: Mapping[str, tuple[Tensor, Tensor]], weights: Mapping[str, nn.Parameter]) -> nn.Module:
+    """Build a module with the host's parameters and masks, but ``factors`` and ``weights`` where they name a matrix."""
     old = host.lstm
-    if isinstance(old, nn.LSTM):
-        plain = nn.LSTM(**lstm_arguments(old), device="meta")
-        for name, bound in clips(old).items():
-            setattr(plain, name, bound)
-        make = LowRankLSTM.from_dense
-    else:
-        assert isinstance(old, nn.LSTMCell)  # noqa: S101 (find_hosts knows no other kind)
-        plain = nn.LSTMCell(old.input_size, old.hidden_size, old.bias, device="meta")
-        make = LowRankLSTMCell.from_dense
+    plain = _plain(old)
     for name, parameter in {**host.dense_parameters(), **weights}.items():
         plain.register_parameter(name, parameter)
     plain.train(old.training)
-    module = make(plain, factors) if factors or weights or _is_clipping(old) else plain  # pyright: ignore[reportArgumentType] (one kind each)
-    for name in matrix_shapes(old):
+    is_clipping = any(bound is not None for bound in clips(old).values())
+    module: nn.Module = plain
+    if factors or weights or is_clipping:
+        module = (
+            LowRankLSTM.from_dense(plain, factors)
+            if isinstance(plain, nn.LSTM)
+            else LowRankLSTMCell.from_dense(plain, factors)
+        )
+    for name in parameter_names(old):
         mask = host.mask(name)
         if mask is not None and name not in factors:
             apply_mask(module, name, mask.mask)
             set_provenance(module, name, mask.provenance)
-    for hooks in _HOOKS:
-        setattr(module, hooks, getattr(host.module, hooks))
+    vars(module).update({hooks: vars(host.module)[hooks] for hooks in _HOOKS if hooks in vars(host.module)})
+    if host.module is old:
+        _carry_over(old, module)
     return module
 
 
+def _plain(old: nn.Module) -> nn.LSTM | nn.LSTMCell:
+    """Build an ``nn.LSTM`` or ``nn.LSTMCell`` with the arguments of ``old``, without numbers."""
+    if isinstance(old, nn.LSTM):
+        lstm = nn.LSTM(**lstm_arguments(old), device="meta")
+        for name, bound in clips(old).items():
+            setattr(lstm, name, bound)
+        return lstm
+    cell = cast(nn.LSTMCell, old)
+    return nn.LSTMCell(cell.input_size, cell.hidden_size, cell.bias, device="meta")
+
+
+def _carry_over(old: nn.Module, module: nn.Module) -> None:
+    """Give ``module`` everything that ``old`` carries beside its LSTM: attributes, parameters, buffers, submodules."""
+    known = set(parameter_names(old))
+    for name, parameter in old._parameters.items():  # pyright: ignore[reportPrivateUsage] (None entries included)
+        if name not in known:
+            module.register_parameter(name, parameter)
+    persistent = set(old.state_dict(keep_vars=True))
+    for name, buffer in old.named_buffers(recurse=False):
+        module.register_buffer(name, buffer, persistent=name in persistent)
+    for name, child in old.named_children():
+        if name != "parametrizations":
+            module.register_module(name, child)
+    data = {name: value for name, value in own_members(old).items() if not hasattr(value, "__get__")}
+    for name, value in {**data, **carried_attributes(old)}.items():
+        if not hasattr(module, name):
+            setattr(module, name, value)
+    if "_compiled_call_impl" in vars(old):
+        vars(module)["_compiled_call_impl"] = vars(old)["_compiled_call_impl"]
+
+
+def _copy(module: Any) -> Any:
+    """Return a copy that shares all tensors and hooks with ``module``, but whose registrations can change alone."""
+    kind, content = type(module), dict(vars(module))
+    if parametrize.is_parametrized(module):
+        # The class was made for this module alone, and has a property for every parametrized tensor.
+        members = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+        kind = type(kind)(kind.__name__, kind.__bases__, members)
+    for name in (*_COPIED, "storages", "provenance"):
+        if name in content:
+            content[name] = content[name].copy()
+    content.pop("_layer_cache", None)
+    content["_modules"] = dict(content["_modules"])
+    stacks = content["_modules"].get("parametrizations")
+    if stacks is not None:
+        content["_modules"]["parametrizations"] = _copy_tree(stacks)
+    copy = kind.__new__(kind)
+    object.__setattr__(copy, "__dict__", content)
+    return copy
+
+
+def _copy_tree(module: nn.Module) -> nn.Module:
+    """Return a copy of a module and all within that shares its tensors."""
+    content = dict(vars(module))
+    for name in ("_parameters", "_buffers"):
+        content[name] = dict(content[name])
+    content["_modules"] = {
+        name: None if child is None else _copy_tree(child) for name, child in content["_modules"].items()
+    }
+    copy = type(module).__new__(type(module))
+    object.__setattr__(copy, "__dict__", content)
+    return copy
+
+
 def _set_original(module: nn.Module, name: str, weight: nn.Parameter) -> None:
-    """Puts a dense parameter in the place of the one that ``name`` is, or that a mask is laid on."""
+    """Register a dense parameter as a weight, or as the weight below its mask."""
     if parametrize.is_parametrized(module, name):
         module.get_submodule(f"parametrizations.{name}").original = weight
     else:
         setattr(module, name, weight)
-
-
-def _is_clipping(lstm: nn.Module) -> bool:
-    """Whether an LSTM clips its cells or projections to its ``cell_clip`` and ``proj_clip``, as ELMo's do."""
-    return any(bound is not None for bound in clips(lstm).values())

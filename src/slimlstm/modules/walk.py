@@ -1,0 +1,67 @@
+"""Walk through the plain Python objects that a model's modules hold beside their parameters, buffers and submodules."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+_LEAVES = (str, bytes, int, float, complex, bool, type(None), type, ModuleType, nn.Parameter)
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+
+
+def held_objects(model: nn.Module) -> Iterator[Any]:
+    """Yield every object that a module of ``model`` holds as an attribute, or within one.
+
+    The walk enters lists, tuples, sets, mappings, partial functions, closures and the attributes of plain objects. It does
+    not enter tensors, and each object is yielded once.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> model.cache = {"answers": [41, 42.5]}
+        >>> [found for found in held_objects(model) if isinstance(found, float)]
+        [42.5]
+    """
+    seen = {id(module) for module in model.modules()}
+    pending: deque[Any] = deque()
+    for module in model.modules():
+        pending.extend(value for name, value in vars(module).items() if name not in _REGISTRIES)
+    while pending:
+        found = pending.popleft()
+        if id(found) in seen:
+            continue
+        if not isinstance(found, str | int):  # equal small ones share an id
+            seen.add(id(found))
+        yield found
+        if not isinstance(found, (*_LEAVES, Tensor)):
+            pending.extend(_within(found))
+
+
+def _within(found: Any) -> Iterable[Any]:
+    """Return the objects that another object holds."""
+    if isinstance(found, Mapping):
+        return list(cast(Mapping[Any, Any], found).values())
+    if isinstance(found, list | tuple | set | frozenset | deque):
+        return list(cast(Iterable[Any], found))
+    if isinstance(found, partial):
+        return [found.func, *found.args, *found.keywords.values()]
+    if isinstance(found, MethodType):
+        return [found.__self__]
+    if isinstance(found, FunctionType):
+        return _closure(found)
+    content = getattr(found, "__dict__", None)
+    return list(content.values()) if isinstance(content, dict) and not isinstance(found, nn.Module) else ()
+
+
+def _closure(function: FunctionType) -> list[Any]:
+    values: list[Any] = []
+    for cell in function.__closure__ or ():
+        try:
+            values.append(cell.cell_contents)
+        except ValueError:  # a variable without a value
+            continue
+    return values
