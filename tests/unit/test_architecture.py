@@ -138,20 +138,24 @@ def test_files_are_short(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
 
 
-def code_lines(function, source):
-    """The number of lines of a function that hold code: no docstring, comment or blank line."""
+def lines_of_code(source):
+    """The numbers of the lines that hold code or documentation, and not just comments or nothing."""
     tokens = (token for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type in CODE)
-    lines = {line for token in tokens for line in range(token.start[0], token.end[0] + 1)}
+    return {line for token in tokens for line in range(token.start[0], token.end[0] + 1)}
+
+
+def without_docstring(function):
+    """The numbers of a function's lines, from its first decorator on, except its docstring."""
     first = min([function.lineno, *(decorator.lineno for decorator in function.decorator_list)])
-    documented = set()
-    if ast.get_docstring(function, clean=False) is not None:
-        documented = set(range(function.body[0].lineno, function.body[0].end_lineno + 1))
-    return len((lines & set(range(first, function.end_lineno + 1))) - documented)
+    lines = set(range(first, function.end_lineno + 1))
+    documentation = function.body[0] if ast.get_docstring(function, clean=False) is not None else None
+    return lines - set(range(documentation.lineno, documentation.end_lineno + 1)) if documentation else lines
 
 
 def long_functions(source, most=MOST_CODE_LINES):
+    code = lines_of_code(source)
     functions = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
-    counted = ((function.name, code_lines(function, source)) for function in functions)
+    counted = ((function.name, len(code & without_docstring(function))) for function in functions)
     return {name: count for name, count in counted if count > most}
 
 

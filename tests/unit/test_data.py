@@ -293,20 +293,3 @@ def test_words_are_as_many_as_published(site, publish):
     publish(site, tokens=11)
     with pytest.raises(SlimLSTMError, match="ptb train has 10 tokens, not the published 11"):
         read_words("ptb", "train")
-
-
-@pytest.mark.parametrize(
-    ("name", "tokens", "vocab_size"),
-    [
-        ("ptb", {"train": 929_589, "valid": 73_760, "test": 82_430}, 10_000),
-        ("wikitext-2", {"train": 2_088_628, "valid": 217_646, "test": 245_569}, 33_278),
-    ],
-)
-def test_the_corpora_are_as_published(data_folder, name, tokens, vocab_size):
-    assert data_folder.is_dir()
-    words = {split: read_words(name, split) for split in CORPORA[name].splits}
-    assert {split: len(found) for split, found in words.items()} == tokens
-    vocabulary = Vocabulary(words["train"])
-    assert len(vocabulary) == vocab_size == CORPORA[name].vocab_size
-    assert EOS in vocabulary.words
-    assert all(set(found) <= set(vocabulary.words) for found in words.values())

@@ -4,12 +4,10 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from slimlstm import SlimLSTMError
-from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig, load_awd_lstm
-from slimlstm.demo.corpora import Vocabulary, read_words
+from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig
 from slimlstm.evaluate import NextTokens, Perplexity, perplexity, pieces
 
 V = 7
@@ -156,28 +154,3 @@ def test_what_cannot_be_read_is_refused(count, streams, steps):
     message = f"{count} tokens cannot be read as {streams} streams of {steps} tokens a call"
     with pytest.raises(SlimLSTMError, match=message):
         perplexity(Sums(), torch.zeros(count, dtype=torch.int64), streams=streams, steps=steps)
-
-
-@pytest.mark.slow
-def test_a_trained_model_loses_what_plain_lstms_lose(data_folder):
-    folder = data_folder.parent / "checkpoints" / "awd_lstm_ptb"
-    if not folder.is_dir():
-        pytest.skip(f"there is no {folder.name} beside the data sets")
-    tokens = Vocabulary.read(folder / "vocab.txt").encode(read_words("ptb", "test"))[:10_000]
-    result = perplexity(load_awd_lstm(folder), tokens)
-    assert result.predictions == 9_990
-    assert result.loss == pytest.approx(plain_loss(load_file(folder / "model.safetensors"), tokens), rel=1e-5)
-
-
-@torch.no_grad()
-def plain_loss(weights: dict[str, Tensor], tokens: Tensor) -> float:
-    """The mean loss of three plain LSTMs on ten streams that are read in one go."""
-    text = tokens.view(10, -1).T
-    x = weights["embedding.weight"].float()[text[:-1]]
-    for layer in range(3):
-        own = {name.rpartition(".")[2]: value for name, value in weights.items() if name.startswith(f"lstms.{layer}.")}
-        lstm = nn.LSTM(x.shape[-1], own["weight_hh_l0"].shape[1])
-        lstm.load_state_dict(own)
-        x, _ = lstm(x)
-    logits = x @ weights["embedding.weight"].float().T + weights["decoder.bias"]
-    return float(-logits.log_softmax(-1).gather(2, text[1:, :, None]).double().mean())
