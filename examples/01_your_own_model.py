@@ -1,4 +1,4 @@
-"""Your own model: train it as ever, compress it in one call, keep it, load it again."""
+"""Your own model: train it as usual, compress it in one call, save it and load it again."""
 
 import tempfile
 
@@ -9,7 +9,7 @@ import slimlstm as sl
 
 
 class Forecaster(nn.Module):
-    """Says at every step of series [B, T] what comes next, [B, T]."""
+    """Predicts the next value at every step of series [B, T]; returns predictions [B, T]."""
 
     def __init__(self):
         super().__init__()
@@ -21,7 +21,7 @@ class Forecaster(nn.Module):
 
 
 def waves():
-    """Sums of two sines [32, 61] of random periods and phases."""
+    """Return sums [32, 61] of two sines with random periods and phases."""
     period, phase = 8 + 24 * torch.rand(2, 32, 1), 6.3 * torch.rand(2, 32, 1)
     return (6.3 * torch.arange(61) / period + phase).sin().sum(0)
 

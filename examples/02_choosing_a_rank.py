@@ -1,4 +1,4 @@
-"""Choosing a rank: by energy, by a budget of bytes, or by what your own metric allows."""
+"""Choosing a rank: by energy, by a budget of bytes, or by a limit of your own metric."""
 
 import copy
 
@@ -22,11 +22,11 @@ def metric(model):
     return perplexity(model, held_out).perplexity
 
 
-# What it would take to keep 90% of the energy, the sum of squared singular values, of every matrix.
+# The ranks that preserve 90% of the energy, the sum of squared singular values, of every matrix.
 report = sl.compress_(copy.deepcopy(model), sl.LowRank(energy=0.9))
 print("ranks at 90% of the energy:", {site.key: site.rank for site in report.sites})
 
-# One budget for all matrices goes where it lowers the loss most; the report has the predicted beside the measured loss.
+# One budget for all matrices is spent where it reduces the loss most; the report compares predicted and measured loss.
 calibration = sl.calibrate(model, batches, losses)
 report = sl.compress_(
     copy.deepcopy(model), sl.LowRank("fisher", bytes=3_000_000), batches=batches, loss=losses, calibration=calibration
@@ -34,7 +34,7 @@ report = sl.compress_(
 print("ranks in 3 MB:", {site.key: site.rank for site in report.sites})
 print(report.loss_note)
 
-# The least that keeps your own metric within 5%: a bisection, every step of which is a compressed copy.
+# The smallest size that keeps your metric within 5%: a bisection, which compresses and measures a copy in every step.
 before = metric(model)
 config = sl.LowRank("fisher", keep=1, storage="int8")
 found = find_keep(model, config, metric, 1.05 * before, smallest_keep=0.1, evaluations=3, calibration=calibration)

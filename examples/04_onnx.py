@@ -1,4 +1,4 @@
-"""ONNX: a compressed model as a plain file for ONNX Runtime, of any length and batch, with its state for streaming."""
+"""ONNX: a compressed model as a plain file for ONNX Runtime, for any length and batch, with its state for streaming."""
 
 import tempfile
 from pathlib import Path
@@ -11,7 +11,7 @@ import slimlstm as sl
 
 
 class Tagger(nn.Module):
-    """Scores [T, B, 10] of features [T, B, 40], and the state to go on from."""
+    """Returns scores [T, B, 10] of features [T, B, 40], and the state after the last step."""
 
     def __init__(self):
         super().__init__()
@@ -34,17 +34,17 @@ def inputs(steps, batch):
 
 with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "tagger.onnx"
-    print(sl.export_onnx(model, inputs(5, 2), path))  # sizes of 2 or more stay open
+    print(sl.export_onnx(model, inputs(5, 2), path))  # axes of size 2 or more stay variable
     session = onnxruntime.InferenceSession(path)
 
 x, (h, c) = inputs(60, 3)
 names = [entry.name for entry in session.get_inputs()]
 state, pieces = [h.numpy(), c.numpy()], []
-for piece in x.split(20):  # a stream: every piece goes on from the state of the one before
+for piece in x.split(20):  # a stream: every piece begins with the state after the piece before
     scores, *state = session.run(None, dict(zip(names, [piece.numpy(), *state], strict=True)))
     pieces.append(torch.from_numpy(scores))
 with torch.no_grad():
     expected = model(x, (h, c))[0]
 error = float((torch.cat(pieces) - expected).abs().max())
-print(f"three pieces of 20 steps in ONNX Runtime, against 60 in PyTorch: {error:.1e}")
+print(f"three pieces of 20 steps in ONNX Runtime differ from 60 steps in PyTorch by {error:.1e}")
 assert error < 1e-4

@@ -1,4 +1,4 @@
-"""Streaming: one step at a time, with a state that is carried, through layers and through a cell of your own loop."""
+"""Streaming: one step at a time with a carried state, for layers and for a cell in your own loop."""
 
 import torch
 from torch import nn
@@ -18,13 +18,13 @@ with torch.no_grad():
         steps.append(out)
     at_once = layers(stream)[0]
 error = float((torch.cat(steps) - at_once).abs().max())
-print(f"100 steps one by one, against all at once: {error:.1e}")
+print(f"100 steps one by one differ from all at once by {error:.1e}")
 assert error < 1e-4
 print("two layers, one step:", compare(dense, layers, stream[:1], threads=1, seconds=0.3))
 
 
 class Detector(nn.Module):
-    """A cell that is called step by step; gives a score [B] and the state."""
+    """A cell that is called step by step; returns a score [B] and the state."""
 
     def __init__(self):
         super().__init__()

