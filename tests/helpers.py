@@ -1,4 +1,4 @@
-"""Random LSTM problems for Hypothesis, and what a module makes of them: every output and every gradient.
+"""Random LSTM problems for Hypothesis, and a module's results for them: every output and every gradient.
 
 Dimensions: T time steps, B sequences, I input size, H hidden size, P projection size (or H), L layers, D directions;
 m x n a matrix, r its rank.
@@ -17,12 +17,11 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from slimlstm import ops
 
 BACKENDS = [name for name in (*ops.BACKENDS, "auto") if name not in ("fused", "training")]
-"""Those that can do everything."""
-"""Those for every dtype and for training; the fused kernel has its own tests."""
+"""The backends that take every problem. The fused kernel and the training loop have tests of their own."""
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 """Tolerance in float64."""
 UNITS = {torch.float32: 16, torch.bfloat16: 4}
-"""Tolerance elsewhere, in units of eps; fewer in bfloat16, whose sums of products are accumulated in float32."""
+"""Tolerance in other dtypes, in units of eps; smaller in bfloat16, whose products are summed in float32."""
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 Results = dict[str, Tensor]
@@ -34,9 +33,9 @@ class Problem:
 
     arguments: dict[str, Any]
     lengths: tuple[int, ...]
-    """Of the B sequences; all T unless packed."""
+    """The lengths of the B sequences; all T unless packed."""
     form: str
-    """batched, unbatched (B = 1), sorted (packed, longest first) or unsorted (packed in any order)."""
+    """``batched``, ``unbatched`` (B = 1), ``sorted`` (packed, longest first) or ``unsorted`` (packed in any order)."""
     states: bool
     """Whether (h0, c0) are given."""
     ranks: dict[str, int]
@@ -46,7 +45,7 @@ class Problem:
         return nn.LSTM(**self.arguments, dtype=dtype)
 
     def inputs(self, dtype: torch.dtype = torch.float64) -> Results:
-        """``input``, padded if it is to be packed, and where they are given ``h0`` [D L, B, P] and ``c0`` [D L, B, H]."""
+        """Return ``input``, padded, and with states ``h0`` [D L, B, P] and ``c0`` [D L, B, H]."""
         torch.manual_seed(1)
         arguments, batch = self.arguments, len(self.lengths)
         hidden = arguments["hidden_size"]
@@ -62,7 +61,7 @@ class Problem:
         return inputs
 
     def call(self, lstm: nn.Module, inputs: Results) -> Results:
-        """``output``, ``h_n`` and ``c_n``; of packed output the data, whose order is compared with that of the input."""
+        """Return ``output``, ``h_n`` and ``c_n``; for packed output its data, after checking that its order is the input's."""
         x: Tensor | PackedSequence = inputs["input"]
         packed = self.form in ("sorted", "unsorted")
         if packed:
@@ -77,14 +76,14 @@ class Problem:
 
 
 def matrix_shapes(arguments: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """The shapes m x n that PyTorch gives the recurrent matrices."""
+    """Return the shapes m x n of PyTorch's recurrent matrices by name."""
     lstm = nn.LSTM(**arguments, device="meta")
     return {name: tuple(value.shape) for name, value in lstm.named_parameters() if name[:9] in ("weight_ih", "weight_hh")}
 
 
 @st.composite
 def problems(draw: st.DrawFn, full_rank: bool, plain: bool = False) -> Problem:
-    """Any problem, or any without packing and projections; the ranks are full, or anything from 1 to full."""
+    """Draw a problem, if ``plain`` without packing and projections; all ranks are full, or from 1 to full."""
     hidden = draw(st.sampled_from([1, 7, 33, 129]))
     arguments = {
         "input_size": draw(st.sampled_from([1, 5])),
@@ -110,7 +109,7 @@ def problems(draw: st.DrawFn, full_rank: bool, plain: bool = False) -> Problem:
 
 
 def factors_of(module: nn.Module, ranks: Mapping[str, int]) -> Factors:
-    """Truncated SVDs: U [m, r] and V [r, n] of the matrices that ``ranks`` names."""
+    """Return truncated SVDs, U [m, r] and V [r, n], of the matrices that ``ranks`` names."""
     factors: Factors = {}
     for name, rank in ranks.items():
         matrix = getattr(module, name).detach()
@@ -120,7 +119,7 @@ def factors_of(module: nn.Module, ranks: Mapping[str, int]) -> Factors:
 
 
 def replaced(module: nn.Module, factors: Factors) -> nn.Module:
-    """A copy whose matrices are the products of ``factors``."""
+    """Return a copy whose matrices are the products of ``factors``."""
     module = deepcopy(module)
     with torch.no_grad():
         for name, (u, v) in factors.items():
@@ -129,11 +128,11 @@ def replaced(module: nn.Module, factors: Factors) -> nn.Module:
 
 
 def with_gradients(module: nn.Module, inputs: Results, call: Callable[[nn.Module, Results], Results]) -> Results:
-    """What ``call(module, inputs)`` returns, and the gradients of a weighted sum of it in every input and parameter."""
+    """Return ``call(module, inputs)``, and the gradients of a weighted sum of it in every input and parameter."""
     inputs = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
     outputs: Results = call(module, inputs)
     leaves = inputs | dict(module.named_parameters())
-    # Weights that differ from entry to entry, so that no exchange of entries goes unseen.
+    # Weights differ from entry to entry, so that exchanged entries change the sum.
     loss = sum(
         (value * (torch.arange(value.numel()) + 1.0).sin().to(value).view_as(value)).sum() for value in outputs.values()
     )
@@ -144,7 +143,7 @@ def with_gradients(module: nn.Module, inputs: Results, call: Callable[[nn.Module
 
 
 def factor_gradients(dense: Results, factors: Factors) -> Results:
-    """``dense`` with dL/dU = dL/dW Vᵀ and dL/dV = Uᵀ dL/dW in the place of dL/dW."""
+    """Return ``dense`` with dL/dU = dL/dW Vᵀ and dL/dV = Uᵀ dL/dW instead of dL/dW."""
     results = dict(dense)
     for name, (u, v) in factors.items():
         gradient = results.pop(f"gradient of {name}")
@@ -154,14 +153,14 @@ def factor_gradients(dense: Results, factors: Factors) -> Results:
 
 
 def assert_same(actual: Results, expected: Results, **tolerance: float) -> None:
-    """The same names, and under each the same values within the tolerance of ``torch.testing.assert_close``."""
+    """Assert equal names, and under each name values within the tolerance of ``torch.testing.assert_close``."""
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, **tolerance, msg=named(name))
 
 
 def assert_near(actual: Results, truth: Results) -> None:
-    """Every value within some units of its dtype's precision of the truth: |value - truth| <= k eps (1 + |truth|)."""
+    """Assert |value - truth| <= k eps (1 + |truth|), with eps and k of the value's dtype."""
     assert actual.keys() == truth.keys()
     for name, value in truth.items():
         tolerance = UNITS[actual[name].dtype] * torch.finfo(actual[name].dtype).eps
@@ -169,5 +168,5 @@ def assert_near(actual: Results, truth: Results) -> None:
 
 
 def named(name: str) -> Callable[[str], str]:
-    """Puts the name of what differs before the message of ``torch.testing.assert_close``."""
+    """Return a formatter that puts ``name`` before the message of ``torch.testing.assert_close``."""
     return lambda text: f"{name}: {text}"

@@ -1,4 +1,4 @@
-"""Models as their authors write them, none of which knows slimlstm; small, in float64, and the same at every call.
+"""Models as other people write them, without knowledge of slimlstm; small, in float64, and equal at every call.
 
 T time steps, B sequences, IN input size, H hidden size, P projection size, V words.
 """
@@ -16,7 +16,7 @@ T, B, IN, H, P, V = 4, 3, 6, 8, 4, 11
 
 
 class BidirectionalBlock(nn.Module):
-    """An LSTM and a linear layer, as recognisers of text lines stack them."""
+    """An LSTM and a linear layer, stacked in recognisers of text lines."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class BidirectionalBlock(nn.Module):
 
 
 class CRNN(nn.Module):
-    """Convolutions that read columns of an image, two bidirectional LSTMs over the columns, character logits."""
+    """Convolutions over an image, two bidirectional LSTMs over its columns, character logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class Siamese(nn.Module):
 
 
 class WeightDrop(nn.Module):
-    """Weight drop as Merity's AWD-LSTM has it: the LSTM keeps the raw weight and is given a thinned one at every call."""
+    """Weight drop as in Merity's AWD-LSTM: the LSTM holds the raw weight, and receives a thinned one at every call."""
 
     def __init__(self, module: nn.LSTM, rate: float) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class WeightDrop(nn.Module):
 
 
 class WeightDropout(nn.Module):
-    """Weight drop as fastai has it: the wrapper keeps the raw weight, the LSTM a copy with a gradient history."""
+    """Weight drop as in fastai: the wrapper holds the raw weight, the LSTM a copy with a gradient history."""
 
     def __init__(self, module: nn.LSTM, rate: float) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class Dropped(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """What stands around any one LSTM-like module."""
+    """Embedding and softmax around one LSTM-like module."""
 
     def __init__(self, rnn: nn.Module, features: int = H) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ class TiedRecurrence(nn.Module):
 
 
 class First(nn.Module):
-    """The first of what a module returns, for ``nn.Sequential``."""
+    """Selects the first result of a module, for ``nn.Sequential``."""
 
     def forward(self, values: tuple[Tensor, object]) -> Tensor:
         return values[0]
@@ -189,7 +189,7 @@ def parametrized() -> nn.Module:
 
 
 def hooked() -> nn.Module:
-    """A hook that doubles an LSTM's output."""
+    """Return a model with a hook that doubles an LSTM's output."""
     model = nn.Sequential(nn.LSTM(IN, H), First(), nn.Linear(H, V))
     model[0].register_forward_hook(lambda module, inputs, outputs: (2 * outputs[0], outputs[1]))
     return model
@@ -208,7 +208,7 @@ def sentences() -> tuple[Tensor, ...]:
 
 
 def lstm_shapes(path: str, inputs: int, hidden: int = H, endings: tuple[str, ...] = ("_l0",), outputs: int = 0) -> dict:
-    """The sites of an LSTM whose layers and directions, ``endings``, all have the same input size."""
+    """Return the sites of an LSTM whose layers and directions, ``endings``, have equal input sizes."""
     sizes = {"weight_ih": inputs, "weight_hh": outputs or hidden}
     return {f"{path}.{kind}{ending}": (4 * hidden, size) for ending in endings for kind, size in sizes.items()}
 
@@ -218,7 +218,7 @@ BOTH = ("_l0", "_l0_reverse")
 
 @dataclass(frozen=True)
 class Stranger:
-    """How to make a model and an input, and the sites it has."""
+    """A model, its inputs, and its sites."""
 
     build: Callable[[], nn.Module]
     inputs: Callable[[], tuple[Tensor, ...]]
@@ -229,7 +229,7 @@ class Stranger:
         return self.build().double()
 
     def call(self, model: nn.Module) -> Tensor:
-        """The outputs of inference, always for the same input."""
+        """Return the outputs of inference for a fixed input."""
         torch.manual_seed(1)
         inputs = self.inputs()
         training = {module: module.training for module in model.modules()}

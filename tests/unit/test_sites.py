@@ -1,4 +1,4 @@
-"""``find_sites`` on strangers' models: what it lists, what it says of what cannot be compressed, and that it only looks."""
+"""``find_sites`` on strangers' models: its list, its reasons, and that it changes nothing."""
 
 import re
 
@@ -11,7 +11,7 @@ from torch.nn.utils import prune, weight_norm
 from slimlstm import LowRankLSTM, LowRankLSTMCell, find_sites
 from slimlstm.modules.masks import apply_mask
 
-# PyTorch warns of its own old ways, which people still use.
+# PyTorch warns of its own deprecated functions, which people still use.
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:torch", "ignore:torch.ao:DeprecationWarning")
 every_stranger = pytest.mark.parametrize("stranger", STRANGERS.values(), ids=STRANGERS)
 
@@ -49,7 +49,7 @@ def test_looking_changes_nothing(stranger, training):
         ("cell", "cell.weight_hh", ("hh", 0, False)),
     ],
 )
-def test_what_a_name_means(stranger, key, expected):
+def test_names_give_target_layer_and_direction(stranger, key, expected):
     site = {site.key: site for site in find_sites(STRANGERS[stranger].make())}[key]
     assert (site.target, site.layer, site.reverse) == expected
 
@@ -92,7 +92,7 @@ def test_factors_and_masks_are_seen_and_a_root_of_ours_is_no_problem(make, names
     ],
     ids=["linear", "GRU", "scripted GRU", "scripted RNN"],
 )
-def test_what_is_no_lstm_has_no_sites(make):
+def test_other_modules_have_no_sites(make):
     assert find_sites(make()) == []
 
 
@@ -132,7 +132,7 @@ REMEDIES = {
 
 
 @pytest.mark.parametrize(("make", "message"), REMEDIES.values(), ids=REMEDIES)
-def test_what_cannot_be_compressed_is_listed_with_the_reason(make, message):
+def test_sites_that_cannot_be_compressed_are_listed_with_the_reason(make, message):
     sites = find_sites(make())
     assert len(sites) == 2
     for site in sites:
@@ -140,13 +140,13 @@ def test_what_cannot_be_compressed_is_listed_with_the_reason(make, message):
 
 
 @pytest.mark.parametrize("name", ["script", "trace", "quantised", "meta", "weight_norm", "prune"])
-def test_what_cannot_be_compressed_has_the_names_and_shapes_of_what_it_was_made_from(name):
+def test_sites_that_cannot_be_compressed_have_names_and_shapes(name):
     expected = STRANGERS["Merity"].sites
     assert {site.key: site.shape for site in find_sites(REMEDIES[name][0]())} == expected
 
 
 def test_a_subclass_that_keeps_the_forward_pass_is_an_lstm():
     class Named(nn.LSTM):
-        """Has nothing of its own but a name."""
+        """Adds nothing but a name."""
 
     assert [site.problem for site in find_sites(LanguageModel(Named(IN, H)))] == [None, None]

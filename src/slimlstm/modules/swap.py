@@ -211,11 +211,12 @@ def _carry_over(old: nn.Module, module: nn.Module) -> None:
 
 def _copy(module: Any) -> Any:
     """Return a copy that shares all tensors and hooks with ``module``, but whose registrations can change alone."""
-    kind, content = type(module), dict(vars(module))
+    kind: Any = type(module)
+    content = dict(vars(module))
     if parametrize.is_parametrized(module):
         # The class was made for this module alone, and has a property for every parametrized tensor.
         members = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
-        kind = type(kind)(kind.__name__, kind.__bases__, members)
+        kind = type(kind.__name__, kind.__bases__, members)
     for name in (*_COPIED, "storages", "provenance"):
         if name in content:
             content[name] = content[name].copy()
