@@ -61,7 +61,7 @@ class Problem:
         return inputs
 
     def call(self, lstm: nn.Module, inputs: Results) -> Results:
-        """Return ``output``, ``h_n`` and ``c_n``; for packed output its data, after checking that its order is the input's."""
+        """Return ``output``, ``h_n`` and ``c_n``; of packed output the data, whose order must be the input's."""
         x: Tensor | PackedSequence = inputs["input"]
         packed = self.form in ("sorted", "unsorted")
         if packed:

@@ -33,13 +33,13 @@ def randn(*shape: int) -> Tensor:
 
 
 class Brute:
-    """Rows of z and δ, gathered by a loop that knows nothing of batches, packing or products of matrices."""
+    """Rows of z and δ, gathered by a plain loop without batches, packing or matrix products."""
 
     def __init__(self) -> None:
         self.rows: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
 
     def step(self, key: Callable[[str], str], weights: dict[str, Tensor], x: Tensor, h: Tensor, c: Tensor):
-        """One step of one sequence: x [I], h [P], c [H]."""
+        """Run one step of one sequence: x [I], h [P], c [H]."""
         delta = torch.zeros(len(weights["ih"]), dtype=x.dtype, requires_grad=True)
         gates = weights["ih"] @ x + weights["hh"] @ h + weights["bias"] + delta
         self.rows.setdefault(key("weight_ih"), []).append((x.detach(), h.detach(), delta))
@@ -48,7 +48,7 @@ class Brute:
         return weights["hr"] @ (o.sigmoid() * c.tanh()), c
 
     def lstm(self, module: nn.LSTM, path: str, sequence: Tensor, states: tuple[Tensor, Tensor] | None = None):
-        """Layer by layer over one sequence [T, I]; the outputs [T, D P], and the last states [D L, P] and [D L, H]."""
+        """Run all layers over one sequence [T, I]; return outputs [T, D P] and last states [D L, P] and [D L, H]."""
         last = []
         for layer in range(module.num_layers):
             outputs = []
@@ -68,7 +68,7 @@ class Brute:
         return sequence, (torch.stack([h for h, _ in last]), torch.stack([c for _, c in last]))
 
     def moments(self, total: Tensor | None) -> dict[str, Moments]:
-        """By key; rows that ``total`` does not depend on are left out."""
+        """Return moments by key, without rows that ``total`` does not depend on."""
         found = {}
         for key, rows in self.rows.items():
             deltas = [delta for _, _, delta in rows]
@@ -84,7 +84,7 @@ class Brute:
 
 
 def weights_of(module: nn.Module, suffix: str) -> dict[str, Tensor]:
-    """What one direction computes with, the sum of its biases for them both; the identity without a projection."""
+    """Return one direction's weights, with the sum of both biases, and the identity as a missing projection."""
     plain = module.to_dense() if isinstance(module, LowRankLSTM) else module
     found = {"ih": getattr(plain, f"weight_ih{suffix}").detach(), "hh": getattr(plain, f"weight_hh{suffix}").detach()}
     zero = found["ih"].new_zeros(len(found["ih"]))
@@ -112,7 +112,7 @@ def assert_moments(calibration: Calibration, expected: dict[str, Moments]) -> No
 
 
 class Around(nn.Module):
-    """A module that is more than its LSTM, called as a problem says."""
+    """A model around an LSTM, called as a problem demands."""
 
     def __init__(self, lstm: nn.Module, problem: Problem) -> None:
         super().__init__()
@@ -123,14 +123,14 @@ class Around(nn.Module):
 
 
 def weighed(values: Tensor) -> Tensor:
-    """A loss for every entry, different for each."""
+    """Return a different loss for every entry."""
     return values * (torch.arange(values.numel()) + 1.0).sin().to(values).view_as(values)
 
 
 @settings(max_examples=25)
 @given(problems(full_rank=True).filter(lambda problem: problem.arguments["hidden_size"] <= 7))
-def test_moments_are_those_of_a_loop_over_sequences_and_steps(problem):
-    """Whatever is stacked, bidirectional, projected, packed or without a bias; the loss sees outputs and last states."""
+def test_moments_equal_a_loop_over_sequences_and_steps(problem):
+    """Any stacked, bidirectional, projected, packed or bias-free LSTM; the loss depends on outputs and last states."""
     lstm = problem.lstm()
     inputs = problem.inputs()
     found = calibrate(
@@ -172,7 +172,7 @@ def brute_cell(model: CellLoop, batch: tuple[Tensor]) -> tuple[Brute, Tensor]:
 
 
 def brute_siamese(model: Siamese, batch: tuple[Tensor]) -> tuple[Brute, Tensor]:
-    """Three calls of one module, whose rows are all its own, and one of another."""
+    """Three calls of one module, whose rows are pooled, and one call of another."""
     brute, outputs = Brute(), []
     for x in batch[0].unbind(1):
         for lstm, path in ((model.left, "left."),) * 3 + ((model.towers[0], "towers.0."),):
@@ -204,7 +204,7 @@ def test_moments_of_cells_shared_modules_and_weight_drop(name, has_loss):
 
 
 class InPlace(nn.Module):
-    """Overwrites what its LSTM and its cell were given, as soon as they have read it; and what is left when that is not."""
+    """Overwrites the inputs of its LSTM and its cell as soon as they were read; with ``overwrites`` off it does not."""
 
     def __init__(self, overwrites: bool) -> None:
         super().__init__()
@@ -263,7 +263,7 @@ def test_moments_of_quantised_models_are_their_own():
 
 
 def snapshot(model: nn.Module) -> list[object]:
-    """Everything that observing could leave behind."""
+    """Return everything that observing could change."""
     state = [(name, id(value), value.detach().clone(), value.grad) for name, value in model.named_parameters()]
     modules = [(name, id(module), module.training, vars(module).get("forward")) for name, module in model.named_modules()]
     return [*modules, *((name, key, None if grad is None else id(grad)) for name, key, _, grad in state)]
@@ -287,7 +287,7 @@ def test_the_model_is_as_it_was(stranger):
 
 
 @every_stranger
-def test_outputs_are_those_of_the_plain_model_while_it_is_observed(stranger):
+def test_outputs_do_not_change_while_the_model_is_observed(stranger):
     model, seen = stranger.make().train(), []
     expected = stranger.call(model)
     torch.manual_seed(1)
@@ -363,7 +363,7 @@ def test_padding_is_not_counted():
 
 
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["forward", "both"])
-def test_how_batches_are_split_does_not_matter(bidirectional):
+def test_the_split_into_batches_does_not_matter(bidirectional):
     x, lengths, labels = padded_batch()
     model = small_model(bidirectional)
     assert_moments(calibrate(model, iter(x.split(1, dim=1))), calibrate(model, [x]).sites)
@@ -397,7 +397,7 @@ def test_without_a_loss_batches_are_the_models_arguments(form):
 
 @pytest.mark.parametrize("loss", [None, lambda m, x: m(x).square()], ids=["activation", "fisher"])
 def test_a_calibration_takes_no_more_memory_for_more_batches(loss):
-    """Of 40 batches none is kept, nor any tensor that was made of one."""
+    """None of 40 batches stays alive, and no tensor computed from one."""
     batches: list[weakref.ref[Tensor]] = []
     tensors: dict[int, int] = {}
 
@@ -453,7 +453,7 @@ def test_drawn_labels_are_reproducible_and_leave_random_numbers_alone():
 
 
 def test_drawn_labels_give_the_true_fisher_information():
-    """G = Σ_y p(y) ∇log p(y) ∇log p(y)ᵀ by going through all labels, within what is expected of N draws."""
+    """G = Σ_y p(y) ∇log p(y) ∇log p(y)ᵀ over all labels, within the standard error of N draws."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.LSTM(2, 2), First(), nn.Linear(2, 3)).double()
     with torch.no_grad():
@@ -477,7 +477,7 @@ def test_drawn_labels_give_the_true_fisher_information():
 
 
 def test_losses_of_small_changes_are_predicted():
-    """With drawn labels ½ tr(Δᵀ G Δ A) is the divergence of the model with W + Δ, where Δ is small and all rows are one."""
+    """With drawn labels, ½ tr(Δᵀ G Δ A) is the divergence of the model with W + Δ, for small Δ and equal rows."""
     model, x = nn.Sequential(nn.LSTM(IN, H), First(), nn.Linear(H, V)).double(), randn(1, 1, IN).expand(1, 20_000, IN)
     moments = calibrate(model, [x], categorical).sites["0.weight_ih_l0"]
     changed = deepcopy(model)
@@ -491,12 +491,12 @@ def test_losses_of_small_changes_are_predicted():
     assert plain.loss_of(difference) == pytest.approx(expected)
 
 
-def test_a_mean_over_draws_is_no_measure():
+def test_losses_of_drawn_labels_have_no_mean():
     assert mean_loss(small_model(), [randn(T, B, IN)], categorical) is None
 
 
 def same(ours: Calibration, theirs: Calibration) -> None:
-    """Bit for bit, and tensors that are shared stay shared."""
+    """Tensors are equal bit for bit, and shared ones stay shared."""
     assert (ours.loss, ours.predictions, ours.is_scaled) == (theirs.loss, theirs.predictions, theirs.is_scaled)
     assert list(ours.sites) == list(theirs.sites)
     for key, moments in ours.sites.items():
@@ -563,7 +563,12 @@ REFUSED = {
     "bare": (nn.LSTM(IN, H), [BATCH], None, "holds no LSTM that can be calibrated"),
     "no batch": (small_model(), [], None, "no batch was given; .* an iterator, it may have been used up"),
     "used up": (small_model(), iter(()), lambda m, x: m(x), "no batch was given"),
-    "another model": (small_model(), [BATCH], lambda m, x: small_model()(x), "ran none of the model's LSTMs; check that it calls"),
+    "another model": (
+        small_model(),
+        [BATCH],
+        lambda m, x: small_model()(x),
+        "ran none of the model's LSTMs; check that it calls",
+    ),
     "NaN loss": (small_model(), [BATCH], lambda m, x: m(x) * math.nan, "returned NaN or infinite numbers; check"),
     "infinite mean": (small_model(), [BATCH], lambda m, x: m(x).sum() / 0.0, "returned NaN or infinite numbers; check"),
     "no losses": (small_model(), [BATCH], lambda m, x: m(x)[:0], "a tensor of 0 numbers; .* at least one"),
@@ -577,7 +582,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("model", "batches", "loss", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_calibrated_is_refused_in_words(model, batches, loss, message):
+def test_calibration_is_refused_in_words(model, batches, loss, message):
     before = snapshot(model)
     with pytest.raises(SlimLSTMError, match=message):
         calibrate(model, batches, loss)

@@ -1,4 +1,4 @@
-"""The contract of LowRankLSTM and LowRankLSTMCell as modules; what they compute is compared in ``test_ops``.
+"""The contract of LowRankLSTM and LowRankLSTMCell as modules; ``test_ops`` compares their outputs.
 
 Dimensions: T time steps, B sequences, INPUT input size, H hidden size, P projection size, L layers, D directions, r rank.
 """
@@ -48,7 +48,7 @@ def outputs(module: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def bfloat16_lstm_runs() -> bool:
-    """Whether this CPU has PyTorch's own LSTM in bfloat16, which oneDNN refuses on some."""
+    """Return whether PyTorch's own LSTM runs in bfloat16 here; oneDNN refuses it on some CPUs."""
     try:
         with torch.autocast("cpu", torch.bfloat16):
             nn.LSTM(2, 2)(torch.zeros(1, 1, 2))
@@ -69,7 +69,7 @@ def assert_equal_bits(actual: dict[str, torch.Tensor], expected: dict[str, torch
     assert_same(actual, expected, rtol=0.0, atol=0.0)
 
 
-def test_names_are_those_of_pytorch_and_two_per_factored_matrix():
+def test_names_are_pytorchs_and_two_for_every_factored_matrix():
     factored = {name for name, _ in nn.LSTM(**DEEP).named_parameters()} - set(RANKS)
     factored |= {f"{name}_{factor}" for name in RANKS for factor in "uv"}
     built = deep()
@@ -158,7 +158,7 @@ def test_flatten_parameters_changes_nothing():
     assert_equal_bits(outputs(module, x), before)
 
 
-def test_repr_tells_what_differs_from_the_defaults():
+def test_repr_shows_settings_that_differ_from_the_defaults():
     assert repr(LowRankLSTM(INPUT, H)) == "LowRankLSTM(5, 7, num_layers=1, ranks={})"
     everything = deep(dropout=0.25, batch_first=True, bias=False)
     assert everything.extra_repr() == (
@@ -180,7 +180,7 @@ def test_total_dropout_leaves_the_next_layer_only_its_bias():
 
 @every_backend
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-def test_dropout_is_that_of_pytorch(backend, packed):
+def test_dropout_is_pytorchs(backend, packed):
     module = deep(dropout=0.5, backend=backend)
     dense, x = module.to_dense(), some_input()
     x = pack_padded_sequence(x, [T, 1]) if packed else x
@@ -193,7 +193,7 @@ def test_dropout_is_that_of_pytorch(backend, packed):
 
 
 def lstm_output(lstm: nn.Module, x) -> torch.Tensor:
-    """The output data under one sequence of random numbers."""
+    """Return the output under one fixed sequence of random numbers."""
     torch.manual_seed(2)
     output, _ = lstm(x)
     return output if isinstance(output, torch.Tensor) else output.data
@@ -204,7 +204,7 @@ def test_no_dropout_after_the_last_layer():
     assert module(some_input())[0].abs().min() > 0
 
 
-def test_from_dense_shares_what_stays_dense_and_takes_parameters_as_they_are():
+def test_from_dense_shares_dense_parameters_and_registers_factors_as_they_are():
     lstm = nn.LSTM(**DEEP).eval()
     lstm.weight_hh_l0.requires_grad_(False)
     u, v = nn.Parameter(torch.randn(4 * H, 2).double(), requires_grad=False), nn.Parameter(torch.randn(2, P).double())
@@ -340,7 +340,7 @@ def test_factors_take_the_place_of_a_masked_matrix():
 
 @pytest.fixture
 def poison(monkeypatch):
-    """Uninitialised memory holds NaN, so that whoever reads it is found out."""
+    """Fill uninitialised memory with NaN, so that reading it shows."""
 
     def poisoned(make):
         def empty(*args, **settings):
@@ -395,12 +395,18 @@ CONSTRUCTION = {
     "proj_size": (lambda: LowRankLSTM(3, 4, proj_size=4), "proj_size below hidden_size, not 3, 4, 1 and 4"),
     "negative proj_size": (lambda: LowRankLSTM(3, 4, proj_size=-1), "not 3, 4, 1 and -1"),
     "dropout": (lambda: LowRankLSTM(3, 4, dropout=1.5), r"a probability in \[0, 1\], not 1.5"),
-    "unknown matrix": (lambda: LowRankLSTM(3, 4, ranks={"weight_hh_l1": 2}), f"weight_hh_l1, but the only matrices are {RECURRENT}"),
+    "unknown matrix": (
+        lambda: LowRankLSTM(3, 4, ranks={"weight_hh_l1": 2}),
+        f"weight_hh_l1, but the only matrices are {RECURRENT}",
+    ),
     "a bias": (lambda: LowRankLSTM(3, 4, ranks={"bias_hh_l0": 1}), f"bias_hh_l0, but the only matrices are {RECURRENT}"),
     "rank 0": (lambda: LowRankLSTM(3, 4, ranks={"weight_hh_l0": 0}), "weight_hh_l0, 16 x 4, .* 1 to 4, not 0"),
     "rank too large": (lambda: LowRankLSTM(3, 4, ranks={"weight_ih_l0": 4}), "weight_ih_l0, 16 x 3, .* 1 to 3, not 4"),
     "cell size": (lambda: LowRankLSTMCell(3, 0), "at least 1, not 3 and 0"),
-    "cell matrix": (lambda: LowRankLSTMCell(3, 4, ranks={"weight_hh_l0": 1}), "weight_hh_l0, .* only matrices are weight_ih"),
+    "cell matrix": (
+        lambda: LowRankLSTMCell(3, 4, ranks={"weight_hh_l0": 1}),
+        "weight_hh_l0, .* only matrices are weight_ih",
+    ),
     "cell rank": (lambda: LowRankLSTMCell(3, 4, ranks={"weight_hh": 5}), "weight_hh, 16 x 4, .* 1 to 4, not 5"),
 }
 
@@ -441,7 +447,7 @@ def test_an_lstm_with_parameters_of_its_own_is_refused():
 
 
 def packed_input(width: int = 3, ordered: bool = True):
-    """Sequences of lengths 2 and 1, or 1 and 2, in either order packed as 2 and 1."""
+    """Return sequences of lengths 2 and 1, or 1 and 2; both are packed as 2 and 1."""
     lengths = (2, 1) if ordered else (1, 2)
     return pack_sequence([torch.zeros(length, width) for length in lengths], enforce_sorted=ordered)
 

@@ -31,7 +31,7 @@ def x():
 
 
 def run(module, x):
-    """All outputs and last states of an LSTM, or of a cell that takes one step from a state that is not zero."""
+    """Return outputs and last states of an LSTM, or of one step of a cell from a non-zero state."""
     if isinstance(module, nn.LSTMCell | LowRankLSTMCell):
         state = x[1, :, :1].expand(-1, HIDDEN)
         return module(x[0], (state, state))
@@ -50,7 +50,7 @@ def some_masks(module, kept=0.4):
 
 
 def zeroed(module, masks):
-    """A copy without masks, whose weights were set to zero by hand."""
+    """Return a copy without masks, whose weights are set to zero directly."""
     copy = deepcopy(module)
     with torch.no_grad():
         for name, mask in masks.items():
@@ -82,14 +82,14 @@ def test_of_equal_entries_the_first_in_row_order_are_kept(dtype):
 
 
 @pytest.mark.parametrize("kept", [0, -1, 7])
-def test_keeping_none_or_more_than_all_is_refused(kept):
+def test_no_nonzeros_or_more_than_all_are_refused(kept):
     with pytest.raises(SlimLSTMError, match=rf"the nonzeros of a \[2, 3\] matrix must number 1 to 6, not {kept}"):
         magnitude_mask(torch.ones(2, 3), kept)
 
 
 @pytest.mark.parametrize("kept", [1, 2, 3])
 def test_a_matrix_with_nan_is_refused(kept):
-    """Magnitudes that cannot be compared have no largest ones."""
+    """NaN cannot be compared, so no magnitude is the largest."""
     with pytest.raises(SlimLSTMError, match="NaN"):
         magnitude_mask(torch.tensor([[1.0, float("nan")], [3.0, 2.0]]), kept)
 
@@ -97,7 +97,7 @@ def test_a_matrix_with_nan_is_refused(kept):
 @pytest.mark.parametrize(
     ("shape", "rank", "kept"), [((4600, 1150), 10, 57_500), ((4, 6), 2, 20), ((4, 6), 3, 24), ((1, 1), 1, 1)]
 )
-def test_pruning_keeps_what_factors_hold_and_at_most_everything(shape, rank, kept):
+def test_nonzeros_at_a_rank_are_the_factors_weights_and_at_most_all(shape, rank, kept):
     assert nonzeros_at_rank(shape, rank) == kept
 
 

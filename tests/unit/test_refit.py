@@ -1,4 +1,4 @@
-"""Factors that are fitted again once the whole model is compressed."""
+"""Factors are fitted again once the whole model is compressed."""
 
 import copy
 
@@ -31,7 +31,7 @@ class OneLayer(nn.Module):
 
 
 class NextWords:
-    """The losses of pieces of a text; the state goes from piece to piece, by protocol or behind slimlstm's back."""
+    """Losses of the pieces of a text, with a state that is carried from piece to piece."""
 
     state = None
 
@@ -69,7 +69,7 @@ class UntilSure(nn.Module):
 
 
 def recorded(targets):
-    """Solvers that keep what they are given, and give back what there was."""
+    """Return solvers that record their arguments and return the weight unchanged."""
 
     def solver(key, weight):
         def solve(fitted, moment):
@@ -82,7 +82,7 @@ def recorded(targets):
 
 
 @every_stranger
-def test_where_nothing_was_lost_every_matrix_is_fitted_to_itself(stranger):
+def test_without_a_loss_of_quality_every_matrix_is_fitted_to_itself(stranger):
     model, batches, targets = stranger.make(), batches_of(stranger), {}
     solver = recorded(targets)
     hosts = [host for host in find_hosts(model) if host.problem is None]
@@ -154,7 +154,7 @@ def test_less_is_lost_on_text_that_was_not_seen():
     assert f"6 matrices were fitted {PASSES} times again to their new inputs" in report.notes
 
 
-def test_factors_that_lose_more_are_not_kept(monkeypatch):
+def test_factors_that_lose_more_are_discarded(monkeypatch):
     stranger = STRANGERS["seq2seq"]
     dense, models, batches = stranger.make(), [stranger.make() for _ in range(2)], batches_of(stranger)
 
@@ -173,8 +173,8 @@ def test_factors_that_lose_more_are_not_kept(monkeypatch):
 
 
 @pytest.mark.parametrize("held_out", [5, 100], ids=["the last fifth", "none"])
-def test_batches_that_are_not_fitted_to_decide(held_out, monkeypatch):
-    """All but the last fifth show a single direction of the inputs, which is all that factors fitted to them know."""
+def test_held_out_batches_decide(held_out, monkeypatch):
+    """All but the last fifth show one direction of the inputs, so factors fitted to them fail on the others."""
     monkeypatch.setattr("slimlstm.calibration.refit._HELD_OUT", held_out)
     batches = [torch.randn(T, B, IN, dtype=torch.float64) for _ in range(10)]
     for x in batches[:8]:
@@ -263,7 +263,7 @@ def test_int8_factors_are_fitted_before_they_are_rounded():
     ],
     ids=["an iterator", "svd"],
 )
-def test_what_cannot_be_fitted_again_is_said_before_anything_changes(config, batches, problem):
+def test_refit_is_refused_before_anything_changes(config, batches, problem):
     stranger = STRANGERS["seq2seq"]
     model, made = stranger.make(), batches_of(stranger)
     before = state_of(model)
