@@ -187,7 +187,7 @@ def test_the_model_stays_as_it_was(tmp_path):
     example, random = model.example(T, B), torch.get_rng_state()
     export_onnx(model, example, tmp_path / "small.onnx")
     assert torch.get_rng_state().equal(random)
-    with pytest.raises(SlimLSTMError, match="PyTorch cannot follow the model"):
+    with pytest.raises(SlimLSTMError, match="PyTorch cannot trace the model"):
         export_onnx(model, (torch.randn(T, B, IN), None, "too many"), tmp_path / "none.onnx")
     assert model.training
     assert [vars(module).get("forward") for module in model.modules()] == forwards
@@ -204,7 +204,7 @@ def test_a_file_that_does_not_compute_the_same_is_not_written(tmp_path, monkeypa
     with pytest.raises(Exception, match="LSTM"):
         export_onnx(model, model.example(T, B), path)
     monkeypatch.undo()
-    monkeypatch.setattr("slimlstm.onnx.export._runner", lambda content: (lambda inputs: [0 * y for y in expected], "none"))
+    monkeypatch.setattr("slimlstm.onnx.export.start", lambda content: (lambda inputs: [0 * y for y in expected], "none"))
     x, state = model.example(T, B)
     with torch.no_grad():
         y, (h, c) = model(x, state)
@@ -277,7 +277,7 @@ def test_an_axis_that_the_model_closes_is_told(tmp_path):
     found = export_onnx(model, x, tmp_path / "fixed.onnx")
     assert found.inputs["x"][0] == T
     assert isinstance(found.inputs["x"][1], str)
-    with pytest.raises(SlimLSTMError, match="the axis steps was to stay open, but the model runs at the example's size"):
+    with pytest.raises(SlimLSTMError, match="the axis steps cannot stay open"):
         export_onnx(model, x, tmp_path / "open.onnx", dynamic_shapes=({0: torch.export.Dim("steps")},))
     found = export_onnx(model, x, tmp_path / "named.onnx", dynamic_shapes=({1: torch.export.Dim("batch")},))
     assert found.inputs == {"x": [T, "batch", IN]}
@@ -286,10 +286,10 @@ def test_an_axis_that_the_model_closes_is_told(tmp_path):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ({"input_names": ["x"]}, r"input_names are \['x'\]; the model has 3 input tensors"),
-        ({"input_names": ["x", "h", "h"]}, "each takes a name of its own"),
+        ({"input_names": ["x"]}, r"input_names are \['x'\], but the model has 3 input tensors"),
+        ({"input_names": ["x", "h", "h"]}, "need one distinct name each"),
         ({"output_names": ["y", "h"]}, "the model has 3 output tensors"),
-        ({"input_names": ["x", "h", "c"], "output_names": ["y", "h", "c"]}, "'h' is the name of an input and of an output"),
+        ({"input_names": ["x", "h", "c"], "output_names": ["y", "h", "c"]}, "'h' names an input and an output"),
     ],
     ids=["few", "twice", "few outputs", "in and out"],
 )
@@ -302,7 +302,7 @@ def test_names_that_do_not_fit_are_told(names, message, tmp_path):
 
 def test_an_example_that_holds_nothing_is_told(tmp_path):
     model = made(Streaming(), None)
-    with pytest.raises(SlimLSTMError, match=r"an example input of shape \[0, 3, 12\] holds nothing"):
+    with pytest.raises(SlimLSTMError, match=r"an example input has the shape \[0, 3, 12\], which holds no"):
         export_onnx(model, model.example(0, 3), tmp_path / "none.onnx")
 
 

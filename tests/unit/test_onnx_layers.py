@@ -11,7 +11,8 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from slimlstm import LowRankLSTM
-from slimlstm.onnx.layers import OPSET, Graph, Ports, add_layer, layer_model
+from slimlstm.onnx.builder import OPSET, GraphBuilder
+from slimlstm.onnx.layers import Ports, add_layer, layer_model
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="what was written is run by ONNX Runtime")
 onnx = pytest.importorskip("onnx")
@@ -38,7 +39,7 @@ def low_rank(kinds=(), **arguments):
 
 def session_of(directions, ports, reverse=False, dtype="FLOAT"):
     """A layer as a model of its own whose inputs and outputs are the ports."""
-    graph, kind = Graph("layer"), getattr(onnx.TensorProto, dtype)
+    graph, kind = GraphBuilder("layer"), getattr(onnx.TensorProto, dtype)
     add_layer(graph, directions, ports, reverse)
     entries = [(name, kind, [None] * 3) for name in (ports.x, ports.h0, ports.c0) if name]
     entries += [(ports.lengths, onnx.TensorProto.INT32, [None])] if ports.lengths else []

@@ -1,11 +1,11 @@
 """LSTM layers as ONNX: the LSTM operator where everything is dense, a Scan over time elsewhere.
 
-Shapes as in :mod:`slimlstm.ops.weights`. ONNX orders gates i, o, f, c.
+Shapes as in :mod:`slimlstm.ops.weights`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,26 +13,23 @@ from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods.storages import to_int8
+from slimlstm.onnx.builder import OPSET, GraphBuilder, onnx_type, value_info
 from slimlstm.ops.gates import ONNX, reordered
 from slimlstm.ops.weights import Direction, Matrix, columns, is_clipped, rows
 
-OPSET = 18
-_TYPES = {
-    torch.float32: "FLOAT",
-    torch.float64: "DOUBLE",
-    torch.bfloat16: "BFLOAT16",
-    torch.int8: "INT8",
-    torch.uint8: "UINT8",
-    torch.int64: "INT64",
-}
-
 
 class Ports(NamedTuple):
-    """The names of what goes into a layer, x [T, B, I], h0 [D, B, P] and c0 [D, B, H], and of what comes out of it,
-    y [T, B, D P], h [D, B, P] and c [D, B, H].
+    """The names of a layer's inputs and outputs.
 
-    Without names for both, the first states are zeros. ``lengths``, int32 [B], are those of the sequences where they
-    differ, as ONNX's LSTM has them: y is zero from a sequence's end on, and the backward direction starts there.
+    Attributes:
+        x: the input [T, B, I].
+        h0: the first hidden states [D, B, P]; "" for zeros, together with ``c0``.
+        c0: the first cell states [D, B, H].
+        y: the output [T, B, D P].
+        h: the last hidden states [D, B, P].
+        c: the last cell states [D, B, H].
+        lengths: the lengths of the sequences, int32 [B], as ONNX's LSTM takes them; "" where all have T steps. Beyond a
+            sequence's length y is zero, and the backward direction starts at that length.
     """
 
     x: str
@@ -44,61 +41,17 @@ class Ports(NamedTuple):
     lengths: str = ""
 
 
-class Graph:
-    """Nodes in the order they were added, and constants, each of which is kept once; names begin with ``prefix``.
+def add_layer(builder: GraphBuilder, directions: Sequence[Direction], ports: Ports, reverse: bool = False) -> None:
+    """Add the nodes of a layer; the sizes of time and batch stay open.
 
-    The graph of a step keeps its constants in that of its ``parent``, where all steps see them.
-    """
+    Weights stored in int8 stay so: the inputs are quantised in every step, and the products are of integers. Weights stored
+    in bfloat16 are widened where they are used.
 
-    def __init__(self, prefix: str, parent: Graph | None = None) -> None:
-        self.prefix, self.nodes, self._named = prefix, list[Any](), 0
-        self.constants: list[Any] = [] if parent is None else parent.constants
-        self._known: dict[tuple[int, str], tuple[object, str]] = {} if parent is None else parent._known
-
-    def add(self, operator: str, *inputs: str, to: str | None = None, **attributes: Any) -> str:
-        """A node with one output, which is called ``to`` or has a new name; returns the name."""
-        return self.add_many(operator, inputs, [to or self._name()], **attributes)[0]
-
-    def add_many(self, operator: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> Sequence[str]:
-        """A node with these outputs."""
-        from onnx import helper
-
-        self.nodes.append(helper.make_node(operator, inputs, outputs, name=self._name(), **attributes))
-        return outputs
-
-    def constant(self, value: Tensor) -> str:
-        """An initializer with a new name, which is returned."""
-        from onnx import TensorProto, helper
-
-        name, value = self._name(), value.detach().cpu()
-        content = value.flatten().contiguous().view(torch.uint8).numpy().tobytes()
-        kind: int = getattr(TensorProto, _TYPES[value.dtype])
-        self.constants.append(helper.make_tensor(name, kind, value.shape, content, raw=True))
-        return name
-
-    def once(self, owner: object, kind: str, make: Callable[[], Tensor]) -> str:
-        """The constant of some kind that belongs to an object, made when it is first asked for."""
-        key = id(owner), kind
-        if key not in self._known:
-            self._known[key] = owner, self.constant(make())  # as long as it is kept, no other has its id
-        return self._known[key][1]
-
-    def names(self, count: int) -> list[str]:
-        """So many new names."""
-        return [self._name() for _ in range(count)]
-
-    def _name(self) -> str:
-        self._named += 1
-        return f"{self.prefix}_{self._named}"
-
-
-def add_layer(graph: Graph, directions: Sequence[Direction], ports: Ports, reverse: bool = False) -> None:
-    """Adds what computes a layer of one or two directions to a graph; sizes of time and batch are left open.
-
-    Of two directions the second runs backward, of one if ``reverse`` says so.
-
-    Weights stored in int8 stay so: inputs are quantised as they come, products are of integers. Those in bfloat16 are
-    widened where they are used.
+    Args:
+        builder: takes the nodes and constants.
+        directions: the weights. The second of two directions runs backward.
+        ports: the names of inputs and outputs.
+        reverse: whether a single direction runs backward.
 
     Raises:
         SlimLSTMError: weights of another dtype than float32 and float64.
@@ -106,54 +59,62 @@ def add_layer(graph: Graph, directions: Sequence[Direction], ports: Ports, rever
     """
     dtype = _dtype(directions)
     backward = [reverse] if len(directions) == 1 else [False, True]
-    if all(_is_plain(weights) for weights in directions):
-        way = "bidirectional" if len(directions) == 2 else "reverse" if reverse else "forward"
-        _add_operator(graph, directions, ports, way)
+    if all(_fits_operator(weights) for weights in directions):
+        direction = "bidirectional" if len(directions) == 2 else "reverse" if reverse else "forward"
+        _add_operator(builder, directions, ports, direction)
         return
     if not (ports.h0 and ports.c0):
-        ports = ports._replace(h0=_zeros(graph, directions, ports.x, 0), c0=_zeros(graph, directions, ports.x, 1))
-    going = _add_going(graph, ports.x, ports.lengths) if ports.lengths else ""
+        hidden, outputs = rows(directions[0].hh) // 4, columns(directions[0].hh)
+        h0, c0 = (_zeros(builder, ports.x, len(directions), size, dtype) for size in (outputs, hidden))
+        ports = ports._replace(h0=h0, c0=c0)
+    is_active = _add_is_active(builder, ports.x, ports.lengths) if ports.lengths else ""
     ends: list[tuple[str, str, str]] = []
     for index, weights in enumerate(directions):
-        number = graph.constant(torch.tensor(index))
-        states = [graph.add("Gather", name, number, axis=0) for name in (ports.h0, ports.c0)]
-        ends.append(_add_scan(graph, weights, ports.x, states, going, dtype, backward[index]))
-    graph.add("Concat", *(y for y, _, _ in ends), to=ports.y, axis=2)
-    axis = graph.constant(torch.tensor([0]))
+        number = builder.constant(torch.tensor(index))
+        states = [builder.add("Gather", name, number, axis=0) for name in (ports.h0, ports.c0)]
+        ends.append(_add_scan(builder, weights, ports.x, states, is_active, backward[index]))
+    builder.add("Concat", *(y for y, _, _ in ends), to=ports.y, axis=2)
+    axis = builder.constant(torch.tensor([0]))
     for which, name in ((1, ports.h), (2, ports.c)):
-        parts = [graph.add("Unsqueeze", end[which], axis) for end in ends]
-        graph.add("Concat", *parts, to=name, axis=0)
+        parts = [builder.add("Unsqueeze", end[which], axis) for end in ends]
+        builder.add("Concat", *parts, to=name, axis=0)
 
 
 def layer_model(directions: Sequence[Direction]) -> Any:
-    """A model of a layer alone, x [T, B, I] to y [T, B, D P], from zero states.
+    """Return an ONNX model of one layer, from x [T, B, I] and zero states to y [T, B, D P].
 
     Raises:
-        SlimLSTMError, ImportError: as :func:`add_layer`.
+        SlimLSTMError: weights of another dtype than float32 and float64.
+        ImportError: onnx is not installed.
+
+    Example:
+        >>> from slimlstm import LowRankLSTM
+        >>> model = layer_model(LowRankLSTM(3, 4, ranks={"weight_hh_l0": 2}).layers()[0])
+        >>> sorted({node.op_type for node in model.graph.node} & {"LSTM", "Scan"})
+        ['Scan']
     """
     import onnx
     from onnx import helper
 
-    graph, dtype, first = Graph("layer"), _dtype(directions), directions[0]
-    h, c = graph.names(2)
-    add_layer(graph, directions, Ports("x", "", "", "y", h, c))
-    made = helper.make_graph(
-        graph.nodes,
+    builder, dtype, first = GraphBuilder("layer"), _dtype(directions), directions[0]
+    h, c = builder.names(2)
+    add_layer(builder, directions, Ports("x", "", "", "y", h, c))
+    graph = helper.make_graph(
+        builder.nodes,
         "layer",
-        [_info("x", dtype, [None, None, columns(first.ih)])],
-        [_info("y", dtype, [None, None, len(directions) * columns(first.hh)])],
-        graph.constants,
+        [value_info("x", dtype, [None, None, columns(first.ih)])],
+        [value_info("y", dtype, [None, None, len(directions) * columns(first.hh)])],
+        builder.constants,
     )
-    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8)
     onnx.checker.check_model(model)
     return model
 
 
-def _is_plain(weights: Direction) -> bool:
-    """Whether ONNX's LSTM can compute it from weights as they are kept: it knows no factors or projections, and clips only
-    gates.
+def _fits_operator(weights: Direction) -> bool:
+    """Return whether ONNX's LSTM computes a direction from its weights as they are stored.
 
-    ONNX Runtime has it for float32 only.
+    The operator knows no factors or projections, and clips only gates. ONNX Runtime has it for float32 only.
     """
     is_dense = isinstance(weights.ih, Tensor) and isinstance(weights.hh, Tensor) and weights.hr is None
     is_dense = is_dense and not is_clipped([weights])
@@ -168,135 +129,151 @@ def _dtype(directions: Sequence[Direction]) -> torch.dtype:
     return dtype
 
 
-def _zeros(graph: Graph, directions: Sequence[Direction], x: str, which: int) -> str:
-    """The first h (0) or c (1) where none is given."""
-    from onnx import TensorProto, helper
+def _zeros(builder: GraphBuilder, x: str, directions: int, width: int, dtype: torch.dtype) -> str:
+    """Add zeros [D, B, width], with the batch size of x."""
+    from onnx import helper
 
-    hh = directions[0].hh
-    size = (columns(hh), rows(hh) // 4)[which]
-    batch = graph.add("Shape", x, start=1, end=2)
-    count, width = (graph.constant(torch.tensor([value])) for value in (len(directions), size))
-    zero = helper.make_tensor("", getattr(TensorProto, _TYPES[_dtype(directions)]), [1], [0.0])
-    return graph.add("ConstantOfShape", graph.add("Concat", count, batch, width, axis=0), value=zero)
+    batch = builder.size(x, 1)
+    count, last = (builder.constant(torch.tensor([value])) for value in (directions, width))
+    zero = helper.make_tensor("", onnx_type(dtype), [1], [0.0])
+    return builder.add("ConstantOfShape", builder.add("Concat", count, batch, last, axis=0), value=zero)
 
 
-def _add_going(graph: Graph, x: str, lengths: str) -> str:
-    """bool [T, B, 1]: whether a sequence has not ended."""
-    first, one, two = (graph.constant(torch.tensor([number])) for number in (0, 1, 2))
-    steps = graph.add("Squeeze", graph.add("Shape", x, start=0, end=1))
-    start, stride = (graph.constant(torch.tensor(number)) for number in (0, 1))
-    at = graph.add("Unsqueeze", graph.add("Range", start, steps, stride), one)
-    until = graph.add("Unsqueeze", _cast(graph, lengths, torch.int64), first)
-    return graph.add("Unsqueeze", graph.add("Less", at, until), two)
+def _add_is_active(builder: GraphBuilder, x: str, lengths: str) -> str:
+    """Add bool [T, B, 1]: whether a sequence has that step."""
+    first, one, two = (builder.constant(torch.tensor([number])) for number in (0, 1, 2))
+    steps = builder.add("Squeeze", builder.size(x, 0))
+    start, stride = (builder.constant(torch.tensor(number)) for number in (0, 1))
+    at = builder.add("Unsqueeze", builder.add("Range", start, steps, stride), one)
+    until = builder.add("Unsqueeze", builder.cast(lengths, torch.int64), first)
+    return builder.add("Unsqueeze", builder.add("Less", at, until), two)
 
 
-def _add_operator(graph: Graph, directions: Sequence[Direction], ports: Ports, direction: str) -> None:
+def _add_operator(builder: GraphBuilder, directions: Sequence[Direction], ports: Ports, direction: str) -> None:
     hidden = rows(directions[0].hh) // 4
     weights = [
-        graph.once(directions, kind, lambda which=which: torch.stack([_in_onnx_order(one[which]) for one in directions]))
+        builder.once(directions, kind, lambda which=which: torch.stack([_in_onnx_order(one[which]) for one in directions]))
         for which, kind in enumerate(("W", "R"))
     ]
     bias = ""
     if directions[0].bias_ih is not None:
         biases = [(one.bias_ih, one.bias_hh) for one in directions]
-        bias = graph.once(
+        bias = builder.once(
             directions, "B", lambda: torch.stack([torch.cat([*map(_in_onnx_order, pair)]) for pair in biases])
         )
-    (y,) = graph.names(1)
+    (y,) = builder.names(1)
     inputs = [ports.x, *weights, bias, ports.lengths, ports.h0, ports.c0]
-    graph.add_many("LSTM", inputs, [y, ports.h, ports.c], hidden_size=hidden, direction=direction)
-    # [T, D, B, H]
-    together = graph.add("Transpose", y, perm=[0, 2, 1, 3])
-    graph.add("Reshape", together, graph.constant(torch.tensor([0, 0, -1])), to=ports.y)
-
-
-def _add_clip(graph: Graph, x: str, bound: float | None, dtype: torch.dtype) -> str:
-    if bound is None:
-        return x
-    return graph.add("Clip", x, *(graph.constant(torch.tensor(limit, dtype=dtype)) for limit in (-bound, bound)))
+    builder.add_many("LSTM", inputs, [y, ports.h, ports.c], hidden_size=hidden, direction=direction)
+    # y is [T, D, B, H].
+    together = builder.add("Transpose", y, perm=[0, 2, 1, 3])
+    builder.add("Reshape", together, builder.constant(torch.tensor([0, 0, -1])), to=ports.y)
 
 
 def _add_scan(
-    graph: Graph, weights: Direction, x: str, states: list[str], going: str, dtype: torch.dtype, reverse: bool
+    builder: GraphBuilder, weights: Direction, x: str, states: list[str], is_active: str, reverse: bool
 ) -> tuple[str, str, str]:
-    """One direction from states h0 [B, P] and c0 [B, H]; the names of y [T, B, P], h and c.
+    """Add one direction from states h0 [B, P] and c0 [B, H]; return the names of y [T, B, P], h and c.
 
-    Where a sequence is not ``going`` on, [T, B, 1], its states stay; so the backward direction starts at its end.
+    Where ``is_active`` [T, B, 1] is given and false, states stay, so the backward direction starts at a sequence's end.
     """
-    from onnx import TensorProto, helper
-
-    hidden, outputs = rows(weights.hh) // 4, columns(weights.hh)
-    gates_of_x = _add_product(graph, x, weights.ih, weights.ih_storage)
+    gates = _add_product(builder, x, weights.ih, weights.ih_storage)
     biases = [bias for bias in (weights.bias_ih, weights.bias_hh) if bias is not None]
     if biases:
-        gates_of_x = graph.add("Add", gates_of_x, graph.once(weights, "bias", lambda: torch.stack(biases).sum(0)))
-    step = Graph(f"{graph.names(1)[0]}_step", graph)
-    h, c, at, h_next, c_next, y = step.names(6)
-    gates = step.add("Add", at, _add_product(step, h, weights.hh, weights.hh_storage))
-    parts = step.constant(torch.full((4,), hidden))
-    i, f, g, o = step.add_many("Split", [gates, parts], step.names(4), axis=1)
-    kept = step.add("Mul", step.add("Sigmoid", f), c)
-    new = step.add("Mul", step.add("Sigmoid", i), step.add("Tanh", g))
-    new_c = _add_clip(step, step.add("Add", kept, new), weights.cell_clip, dtype)
-    out = step.add("Mul", step.add("Sigmoid", o), step.add("Tanh", new_c))
-    if weights.hr is not None:
-        out = _add_clip(step, _add_product(step, out, weights.hr, weights.hh_storage), weights.proj_clip, dtype)
-    entries = [_info(name, dtype, [None, size]) for name, size in ((h, outputs), (c, hidden), (at, 4 * hidden))]
-    if going:
-        (goes,) = step.names(1)
-        entries.append(helper.make_tensor_value_info(goes, TensorProto.BOOL, [None, 1]))
-        step.add("Where", goes, out, h, to=h_next)
-        step.add("Where", goes, new_c, c, to=c_next)
-        step.add("Where", goes, out, step.constant(torch.zeros((), dtype=dtype)), to=y)
-    else:
-        step.add("Identity", out, to=h_next)
-        step.add("Identity", new_c, to=c_next)
-        step.add("Identity", out, to=y)
-    body = helper.make_graph(
-        step.nodes,
-        step.prefix,
-        entries,
-        [_info(name, dtype, [None, size]) for name, size in ((h_next, outputs), (c_next, hidden), (y, outputs))],
-    )
-    scanned = [gates_of_x, going] if going else [gates_of_x]
-    last_h, last_c, all_h = graph.add_many(
+        gates = builder.add("Add", gates, builder.once(weights, "bias", lambda: torch.stack(biases).sum(0)))
+    scanned = [gates, is_active] if is_active else [gates]
+    last_h, last_c, y = builder.add_many(
         "Scan",
         [*states, *scanned],
-        graph.names(3),
-        body=body,
+        builder.names(3),
+        body=_scan_body(builder, weights, has_lengths=bool(is_active)),
         num_scan_inputs=len(scanned),
         scan_input_directions=[int(reverse)] * len(scanned),
         scan_output_directions=[int(reverse)],
     )
-    return all_h, last_h, last_c
+    return y, last_h, last_c
 
 
-def _add_product(graph: Graph, x: str, matrix: Matrix, storage: str) -> str:
-    """x Wᵀ, or x Vᵀ Uᵀ, of the last axis."""
+def _scan_body(builder: GraphBuilder, weights: Direction, has_lengths: bool) -> Any:
+    """Return the graph of one step, from h [B, P], c [B, H], the gates of x [B, 4H] and whether sequences are active."""
+    from onnx import TensorProto, helper
+
+    step, dtype = GraphBuilder(f"{builder.names(1)[0]}_step", builder), _dtype([weights])
+    hidden, outputs = rows(weights.hh) // 4, columns(weights.hh)
+    h, c, gates_of_x, h_next, c_next, y = step.names(6)
+    new_h, new_c = _add_step(step, weights, h, c, gates_of_x)
+    entries = [value_info(name, dtype, [None, n]) for name, n in ((h, outputs), (c, hidden), (gates_of_x, 4 * hidden))]
+    if has_lengths:
+        (is_active,) = step.names(1)
+        entries.append(helper.make_tensor_value_info(is_active, TensorProto.BOOL, [None, 1]))
+        step.add("Where", is_active, new_h, h, to=h_next)
+        step.add("Where", is_active, new_c, c, to=c_next)
+        step.add("Where", is_active, new_h, step.constant(torch.zeros((), dtype=dtype)), to=y)
+    else:
+        for name, output in ((new_h, h_next), (new_c, c_next), (new_h, y)):
+            step.add("Identity", name, to=output)
+    results = [value_info(name, dtype, [None, n]) for name, n in ((h_next, outputs), (c_next, hidden), (y, outputs))]
+    return helper.make_graph(step.nodes, step.prefix, entries, results)
+
+
+def _add_step(step: GraphBuilder, weights: Direction, h: str, c: str, gates_of_x: str) -> tuple[str, str]:
+    """Add one step of the recurrence; return the names of the new h and c."""
+    hidden = rows(weights.hh) // 4
+    gates = step.add("Add", gates_of_x, _add_product(step, h, weights.hh, weights.hh_storage))
+    sizes = step.constant(torch.full((4,), hidden))
+    i, f, g, o = step.add_many("Split", [gates, sizes], step.names(4), axis=1)
+    carried = step.add("Mul", step.add("Sigmoid", f), c)
+    added = step.add("Mul", step.add("Sigmoid", i), step.add("Tanh", g))
+    new_c = _add_clip(step, step.add("Add", carried, added), weights.cell_clip, weights)
+    new_h = step.add("Mul", step.add("Sigmoid", o), step.add("Tanh", new_c))
+    if weights.hr is not None:
+        projected = _add_product(step, new_h, weights.hr, weights.hh_storage)
+        new_h = _add_clip(step, projected, weights.proj_clip, weights)
+    return new_h, new_c
+
+
+def _add_clip(builder: GraphBuilder, x: str, bound: float | None, weights: Direction) -> str:
+    if bound is None:
+        return x
+    limits = (torch.tensor(limit, dtype=_dtype([weights])) for limit in (-bound, bound))
+    return builder.add("Clip", x, *(builder.constant(limit) for limit in limits))
+
+
+def _add_product(builder: GraphBuilder, x: str, matrix: Matrix, storage: str) -> str:
+    """Add x Wᵀ, or x Vᵀ Uᵀ, over the last axis."""
     for weight in (matrix,) if isinstance(matrix, Tensor) else reversed(matrix):
-        x = _add_thin_product(graph, x, weight, storage)
+        x = _PRODUCTS.get(storage, _add_plain_product)(builder, x, weight)
     return x
 
 
-def _add_thin_product(graph: Graph, x: str, weight: Tensor, storage: str) -> str:
-    if storage == "int8":
-        # A scale for every row of inputs, as in the fused kernel; DynamicQuantizeLinear has one for all time and batch.
-        largest = graph.add("ReduceMax", graph.add("Abs", x), graph.constant(torch.tensor([-1])))
-        least = graph.constant(torch.tensor(torch.finfo(torch.float32).tiny))
-        scale = graph.add("Max", graph.add("Mul", largest, graph.constant(torch.tensor(1 / 127))), least)
-        signed = graph.add("Round", graph.add("Div", x, scale))
-        # Both sides unsigned, which ONNX Runtime computes fast and exactly on every CPU. With signed weights it saturates
-        # sums of two products at 16 bits on x86 without VNNI; with signed inputs it takes a slow path.
-        quantized = _cast(graph, graph.add("Add", signed, graph.constant(torch.tensor(128.0))), torch.uint8)
-        zero = graph.constant(torch.tensor(128, dtype=torch.uint8))
-        integers = graph.once(weight, "integers", lambda: _unsigned(to_int8(weight).codes.T))
-        scales = graph.once(weight, "scales", lambda: to_int8(weight).scale)
-        total = graph.add("MatMulInteger", quantized, integers, zero, zero)
-        # Both scales multiplied first would be a pattern that ONNX Runtime takes for one with a single scale of inputs.
-        return graph.add("Mul", graph.add("Mul", _cast(graph, total), scale), scales)
-    if storage == "bfloat16":
-        return graph.add("MatMul", x, _cast(graph, graph.once(weight, storage, weight.T.bfloat16)))
-    return graph.add("MatMul", x, graph.once(weight, storage, lambda: weight.T))
+def _add_plain_product(builder: GraphBuilder, x: str, weight: Tensor) -> str:
+    return builder.add("MatMul", x, builder.once(weight, "plain", lambda: weight.T))
+
+
+def _add_bfloat16_product(builder: GraphBuilder, x: str, weight: Tensor) -> str:
+    return builder.add("MatMul", x, builder.cast(builder.once(weight, "bfloat16", weight.T.bfloat16)))
+
+
+def _add_int8_product(builder: GraphBuilder, x: str, weight: Tensor) -> str:
+    """Add a product of integers, with one scale for every row of inputs and one for every row of weights.
+
+    DynamicQuantizeLinear would give all inputs one scale, whatever their time step and sequence.
+    """
+    magnitude = builder.largest(builder.add("Abs", x))
+    least = builder.constant(torch.tensor(torch.finfo(torch.float32).tiny))
+    scale = builder.add("Max", builder.add("Mul", magnitude, builder.constant(torch.tensor(1 / 127))), least)
+    signed = builder.add("Round", builder.add("Div", x, scale))
+    # Both sides are unsigned, which ONNX Runtime computes fast and exactly on every CPU. With signed weights it saturates
+    # sums of two products at 16 bits on x86 without VNNI; with signed inputs it takes a slow path.
+    quantized = builder.cast(builder.add("Add", signed, builder.constant(torch.tensor(128.0))), torch.uint8)
+    zero = builder.constant(torch.tensor(128, dtype=torch.uint8))
+    codes = builder.once(weight, "codes", lambda: _unsigned(to_int8(weight).codes.T))
+    scales = builder.once(weight, "scales", lambda: _scales(weight))
+    total = builder.cast(builder.add("MatMulInteger", quantized, codes, zero, zero))
+    # ONNX Runtime would mistake a product of both scales for its own pattern, which has one scale for all inputs.
+    return builder.add("Mul", builder.add("Mul", total, scale), scales)
+
+
+_PRODUCTS = {"int8": _add_int8_product, "bfloat16": _add_bfloat16_product}
 
 
 def _unsigned(integers: Tensor) -> Tensor:
@@ -304,19 +281,11 @@ def _unsigned(integers: Tensor) -> Tensor:
     return (integers.short() + 128).to(torch.uint8)
 
 
-def _cast(graph: Graph, name: str, dtype: torch.dtype = torch.float32) -> str:
-    from onnx import TensorProto
-
-    (result,) = graph.names(1)
-    graph.add_many("Cast", [name], [result], to=getattr(TensorProto, _TYPES[dtype]))
-    return result
+def _scales(weight: Tensor) -> Tensor:
+    scale = to_int8(weight).scale
+    assert scale is not None  # noqa: S101 (int8 always has scales)
+    return scale
 
 
 def _in_onnx_order(weight: Any) -> Tensor:
     return reordered(weight.detach(), ONNX)
-
-
-def _info(name: str, dtype: torch.dtype, shape: Sequence[int | None]) -> Any:
-    from onnx import TensorProto, helper
-
-    return helper.make_tensor_value_info(name, getattr(TensorProto, _TYPES[dtype]), shape)

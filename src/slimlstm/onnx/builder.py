@@ -1,0 +1,116 @@
+"""Build ONNX nodes and constants one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OPSET = 18
+"""The opset that is used where none is asked for."""
+OLDEST_OPSET = 13
+"""The oldest opset whose operators have the forms used here."""
+
+_AXES_ARE_INPUTS = 18
+_SHAPE_HAS_BOUNDS = 15
+_TYPES = {
+    torch.float32: "FLOAT",
+    torch.float64: "DOUBLE",
+    torch.bfloat16: "BFLOAT16",
+    torch.int8: "INT8",
+    torch.uint8: "UINT8",
+    torch.int64: "INT64",
+}
+
+
+class GraphBuilder:
+    """Collects nodes in their order, and constants, each of which is stored once.
+
+    Args:
+        prefix: the beginning of all new names.
+        parent: the builder of the graph around, for the body of a Scan. Its constants are shared by all steps.
+        opset: the version of ONNX's operators, from ``OLDEST_OPSET`` on.
+
+    Example:
+        >>> builder = GraphBuilder("demo")
+        >>> builder.add("Tanh", "x", to="y")
+        'y'
+        >>> builder.constant(torch.tensor([0]))
+        'demo_2'
+    """
+
+    def __init__(self, prefix: str, parent: GraphBuilder | None = None, opset: int = OPSET) -> None:
+        self.prefix, self.opset = prefix, opset if parent is None else parent.opset
+        self.nodes: list[Any] = []
+        self.constants: list[Any] = [] if parent is None else parent.constants
+        self._known: dict[tuple[int, str], tuple[object, str]] = {} if parent is None else parent._known
+        self._count = 0
+
+    def add(self, operator: str, *inputs: str, to: str | None = None, **attributes: Any) -> str:
+        """Add a node with one output, named ``to`` or anew; return the output's name."""
+        return self.add_many(operator, inputs, [to or self._new_name()], **attributes)[0]
+
+    def add_many(self, operator: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> Sequence[str]:
+        """Add a node with these outputs, and return them."""
+        from onnx import helper
+
+        self.nodes.append(helper.make_node(operator, inputs, outputs, name=self._new_name(), **attributes))
+        return outputs
+
+    def constant(self, value: Tensor) -> str:
+        """Add a constant; return its new name."""
+        from onnx import helper
+
+        name, value = self._new_name(), value.detach().cpu()
+        content = value.flatten().contiguous().view(torch.uint8).numpy().tobytes()
+        self.constants.append(helper.make_tensor(name, onnx_type(value.dtype), value.shape, content, raw=True))
+        return name
+
+    def once(self, owner: object, kind: str, make: Callable[[], Tensor]) -> str:
+        """Return the name of an object's constant of some kind, which is made at the first call."""
+        key = id(owner), kind
+        if key not in self._known:
+            self._known[key] = owner, self.constant(make())  # the reference keeps the id from being reused
+        return self._known[key][1]
+
+    def names(self, count: int) -> list[str]:
+        """Return new names."""
+        return [self._new_name() for _ in range(count)]
+
+    def cast(self, name: str, dtype: torch.dtype = torch.float32) -> str:
+        """Add a conversion to another dtype."""
+        (result,) = self.names(1)
+        self.add_many("Cast", [name], [result], to=onnx_type(dtype))
+        return result
+
+    def size(self, name: str, axis: int) -> str:
+        """Add int64 [1], the size of one axis."""
+        if self.opset >= _SHAPE_HAS_BOUNDS:
+            return self.add("Shape", name, start=axis, end=axis + 1)
+        return self.add("Gather", self.add("Shape", name), self.constant(torch.tensor([axis])), axis=0)
+
+    def largest(self, name: str) -> str:
+        """Add the largest number along the last axis, whose size becomes 1."""
+        if self.opset >= _AXES_ARE_INPUTS:
+            return self.add("ReduceMax", name, self.constant(torch.tensor([-1])))
+        return self.add("ReduceMax", name, axes=[-1])
+
+    def _new_name(self) -> str:
+        self._count += 1
+        return f"{self.prefix}_{self._count}"
+
+
+def onnx_type(dtype: torch.dtype) -> int:
+    """Return ONNX's number for a dtype."""
+    from onnx import TensorProto
+
+    return getattr(TensorProto, _TYPES[dtype])
+
+
+def value_info(name: str, dtype: torch.dtype, shape: Sequence[int | None]) -> Any:
+    """Return the entry of a graph's input or output; sizes of None are open."""
+    from onnx import helper
+
+    return helper.make_tensor_value_info(name, onnx_type(dtype), shape)
