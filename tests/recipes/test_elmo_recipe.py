@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from paper.elmo import characters_of, load_bilm
+from paper.characters import characters_of
+from paper.elmo_files import load_bilm
 
 pytest.importorskip("h5py")
 RECIPE = Path(__file__).parents[2] / "recipes" / "elmo.py"

@@ -1,0 +1,58 @@
+"""Runs of recipes/language_model.py on a tiny text, and what they leave behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPE = RECIPES / "language_model.py"
+TINY = ("--embedding", "8", "--hidden", "12", "--streams", "4", "--bptt", "10")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(text, output, *options):
+    return [str(part) for part in (RECIPE, "--text", text, "--output", output, *options)]
+
+
+def run(text, output, *options, launcher=()):
+    subprocess.run([sys.executable, *launcher, *command(text, output, *options)], env=ENVIRONMENT, check=True)
+    return log_of(output)
+
+
+def log_of(output):
+    """The epochs without their seconds."""
+    entries = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{name: value for name, value in entry.items() if name != "seconds"} for entry in entries]
+
+
+def outcome(output):
+    """Everything that a run leaves behind, without times."""
+    result = json.loads((output / "result.json").read_text(encoding="utf-8"))
+    weights = {path.relative_to(output): load_file(path) for path in output.rglob("*.safetensors")}
+    return weights, log_of(output), result["perplexity"], (output / "vocab.txt").read_text(encoding="utf-8")
+
+
+def assert_same(found, expected):
+    assert found[1:] == expected[1:]
+    assert found[0].keys() == expected[0].keys()
+    for name, tensors in expected[0].items():
+        assert found[0][name].keys() == tensors.keys()
+        assert not [key for key, tensor in tensors.items() if not torch.equal(found[0][name][key], tensor)]
+
+
+def run_and_kill(text, output, *options):
+    """Kill the run as soon as it has written a checkpoint, during an epoch or at its end."""
+    process = subprocess.Popen([sys.executable, *command(text, output, *options)], env=ENVIRONMENT)
+    until = time.monotonic() + 60.0
+    while not (output / "checkpoint.safetensors").exists() and time.monotonic() < until:
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert not (output / "result.json").exists()

@@ -1,0 +1,59 @@
+"""The recipes that write the page about the paper and its heatmaps."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from recipe_helpers import RECIPES
+
+ROOT = RECIPES.parent
+
+
+def run(*options):
+    command = [sys.executable, RECIPES / "reproduction.py", *options]
+    return subprocess.run([str(part) for part in command], check=False, capture_output=True, text=True)
+
+
+def test_the_page_about_the_paper_says_what_the_results_do(tmp_path):
+    done = run("--pictures", tmp_path / "paper", "--page", tmp_path / "reproduction.md")
+    assert done.returncode == 0, done.stderr
+    tables = [
+        path.relative_to(ROOT / "docs") for ending in ("csv", "tex") for path in (ROOT / "docs/paper").glob(f"*.{ending}")
+    ]
+    assert len(tables) >= 10
+    for name in ("reproduction.md", *tables):
+        assert (tmp_path / name).read_text(encoding="utf-8") == (ROOT / "docs" / name).read_text(encoding="utf-8")
+    page = (tmp_path / "reproduction.md").read_text(encoding="utf-8")
+    for name in ("ptb-perplexity", "ptb-norms", "ptb-spectra", "wikitext2-perplexity", "elmo-norms", "elmo-spectra"):
+        assert f"(paper/{name}.png)" in page
+        for ending, start in (("png", b"\x89PNG"), ("pdf", b"%PDF")):
+            assert (tmp_path / "paper" / f"{name}.{ending}").read_bytes().startswith(start)
+
+
+@pytest.mark.parametrize("commit", ["0123456789ab-dirty", None])
+def test_a_new_result_that_no_clean_commit_made_is_refused(tmp_path, commit):
+    shutil.copytree(ROOT / "results" / "ptb_untuned", tmp_path / "results" / "ptb_untuned")
+    shutil.copy(ROOT / "results" / "dirty.json", tmp_path / "results")
+    path = tmp_path / "results" / "ptb_untuned" / "svd-hh-010.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    result["provenance"]["commit"] = commit
+    path.write_text(json.dumps(result), encoding="utf-8")
+    options = ("--results", tmp_path / "results", "--pictures", tmp_path / "paper", "--page", tmp_path / "page.md")
+    done = run(*options)
+    assert done.returncode == 1
+    assert f"svd-hh-010.json names the commit {commit}, not a clean one" in done.stderr
+    assert not (tmp_path / "page.md").exists()
+    done = run(*options, "--allow-dirty")
+    assert done.returncode == 0, done.stderr
+    assert f"| svd | hh | 10 | 13.14M | {result['perplexity']:.2f} † |" in (tmp_path / "page.md").read_text(
+        encoding="utf-8"
+    )
+
+
+def test_heatmaps_are_drawn_from_a_trained_model(trained, tmp_path):
+    command = [sys.executable, RECIPES / "heatmaps.py", "--model", trained, "--rank", "2", "--output", tmp_path]
+    subprocess.run([str(part) for part in command], check=True)
+    names = {f"heatmap-{target}.{ending}" for target in ("hh", "ih") for ending in ("png", "pdf")}
+    assert {path.name for path in tmp_path.iterdir()} == names

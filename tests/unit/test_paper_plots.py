@@ -1,0 +1,95 @@
+"""What the plots of norms, spectra and heatmaps show."""
+
+import numpy
+import pytest
+import torch
+
+from paper import plots
+from slimlstm import SlimLSTMError
+
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that would be written."""
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, *_arguments, **_options: figures.append(figure))
+    return figures
+
+
+def lines_of(axis):
+    """The lines of a panel by their labels; unlabelled ones by their place."""
+    return {line.get_label(): line for line in axis.get_lines()}
+
+
+def test_norms_have_a_panel_a_title_and_a_line_a_method(drawn, tmp_path):
+    titles = ("l1 of ih", "l1 of hh", "nuclear of ih")
+    panels = {title: {"svd": [(10, 1.0), (50, 2.0)], "prune": [(10, 0.5)]} for title in titles}
+    plots.norm_curves(panels, {"l1 of ih": 2.5, "l1 of hh": 3.5, "nuclear of ih": 4.5}, tmp_path / "norms.png")
+    (figure,) = drawn
+    used = [axis for axis in figure.axes if axis.get_title()]
+    assert [axis.get_title() for axis in used] == list(titles)
+    for axis, dense in zip(used, (2.5, 3.5, 4.5), strict=True):
+        lines = lines_of(axis)
+        assert list(lines) == ["dense", "svd", "prune"]
+        assert list(lines["svd"].get_xdata()) == [10, 50]
+        assert list(lines["svd"].get_ydata()) == [1.0, 2.0]
+        assert set(lines["dense"].get_ydata()) == {dense}
+        assert axis.get_ylim()[0] == 0.0
+        assert axis.get_ylim()[1] > dense
+    assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == ["dense", "svd", "prune"]
+    assert [axis.get_xlabel() for axis in figure.axes] == ["", "", "rank", "rank"]
+
+
+def test_spectra_are_relative_to_the_largest_value_and_energy_ends_at_one(drawn, tmp_path):
+    plots.spectra({"hh": [[2.0, 1.0, 0.5], [1.0, 0.1]], "ih": [[3.0, 3.0]]}, tmp_path / "spectra.png")
+    values, held = drawn[0].axes
+    assert [line.get_label() for line in values.get_lines()] == ["hh, layer 0", "hh, layer 1", "ih, layer 0"]
+    assert list(values.get_lines()[0].get_xdata()) == [1, 2, 3]
+    assert list(values.get_lines()[0].get_ydata()) == [1.0, 0.5, 0.25]
+    assert [line.get_ydata()[-1] for line in held.get_lines()] == pytest.approx([1.0, 1.0, 1.0])
+    assert held.get_lines()[2].get_ydata()[0] == pytest.approx(0.5)
+    colors = [line.get_color() for line in values.get_lines()]
+    assert colors[0] == colors[1] != colors[2], "a colour for every kind of matrix"
+    assert (values.get_ylim(), held.get_ylim()) == ((1e-3, 1.2), (0.0, 1.02))
+    assert (values.get_xscale(), values.get_yscale()) == ("log", "log")
+
+
+def test_heatmaps_show_block_maxima_gates_and_salient_lines(drawn, tmp_path):
+    matrix = torch.zeros(8, 50)
+    matrix[3], matrix[:, 20] = 1.0, 2.0
+    matrix[5, 7] = -5.0
+    plots.heatmaps({"dense": matrix, "half": matrix / 2}, tmp_path / "heatmap.png")
+    (figure,) = drawn
+    assert [axis.get_title().splitlines()[0] for axis in figure.axes] == ["dense", "half"]
+    for axis, scale in zip(figure.axes, (1.0, 0.5), strict=True):
+        (image,) = axis.get_images()
+        numpy.testing.assert_array_equal(image.get_array(), scale * matrix.abs().numpy())
+        assert (axis.get_xlim(), axis.get_ylim()) == ((0.0, 50.0), (8.0, 0.0))
+        *borders, rows, columns = axis.get_lines()
+        assert [line.get_ydata()[0] for line in borders] == [2.0, 4.0, 6.0]
+        assert list(rows.get_ydata()) == [3.5]
+        assert list(columns.get_xdata()) == [20.5]
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["i", "f", "g", "o"]
+    assert "2% of rows hold" in figure.axes[0].get_title()
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda path: plots.norm_curves({"a": {"svd": [(1, 1.0)]}}, {"a": 1.0}, path),
+        lambda path: plots.spectra({"hh": [[1.0]]}, path),
+        lambda path: plots.heatmaps({"a": torch.ones(4, 4)}, path),
+    ],
+    ids=["norms", "spectra", "heatmaps"],
+)
+def test_unknown_endings_are_refused(draw, tmp_path):
+    with pytest.raises(SlimLSTMError, match="a picture can have"):
+        draw(tmp_path / "picture.nothing")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_spectrum_of_zeros_is_refused(tmp_path):
+    with pytest.raises(SlimLSTMError, match="without a positive value"):
+        plots.spectra({"hh": [[0.0, 0.0]]}, tmp_path / "spectra.png")
