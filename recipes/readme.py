@@ -1,16 +1,18 @@
-"""Write the measured parts of README.md, between their markers, from stored results.
+"""Write the measured parts of README.md and docs/results.md, between their markers, from stored results.
 
     python recipes/readme.py [--check]
 
 ``docs/demo.json`` comes from ``slimlstm demo --json``, ``results/ptb_untuned`` and ``results/ptb_fine_tuned`` from
 ``recipes/sweep.py``, ``results/quality_*`` from ``recipes/quality.py``, ``results/registry_models`` from
 ``recipes/registry_models.py``, ``results/ptb_tuned`` from ``recipes/tune.py``, ``results/engines`` from
-``benchmarks/engines.py`` and ``results/threads.json`` from ``benchmarks/threads.py``. It also draws
-``docs/prediction.png``. With ``--check`` it writes nothing, and the exit status is 1 if README.md is out of date.
+``benchmarks/engines.py``, ``results/threads.json`` from ``benchmarks/threads.py``, and ``results/real_models`` from the
+programs in ``examples/real``. It also draws
+``docs/prediction.png``. With ``--check`` it writes nothing, and the exit status is 1 if a page is out of date.
 """
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -213,16 +215,82 @@ speed_part = "\n\n".join(
     ]
 )
 
-readme = ROOT / "README.md"
-text = before = readme.read_text(encoding="utf-8")
-for name, part in (("demo", demo_part), ("quality", quality_part), ("speed", speed_part), ("ptb", ptb_part)):
-    begin, end = f"<!-- {name}: made by recipes/readme.py -->", f"<!-- {name}: end -->"
-    head, _, rest = text.partition(begin)
-    _, _, tail = rest.partition(end)
-    text = f"{head}{begin}\n{part}\n{end}{tail}"
+real = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "results" / "real_models").glob("*.json"))]
+
+
+def variant_of(model, name):
+    """Return a variant's row, or None where it was not measured."""
+    return next((row for row in model["rows"] if row["variant"] == name), None)
+
+
+def quality_and_speed(row):
+    return ["-", "-"] if row is None else [f"{row['quality']:.1%}", f"{row['faster']:.1f}x"]
+
+
+int8 = [variant_of(model, "int8") for model in real]
+speeds, qualities = [row["faster"] for row in int8], [row["quality"] for row in int8]
+model_rows = [
+    [
+        f"{model['model']} ({model['measure']})",
+        *(f"{size / 1e6:.2f} MB" for size in row["bytes"]),
+        *quality_and_speed(row),
+        *quality_and_speed(variant_of(model, "PyTorch int8")),
+    ]
+    for model, row in zip(real, int8, strict=True)
+]
+model_header = ["model (measure)", "dense LSTM", "int8", "quality", "speed", "PyTorch int8: quality", "speed"]
+model_part = "\n\n".join(
+    [
+        markdown(model_header, model_rows),
+        "Speed of the whole model against the dense one, side by side. DTLN runs in ONNX Runtime. A model that does much "
+        "beside its LSTMs, such as Silero VAD, gains size and little speed.",
+    ]
+)
+variant_rows = [
+    [model["model"], row["variant"], f"{row['kept']:.1%}", *quality_and_speed(row)]
+    for model in real
+    for row in model["rows"]
+]
+real_part = "\n\n".join(
+    [
+        markdown(["model", "variant", "bytes left", "quality", "speed"], variant_rows),
+        "From [`results/real_models`](results/real_models), made by the programs in `examples/real`: quality by each model's "
+        "own measure on data that calibration did not see, speed of the whole model against the dense one, side by side.",
+    ]
+)
+headline_part = (
+    f"Make a trained LSTM four times smaller and, on CPUs, {min(speeds):.1f} to {max(speeds):.1f} times faster as a whole "
+    f"model, without training it again. On four real models, int8 keeps {min(qualities):.1%} to {max(qualities):.1%} of the "
+    "quality by the model's own measure."
+)
+
+PARTS = {
+    "README.md": {"headline": headline_part, "models": model_part},
+    "docs/results.md": {
+        "real": real_part,
+        "demo": demo_part,
+        "quality": quality_part,
+        "speed": speed_part,
+        "ptb": ptb_part,
+    },
+}
+outdated = []
+for page, parts in PARTS.items():
+    path = ROOT / page
+    text = before = path.read_text(encoding="utf-8")
+    for name, part in parts.items():
+        # The site does not hold the results, so its pages name them without a link.
+        linked = part if path.parent == ROOT else re.sub(r"\[(`[^`]*`)\]\(results/[^)]*\)", r"\1", part)
+        linked = linked if path.parent == ROOT else linked.replace("](docs/", "](")
+        begin, end = f"<!-- {name}: made by recipes/readme.py -->", f"<!-- {name}: end -->"
+        head, _, rest = text.partition(begin)
+        _, _, tail = rest.partition(end)
+        text = f"{head}{begin}\n{linked}\n{end}{tail}"
+    outdated += [page] if text != before else []
+    if not arguments.check:
+        write_text(path, text)
 if arguments.check:
-    sys.exit(0 if text == before else "README.md is out of date; run `make figures`")
-write_text(readme, text)
+    sys.exit(f"{', '.join(outdated)} out of date; run `make figures`" if outdated else 0)
 points = {}
 for run in sorted(quality["quality_ptb"], key=lambda run: quality_methods.index(run["method"])):
     points.setdefault(run["method"], []).append((run["predicted_rise"], run["rise"]))
