@@ -560,7 +560,6 @@ def infinite(x: Tensor) -> Tensor:
 BATCH = randn(T, B, IN)
 REFUSED = {
     "no LSTM": (nn.Linear(2, 3), [BATCH], None, r"holds no LSTM that can be calibrated; find_sites\(model\) lists"),
-    "bare": (nn.LSTM(IN, H), [BATCH], None, "holds no LSTM that can be calibrated"),
     "no batch": (small_model(), [], None, "no batch was given; .* an iterator, it may have been used up"),
     "used up": (small_model(), iter(()), lambda m, x: m(x), "no batch was given"),
     "another model": (

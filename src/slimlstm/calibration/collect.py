@@ -14,11 +14,12 @@ from slimlstm.calibration.moments import Calibration, Moments
 from slimlstm.calibration.observe import observable_hosts, observing
 from slimlstm.calibration.recorder import Keys, Recorder, Rows
 from slimlstm.errors import SlimLSTMError
-from slimlstm.modules.modes import evaluation_mode
+from slimlstm.modules.modes import ambient_defaults, evaluation_mode, plain_mode
 
 NO_BATCH = "no batch was given; if the batches came from an iterator, it may have been used up before"
 
 
+@plain_mode()
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
@@ -56,7 +57,7 @@ def calibrate(
     """
     recorder, sums = Recorder(loss is not None), dict[Keys, MomentSums]()
     total, predictions, is_scaled, done = 0.0, 0, True, 0
-    with observing(model, observable_hosts(model), recorder), torch.random.fork_rng():
+    with observing(model, observable_hosts(model), recorder), torch.random.fork_rng(), ambient_defaults():
         torch.manual_seed(seed)
         for done, batch in enumerate(batches, 1):
             seen, losses, scaled = _run(model, batch, loss, recorder)
@@ -86,6 +87,7 @@ def _run(
         return recorder.take(losses.sum()), losses, is_scaled
 
 
+@plain_mode()
 def mean_loss(model: nn.Module, batches: Iterable[Any], loss: Loss) -> float | None:
     """Return the mean of the losses of all batches, in evaluation mode, which is restored.
 
@@ -100,7 +102,7 @@ def mean_loss(model: nn.Module, batches: Iterable[Any], loss: Loss) -> float | N
         3.0
     """
     total, count = 0.0, 0
-    with evaluation_mode(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad(), ambient_defaults():
         for batch in batches:
             result = loss(model, batch)
             if isinstance(result, Distribution):

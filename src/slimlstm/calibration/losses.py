@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -56,10 +57,27 @@ def checked_losses(result: object) -> Tensor:
 
 
 def call(model: nn.Module, batch: Any) -> None:
-    """Call the model on a batch: a tuple or list gives its arguments, a mapping its named arguments."""
+    """Call the model on a batch: a tuple or list gives its arguments, a mapping its named arguments.
+
+    Raises:
+        SlimLSTMError: the model does not take such arguments.
+    """
+    positional: Sequence[Any] = ()
+    named: Mapping[str, Any] = {}
     if isinstance(batch, Mapping):
-        model(**cast(Mapping[str, Any], batch))
+        named = cast(Mapping[str, Any], batch)
     elif isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence):
-        model(*cast(Sequence[Any], batch))
+        positional = cast(Sequence[Any], batch)
     else:
-        model(batch)
+        positional = (batch,)
+    try:
+        inspect.signature(model.forward).bind(*positional, **named)
+    except TypeError as error:
+        given = f"the arguments {', '.join(map(str, named))}" if named else f"{len(positional)} arguments"
+        raise SlimLSTMError(
+            f"a batch gives {given}, which the model does not take ({error}). Without a loss, batches hold the model's "
+            "inputs alone: leave labels out, or give a loss"
+        ) from error
+    except ValueError:  # no signature, as in compiled code
+        pass
+    model(*positional, **named)

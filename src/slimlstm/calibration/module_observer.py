@@ -15,6 +15,7 @@ from slimlstm.calibration.observe import observing
 from slimlstm.calibration.recorder import Keys, Recorder, Rows
 from slimlstm.calibration.refit import Observation
 from slimlstm.modules.host import Host
+from slimlstm.modules.modes import ambient_defaults
 from slimlstm.ops.weights import Matrix
 
 
@@ -72,7 +73,11 @@ class _Runner:
         if self.carries:
             getattr(self._loss, "load_state_dict")(self._carried)
         recorder = Recorder(with_gradients)
-        with observing(self._model, self._hosts, recorder, self._weights), torch.set_grad_enabled(with_gradients):
+        with (
+            observing(self._model, self._hosts, recorder, self._weights),
+            torch.set_grad_enabled(with_gradients),
+            ambient_defaults(),
+        ):
             if self._loss is None:
                 call(self._model, batch)
             else:

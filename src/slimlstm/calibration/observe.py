@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from slimlstm.calibration.recorder import Keys, Recorder, states_before
 from slimlstm.errors import SlimLSTMError
 from slimlstm.modules.cell import LowRankLSTMCell
+from slimlstm.modules.graphs import detaching
 from slimlstm.modules.host import Host, parameter_names
 from slimlstm.modules.hosts import find_hosts
 from slimlstm.modules.lstm import LowRankLSTM
@@ -57,7 +58,7 @@ def observing(
         weights: matrices to compute with instead of the model's own, by key.
     """
     observers = ((host.lstm, _observer(host, recorder, weights or {})) for host in hosts)
-    with evaluation_mode(model), forwards_replaced(observers):
+    with detaching(model), evaluation_mode(model), forwards_replaced(observers):
         yield
 
 
@@ -155,11 +156,17 @@ def build_like(host: Host, lstm: type[AnyLSTM], cell: type[AnyCell], matrix: Cal
     for name in parameter_names(old):
         weight = matrix(name)
         if isinstance(weight, tuple):
-            made.set_factors(name, *(nn.Parameter(factor.detach(), requires_grad=False) for factor in weight))
+            made.set_factors(name, *map(_frozen, weight))
         else:
-            made.register_parameter(name, nn.Parameter(weight.detach(), requires_grad=False))
+            made.register_parameter(name, _frozen(weight))
     made.eval()
     return made
+
+
+def _frozen(weight: Tensor) -> nn.Parameter:
+    # Tensors from inference mode cannot be saved for a backward pass, but their copies can.
+    weight = weight.detach()
+    return nn.Parameter(weight.clone() if weight.is_inference() else weight, requires_grad=False)
 
 
 def _key(path: str, name: str) -> str:

@@ -113,5 +113,5 @@ def states_before(outputs: Tensor, first: Tensor, lengths: Tensor, reverse: bool
         return torch.cat([first[None], outputs[:-1]])
     before = torch.cat([outputs[1:], first[None]])
     last = (lengths.long() - 1).clamp_min(0)
-    before[last, torch.arange(len(first))] = first
+    before[last, torch.arange(len(first), device=first.device)] = first
     return before

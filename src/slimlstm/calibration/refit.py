@@ -195,7 +195,7 @@ class PairedMoments:
     def __init__(self, widths: Sequence[int]) -> None:
         self.rows = 0
         size = sum(widths)
-        self.own = self.cross = torch.zeros(size, size, dtype=torch.float64)
+        self.own = self.cross = torch.zeros(size, size, dtype=torch.float64, device="cpu")
         ends = [sum(widths[: index + 1]) for index in range(len(widths))]
         self.parts = [slice(end - width, end) for end, width in zip(ends, widths, strict=True)]
 

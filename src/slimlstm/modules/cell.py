@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from slimlstm import ops
 from slimlstm.errors import SlimLSTMError
 from slimlstm.modules.factored import FactoredModule
+from slimlstm.modules.modes import plain_mode
 from slimlstm.modules.shapes import LSTMState, cell_matrix_shapes
 from slimlstm.ops.weights import Direction
 
@@ -58,6 +59,7 @@ class LowRankLSTMCell(FactoredModule):
         self.reset_parameters()
 
     @classmethod
+    @plain_mode()
     def from_dense(cls, cell: nn.LSTMCell, factors: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> LowRankLSTMCell:
         """Build the same cell, with the (U, V) in ``factors`` instead of the matrices that they name.
 
@@ -67,6 +69,7 @@ class LowRankLSTMCell(FactoredModule):
         module._share_parameters(cell, factors)
         return module
 
+    @plain_mode()
     def to_dense(self) -> nn.LSTMCell:
         """Build an ``nn.LSTMCell`` with the same weights, factors multiplied and masks applied."""
         some = next(self.parameters())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import STORAGES, rounded
 from slimlstm.modules.masks import drop_parametrizations
+from slimlstm.modules.modes import plain_mode
 from slimlstm.ops.dense import rebuilt
 from slimlstm.ops.weights import CachedLayer, Direction, Matrix, flat
 
@@ -104,6 +105,7 @@ class FactoredModule(nn.Module):
             self.register_parameter(name + ending, as_parameter(factor))
         self.storages.pop(name, None)
 
+    @plain_mode()
     def store(self, name: str, storage: str) -> None:
         """Round the matrix ``name`` to ``storage``, and let the fused kernel read it in the storage's format.
 
@@ -231,6 +233,7 @@ class FactoredModule(nn.Module):
             self.set_factors(name, u, v)
         self.train(dense.training)
 
+    @plain_mode()
     def _copy_weights_to(self, dense: nn.Module) -> None:
         """Copy this module's weights into ``dense``, factors multiplied and masks applied."""
         with torch.no_grad():

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from slimlstm.modules.factored import FactoredModule
 from slimlstm.modules.masks import Mask, mask_of
-from slimlstm.modules.modes import evaluation_mode
+from slimlstm.modules.modes import evaluation_mode, plain_mode
 from slimlstm.modules.shapes import cell_matrix_shapes, lstm_arguments, lstm_matrix_shapes
 from slimlstm.modules.sites import SITE_NAME, Site
 from slimlstm.ops.dense import rebuilt
@@ -54,10 +54,12 @@ class Host:
             for name, shape in matrix_shapes(self.lstm).items()
         ]
 
+    @plain_mode()
     def matrix(self, name: str) -> Tensor:
         """Return the matrix [m, n] of inference: factors multiplied, masks applied, nothing dropped."""
         return rebuilt(self.weight(name))
 
+    @plain_mode()
     def weight(self, name: str) -> Matrix:
         """Return the matrix [m, n] of inference, or its factors where it is factored."""
         with torch.no_grad(), evaluation_mode(self.module):
@@ -78,6 +80,7 @@ class Host:
             return getattr(self.lstm.get_submodule(f"parametrizations.{name}"), "original", self._weight(name))
         return self._weight(name)
 
+    @plain_mode()
     def dense_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters of an equivalent ``nn.LSTM``, by name.
 

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from slimlstm import ops
 from slimlstm.errors import SlimLSTMError
 from slimlstm.modules.factored import FactoredModule
+from slimlstm.modules.modes import plain_mode
 from slimlstm.modules.shapes import LSTMState, clips, lstm_arguments, lstm_matrix_shapes
 from slimlstm.ops.weights import Direction
 
@@ -94,6 +95,7 @@ class LowRankLSTM(FactoredModule):
         self.reset_parameters()
 
     @classmethod
+    @plain_mode()
     def from_dense(cls, lstm: nn.LSTM, factors: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> LowRankLSTM:
         """Build the same layers, with the (U, V) in ``factors`` instead of the matrices that they name.
 
@@ -117,6 +119,7 @@ class LowRankLSTM(FactoredModule):
         module._share_parameters(lstm, factors)
         return module
 
+    @plain_mode()
     def to_dense(self) -> nn.LSTM:
         """Build an ``nn.LSTM`` with the same weights, factors multiplied and masks applied.
 

@@ -1,11 +1,18 @@
-"""Run a model in evaluation mode, and restore the mode of every module after."""
+"""Run code in a known mode of modules and of PyTorch, and restore the surrounding mode after."""
 
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 
+import torch
 from torch import nn
+
+_AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
+
+_ambient: ContextVar[tuple[torch.dtype, torch.device] | None] = ContextVar("_ambient", default=None)
+"""The default dtype and device around the outermost :func:`plain_defaults`."""
 
 
 @contextmanager
@@ -30,3 +37,68 @@ def evaluation_mode(model: nn.Module) -> Generator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def plain_mode() -> Generator[None]:
+    """Turn autocast and inference mode off, and gradients on, within the block or the decorated function.
+
+    Example:
+        >>> with torch.inference_mode(), plain_mode():
+        ...     torch.ones(1, requires_grad=True).exp().requires_grad
+        True
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device in _AUTOCAST_DEVICES:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextmanager
+def plain_defaults() -> Generator[None]:
+    """Make float32 and the CPU the defaults for new tensors, within the block or the decorated function.
+
+    User code within runs under :func:`ambient_defaults`.
+
+    Example:
+        >>> with plain_defaults():
+        ...     torch.zeros(1).dtype
+        torch.float32
+    """
+    token = None
+    if _ambient.get() is None:
+        token = _ambient.set((torch.get_default_dtype(), torch.get_default_device()))
+    try:
+        with _defaults(torch.float32, torch.device("cpu")):
+            yield
+    finally:
+        if token is not None:
+            _ambient.reset(token)
+
+
+@contextmanager
+def ambient_defaults() -> Generator[None]:
+    """Restore, within the block, the defaults that surround the outermost :func:`plain_defaults`."""
+    found = _ambient.get()
+    if found is None:
+        yield
+        return
+    with _defaults(*found):
+        yield
+
+
+@contextmanager
+def _defaults(dtype: torch.dtype, device: torch.device) -> Generator[None]:
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with ExitStack() as stack:
+            # The context manager slows every call down, so it is entered only where it changes something.
+            if torch.get_default_device() != device:
+                stack.enter_context(device)
+            yield
+    finally:
+        torch.set_default_dtype(before)

@@ -65,6 +65,8 @@ def _problems(host: Host, ancestors: Sequence[nn.Module], methods: Sequence[str]
     if isinstance(lstm, FactoredModule):
         yield from _computed_factors(where, lstm)
         return
+    if any(vars(module).get("_modules", {}).get("_orig_mod") is host.module for module in ancestors):
+        yield f"{where} is wrapped by torch.compile, which keeps the old code; compress the model first, and compile it after"
     yield from _own_code(where, lstm)
     yield from _own_hooks(where, host)
     if methods:
@@ -116,7 +118,11 @@ def _computed_factors(where: str, lstm: FactoredModule) -> Iterator[str]:
 def _own_code(where: str, lstm: nn.Module) -> Iterator[str]:
     """Yield the members of a subclass, or of the instance, that a plain LSTM does not have."""
     base = nn.LSTM if isinstance(lstm, nn.LSTM) else nn.LSTMCell
-    patched = [name for name in vars(lstm) if callable(getattr(base, name, None))]
+    patched = [
+        name
+        for name, value in vars(lstm).items()
+        if callable(getattr(base, name, None)) and not _is_own_method(lstm, name, value)
+    ]
     if patched:
         yield f"{', '.join(patched)} of {where} was replaced on the instance, which would be lost; undo that first"
     own = own_members(lstm)
@@ -134,6 +140,13 @@ def _own_code(where: str, lstm: nn.Module) -> Iterator[str]:
     data = [name for name in (*own, *carried_attributes(lstm)) if name not in lost and _is_taken(name)]
     if data and not can_clip:
         yield f"{where} has an attribute {data[0]} of its own, which its replacement uses otherwise; rename it"
+
+
+def _is_own_method(module: nn.Module, name: str, value: Any) -> bool:
+    """Return whether an attribute is the very method of that name that the module's class has."""
+    return (
+        isinstance(value, MethodType) and value.__self__ is module and value.__func__ is getattr(type(module), name, None)
+    )
 
 
 def own_members(lstm: nn.Module) -> dict[str, Any]:
@@ -176,10 +189,12 @@ def stored_methods(model: nn.Module, modules: Iterable[nn.Module]) -> dict[int, 
     A module keeps its identity when it is compressed, so references to it stay right. A bound method keeps the function of
     the old class, and does not. Methods of ``nn.Module`` itself serve every class.
     """
+    modules = list(modules)
     wanted = {id(module) for module in modules}
+    own = {id(value) for module in modules for name, value in vars(module).items() if _is_own_method(module, name, value)}
     found: dict[int, list[str]] = {}
     for held in held_objects(model) if wanted else ():
-        if isinstance(held, MethodType) and id(held.__self__) in wanted:
+        if isinstance(held, MethodType) and id(held.__self__) in wanted and id(held) not in own:
             name = held.__func__.__name__
             if getattr(nn.Module, name, None) is not held.__func__ and name not in found.get(id(held.__self__), []):
                 found.setdefault(id(held.__self__), []).append(name)

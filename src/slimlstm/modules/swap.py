@@ -20,6 +20,7 @@ from slimlstm.modules.factored import FactoredModule, Provenance, as_parameter
 from slimlstm.modules.host import Host, parameter_names
 from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.modules.masks import apply_mask, mask_of
+from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.modules.problems import carried_attributes, own_members
 from slimlstm.modules.shapes import clips, lstm_arguments
 
@@ -57,13 +58,16 @@ def replace(model: nn.Module, host: Host, replacements: Mapping[str, Replacement
     return host.module
 
 
+@plain_mode()
+@plain_defaults()
 def replace_all(changes: Iterable[tuple[Host, Mapping[str, Replacement]]]) -> Undo:
     """Carry out :func:`replace` for several hosts: all of them, or after an exception none.
 
     Returns:
         A function that restores all modules.
     """
-    successors = [(host.module, _successor(host, replacements)) for host, replacements in changes]
+    projections: dict[int, nn.Parameter] = {}
+    successors = [(host.module, _successor(host, replacements, projections)) for host, replacements in changes]
     before = [(module, type(module), vars(module)) for module, _ in successors]
 
     def undo() -> None:
@@ -107,8 +111,11 @@ def set_provenance(module: nn.Module, name: str, provenance: Provenance) -> None
         module.provenance[name] = provenance
 
 
-def _successor(host: Host, replacements: Mapping[str, Replacement]) -> nn.Module:
-    """Build the module that takes the host's place. The host does not change."""
+def _successor(host: Host, replacements: Mapping[str, Replacement], projections: dict[int, nn.Parameter]) -> nn.Module:
+    """Build the module that takes the host's place. The host does not change.
+
+    ``projections`` holds the projections that were rounded for other hosts, by the ``id`` of the original.
+    """
     old = host.lstm
     origins = {name: _origin(old, name, replacement) for name, replacement in replacements.items()}
     factors = {name: found.factors for name, found in replacements.items() if found.factors is not None}
@@ -128,19 +135,21 @@ def _successor(host: Host, replacements: Mapping[str, Replacement]) -> nn.Module
             apply_mask(module, name, replacement.mask)
         set_provenance(module, name, origins[name])
         if replacement.storage is not None and isinstance(module, FactoredModule):
-            _store(module, name, replacement.storage)
+            _store(module, name, replacement.storage, projections)
     return module
 
 
-def _store(module: FactoredModule, name: str, storage: str) -> None:
-    """Mark a rounded matrix as stored, and round the projection that shares its storage."""
+def _store(module: FactoredModule, name: str, storage: str, projections: dict[int, nn.Parameter]) -> None:
+    """Mark a rounded matrix as stored, and round the projection that shares its storage; tied projections stay tied."""
     module.storages[name] = storage
     projection = name.replace("weight_hh", "weight_hr")
-    own = module._parameters.get(projection)  # pyright: ignore[reportPrivateUsage] (projections are never computed)
-    if projection != name and own is not None:
-        with torch.no_grad():
-            after = rounded(own.detach(), storage).clone()
-        module.register_parameter(projection, nn.Parameter(after, own.requires_grad))
+    own = module._parameters.get(projection)  # pyright: ignore[reportPrivateUsage] (no getattr, which computes products)
+    if projection == name or own is None:
+        return
+    if id(own) not in projections:
+        after = rounded(own.detach(), storage)
+        projections[id(own)] = own if torch.equal(after, own) else nn.Parameter(after.clone(), own.requires_grad)
+    module.register_parameter(projection, projections[id(own)])
 
 
 def _origin(module: nn.Module, name: str, replacement: Replacement) -> Provenance:

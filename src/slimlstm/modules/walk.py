@@ -11,7 +11,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 _LEAVES = (str, bytes, int, float, complex, bool, type(None), type, ModuleType, nn.Parameter)
-_REGISTRIES = ("_parameters", "_buffers", "_modules")
+REGISTRIES = ("_parameters", "_buffers", "_modules")
+"""The attributes of a module that hold its parameters, buffers and submodules."""
 
 
 def held_objects(model: nn.Module) -> Iterator[Any]:
@@ -29,7 +30,7 @@ def held_objects(model: nn.Module) -> Iterator[Any]:
     seen = {id(module) for module in model.modules()}
     pending: deque[Any] = deque()
     for module in model.modules():
-        pending.extend(value for name, value in vars(module).items() if name not in _REGISTRIES)
+        pending.extend(value for name, value in vars(module).items() if name not in REGISTRIES)
     while pending:
         found = pending.popleft()
         if id(found) in seen:

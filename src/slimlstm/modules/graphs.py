@@ -1,0 +1,67 @@
+"""Tensors with a gradient history that a model's modules hold, such as the hidden state of the last call.
+
+``deepcopy`` refuses such tensors, and they keep the whole graph of a call alive.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from slimlstm.modules.walk import REGISTRIES, held_objects
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """Return a deep copy, in which tensors with a gradient history are replaced by their values.
+
+    Example:
+        >>> import torch
+        >>> model = nn.LSTM(3, 4)
+        >>> model.last = model(torch.randn(5, 2, 3))
+        >>> copy_model(model).last[0].requires_grad
+        False
+    """
+    memo: dict[int, Any] = {id(held): held.detach().clone() for held in held_objects(model) if _has_history(held)}
+    return copy.deepcopy(model, memo)
+
+
+@contextmanager
+def detaching(model: nn.Module) -> Generator[None]:
+    """Replace tensors with a gradient history that modules begin to hold within the block by their values, at its end."""
+    before = {id(held): held for held in held_objects(model) if _has_history(held)}
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            content = vars(module)
+            for name, value in list(content.items()):
+                if name not in REGISTRIES:
+                    content[name] = _detached(value, before)
+
+
+def _has_history(held: Any) -> bool:
+    return isinstance(held, Tensor) and not held.is_leaf
+
+
+def _detached(value: Any, before: dict[int, Any]) -> Any:
+    """Return ``value`` without new gradient histories; lists and dictionaries are changed in place."""
+    if isinstance(value, Tensor):
+        return value.detach() if _has_history(value) and id(value) not in before else value
+    if isinstance(value, list):
+        items = cast(list[Any], value)
+        for index, item in enumerate(items):
+            items[index] = _detached(item, before)
+    elif isinstance(value, dict):
+        entries = cast(dict[Any, Any], value)
+        for key, item in entries.items():
+            entries[key] = _detached(item, before)
+    elif isinstance(value, tuple):
+        old = cast(tuple[Any, ...], value)
+        new = [_detached(item, before) for item in old]
+        if any(one is not other for one, other in zip(old, new, strict=True)):
+            return type(value)(*new) if hasattr(value, "_fields") else tuple(new)
+    return cast(Any, value)
