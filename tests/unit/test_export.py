@@ -24,6 +24,7 @@ from slimlstm import (
 from slimlstm.cli import app
 from slimlstm.demo.model import embedded_model
 from slimlstm.onnx.layers import layer_model
+from slimlstm.onnx.verify import INT8_TOLERANCE, TOLERANCE, Bound
 from slimlstm.ops import cpu
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="what was written is run by ONNX Runtime")
@@ -423,6 +424,84 @@ def test_torch_export_and_compile_see_one_node_a_recurrence(config):
             for found in (program.module()(x), compiled(x)):
                 torch.testing.assert_close(found[0], model(x)[0], rtol=1e-5, atol=1e-5)
                 torch.testing.assert_close(found[1], model(x)[1], rtol=1e-5, atol=1e-5)
+
+
+class Deployed(nn.Module):
+    """Operators whose forms changed between opsets, around an LSTM."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.norm = nn.Embedding(20, IN), nn.LayerNorm(IN)
+        self.lstm, self.head = nn.LSTM(IN, H, bidirectional=True), nn.Linear(H, 5)
+
+    def forward(self, tokens):
+        y = self.lstm(self.norm(self.embedding(tokens)))[0]
+        forward, backward = y.chunk(2, -1)
+        return self.head((forward + backward).relu()).log_softmax(-1), y.amax(0), y.split(3, -1)[-1].sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("opset", "config"),
+    [(13, "dense"), (13, "int8"), (15, "bfloat16"), (17, "low rank"), (onnx.defs.onnx_opset_version(), "int8")],
+)
+def test_older_opsets(opset, config, tmp_path):
+    model, path = made(Deployed(), CONFIGS[config]), tmp_path / "small.onnx"
+    found = export_onnx(model, torch.randint(20, (T, B)), path, opset=opset)
+    written = onnx.load(path)
+    assert found.opset == opset == written.opset_import[0].version
+    assert len(written.opset_import) == 1
+    assert written.ir_version <= onnx.helper.find_min_ir_version_for(written.opset_import)
+    assert b"test_export" not in path.read_bytes()
+    tokens = torch.randint(20, (9, 4))
+    with torch.no_grad():
+        for one, other in zip(run(path, tokens), model(tokens), strict=True):
+            torch.testing.assert_close(one, other, **near(CONFIGS[config]))
+
+
+@pytest.mark.parametrize("opset", [12, 99, "17"])
+def test_opsets_that_cannot_be_written_are_refused(opset, tmp_path):
+    with pytest.raises(SlimLSTMError, match=r"opset=.* cannot be written; give one from 13 to"):
+        export_onnx(nn.LSTM(IN, H), torch.randn(T, B, IN), tmp_path / "none.onnx", opset=opset)
+    assert not list(tmp_path.iterdir())
+
+
+BOUNDS = {
+    "scaled": (torch.tensor([29.0, 0.001]), torch.tensor([29.0, 0.0025]), {}, None),
+    "small outputs": (torch.tensor([0.1]), torch.tensor([0.1005]), {}, "output 0 differs .* one number by 0.0005"),
+    "a wider bound": (torch.tensor([0.1]), torch.tensor([0.1005]), {"tolerance": 1e-3}, None),
+    "int8": (
+        torch.tensor([3.0, 4.0]),
+        torch.tensor([3.0, 3.5]),
+        {"is_int8": True},
+        "rounding of the inputs of int8 .* give tolerance=0.2",
+    ),
+    "int8 with a bound": (torch.tensor([3.0, 4.0]), torch.tensor([3.0, 3.5]), {"is_int8": True, "tolerance": 0.1001}, None),
+    "integers": (torch.tensor([3]), torch.tensor([4]), {}, "output 0, of integers, differs"),
+    "NaN on one side": (torch.tensor([1.0]), torch.tensor([torch.nan]), {}, "output 0 differs"),
+    "NaN and infinity on both": (torch.tensor([torch.nan, torch.inf]), torch.tensor([torch.nan, torch.inf]), {}, None),
+}
+
+
+@pytest.mark.parametrize(("expected", "found", "arguments", "message"), BOUNDS.values(), ids=BOUNDS)
+def test_bounds_scale_with_the_outputs(expected, found, arguments, message):
+    is_int8 = arguments.get("is_int8", False)
+    bound = Bound(arguments.get("tolerance", INT8_TOLERANCE if is_int8 else TOLERANCE), is_int8)
+    if message is None:
+        assert bound.check(0, expected, found, "T = 3") < 1
+        return
+    with pytest.raises(SlimLSTMError, match=message):
+        bound.check(0, expected, found, "T = 3")
+
+
+def test_checks_are_repeatable(tmp_path):
+    model, example = made(Streaming(), CONFIGS["int8"]), made(Streaming(), None).example(T, B)
+    differences = set()
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        differences.add(export_onnx(model, example, tmp_path / "small.onnx").difference)
+    assert len(differences) == 1
+    with pytest.raises(SlimLSTMError, match="rounding of the inputs of int8 matrices"):
+        export_onnx(model, example, tmp_path / "none.onnx", tolerance=1e-9)
 
 
 def test_the_command_writes_a_language_model(tmp_path, capsys):

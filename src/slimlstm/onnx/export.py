@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree  # pyright: ignore[reportPrivateUsage]  # the public name is of newer versions
 
-from slimlstm.errors import SlimLSTMError
+from slimlstm.errors import SlimLSTMError, reason_of
 from slimlstm.files import replacing
 from slimlstm.modules.hosts import find_hosts
 from slimlstm.modules.modes import evaluation_mode
@@ -169,8 +169,8 @@ def _check_open(shapes: Mapping[str, Sequence[int | str]], dynamic_shapes: Any) 
     closed = sorted(asked - {str(size) for shape in shapes.values() for size in shape})
     if closed:
         raise SlimLSTMError(
-            f"the axis {closed[0]} cannot stay open, because the model's own code fixes or branches on its size; the inputs "
-            f"are {shapes}. Leave it out of dynamic_shapes=, or make the model independent of that size"
+            f"the axis {closed[0]} cannot stay open, because the model's code depends on its size; the inputs are "
+            f"{shapes}. Leave it out of dynamic_shapes=, or make the model independent of that size"
         )
 
 
@@ -213,7 +213,12 @@ def _complete(traced: Traced, opset: int | None) -> Any:
         raise SlimLSTMError(
             f"the file would take {proto.ByteSize():,} bytes, and one ONNX file can hold {_LARGEST:,}; compress the model"
         )
-    checker.check_model(proto)
+    try:
+        checker.check_model(proto)
+    except checker.ValidationError as error:
+        if opset is None:
+            raise
+        raise SlimLSTMError(f"the model does not fit opset {opset} ({reason_of(error)}); give a newer opset=") from error
     return proto
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from slimlstm.errors import SlimLSTMError, reason_of
@@ -12,6 +13,8 @@ _TRACED = 18
 """The oldest opset that PyTorch's exporter writes."""
 _LAYER_NORMALIZATION = 17
 """The first opset with LayerNormalization."""
+_SHAPE_BOUNDS = 15
+"""The first opset whose Shape has the attributes start and end."""
 _HIDDEN = "slimlstm.hidden"
 """A domain for operators that onnx's converter must leave alone."""
 
@@ -21,7 +24,7 @@ def check_opset(opset: int | None) -> None:
     from onnx import defs
 
     newest = defs.onnx_opset_version()
-    if opset is not None and not (isinstance(opset, int) and OLDEST_OPSET <= opset <= newest):
+    if opset is not None and opset not in range(OLDEST_OPSET, newest + 1):
         raise SlimLSTMError(f"opset={opset!r} cannot be written; give one from {OLDEST_OPSET} to {newest}")
 
 
@@ -45,7 +48,7 @@ def converted(proto: Any, opset: int | None) -> Any:
     Raises:
         SlimLSTMError: the opset has no operator for something that the model computes.
     """
-    from onnx import helper, version_converter
+    from onnx import helper
 
     _remove_metadata(proto)
     if opset is None:
@@ -53,18 +56,36 @@ def converted(proto: Any, opset: int | None) -> Any:
     if opset_of(proto) != opset:
         foreign = [entry for entry in proto.opset_import if entry.domain not in ("", "ai.onnx")]
         _prepare(proto, opset)
-        try:
-            proto = version_converter.convert_version(proto, opset)
-        except Exception as error:  # the converter raises what its C++ code throws
-            raise SlimLSTMError(
-                f"the model needs operators that opset {opset} lacks ({reason_of(error)}); give a newer opset="
-            ) from error
+        proto = _convert(proto, opset)
         for node in proto.graph.node:
             node.domain = "" if node.domain == _HIDDEN else node.domain
         del proto.opset_import[:]
         proto.opset_import.extend([helper.make_opsetid("", opset), *foreign])
     proto.ir_version = min(proto.ir_version, helper.find_min_ir_version_for([helper.make_opsetid("", opset)]))
     return proto
+
+
+def _convert(proto: Any, opset: int) -> Any:
+    """Convert all operators; those without a rule of conversion stay as they are, for onnx's checker to judge.
+
+    A newer version of an operator often only takes more dtypes.
+    """
+    from onnx import version_converter
+
+    while True:
+        try:
+            return version_converter.convert_version(proto, opset)
+        except Exception as error:  # the converter raises what its C++ code throws
+            reason = reason_of(error)
+            found = re.search(r"No Adapter From Version \$\d+ for (\w+)", reason)
+            kind = found.group(1) if found else ""
+            nodes = [node for node in proto.graph.node if node.op_type == kind and node.domain in ("", "ai.onnx")]
+            if not nodes:
+                raise SlimLSTMError(
+                    f"the model needs operators that opset {opset} lacks ({reason}); give a newer opset="
+                ) from error
+            for node in nodes:
+                node.domain = _HIDDEN
 
 
 def _remove_metadata(proto: Any) -> None:
@@ -86,6 +107,8 @@ def _prepare(proto: Any, opset: int) -> None:
     for node in [node for node in proto.graph.node if node.op_type == "Split"]:
         _name_sizes(proto.graph, node)
         node.domain = _HIDDEN
+    for node in [node for node in proto.graph.node if node.op_type == "Shape" and opset < _SHAPE_BOUNDS]:
+        _slice_shape(proto.graph, node)
     norms = [node for node in proto.graph.node if node.op_type == "LayerNormalization" and opset < _LAYER_NORMALIZATION]
     for number, node in enumerate(norms):
         at = next(index for index, other in enumerate(proto.graph.node) if other.output == node.output)
@@ -114,6 +137,22 @@ def _name_sizes(graph: Any, node: Any) -> None:
         name = f"{node.output[0]}_sizes"
         graph.initializer.append(numpy_helper.from_array(np.array(sizes), name))
         node.input[1:] = [name]
+
+
+def _slice_shape(graph: Any, node: Any) -> None:
+    """Let a Slice take the part of a shape that attributes of Shape name."""
+    import numpy as np
+    from onnx import helper, numpy_helper
+
+    bounds = attribute_of(node, "start", 0), attribute_of(node, "end", np.iinfo(np.int64).max)
+    del node.attribute[:]
+    whole, part = f"{node.output[0]}_whole", node.output[0]
+    names = [f"{part}_{name}" for name in ("start", "end")]
+    pairs = zip(names, bounds, strict=True)
+    graph.initializer.extend(numpy_helper.from_array(np.array([bound]), name) for name, bound in pairs)
+    node.output[0] = whole
+    at = next(index for index, other in enumerate(graph.node) if whole in other.output)
+    graph.node.insert(at + 1, helper.make_node("Slice", [whole, *names], [part]))
 
 
 def _normalization(graph: Any, node: Any, prefix: str) -> list[Any]:
