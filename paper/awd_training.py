@@ -207,8 +207,8 @@ class Training:
         done = (place.epoch + place.position / self.length) / options.epochs
         if not options.first_epoch:
             return lr * one_cycle(done, options.warm_up, 0.1 + 0.9 / options.warm_up * done)
-        since = done - options.first_epoch / options.epochs
-        return lr * one_cycle(done, 0.0, 1.0) * min(1.0, 0.1 + 0.9 / options.warm_up * since)
+        again = min(1.0, 0.1 + 0.9 / options.warm_up * (done - options.first_epoch / options.epochs))
+        return lr * again * one_cycle(done, WARM_UP, 0.1 + 0.9 / WARM_UP * done)
 
     # ---- epochs ----
 

@@ -36,6 +36,7 @@ from paper.checkpoints import write_tensors
 from paper.methods import add_plugin_option, factors_by_svd_
 from paper.processes import Processes
 from paper.runs import Pace, lock_folder, seed, settings_of
+from paper.stored_models import load_language_model, model_folder
 from paper.tensor_train import tensor_train_
 from slimlstm.calibration.moments import Calibration
 from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig, load_awd_lstm, save_awd_lstm
@@ -70,7 +71,7 @@ parser.add_argument(
     metavar="SHARE",
     help="store recurrent matrices as tensor trains of this share of their size",
 )
-parser.add_argument("--start", type=Path, help="folder of a trained AWD-LSTM to start from")
+parser.add_argument("--start", type=model_folder, help="folder of a trained AWD-LSTM, or name of a stored one")
 parser.add_argument("--compress", choices=METHODS, help="method that compresses it first")
 parser.add_argument("--calibration", type=Path, help="for methods that need it: a file that recipes/sweep.py wrote")
 parser.add_argument("--target", choices=["hh", "ih", "both"], default="hh", help="the matrices to compress")
@@ -125,7 +126,8 @@ def words(split):
 
 def started_model():
     """Return the model that ``--start`` names, with this config's dropout rates, and its vocabulary."""
-    model, rates = load_awd_lstm(arguments.start), {name: r for name, r in config["sizes"].items() if "dropout" in name}
+    model = load_language_model(arguments.start)
+    rates = {name: rate for name, rate in config["sizes"].items() if "dropout" in name}
     model.config = AWDLSTMConfig(**{**vars(model.config), **rates}).scaled(arguments.dropout)
     return model, Vocabulary.read(arguments.start / "vocab.txt")
 

@@ -17,14 +17,16 @@ from paper.analysis import energy, norms
 from paper.elmo_files import load_bilm
 from paper.methods import PAPER
 from paper.runs import exit_if_done
-from slimlstm.demo.awd_lstm import load_awd_lstm
+from paper.stored_models import load_language_model, model_folder
 from slimlstm.files import write_text
 from slimlstm.methods import METHODS, MatrixProblem, nonzeros_at_rank, singular_values
 from slimlstm.modules.hosts import find_hosts
 from slimlstm.provenance import provenance
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--model", type=Path, required=True, help="folder of an AWD-LSTM, or of an ELMo in official files")
+parser.add_argument(
+    "--model", type=model_folder, required=True, help="folder of an AWD-LSTM or ELMo, or name of a stored one"
+)
 parser.add_argument("--output", type=Path, required=True, help="JSON file")
 parser.add_argument("--ranks", nargs="+", type=int, default=[10, 50, 100, 200, 250, 300, 350, 400])
 arguments = parser.parse_args()
@@ -44,7 +46,7 @@ def approximations(matrix, rank):
 
 
 rows, spectra = [], []
-model = load_bilm(arguments.model) if list(arguments.model.glob("*options.json")) else load_awd_lstm(arguments.model)
+model = load_bilm(arguments.model) if list(arguments.model.glob("*options.json")) else load_language_model(arguments.model)
 # An ELMo's forward layers come before its backward ones.
 matrices = [
     (site.target, layer, host.matrix(site.name)) for layer, host in enumerate(find_hosts(model)) for site in host.sites()

@@ -23,8 +23,8 @@ from rich.table import Table
 import slimlstm as sl
 from paper.methods import add_plugin_option, configuration_called, is_calibrated
 from paper.runs import read_json
+from paper.stored_models import load_language_model, model_folder
 from slimlstm.calibration.moments import Calibration
-from slimlstm.demo.awd_lstm import load_awd_lstm
 from slimlstm.demo.corpora import CORPORA, Vocabulary, read_text, read_words
 from slimlstm.demo.model import embedded_model, encode
 from slimlstm.evaluate import NextTokens, perplexity, pieces
@@ -36,7 +36,7 @@ VARIANTS = ["svd", "svd-global", "activation", "fisher", "prune", "svd-int8", "f
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 add_plugin_option(parser)
-parser.add_argument("--model", required=True, help="folder with model.safetensors and vocab.txt, or 'embedded'")
+parser.add_argument("--model", required=True, help="folder of an AWD-LSTM, name of a stored one, or 'embedded'")
 parser.add_argument("--corpus", choices=CORPORA, required=True)
 parser.add_argument("--split", default="test", help="the text to evaluate on")
 parser.add_argument("--output", type=Path, required=True, help="folder")
@@ -51,7 +51,8 @@ arguments.output.mkdir(parents=True, exist_ok=True)
 if arguments.model == "embedded":
     dense, read = embedded_model(), lambda split: encode(read_text(arguments.corpus, split))
 else:
-    dense, vocabulary = load_awd_lstm(arguments.model), Vocabulary.read(Path(arguments.model) / "vocab.txt")
+    folder = model_folder(arguments.model)
+    dense, vocabulary = load_language_model(folder), Vocabulary.read(folder / "vocab.txt")
     read = lambda split: vocabulary.encode(read_words(arguments.corpus, split))  # noqa: E731
 tokens = read(arguments.split)[: arguments.evaluate]
 size = 4 * sum(site.shape[0] * site.shape[1] for site in sl.find_sites(dense))

@@ -25,9 +25,9 @@ from torch import nn
 
 import slimlstm as sl
 from paper.runs import exit_if_done
+from paper.stored_models import load_language_model, model_folder
 from slimlstm.bench.candidates import Candidate, measure
 from slimlstm.bench.timing import SECONDS
-from slimlstm.demo.awd_lstm import load_awd_lstm
 from slimlstm.files import write_json
 from slimlstm.ops import native
 from slimlstm.provenance import provenance
@@ -37,7 +37,7 @@ PLAIN = ("reference", "dense")
 GRADIENT_TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--model", type=Path, required=True, help="folder with model.safetensors")
+parser.add_argument("--model", type=model_folder, required=True, help="folder of an AWD-LSTM, or name of a stored one")
 parser.add_argument("--output", type=Path, required=True)
 parser.add_argument("--ranks", nargs="+", type=int, default=[10, 400])
 parser.add_argument("--steps", nargs="+", type=int, default=[35, 70, 1], help="time steps of a call")
@@ -87,7 +87,7 @@ def call(module, tokens):
     return module(tokens)[0]
 
 
-dense = load_awd_lstm(arguments.model)
+dense = load_language_model(arguments.model)
 compressed, parameters = {}, {"dense": sum(parameter.numel() for parameter in dense.parameters())}
 for rank in arguments.ranks:
     compressed[f"rank {rank}"] = copy.deepcopy(dense)

@@ -35,8 +35,8 @@ from torch import nn
 import slimlstm as sl
 from paper.methods import PAPER, add_plugin_option, import_plugins
 from paper.runs import read_json
+from paper.stored_models import load_language_model, model_folder
 from slimlstm.calibration.moments import Calibration
-from slimlstm.demo.awd_lstm import load_awd_lstm
 from slimlstm.demo.corpora import CORPORA, Vocabulary, read_text, words_of
 from slimlstm.evaluate import NextTokens, perplexity, pieces
 from slimlstm.files import write_json
@@ -49,7 +49,7 @@ CALIBRATION_STREAMS, CALIBRATION_STEPS = 60, 70
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 plugins = add_plugin_option(parser)
-parser.add_argument("--model", type=Path, required=True, help="folder of an AWD-LSTM, with vocab.txt")
+parser.add_argument("--model", type=model_folder, required=True, help="folder of an AWD-LSTM, or name of a stored one")
 source = parser.add_mutually_exclusive_group(required=True)
 source.add_argument("--corpus", choices=CORPORA)
 source.add_argument("--text", type=Path, help="folder with train.txt, valid.txt and test.txt, instead of a corpus")
@@ -115,7 +115,7 @@ def compress(model, method, target, rank):
 
 def measure(method, target, rank):
     """Return the content of a cell's file, without training."""
-    began, model = time.monotonic(), load_awd_lstm(arguments.model)
+    began, model = time.monotonic(), load_language_model(arguments.model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     size, sites, config = 4 * parameters, [], settings
     if method == "pytorch-int8":
@@ -177,7 +177,7 @@ runs = [("dense", "none", 0), *whole, *itertools.product(ranked, arguments.targe
 left = [cell for cell in runs if not path_of(*cell).exists()]
 if not calibration.exists() and any(method in calibrated_methods() for method, *_ in left):
     tell = partial(console.print, "batches of calibration:")
-    sl.calibrate(load_awd_lstm(arguments.model), batches(), NextTokens(), progress=tell).save(calibration)
+    sl.calibrate(load_language_model(arguments.model), batches(), NextTokens(), progress=tell).save(calibration)
 workers = -1 if arguments.scheduler else arguments.jobs
 with ExitStack() as stack:
     if arguments.scheduler:

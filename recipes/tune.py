@@ -21,8 +21,8 @@ from rich.progress import Progress
 from torch.nn.functional import cross_entropy
 
 import slimlstm as sl
+from paper.stored_models import load_language_model, model_folder
 from slimlstm.calibration.moments import Calibration
-from slimlstm.demo.awd_lstm import load_awd_lstm
 from slimlstm.demo.corpora import CORPORA, Vocabulary, read_words
 from slimlstm.evaluate import perplexity
 from slimlstm.files import write_json
@@ -36,7 +36,7 @@ VALIDATION_TOKENS = 10_000
 EVALUATION_STREAMS = 10
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--model", type=Path, required=True, help="folder with model.safetensors and vocab.txt")
+parser.add_argument("--model", type=model_folder, required=True, help="folder of an AWD-LSTM, or name of a stored one")
 parser.add_argument("--corpus", choices=CORPORA, required=True)
 parser.add_argument("--method", default="svd", choices=METHODS)
 parser.add_argument("--calibration", type=Path, help="for methods that need it: a file that recipes/quality.py wrote")
@@ -60,7 +60,7 @@ if arguments.output.exists():
 words = Vocabulary.read(arguments.model / "vocab.txt")
 tokens = {split: words.encode(read_words(arguments.corpus, split)) for split in ("train", "valid", "test")}
 streams = tokens["train"][: len(tokens["train"]) // arguments.streams * arguments.streams].view(arguments.streams, -1).t()
-dense = load_awd_lstm(arguments.model).to(arguments.device)
+dense = load_language_model(arguments.model).to(arguments.device)
 model = copy.deepcopy(dense)
 model.config = model.config.scaled(arguments.dropout)
 

@@ -1,6 +1,7 @@
 """What runs of recipes share: seeds, limits of time, checks of settings, locks, checkpoints, plugins."""
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -10,11 +11,13 @@ import torch
 from safetensors.torch import save_file
 
 from paper import methods
+from paper.awd_training import Training, TrainingOptions
 from paper.checkpoints import moments_of, read_tensors, restore_moments, without_prefix, write_tensors
 from paper.processes import Processes
 from paper.runs import Pace, check_settings, exit_if_done, lock_folder, one_cycle, seed, settings_of
 from paper.tensor_train import three_factors
 from slimlstm import SlimLSTMError
+from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig
 from slimlstm.methods import METHODS
 
 
@@ -166,3 +169,24 @@ def test_variants_of_methods():
     assert methods.configuration_called("semi-nmf", 0.25, 4000).method == "semi-nmf"
     assert methods.configuration_called("prune", 0.25, 4000).keep == 0.25
     assert [methods.is_calibrated(name) for name in ("svd-int8", "fisher-int8", "semi-nmf")] == [False, True, False]
+
+
+def rates_of(first_epoch, warm_up=0.1):
+    """The learning rates of a cycle of ten epochs, ten times an epoch."""
+    tokens = {split: torch.arange(44) % 5 for split in ("train", "valid", "test")}
+    options = TrainingOptions("adamw", lr=1.0, epochs=10, first_epoch=first_epoch, warm_up=warm_up)
+    training = Training(AWDLSTM(AWDLSTMConfig(5, 2, 3)), tokens, 2, options, Processes(1, 0))
+    assert training.place.epoch == first_epoch
+    rates = []
+    for epoch, position in itertools.product(range(first_epoch, 10), range(0, training.length, 2)):
+        training.place.epoch, training.place.position = epoch, position
+        rates.append(training.learning_rate(taken=options.bptt))
+    return rates
+
+
+def test_a_cycle_continues_from_stored_weights_after_a_short_warm_up():
+    whole, rest = rates_of(0), rates_of(4, warm_up=0.05)
+    same = whole[-len(rest) :]
+    assert rest[0] == pytest.approx(0.1 * same[0])
+    assert rest[6:] == same[6:], "after half an epoch, a twentieth of the cycle"
+    assert all(one < other for one, other in zip(rest[:5], same[:5], strict=True))

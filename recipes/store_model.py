@@ -1,0 +1,67 @@
+"""Store a trained AWD-LSTM in the repository: int8 matrices, bfloat16 embedding, vocabulary, provenance, small files.
+
+    python recipes/store_model.py --model runs/ptb_full --corpus ptb --name ptb
+
+It writes the folder ``models/NAME``. Recipes then load the model by ``--model NAME`` or ``--start NAME``. It also works on
+the folder of a run that has not ended, whose best weights so far it stores. ``training.json`` describes the training and
+states the perplexities before and after rounding.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from paper.awd_training import EVALUATION_STREAMS
+from paper.runs import read_json
+from paper.stored_models import MODELS, load_language_model, model_folder, save_language_model
+from slimlstm.demo.corpora import CORPORA, Vocabulary, read_words, words_of
+from slimlstm.evaluate import perplexity
+from slimlstm.files import write_json
+from slimlstm.provenance import provenance
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--model", type=model_folder, required=True, help="folder of an AWD-LSTM, with vocab.txt")
+source = parser.add_mutually_exclusive_group(required=True)
+source.add_argument("--corpus", choices=CORPORA)
+source.add_argument("--text", type=Path, help="folder with valid.txt and test.txt, instead of a corpus")
+parser.add_argument("--name", required=True, help="of the stored model")
+parser.add_argument("--models", type=Path, default=MODELS, help="folder of stored models")
+arguments = parser.parse_args()
+
+
+def words(split):
+    if arguments.text:
+        return words_of((arguments.text / f"{split}.txt").read_text(encoding="utf-8"))
+    return read_words(arguments.corpus, split)
+
+
+def perplexities(model):
+    return {split: perplexity(model, ids, streams=EVALUATION_STREAMS).perplexity for split, ids in tokens.items()}
+
+
+def training():
+    """Return what the run's files say about the training."""
+    result, log = arguments.model / "result.json", arguments.model / "log.jsonl"
+    entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+    return {"result": read_json(result) if result.exists() else None, "log": entries}
+
+
+vocabulary = Vocabulary.read(arguments.model / "vocab.txt")
+tokens = {split: vocabulary.encode(words(split)) for split in ("valid", "test")}
+dense, folder = load_language_model(arguments.model), arguments.models / arguments.name
+save_language_model(dense, vocabulary, folder)
+found = {"before": perplexities(dense), "after": perplexities(load_language_model(folder))}
+write_json(
+    folder / "training.json",
+    {
+        "corpus": arguments.corpus or arguments.text.name,
+        "perplexity": found,
+        "parameters": sum(parameter.numel() for parameter in dense.parameters()),
+        "bytes": sum(path.stat().st_size for path in folder.glob("*.part*")),
+        "training": training(),
+        "provenance": provenance(),
+    },
+)
+Console().print(found)
