@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,8 +16,9 @@ from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import METHODS, Needs, Replacement, check_matrix, stored_bytes
 from slimlstm.modules.factored import FactoredModule
 from slimlstm.modules.hosts import Host, find_hosts
+from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.modules.sites import Site
-from slimlstm.modules.swap import replace
+from slimlstm.modules.swap import replace_all
 from slimlstm.ops.weights import Matrix
 from slimlstm.pipeline.plan import Config, Plan, check_config
 from slimlstm.pipeline.report import Report
@@ -26,6 +27,8 @@ from slimlstm.pipeline.site_plan import SitePlan
 from slimlstm.pipeline.source import Size, Sizes
 
 
+@plain_mode()
+@plain_defaults()
 def compress_(
     model: nn.Module,
     config: Config,
@@ -85,10 +88,14 @@ def compress_(
         refit=refit,
         progress=progress,
     )
-    report = apply(source, solution)
-    if repeatable is None or loss is None or loss_before is None:
-        return report
-    loss_after = mean_loss(model, repeatable, loss)
+    try:
+        report = apply(source, solution)
+        if repeatable is None or loss is None or loss_before is None:
+            return report
+        loss_after = mean_loss(model, repeatable, loss)
+    except BaseException:
+        source.undo()
+        raise
     return dataclasses.replace(report, loss_before=None if loss_after is None else loss_before, loss_after=loss_after)
 
 
@@ -123,6 +130,8 @@ class ModuleSource:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self.undo: Callable[[], None] = lambda: None
+        """Restores the modules as they were before :meth:`put`."""
         self._find()
 
     def _find(self) -> None:
@@ -166,16 +175,14 @@ class ModuleSource:
         """Replace modules and weights; sites that share a replacement share its parameters."""
         notes: list[str] = []
         parameters: dict[int, Matrix] = {}
+        changes: list[tuple[Host, Mapping[str, Replacement]]] = []
         for host in self._hosts:
             own = {site.name: replacements[site.key] for site in host.sites() if site.key in replacements}
-            if not own:
-                continue
-            notes += host.notes
-            trained = {name: _with_parameters(found, host.is_trained(name), parameters) for name, found in own.items()}
-            module = replace(self._model, host, trained)
-            for name, found in own.items():
-                if found.storage is not None and isinstance(module, FactoredModule):
-                    module.store(name, found.storage)  # the projection too
+            if own:
+                notes += host.notes
+                trained = {n: _with_parameters(found, host.is_trained(n), parameters) for n, found in own.items()}
+                changes.append((host, trained))
+        self.undo = replace_all(changes)
         self._find()
         return notes
 

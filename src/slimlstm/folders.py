@@ -6,7 +6,6 @@ moment a folder holds either the old model or the new one.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -24,18 +23,23 @@ from torch import Tensor, nn
 from slimlstm.errors import SlimLSTMError
 from slimlstm.files import replacing, write_json
 from slimlstm.methods import STORAGES, Encoded, Replacement, storage_called
+from slimlstm.methods.low_bit import pack, unpack
+from slimlstm.modules.graphs import copy_model
 from slimlstm.modules.hosts import Host, find_hosts
+from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.modules.sites import Site
-from slimlstm.modules.swap import provenance_of, replace
+from slimlstm.modules.swap import Undo, provenance_of, replace_all
 
 CONFIG = "config.json"
 FORMAT = "slimlstm"
 SCALE = ".scale"
 """The ending that the name of a tensor gets for the scales of its rows."""
-FORMAT_VERSIONS = (1, 2)
-"""Without, and with, sites that are stored in less than float32."""
+FORMAT_VERSIONS = (1, 2, 3)
+"""Without sites that are stored in less than float32, with such sites, and with codes of less than a byte."""
 
 
+@plain_mode()
+@plain_defaults()
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write a compressed model to ``folder``, which is made where it is missing.
 
@@ -67,6 +71,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     write_folder(Path(folder), model.state_dict(), sites)
 
 
+@plain_mode()
+@plain_defaults()
 def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """Turn a fresh dense ``model`` into the compressed model in ``folder``, bit for bit.
 
@@ -79,13 +85,20 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """
     config, tensors = read_folder(Path(folder))
     # Every error shows on the copy first.
-    trial = copy.deepcopy(model, _detached(model))
+    trial = copy_model(model)
     _rebuild(trial, config["sites"], tensors)
     _complete(trial, tensors)
     _check_fit(trial, tensors)
-    _rebuild(model, config["sites"], tensors)
-    for name, target in _tensors(model).items():
-        target.data = tensors[name].to(target.device, copy=True)
+    undo = _rebuild(model, config["sites"], tensors)
+    before = [(target, target.data) for target in _tensors(model).values()]
+    try:
+        for name, target in _tensors(model).items():
+            target.data = tensors[name].to(target.device, copy=True)
+    except BaseException:
+        for target, data in before:
+            target.data = data
+        undo()
+        raise
     return model
 
 
@@ -108,16 +121,19 @@ def write_folder(folder: Path, state: Mapping[str, Any], sites: Mapping[str, Map
         raise SlimLSTMError(f"the model's state holds more than tensors: {', '.join(others)}; it cannot be stored as data")
     _check_is_ours(folder)
     tensors, aliases = _without_aliases(cast(Mapping[str, Tensor], state))
-    content = tensors_as_bytes(_packed(tensors, sites), metadata={"format": "pt"})
+    tensors, shapes = _packed(tensors, sites)
+    content = tensors_as_bytes(tensors, metadata={"format": "pt"})
     digest = _sha256(content)
     config: dict[str, Any] = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSIONS[any("storage" in entry for entry in sites.values())],
+        "format_version": 3 if shapes else 2 if any("storage" in entry for entry in sites.values()) else 1,
         "weights": {"file": f"model-{digest[:16]}.safetensors", "sha256": digest},
         "sites": sites,
         "aliases": aliases,
         "versions": {"slimlstm": version("slimlstm"), "torch": torch.__version__, "python": platform.python_version()},
     }
+    if shapes:
+        config["packed"] = shapes
     config["sha256"] = _config_sha256(config)
     previous = _weights_file(folder)
     with replacing(folder / config["weights"]["file"]) as draft:
@@ -152,7 +168,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if _sha256(content) != config["weights"]["sha256"]:
         raise SlimLSTMError(f"{path} is damaged or altered: its SHA-256 is not the one in {CONFIG}; copy the folder again")
     # Parse the bytes that were checked; the file itself may change meanwhile.
-    tensors = _unpacked(load_tensors(content), config["sites"], folder)
+    tensors = _unpacked(load_tensors(content), config, folder)
     for name, original in config["aliases"].items():
         if original not in tensors:
             raise SlimLSTMError(f"{folder / CONFIG} was altered: {name} is another name of {original}, which is not there")
@@ -186,18 +202,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _rebuild(model: nn.Module, sites: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> None:
+def _rebuild(model: nn.Module, sites: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> Undo:
     """Put factors, masks and weights of the right shapes into ``model``'s sites; their numbers are filled in later."""
     hosts = find_hosts(model)
     _check_sites({site.key: site for host in hosts for site in host.sites()}, sites, tensors)
     # Keep the present parameters alive, so that no new one gets the id of an old one.
     present = [host.parameter(site.name) for host in hosts for site in host.sites()]
     shared: dict[Hashable, Tensor | tuple[Tensor, Tensor]] = {}
+    changes: list[tuple[Host, Mapping[str, Replacement]]] = []
     for host in hosts:
         entries = {site.name: sites[site.key] for site in host.sites() if site.key in sites}
         if entries:
-            replace(model, host, {name: _blank(host, name, entry, shared) for name, entry in entries.items()})
+            changes.append((host, {name: _blank(host, name, entry, shared) for name, entry in entries.items()}))
+    undo = replace_all(changes)
     del present
+    return undo
 
 
 def _blank(
@@ -237,36 +256,52 @@ def _check_sites(known: Mapping[str, Site], sites: Mapping[str, Mapping[str, Any
             raise SlimLSTMError(f"{key} is {site.storage} in the model, not in the folder; load into a fresh dense model")
 
 
-def _packed(tensors: Mapping[str, Tensor], sites: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Return the tensors with the weights of quantised sites as codes, and their scales beside them."""
-    packed = dict(tensors)
+def _packed(
+    tensors: Mapping[str, Tensor], sites: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    """Return the tensors with the weights of quantised sites as codes and scales, and the shapes of packed codes."""
+    packed, shapes = dict(tensors), dict[str, list[int]]()
     for name, storage in stored_names(tensors, sites):
-        encoded = storage_called(storage).encode(packed[name])
+        row = storage_called(storage)
+        encoded = row.encode(packed[name])
         if not torch.equal(encoded.decoded(), packed[name]):
             raise SlimLSTMError(
                 f"{name} was changed since it was rounded to {storage}, by training or by hand, and would be lost in part; "
                 f"round it again, with compress_(model, Quantize({storage!r})), and then save"
             )
         packed[name] = encoded.codes
+        if row.bits is not None and row.is_packed:
+            shapes[name] = list(encoded.codes.shape)
+            packed[name] = pack(encoded.codes, row.bits)
         if encoded.scale is not None:
             packed[name + SCALE] = encoded.scale
-    return packed
+    return packed, shapes
 
 
-def _unpacked(tensors: Mapping[str, Tensor], sites: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, Tensor]:
+def _unpacked(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> dict[str, Tensor]:
     """Return the float32 tensors that :func:`_packed` was given."""
     unpacked = dict(tensors)
-    for name, storage in stored_names(tensors, sites):
+    for name, storage in stored_names(tensors, config["sites"]):
         row = STORAGES.get(storage)
         if row is None:
             raise SlimLSTMError(f"{folder} has weights in {storage!r}, an unknown storage; register it by register_storage")
-        encoded = Encoded(unpacked[name], unpacked.pop(name + SCALE, None))
-        scale_shape = None if encoded.scale is None else encoded.scale.shape
-        expected = encoded.codes.shape[:1] if row.has_scales else None
-        if encoded.codes.dtype != row.dtype or scale_shape != expected:
+        codes, scale = unpacked[name], unpacked.pop(name + SCALE, None)
+        if row.bits is not None and row.is_packed:
+            codes = _unpacked_codes(codes, row.bits, config.get("packed", {}).get(name))
+        fits = codes is not None and codes.ndim == 2 and codes.dtype == row.dtype
+        found = None if scale is None else tuple(scale.shape)
+        if codes is None or not fits or found != row.scale_shape(codes.shape[0], codes.shape[1]):
             raise SlimLSTMError(f"{folder / CONFIG} says that {name} is stored as {storage!r}, which its tensors are not")
-        unpacked[name] = encoded.decoded()
+        unpacked[name] = Encoded(codes, scale).decoded()
     return unpacked
+
+
+def _unpacked_codes(stream: Tensor, bits: int, shape: Any) -> Tensor | None:
+    """Return the codes in a stream, or None if the stream does not hold a matrix of this shape."""
+    is_shape = isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)
+    if not is_shape or stream.dtype != torch.uint8 or stream.shape != (-(-shape[0] * shape[1] * bits // 8),):
+        return None
+    return unpack(stream, bits, tuple(shape))
 
 
 def stored_names(tensors: Mapping[str, Tensor], sites: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -296,13 +331,6 @@ def _complete(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     for name, target in expected.items():
         if name not in tensors and id(target) in stored:
             tensors[name] = tensors[stored[id(target)]]
-
-
-def _detached(model: nn.Module) -> dict[int, Any]:
-    """Return a memo for ``deepcopy`` with tensors that have a gradient history, which it refuses to copy."""
-    modules = list(model.modules())
-    kept = [value for module in modules for value in (*vars(module).values(), *getattr(module, "_flat_weights", ()))]
-    return {id(value): value.detach() for value in kept if isinstance(value, Tensor) and not value.is_leaf}
 
 
 def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

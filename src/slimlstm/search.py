@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
@@ -14,6 +13,7 @@ from slimlstm.calibration.losses import Loss
 from slimlstm.calibration.moments import Calibration
 from slimlstm.compress import compress_
 from slimlstm.errors import SlimLSTMError
+from slimlstm.modules.graphs import copy_model
 from slimlstm.pipeline.plan import LowRank
 
 
@@ -70,7 +70,7 @@ def find_keep(
         return dataclasses.replace(config, keep=keep, rank=None, bytes=None, energy=None)
 
     def accepts(keep: float) -> bool:
-        trial = copy.deepcopy(model)
+        trial = copy_model(model)
         compress_(trial, at(keep), calibration=calibration, batches=batches, loss=loss)
         value = metric(trial)
         if progress is not None:

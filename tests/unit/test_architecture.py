@@ -19,11 +19,12 @@ ARROWS = {
     "errors": set(),
     "files": {"errors"},
     "provenance": set(),
+    "tables": set(),
     "methods": {"errors"},
     "ops": {"errors"},
     "modules": {"ops", "methods", "errors"},
     "calibration": {"modules", "methods", "ops", "files", "errors"},
-    "pipeline": {"calibration", "modules", "methods", "ops", "errors"},
+    "pipeline": {"calibration", "modules", "methods", "ops", "tables", "errors"},
     "compress": {"pipeline", "calibration", "modules", "methods", "ops", "errors"},
     "folders": {"modules", "methods", "ops", "files", "errors"},
     "weight_files": {
@@ -39,13 +40,13 @@ ARROWS = {
         "errors",
     },
     "onnx": {"compress", "pipeline", "calibration", "modules", "methods", "ops", "files", "errors"},
-    "search": {"compress", "calibration", "pipeline", "errors"},
+    "search": {"compress", "calibration", "pipeline", "modules", "errors"},
     "tuning": {"modules", "files", "errors"},
     "evaluate": {"modules", "errors"},
-    "bench": {"onnx", "pipeline", "modules", "ops", "provenance", "errors"},
+    "bench": {"onnx", "pipeline", "modules", "ops", "provenance", "tables", "errors"},
     "demo": {
         *("compress", "bench", "evaluate", "pipeline", "calibration", "modules", "methods", "ops", "provenance", "files"),
-        "errors",
+        *("tables", "errors"),
     },
 }
 """The rooms that each room may import; its own files it always may."""

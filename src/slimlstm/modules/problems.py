@@ -66,7 +66,7 @@ def _problems(host: Host, ancestors: Sequence[nn.Module], methods: Sequence[str]
         yield from _computed_factors(where, lstm)
         return
     if any(vars(module).get("_modules", {}).get("_orig_mod") is host.module for module in ancestors):
-        yield f"{where} is wrapped by torch.compile, which keeps the old code; compress the model first, and compile it after"
+        yield f"{where} is wrapped by torch.compile, which holds the old code; compress the model first, then compile it"
     yield from _own_code(where, lstm)
     yield from _own_hooks(where, host)
     if methods:
