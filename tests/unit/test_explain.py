@@ -41,20 +41,22 @@ def expected(explanation: Explanation) -> list[str]:
 
 
 MODES = {
-    "inference": (torch.no_grad, torch.float32),
-    "training": (torch.enable_grad, torch.float32),
-    "float64": (torch.no_grad, torch.float64),
+    "inference": (torch.no_grad, False, torch.float32),
+    "training": (torch.enable_grad, True, torch.float32),
+    "evaluation": (torch.enable_grad, False, torch.float32),
+    "float64": (torch.no_grad, False, torch.float64),
 }
 
 
 @pytest.mark.parametrize("name", ["CRNN", "seq2seq", "tagger", "shared", "cell", "projected"])
-@pytest.mark.parametrize(("mode", "dtype"), MODES.values(), ids=MODES)
+@pytest.mark.parametrize(("mode", "training", "dtype"), MODES.values(), ids=MODES)
 @pytest.mark.parametrize("config", [LowRank(rank=2), None], ids=["factored", "masked"])
-def test_the_reported_backends_run(name, mode, dtype, config, ran):
+def test_the_reported_backends_run(name, mode, training, dtype, config, ran):
     stranger = STRANGERS[name]
     model = stranger.make().to(dtype)
     compress_(model, LowRank(rank=2, target="ih"))
     compress_(model, config or Prune(keep=0.5, target="hh"))
+    model.train(training)
     torch.manual_seed(1)
     inputs = [value.to(dtype) if value.is_floating_point() else value for value in stranger.inputs()]
     with mode():

@@ -176,7 +176,7 @@ def chosen(steps: int, batch: int, hidden: int, rank: int | None, grad: bool = F
         (hh if rank is None else hh[0]).requires_grad_()
     x = torch.zeros(steps * batch, hidden) if packed else torch.zeros(steps, batch, hidden)
     sizes = torch.full((steps,), batch) if packed else None
-    return ops.choose(x, sizes, [Direction(torch.zeros(matrix), hh, None, None, None)])
+    return ops.choose(x, sizes, [Direction(torch.zeros(matrix), hh, None, None, None)], training=grad)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])

@@ -1,6 +1,7 @@
 """Time models and layers beside other engines, and explain which backend runs.
 
 Example:
+    >>> import torch
     >>> from slimlstm import LowRankLSTM, bench
     >>> x, lstm = torch.randn(5, 1, 3), torch.nn.LSTM(3, 4)
     >>> bench.compare(lstm, LowRankLSTM.from_dense(lstm), x, seconds=0.01).difference < 1e-5

@@ -111,4 +111,4 @@ class LowRankLSTMCell(FactoredModule):
         return h[0], c[0]
 
     def _step(self, x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Direction]) -> LSTMState:
-        return ops.cell(x, h, c, weights)
+        return ops.cell(x, h, c, weights, self.training)

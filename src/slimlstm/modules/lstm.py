@@ -230,7 +230,7 @@ class LowRankLSTM(FactoredModule):
         layers = self.layers()
         if len(layers) == 1:
             h0, c0 = (None, None) if hx is None else hx
-            output, h, c = ops.layer(x, batch_sizes, h0, c0, layers[0], self.backend)
+            output, h, c = ops.layer(x, batch_sizes, h0, c0, layers[0], self.backend, self.training)
             return output, (h, c)
         last: list[ops.LayerOutput] = []
         directions = self._directions
@@ -239,7 +239,7 @@ class LowRankLSTM(FactoredModule):
                 x = dropout(x, self.dropout, self.training)
             part = slice(layer * directions, (layer + 1) * directions)
             h0, c0 = (None, None) if hx is None else (hx[0][part], hx[1][part])
-            last.append(ops.layer(x, batch_sizes, h0, c0, weights, self.backend))
+            last.append(ops.layer(x, batch_sizes, h0, c0, weights, self.backend, self.training))
             x = last[-1].output
         return x, (torch.cat([result.h for result in last]), torch.cat([result.c for result in last]))
 

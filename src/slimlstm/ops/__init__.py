@@ -8,24 +8,20 @@ language model the fused kernel's logits then differ from the reference's by 0.2
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.ops import dense, fused, reference, training
-from slimlstm.ops.choice import Choice, are_parameters, choose
+from slimlstm.ops import fused, plain, reference
+from slimlstm.ops.choice import are_parameters, choose
 from slimlstm.ops.packing import forget
+from slimlstm.ops.plain import Backend, Choice
 from slimlstm.ops.weights import Direction, LayerOutput, first_states
 
 __all__ = ["BACKENDS", "Choice", "LayerOutput", "cell", "choose", "forget", "layer"]
 
-BACKENDS: dict[str, Callable[[Tensor, Tensor | None, Tensor, Tensor, Sequence[Direction]], LayerOutput]] = {
-    "reference": reference.layer,
-    "dense": dense.layer,
-    "training": training.layer,
-    "fused": fused.layer,
-}
+BACKENDS: dict[str, Backend] = {**plain.BACKENDS, "fused": fused.layer}
 
 
 def layer(
@@ -35,6 +31,7 @@ def layer(
     c0: Tensor | None,
     directions: Sequence[Direction],
     backend: str = "auto",
+    training: bool = False,
 ) -> LayerOutput:
     """Run one LSTM layer of one or two directions.
 
@@ -44,6 +41,8 @@ def layer(
         h0, c0: the first states, [D, B, P] and [D, B, H], or None for zeros.
         directions: the weights, forward first.
         backend: a key of ``BACKENDS``, or "auto".
+        training: whether the module is in training mode. In training mode PyTorch's operators run whenever gradients are
+            recorded. In evaluation mode the fused kernel runs, and a backward pass, if there is one, recomputes the layer.
 
     Returns:
         The outputs [T, B, D P], or packed [N, D P], and the last states h [D, B, P] and c [D, B, H].
@@ -60,20 +59,24 @@ def layer(
         (torch.Size([5, 1, 8]), torch.Size([1, 1, 8]), torch.Size([1, 1, 8]))
     """
     if backend == "auto":
-        backend = choose(x, batch_sizes, directions, () if h0 is None or c0 is None else (h0, c0)).backend
+        states = () if h0 is None or c0 is None else (h0, c0)
+        backend = choose(x, batch_sizes, directions, states, training).backend
         if backend == "fused":
             return fused.run(x, batch_sizes, h0, c0, directions)
     if backend not in BACKENDS:
         raise SlimLSTMError(f"no backend is called {backend!r}; use 'auto' or one of {', '.join(map(repr, BACKENDS))}")
     if backend == "fused":
-        return fused.layer(x, batch_sizes, h0, c0, directions)
+        return fused.layer(x, batch_sizes, h0, c0, directions, training)
     h0, c0 = first_states(x, batch_sizes, h0, c0, directions)
     return BACKENDS[backend](x, batch_sizes, h0, c0, directions)
 
 
-def cell(x: Tensor, h: Tensor, c: Tensor, directions: Sequence[Direction]) -> tuple[Tensor, Tensor]:
-    """Return the next h and c: one step of a layer of one direction from x [B, I], h [B, P] and c [B, H]."""
-    if fused.obstacle(x, (h, c), directions) or not are_parameters(directions):
+def cell(x: Tensor, h: Tensor, c: Tensor, directions: Sequence[Direction], training: bool = False) -> tuple[Tensor, Tensor]:
+    """Return the next h and c: one step of a layer of one direction from x [B, I], h [B, P] and c [B, H].
+
+    ``training`` as in :func:`layer`.
+    """
+    if fused.obstacle(x, (h, c), directions, training) or not are_parameters(directions):
         return reference.cell(x, h, c, directions[0])
     result = fused.run(x[None], None, h[None], c[None], directions)
     return result.h[0], result.c[0]

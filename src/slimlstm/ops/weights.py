@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 Matrix = Tensor | tuple[Tensor, Tensor]
@@ -62,6 +63,13 @@ def unflattened(weights: Sequence[Tensor | None], storages: Sequence[str], clips
 
 def _matrix(u: Tensor | None, v: Tensor | None) -> Any:
     return u if v is None else (u, v)
+
+
+def wants_gradients(x: Tensor, states: Sequence[Tensor], directions: Sequence[Direction]) -> bool:
+    """Return whether PyTorch records gradients of this layer."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(tensor is not None and tensor.requires_grad for tensor in (x, *states, *flat(directions)))
 
 
 def is_clipped(directions: Sequence[Direction]) -> bool:

@@ -1,0 +1,84 @@
+"""PyTorch's operators as backends: the choice among them, and gradients computed by them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from slimlstm.ops import dense, reference, training
+from slimlstm.ops.weights import Direction, LayerOutput, Matrix, columns, is_clipped, rows, wants_gradients
+
+Backend = Callable[[Tensor, Tensor | None, Tensor, Tensor, Sequence[Direction]], LayerOutput]
+
+BACKENDS: dict[str, Backend] = {"reference": reference.layer, "dense": dense.layer, "training": training.layer}
+
+# The interpreter's overhead for a step of the loop over time, in multiply-adds that PyTorch could do instead.
+_STEP_OVERHEAD = 1_500_000
+# The cost of the loop's unfused activations for each hidden unit and step, in the same unit.
+_UNIT_OVERHEAD = 700
+# With this many weights in hh or more, and factors of at most this share of them, a loop over thin steps trains faster than
+# PyTorch's LSTM with multiplied factors.
+_LARGE, _THIN = 2**19, 0.7
+# With a dense hh the loop trains faster only below float32, and with this many weights in ih and hh together or more.
+_LARGE_TOGETHER = 9 * 2**18
+
+
+class Choice(NamedTuple):
+    """The backend chosen for a layer, and the reason."""
+
+    backend: str
+    reason: str
+
+
+def choose(x: Tensor, batch_sizes: Tensor | None, directions: Sequence[Direction], reason: str) -> Choice:
+    """Choose among PyTorch's operators for a layer that the fused kernel cannot run for the given ``reason``.
+
+    A loop over time runs if rebuilding hh would cost more than it saves, and PyTorch's LSTM if not.
+    """
+    if is_clipped(directions):
+        return Choice("reference", f"{reason}; PyTorch's LSTM does not clip")
+    if forward_ad._current_level >= 0:  # pyright: ignore[reportPrivateUsage]
+        return Choice("reference", f"{reason}; PyTorch's LSTM has no forward-mode derivatives in float32")
+    if x.device.type != "cpu":
+        return Choice("dense", reason)
+    if wants_gradients(x, (), directions):
+        if training.obstacle(batch_sizes, directions) is None and all(_trains_faster(weights, x) for weights in directions):
+            return Choice("training", f"{reason}; with weights so large a loop over time trains faster than PyTorch's LSTM")
+        return Choice("dense", reason)
+    return _choose_for_inference(x, batch_sizes, directions, reason)
+
+
+def _choose_for_inference(x: Tensor, batch_sizes: Tensor | None, directions: Sequence[Direction], reason: str) -> Choice:
+    factored = [weights.hh for weights in directions if not isinstance(weights.hh, Tensor)]
+    if not factored:
+        return Choice("dense", f"{reason}; hh is dense")
+    steps = x.shape[0] if batch_sizes is None else len(batch_sizes)
+    inputs = x.shape[0] * x.shape[1] if batch_sizes is None else x.shape[0]
+    rebuild = sum(u.shape[0] * u.shape[1] * v.shape[1] for u, v in factored)
+    dense_cost = rebuild + inputs * sum(rows(w) * columns(w) for w in factored)
+    loop_cost = steps * len(factored) * _STEP_OVERHEAD + inputs * sum(
+        u.numel() + v.numel() + _UNIT_OVERHEAD * (len(u) // 4) for u, v in factored
+    )
+    if loop_cost < dense_cost:
+        return Choice("reference", f"{reason}; rebuilding hh would cost more than {steps} thin steps")
+    return Choice("dense", f"{reason}; hh is rebuilt once for {steps} steps")
+
+
+def _trains_faster(weights: Direction, x: Tensor) -> bool:
+    """Return whether a Python loop over time trains faster on the CPU than PyTorch's LSTM with these weights."""
+    if torch.compiler.is_compiling():
+        return False
+    ih, hh = weights.ih, weights.hh
+    if isinstance(hh, tuple):
+        dense = rows(hh) * columns(hh)
+        return dense >= _LARGE and _numbers(hh) <= _THIN * dense
+    narrow = torch.is_autocast_enabled("cpu") or x.dtype in (torch.bfloat16, torch.float16)
+    return narrow and _numbers(ih) + _numbers(hh) >= _LARGE_TOGETHER
+
+
+def _numbers(matrix: Matrix) -> int:
+    return matrix.numel() if isinstance(matrix, Tensor) else matrix[0].numel() + matrix[1].numel()
