@@ -8,24 +8,30 @@ Example:
     0.33
 """
 
-from slimlstm import bench, evaluate, methods, search, tuning
-from slimlstm.calibration.collect import calibrate
-from slimlstm.calibration.moments import Calibration
-from slimlstm.compress import compress_
-from slimlstm.errors import SlimLSTMError
-from slimlstm.folders import load, save
-from slimlstm.methods import Method, Storage, register_method, register_storage
-from slimlstm.modules.cell import LowRankLSTMCell
-from slimlstm.modules.hosts import find_sites
-from slimlstm.modules.lstm import LowRankLSTM
-from slimlstm.onnx.compress import compress_onnx
-from slimlstm.onnx.export import export_onnx
-from slimlstm.pipeline.config import LowRank, Prune, Quantize
-from slimlstm.pipeline.plan import Plan
-from slimlstm.pipeline.report import Report
-from slimlstm.pipeline.site_plan import SitePlan
-from slimlstm.tuning import finetune
-from slimlstm.weight_files import compress_file
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slimlstm import bench, evaluate, methods, search, tuning
+    from slimlstm.calibration.collect import calibrate
+    from slimlstm.calibration.moments import Calibration
+    from slimlstm.compress import compress_
+    from slimlstm.errors import SlimLSTMError
+    from slimlstm.folders import load, save
+    from slimlstm.methods import Method, Storage, register_method, register_storage
+    from slimlstm.modules.cell import LowRankLSTMCell
+    from slimlstm.modules.hosts import find_sites
+    from slimlstm.modules.lstm import LowRankLSTM
+    from slimlstm.onnx.compress import compress_onnx
+    from slimlstm.onnx.export import export_onnx
+    from slimlstm.pipeline.config import LowRank, Prune, Quantize
+    from slimlstm.pipeline.plan import Plan
+    from slimlstm.pipeline.report import Report
+    from slimlstm.pipeline.site_plan import SitePlan
+    from slimlstm.tuning import finetune
+    from slimlstm.weight_files import compress_file
 
 __all__ = [
     "Calibration",
@@ -57,3 +63,64 @@ __all__ = [
     "search",
     "tuning",
 ]
+
+# Importing PyTorch takes seconds, so names are imported at their first use: ``slimlstm --help`` needs none of them.
+_SUBMODULES = {
+    "bench",
+    "calibration",
+    "demo",
+    "evaluate",
+    "methods",
+    "modules",
+    "onnx",
+    "ops",
+    "pipeline",
+    "search",
+    "tuning",
+}
+_HOME = {
+    "calibrate": "calibration.collect",
+    "Calibration": "calibration.moments",
+    "compress_": "compress",
+    "SlimLSTMError": "errors",
+    "load": "folders",
+    "save": "folders",
+    "Method": "methods",
+    "Storage": "methods",
+    "register_method": "methods",
+    "register_storage": "methods",
+    "LowRankLSTMCell": "modules.cell",
+    "find_sites": "modules.hosts",
+    "LowRankLSTM": "modules.lstm",
+    "compress_onnx": "onnx.compress",
+    "export_onnx": "onnx.export",
+    "LowRank": "pipeline.config",
+    "Prune": "pipeline.config",
+    "Quantize": "pipeline.config",
+    "Plan": "pipeline.plan",
+    "Report": "pipeline.report",
+    "SitePlan": "pipeline.site_plan",
+    "finetune": "tuning",
+    "compress_file": "weight_files",
+}
+"""The module that defines each name."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name or submodule at its first use (PEP 562)."""
+    if name in _SUBMODULES:
+        return import_module(f"slimlstm.{name}")
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("slimlstm")
+    elif name in _HOME:
+        value = getattr(import_module(f"slimlstm.{_HOME[name]}"), name)
+    else:
+        raise AttributeError(f"module 'slimlstm' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_SUBMODULES, "__version__"})

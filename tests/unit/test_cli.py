@@ -1,110 +1,22 @@
-import hashlib
-import itertools
+"""The verbs of the command: results, and requests that they refuse."""
+
 import json
 import math
 import re
-import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
-from matplotlib.image import imread
+from command import CONFIG, TEXT, WORDS, ids
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from slimlstm import LowRank, Prune, Quantize, cli, compress_, load
+from slimlstm import LowRank, Prune, Quantize, compress_, load
 from slimlstm.demo import corpora as data
 from slimlstm.demo import model as embedded
-from slimlstm.demo import tour as demo
-from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig, load_awd_lstm
+from slimlstm.demo.awd_lstm import AWDLSTM, load_awd_lstm
 from slimlstm.evaluate import perplexity
 from slimlstm.weight_files import compress_file
-
-WORDS = ["<eos>", *"abcdefghij"]
-CONFIG = AWDLSTMConfig(len(WORDS), 12, 16, 2)
-TEXT = "a b c\nd e f g h\n\ni j\n" * 40
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs the command in this process: its exit status and what it wrote to standard output and standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["slimlstm", *map(str, arguments)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def run_json(run):
-    """What a command gives with --json, which has to be all of its standard output."""
-
-    def refuse(constant):
-        raise ValueError(f"{constant} is no JSON")
-
-    def run_json(*arguments):
-        status, out, err = run(*arguments, "--json")
-        assert status == 0, err
-        return json.loads(out, parse_constant=refuse)
-
-    return run_json
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """An AWD-LSTM as it is stored, its vocabulary beside it, and a text."""
-    folder = tmp_path / "dense"
-    folder.mkdir()
-    state = AWDLSTM(CONFIG).state_dict()
-    del state["decoder.weight"]
-    save_file(state, folder / "model.safetensors")
-    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
-    (tmp_path / "text.txt").write_text(TEXT)
-    return folder
-
-
-def ids(text=TEXT):
-    return torch.tensor([WORDS.index(word) for word in data.words_of(text)])
-
-
-def test_help_names_every_command(run):
-    status, out, err = run("--help")
-    assert (status, err) == (0, "")
-    assert all(command in out for command in ("demo", "inspect", "compress", "eval"))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((), "Usage: "),
-        (("nonsense",), "No such command 'nonsense'"),
-        (("inspect",), "Missing argument"),
-        (("inspect", "a.pt", "--colour"), "No such option: --colour"),
-        (("compress", "a.pt", "-o", "out", "--rank", "many"), "Invalid value for '--rank'"),
-        (("eval", "embedded", "--streams", "1.5"), "Invalid value for '--streams'"),
-    ],
-    ids=["no command", "unknown command", "no file", "unknown option", "no integer", "a fraction"],
-)
-def test_a_wrong_call_says_how_it_is_done(arguments, message, run):
-    status, out, err = run(*arguments)
-    assert (status, out) == (2, "")
-    assert message in err
-    assert "Traceback" not in err
-
-
-@pytest.mark.parametrize(("arguments", "status"), [(["inspect", "nowhere.pt"], 1), (["nonsense"], 2)])
-def test_the_exit_status(arguments, status):
-    ended = subprocess.run([sys.executable, "-m", "slimlstm", *arguments], capture_output=True, text=True, check=False)
-    assert ended.returncode == status
-    assert ended.stdout == ""
-    assert "Traceback" not in ended.stderr
 
 
 def test_inspect(folder, run_json):
@@ -145,7 +57,7 @@ def with_spectrum(values):
     ("values", "bars"),
     [
         ([1.0, *((k + 0.5) / 8 for k in range(6, -1, -1))], "█▇▆▅▄▃▂▁"),
-        ([1.0] * 24 + [0.01] * 24, "█" * 8 + "▁" * 8),
+        ([1.0] * 24 + [0.01] * 24, "█" * 6 + "▁" * 6),
         ([0.0] * 4, "▁" * 4),
     ],
     ids=["every height", "more values than bars", "all zero"],
@@ -387,96 +299,3 @@ def test_a_missing_package_is_named_with_its_remedy(package, arguments, extra, f
     assert (status, out) == (1, "")
     assert err.startswith("slimlstm: ")
     assert err.endswith(f"pip install 'slimlstm[{extra}]'\n")
-
-
-RANKS = (1, 2)
-
-
-@pytest.fixture
-def tiny_demo(monkeypatch):
-    """The tour over a small untrained model and random text: the model and the text that it is measured on."""
-    model, tokens = AWDLSTM(CONFIG).eval(), torch.randint(len(WORDS), (800,))
-    # Logits of any size, so that perplexities differ visibly.
-    nn.init.normal_(model.embedding.weight)
-    monkeypatch.setattr(demo, "RANKS", RANKS)
-    monkeypatch.setattr(demo, "embedded_model", lambda: model)
-    monkeypatch.setattr(demo, "held_out_tokens", lambda: tokens)
-    monkeypatch.setattr(demo, "_TOKENS", 400)
-    monkeypatch.setattr(demo, "_STEPS", 8)
-    return model, tokens[:400]
-
-
-def test_the_tour(tiny_demo, tmp_path, run_json):
-    dense, tokens = tiny_demo
-    found = run_json("demo", "--plot", tmp_path / "curves.pdf")
-    rows = {(row["method"], row["target"], row["rank"]): row for row in found["rows"]}
-    assert list(rows) == [
-        ("dense", "", None),
-        *itertools.product(("svd", "semi-nmf", "fisher", "prune"), ("hh", "ih", "both"), RANKS),
-    ]
-    assert len(found["rows"]) == len(rows)
-    size = sum(parameter.numel() for parameter in dense.lstms.parameters())
-    first = found["rows"][0]
-    assert (first["parameters"], first["bytes"], first["change"], first["latency_ratio"]) == (size, 4 * size, 0.0, 1.0)
-    for (method, target, rank), row in rows.items():
-        assert row["change"] == pytest.approx(row["perplexity"] / first["perplexity"] - 1.0)
-        assert row["latency_ratio"] > 0.0
-        if method == "fisher":
-            assert row["bytes"] <= rows["svd", target, rank]["bytes"]
-            continue
-        model = AWDLSTM(CONFIG)
-        model.load_state_dict(dense.state_dict())
-        if method != "dense":
-            config = Prune(rank=rank, target=target) if method == "prune" else LowRank(method, rank=rank, target=target)
-            report = compress_(model, config)
-            assert (row["parameters"], row["bytes"]) == (report.lstm.parameters_after, report.lstm.bytes_after)
-        assert row["perplexity"] == pytest.approx(perplexity(model, tokens, streams=20).perplexity, rel=1e-6)
-    assert len(re.findall(r"\.(?:\s|$)", found["summary"])) == 3
-    assert found["data_sha256"] == hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-    assert found["provenance"]["torch"] == torch.__version__
-    assert found["plot"] == str(tmp_path / "curves.pdf")
-    assert (tmp_path / "curves.pdf").read_bytes().startswith(b"%PDF")
-
-
-def test_the_tour_on_paper(tiny_demo, tmp_path, run):
-    status, out, err = run("demo", "--plot", tmp_path / "curves.png")
-    assert status == 0
-    assert "…" not in out
-    for words in ("dense", "svd", "semi-nmf", "fisher", "prune", "perplexity", "SVD", "curves.png"):
-        assert words in out
-    assert re.fullmatch(r"\d+ s\n", err)
-
-    picture = (imread(tmp_path / "curves.png")[..., :3] * 255).round().astype(int)
-    height, width, _ = picture.shape
-    assert min(height, width) > 300
-    for color in (0x0B6E99, 0xD9730D, 0x6B6B6B):
-        points = (picture == [color >> 16, color >> 8 & 255, color & 255]).all(axis=2)
-        # In every one of the three panels, side by side.
-        assert all(panel.sum() > 50 for panel in np.array_split(points, 3, axis=1))
-
-
-@pytest.fixture
-def no_measuring(monkeypatch):
-    """Nobody should wait a minute to be told of what could be known at once."""
-
-    def run(_progress):
-        pytest.fail("measured first")
-
-    monkeypatch.setattr(demo, "run", run)
-
-
-@pytest.mark.parametrize("plot", ["nowhere/curves.png", "curves.docx", "."])
-def test_a_picture_that_cannot_be_written_is_known_before_measuring(plot, no_measuring, tmp_path, run):
-    status, out, err = run("demo", "--plot", tmp_path / plot)
-    assert (status, out) == (1, "")
-    assert err.startswith("slimlstm: ")
-    assert err.count("\n") == 1
-
-
-def test_missing_matplotlib_is_known_before_measuring(no_measuring, tmp_path, monkeypatch, run):
-    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"] + ["matplotlib"]:
-        monkeypatch.setitem(sys.modules, name, None)
-    status, out, err = run("demo", "--plot", tmp_path / "curves.png")
-    assert (status, out) == (1, "")
-    assert err.startswith("slimlstm: ")
-    assert err.endswith("pip install 'slimlstm[plots]'\n")

@@ -18,6 +18,7 @@ from slimlstm.errors import SlimLSTMError
 from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.ops import native
 from slimlstm.provenance import provenance
+from slimlstm.tables import new_table
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,7 @@ class LayerBench:
         return asdict(self) | {"totals": self.totals(), "faster": self.faster(), "provenance": origin}
 
     def __rich__(self) -> Table:
-        table = Table(caption_justify="left")
-        for heading in ("layer", "engine", "computes"):
-            table.add_column(heading, overflow="fold")
-        for heading in ("median us", "quartiles", "error", "best rival / ours"):
-            table.add_column(heading, justify="right")
+        table = new_table(["layer", "engine", "computes"], ["median us", "quartiles", "error", "best rival / ours"])
         for layer in self.layers:
             _add_rows(table, layer)
         for index, (name, total) in enumerate(self.totals().items()):

@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     tolerate_encodings()
     try:
-        app(arguments)
+        app(arguments, prog_name="slimlstm")
     except (SlimLSTMError, OSError) as error:
         print_error(" ".join(str(error).split()))
         sys.exit(1)

@@ -34,7 +34,10 @@ def command(
     threads: Annotated[int, typer.Option(help="Threads per engine.")] = 1,
     as_json: Json = False,
 ) -> None:
-    """Time a model's LSTM layers: dense in every engine, compressed in slimlstm, by turns."""
+    """Time LSTM layers in slimlstm and in other engines.
+
+    Dense layers run in every engine, compressed ones in slimlstm and in the engines that can, by turns.
+    """
     from slimlstm.bench import bench_layers
     from slimlstm.weight_files import layers_of
 

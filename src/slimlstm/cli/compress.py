@@ -43,12 +43,18 @@ def command(
     storage: Storage = None,
     batches: Annotated[
         list[Path] | None,
-        typer.Option(help="An .npz file of an ONNX file's inputs, by name, the first axis for runs; may be repeated."),
+        typer.Option(
+            metavar="<path>",
+            help="An .npz file of an ONNX file's inputs, by name, the first axis for runs; may be repeated.",
+        ),
     ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Compress the LSTMs of a weight file into a folder for slimlstm.load, or of an ONNX file into another."""
+    """Compress the LSTMs of a weight file or an ONNX file.
+
+    A weight file becomes a folder for slimlstm.load, an ONNX file another ONNX file. Outputs that exist need --force.
+    """
     request = Request(method, rank, keep, target, storage, bytes_, energy, allocation, site_filter)
     _check_output(file, output, force)
     to_onnx = output.suffix.lower() == ".onnx"

@@ -26,7 +26,10 @@ def command(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Compress the embedded language model by every method; print quality, size and speed."""
+    """Compress the embedded language model by every method.
+
+    Print quality, size and speed, and draw the curves. This takes about a minute.
+    """
     from slimlstm.demo import plots, tour
 
     if plot is not None and plot.is_file() and not force:

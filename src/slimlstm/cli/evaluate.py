@@ -29,7 +29,10 @@ def command(
     streams: Annotated[int, typer.Option(help="Cut the text into this many parts, read side by side.")] = 10,
     as_json: Json = False,
 ) -> None:
-    """Measure the perplexity of an AWD-LSTM language model, dense or compressed."""
+    """Measure the perplexity of an AWD-LSTM language model.
+
+    The model may be dense or compressed.
+    """
     from slimlstm.compress import size
     from slimlstm.demo.corpora import CORPORA
     from slimlstm.evaluate import perplexity
@@ -57,11 +60,10 @@ def command(
 
 
 def _table(result: dict[str, Any]) -> Table:
-    from rich.table import Table
+    from slimlstm.tables import new_table
 
-    table = Table(show_header=False)
-    table.add_column()
-    table.add_column(overflow="fold")
+    table = new_table(["", ""])
+    table.show_header = False
     for key, value in result.items():
         if value is not None:
             number = f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value

@@ -20,11 +20,14 @@ def command(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Write an AWD-LSTM language model as an ONNX file, with its states as inputs and outputs."""
+    """Write an AWD-LSTM language model as an ONNX file.
+
+    The states are inputs and outputs of the file, so that a stream can be continued.
+    """
     import torch
-    from rich.table import Table
 
     from slimlstm.onnx.export import export_onnx
+    from slimlstm.tables import new_table
 
     if output.is_file() and not force:
         raise SlimLSTMError(f"{output} exists; add --force to replace it, or name another file")
@@ -40,7 +43,7 @@ def command(
         input_names=["tokens", *names],
         output_names=["logits", *(f"{name}_next" for name in names)],
     )
-    table = Table("name", "shape")
+    table = new_table(["name", "shape"])
     for name, shape in (*found.inputs.items(), *found.outputs.items()):
         table.add_row(name, " x ".join(map(str, shape)))
     sizes = " and ".join(", ".join(f"{name} = {size}" for name, size in at.items()) for at in found.checked)

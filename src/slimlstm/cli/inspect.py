@@ -21,7 +21,10 @@ def command(
     file: Annotated[Path, typer.Argument(help="A .safetensors, .pt, .pth or .onnx file, or a compressed folder.")],
     as_json: Json = False,
 ) -> None:
-    """List the LSTM matrices of a weight file: shapes, break-even ranks, and how fast singular values fall."""
+    """List the LSTM matrices of a weight file.
+
+    Print shapes, break-even ranks, and how fast the singular values fall.
+    """
     from slimlstm.weight_files import find_matrices, read_tensors
 
     tensors = read_tensors(file)
@@ -36,9 +39,13 @@ def command(
             progress(site.key, index / len(matrices))
             entries.append(_entry(site, names, tensors))
     in_matrices, total = sum(entry["parameters"] for entry in entries), sum(tensor.numel() for tensor in tensors.values())
-    share = f"These matrices hold {in_matrices:,} of the file's {total:,} numbers ({in_matrices / total:.0%})."
+    notes = (
+        "Factors of a rank below break-even are smaller than the matrix. The ranks under 50%, 90% and 99% preserve that "
+        "part of the energy, the sum of squared singular values. "
+        f"These matrices hold {in_matrices:,} of the file's {total:,} numbers ({in_matrices / total:.0%})."
+    )
     result = {"file": str(file), "sites": entries, "parameters": in_matrices, "total": total}
-    show(result, as_json, _table(entries), share)
+    show(result, as_json, _table(entries), notes)
 
 
 def _entry(site: Any, names: tuple[str, ...], tensors: Any) -> dict[str, Any]:
@@ -58,14 +65,10 @@ def _entry(site: Any, names: tuple[str, ...], tensors: Any) -> dict[str, Any]:
 
 
 def _table(entries: list[dict[str, Any]]) -> Table:
-    from rich.table import Table
+    from slimlstm.tables import new_table
 
-    table = Table(caption="Break-even: factors of a lower rank are smaller. Energy: rank that preserves this part of Σ σ².")
-    table.caption_justify = "left"
-    table.add_column("site", overflow="fold")
-    for heading in ("shape", "rank", "break-even", *(f"{energy:.0%}" for energy in _ENERGIES)):
-        table.add_column(heading, justify="right")
-    table.add_column("singular values")
+    energies = [f"{energy:.0%}" for energy in _ENERGIES]
+    table = new_table(["site"], ["shape", "rank", "break-\neven", *energies, "singular\nvalues"])
     for entry in entries:
         rows, columns = entry["shape"]
         table.add_row(

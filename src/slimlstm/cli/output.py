@@ -59,7 +59,7 @@ def progress_bar(title: str) -> Generator[Callable[[str, float], None]]:
         yield lambda label, fraction: bar.update(task, description=label, completed=fraction)
 
 
-def sketch(values: list[float], width: int = 16) -> str:
+def sketch(values: list[float], width: int = 12) -> str:
     """Draw descending values as bars, relative to the first: at most ``width`` of them, evenly picked."""
     bars = _BARS if (sys.stdout.encoding or "").lower().startswith("utf") else _PLAIN_BARS
     picked = [values[index * len(values) // width] for index in range(width)] if len(values) > width else values

@@ -27,6 +27,7 @@ from slimlstm.modules.hosts import find_sites
 from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.pipeline.config import LowRank, Prune, Target
 from slimlstm.provenance import provenance
+from slimlstm.tables import new_table
 
 METHODS = ("svd", "semi-nmf", "fisher", "prune")
 TARGETS: tuple[Target, ...] = ("hh", "ih", "both")
@@ -103,11 +104,7 @@ class Tour:
         }
 
     def __rich__(self) -> Table:
-        table = Table(caption_justify="left")
-        table.add_column("method")
-        table.add_column("target")
-        for heading in ("rank", "LSTM parameters", "LSTM bytes", "perplexity", "change", "speed"):
-            table.add_column(heading, justify="right")
+        table = new_table(["method", "target"], ["rank", "parameters", "bytes", "perplexity", "change", "speed"])
         for row in self.rows:
             table.add_row(
                 row.method,

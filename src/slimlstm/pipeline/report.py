@@ -11,6 +11,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from slimlstm.pipeline.plan import Plan
+from slimlstm.tables import new_table
 
 
 def as_text(table: RenderableType) -> str:
@@ -135,24 +136,15 @@ class Report:
         return "loss on the calibration batches: " + ", ".join(parts) if parts else ""
 
     def __rich__(self) -> Table:
-        table = Table(title="Compressed sites", title_justify="left", caption_justify="left")
-        table.add_column("site", overflow="fold")
-        table.add_column("method")
-        any_stored = any(site.storage for site in self.sites)
-        if any_stored:
-            table.add_column("storage")
-        for heading in ("shape", "rank", "break-even", "parameters", "bytes", "error"):
-            table.add_column(heading, justify="right")
+        table = new_table(["site", "method"], ["shape", "rank", "parameters", "bytes", "error"])
         for site in self.sites:
             table.add_row(
                 site.key,
-                site.method,
-                *([site.storage or ""] if any_stored else []),
+                " ".join(filter(None, (site.method, site.storage))),
                 f"{site.shape[0]} x {site.shape[1]}",
                 "" if site.rank is None else str(site.rank),
-                f"{site.break_even_rank:.1f}",
-                f"{site.parameters_before:,} -> {site.parameters_after:,}",
-                f"{site.bytes_before:,} -> {site.bytes_after:,}",
+                f"{site.parameters_after:,}",
+                f"{site.bytes_after:,}",
                 f"{site.relative_error:.4f}",
             )
         notes = [f"{site.key}: {site.note}" for site in self.sites if site.note]

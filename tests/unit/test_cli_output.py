@@ -1,0 +1,172 @@
+"""The command's output: help, version, tables of 80 columns, pipes, encodings, interrupts, exit statuses."""
+
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+from importlib import import_module
+from importlib.metadata import version
+
+import pytest
+from safetensors.torch import save_file
+from torch import nn
+
+from slimlstm import bench, cli
+from slimlstm.methods import METHODS
+
+VERBS = {
+    "demo": (("demo", "--plot", "{}/curves.png"), "slimlstm.demo.tour.run"),
+    "inspect": (("inspect", "{}/model.safetensors"), "slimlstm.weight_files.read_tensors"),
+    "compress": (
+        ("compress", "{}/model.safetensors", "-o", "{}/out", "--rank", "2"),
+        "slimlstm.weight_files.compress_file",
+    ),
+    "bench": (("bench", "{}/model.safetensors", "--rank", "2", "--steps", "2"), "slimlstm.bench.bench_layers"),
+    "eval": (("eval", "{}", "--text", "{}/../text.txt"), "slimlstm.evaluate.perplexity"),
+    "export": (("export", "{}", "-o", "{}/small.onnx"), "slimlstm.onnx.export.export_onnx"),
+}
+"""An example of every verb, and a function that it calls."""
+every_verb = pytest.mark.parametrize("verb", VERBS)
+
+
+@pytest.fixture
+def arguments(folder, tiny_demo, monkeypatch):
+    """The arguments of a verb's example, made quick."""
+    defaults = bench.bench_layers.__kwdefaults__ | {"seconds": 0.01}
+    monkeypatch.setattr(bench.bench_layers, "__kwdefaults__", defaults)
+
+    def arguments(verb):
+        return [argument.format(folder) for argument in VERBS[verb][0]]
+
+    return arguments
+
+
+def test_every_verb_has_an_example():
+    assert set(cli.VERBS) == set(VERBS)
+
+
+@pytest.mark.parametrize("words", [(), *((verb,) for verb in VERBS)], ids=lambda words: " ".join(words) or "none")
+def test_help_is_whole_and_fits_80_columns(words, run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, err = run(*words, "--help")
+    assert (status, err) == (0, "")
+    assert out.startswith(f"Usage: {' '.join(('slimlstm', *words))} ")
+    assert "..." not in out.replace("[ARGS]...", "")
+    assert max(map(len, out.splitlines())) <= 80
+    if not words:
+        assert all(re.search(rf"^  {verb} +\w.*\.$", out, re.MULTILINE) for verb in VERBS)
+
+
+def test_help_names_every_method(run):
+    _, out, _ = run("compress", "--help")
+    assert all(name in " ".join(out.split()) for name in METHODS)
+
+
+@pytest.mark.parametrize("words", [["--version"], ["--help"], ["compress", "--help"]], ids=" ".join)
+def test_help_and_version_import_no_pytorch(words):
+    code = f"import sys; from slimlstm.cli import main\ntry: main({words})\nexcept SystemExit: pass\n"
+    code += "print('\\n' + str({'torch', 'numpy', 'rich'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_the_version():
+    done = subprocess.run([sys.executable, "-m", "slimlstm", "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"slimlstm {version('slimlstm')}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "Usage: "),
+        (("nonsense",), "No such command 'nonsense'"),
+        (("inspect",), "Missing argument"),
+        (("inspect", "a.pt", "--colour"), "No such option: --colour"),
+        (("compress", "a.pt", "-o", "out", "--rank", "many"), "Invalid value for '--rank'"),
+        (("eval", "embedded", "--streams", "1.5"), "Invalid value for '--streams'"),
+    ],
+    ids=["no command", "unknown command", "no file", "unknown option", "no integer", "a fraction"],
+)
+def test_a_wrong_call_is_answered_with_usage(words, message, run):
+    status, out, err = run(*words)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("words", "status"), [(["inspect", "nowhere.pt"], 1), (["nonsense"], 2)])
+def test_the_exit_status(words, status):
+    done = subprocess.run([sys.executable, "-m", "slimlstm", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == status
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+
+
+@every_verb
+def test_tables_fit_80_columns_and_are_plain_in_a_pipe(verb, arguments, run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, err = run(*arguments(verb))
+    assert status == 0, err
+    assert out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "…" not in out
+    assert "\x1b" not in out + err
+    assert "Traceback" not in err
+
+
+def written_in(encoding, words, monkeypatch):
+    """Status, standard output and standard error of the command where output has this encoding."""
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", streams[0])
+        patch.setattr(sys, "stderr", streams[1])
+        patch.delenv("COLUMNS", raising=False)
+        status = 0
+        try:
+            cli.main(words)
+        except SystemExit as end:
+            status = end.code
+    for stream in streams:
+        stream.flush()
+    return status, *(stream.buffer.getvalue().decode(encoding) for stream in streams)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+@every_verb
+def test_output_in_a_small_encoding(verb, encoding, arguments, monkeypatch):
+    status, out, err = written_in(encoding, arguments(verb), monkeypatch)
+    assert (status, "Traceback" in err) == (0, False), err
+    assert out
+    assert "?" not in out
+
+
+def test_names_outside_the_encoding_are_replaced(tmp_path, monkeypatch):
+    path = tmp_path / "重み.safetensors"
+    save_file(nn.LSTM(2, 3).state_dict(), path)
+    status, out, _ = written_in(
+        "cp1252", ["compress", str(path), "-o", str(tmp_path / "重"), "--storage", "int8"], monkeypatch
+    )
+    assert status == 0
+    assert "Written to" in out
+    assert "?" in out
+
+
+def test_a_real_pipe_in_cp1252(folder):
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    command = [sys.executable, "-m", "slimlstm", "inspect", str(folder / "model.safetensors")]
+    done = subprocess.run(command, capture_output=True, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "lstms.1.weight_hh_l0" in done.stdout.decode("cp1252")
+
+
+@every_verb
+def test_an_interrupt_ends_with_one_line_and_status_130(verb, arguments, run, monkeypatch):
+    def interrupted(*_, **__):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    module, _, name = VERBS[verb][1].rpartition(".")
+    monkeypatch.setattr(import_module(module), name, interrupted)
+    assert run(*arguments(verb)) == (130, "", "slimlstm: interrupted\n")
