@@ -18,7 +18,7 @@ from slimlstm.modules.factored import FactoredModule
 from slimlstm.modules.hosts import Host, find_hosts
 from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.modules.sites import Site
-from slimlstm.modules.swap import replace_all
+from slimlstm.modules.swap import Swap
 from slimlstm.ops.weights import Matrix
 from slimlstm.pipeline.plan import Config, Plan, check_config
 from slimlstm.pipeline.report import Report
@@ -27,8 +27,6 @@ from slimlstm.pipeline.site_plan import SitePlan
 from slimlstm.pipeline.source import Size, Sizes
 
 
-@plain_mode()
-@plain_defaults()
 def compress_(
     model: nn.Module,
     config: Config,
@@ -75,6 +73,25 @@ def compress_(
         True
     """
     source = ModuleSource(model)
+    try:
+        return _compress(source, model, config, batches, loss, calibration, refit, progress)
+    except BaseException:
+        source.undo()
+        raise
+
+
+@plain_mode()
+@plain_defaults()
+def _compress(
+    source: ModuleSource,
+    model: nn.Module,
+    config: Config,
+    batches: Iterable[Any] | None,
+    loss: Loss | None,
+    calibration: Calibration | None,
+    refit: int | None,
+    progress: Progress | None,
+) -> Report:
     check_config(config, source.sites())
     repeatable = batches if batches is not None and not isinstance(batches, Iterator) else None
     calibration, loss_before = _calibrated(model, config, batches, loss, calibration)
@@ -88,14 +105,10 @@ def compress_(
         refit=refit,
         progress=progress,
     )
-    try:
-        report = apply(source, solution)
-        if repeatable is None or loss is None or loss_before is None:
-            return report
-        loss_after = mean_loss(model, repeatable, loss)
-    except BaseException:
-        source.undo()
-        raise
+    report = apply(source, solution)
+    if repeatable is None or loss is None or loss_before is None:
+        return report
+    loss_after = mean_loss(model, repeatable, loss)
     return dataclasses.replace(report, loss_before=None if loss_after is None else loss_before, loss_after=loss_after)
 
 
@@ -182,7 +195,10 @@ class ModuleSource:
                 notes += host.notes
                 trained = {n: _with_parameters(found, host.is_trained(n), parameters) for n, found in own.items()}
                 changes.append((host, trained))
-        self.undo = replace_all(changes)
+        swap = Swap(changes)
+        # Known before it happens, so that an interrupt at any point can be undone.
+        self.undo = swap.undo
+        swap.commit()
         self._find()
         return notes
 

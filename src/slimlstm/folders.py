@@ -28,7 +28,7 @@ from slimlstm.modules.graphs import copy_model
 from slimlstm.modules.hosts import Host, find_hosts
 from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.modules.sites import Site
-from slimlstm.modules.swap import Undo, provenance_of, replace_all
+from slimlstm.modules.swap import Swap, provenance_of
 
 CONFIG = "config.json"
 FORMAT = "slimlstm"
@@ -86,18 +86,20 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     config, tensors = read_folder(Path(folder))
     # Every error shows on the copy first.
     trial = copy_model(model)
-    _rebuild(trial, config["sites"], tensors)
+    _rebuild(trial, config["sites"], tensors).commit()
     _complete(trial, tensors)
     _check_fit(trial, tensors)
-    undo = _rebuild(model, config["sites"], tensors)
-    before = [(target, target.data) for target in _tensors(model).values()]
+    swap = _rebuild(model, config["sites"], tensors)
+    before: list[tuple[Tensor, Tensor]] = []
     try:
+        swap.commit()
+        before += [(target, target.data) for target in _tensors(model).values()]
         for name, target in _tensors(model).items():
             target.data = tensors[name].to(target.device, copy=True)
     except BaseException:
         for target, data in before:
             target.data = data
-        undo()
+        swap.undo()
         raise
     return model
 
@@ -202,8 +204,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _rebuild(model: nn.Module, sites: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> Undo:
-    """Put factors, masks and weights of the right shapes into ``model``'s sites; their numbers are filled in later."""
+def _rebuild(model: nn.Module, sites: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> Swap:
+    """Build factors, masks and weights of the right shapes for ``model``'s sites; their numbers are filled in later."""
     hosts = find_hosts(model)
     _check_sites({site.key: site for host in hosts for site in host.sites()}, sites, tensors)
     # Keep the present parameters alive, so that no new one gets the id of an old one.
@@ -214,9 +216,9 @@ def _rebuild(model: nn.Module, sites: Mapping[str, Mapping[str, Any]], tensors: 
         entries = {site.name: sites[site.key] for site in host.sites() if site.key in sites}
         if entries:
             changes.append((host, {name: _blank(host, name, entry, shared) for name, entry in entries.items()}))
-    undo = replace_all(changes)
+    swap = Swap(changes)
     del present
-    return undo
+    return swap
 
 
 def _blank(

@@ -7,7 +7,7 @@ lists, closures and compiled code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -23,9 +23,6 @@ from slimlstm.modules.masks import apply_mask, mask_of
 from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.modules.problems import carried_attributes, own_members
 from slimlstm.modules.shapes import clips, lstm_arguments
-
-Undo = Callable[[], None]
-"""Restores every module that was replaced, with its old class and content."""
 
 _HOOKS = (
     "_forward_pre_hooks",
@@ -54,33 +51,38 @@ def replace(model: nn.Module, host: Host, replacements: Mapping[str, Replacement
     Returns:
         The module that now computes.
     """
-    replace_all([(host, replacements)])
+    Swap([(host, replacements)]).commit()
     return host.module
 
 
-@plain_mode()
-@plain_defaults()
-def replace_all(changes: Iterable[tuple[Host, Mapping[str, Replacement]]]) -> Undo:
-    """Carry out :func:`replace` for several hosts: all of them, or after an exception none.
+class Swap:
+    """Replacements for several hosts, built beside them: carried out together, and undone together.
 
-    Returns:
-        A function that restores all modules.
+    Args:
+        changes: every host with its replacements by parameter name; see :func:`replace`.
     """
-    projections: dict[int, nn.Parameter] = {}
-    successors = [(host.module, _successor(host, replacements, projections)) for host, replacements in changes]
-    before = [(module, type(module), vars(module)) for module, _ in successors]
 
-    def undo() -> None:
-        for module, kind, content in before:
+    @plain_mode()
+    @plain_defaults()
+    def __init__(self, changes: Iterable[tuple[Host, Mapping[str, Replacement]]]) -> None:
+        projections: dict[int, nn.Parameter] = {}
+        successors = [(host.module, _successor(host, found, projections)) for host, found in changes]
+        self._after = [(module, type(successor), vars(successor)) for module, successor in successors]
+        self._before = [(module, type(module), vars(module)) for module, _ in successors]
+
+    def commit(self) -> None:
+        """Put all successors in place; after an exception none."""
+        try:
+            for module, kind, content in self._after:
+                _become(module, kind, content)
+        except BaseException:
+            self.undo()
+            raise
+
+    def undo(self) -> None:
+        """Restore every module, with its old class and content."""
+        for module, kind, content in self._before:
             _become(module, kind, content)
-
-    try:
-        for module, successor in successors:
-            _become(module, type(successor), vars(successor))
-    except BaseException:
-        undo()
-        raise
-    return undo
 
 
 def _become(module: nn.Module, kind: type[nn.Module], content: dict[str, Any]) -> None:
