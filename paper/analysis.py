@@ -1,6 +1,6 @@
-"""Numbers about matrices and results: norms, spectra, energy, salient lines, efficiency. Draws nothing.
+"""Numbers about matrices and results: norms, energy, salient lines, efficiency.
 
-Equations are those of Winata et al. (2019, arXiv 1908.09982); W is an [m, n] matrix with entries w_ij.
+Equations are from Winata et al. (2019, arXiv 1908.09982); W is an [m, n] matrix with entries w_ij.
 """
 
 from __future__ import annotations
@@ -32,10 +32,15 @@ class Norms:
 
 
 def norms(matrix: Tensor) -> Norms:
-    """The norms of a matrix [m, n], computed in float64.
+    """Return the norms of a matrix [m, n], computed in float64.
 
     Raises:
-        SlimLSTMError: the matrix is not a finite, non-empty, floating-point one.
+        SlimLSTMError: the matrix is empty, not finite or not of a floating-point dtype.
+
+    Example:
+        >>> import torch
+        >>> norms(torch.tensor([[3.0, 0.0], [0.0, -4.0]])).l1
+        4.0
     """
     check_matrix(matrix)
     sums = matrix.detach().double().abs().sum(0)
@@ -49,7 +54,7 @@ def norms(matrix: Tensor) -> Norms:
 
 
 def energy(spectrum: Tensor) -> Tensor:
-    """What part of ‖W‖_F² the first r singular values hold, for r = 1, 2, ...: Σ_{k≤r} s_k² / Σ_k s_k².
+    """Return the fraction of ‖W‖_F² in the first r singular values, for r = 1, 2, ...: Σ_{k≤r} s_k² / Σ_k s_k².
 
     Args:
         spectrum: singular values [min(m, n)], largest first, from
@@ -57,28 +62,42 @@ def energy(spectrum: Tensor) -> Tensor:
 
     Raises:
         SlimLSTMError: the spectrum is empty or holds only zeros.
+
+    Example:
+        >>> import torch
+        >>> [round(value, 2) for value in energy(torch.tensor([2.0, 1.0])).tolist()]
+        [0.8, 1.0]
     """
     squares = spectrum.double().square().cumsum(0)
     if len(squares) == 0 or float(squares[-1]) == 0.0:
-        raise SlimLSTMError("a spectrum without a positive value has no energy to be shared out")
+        raise SlimLSTMError(
+            "a spectrum without a positive value has no energy; give the singular values of a matrix that is not zero"
+        )
     return squares / squares[-1]
 
 
 def block_maxima(matrix: Tensor, rows: int, columns: int, groups: int = 4) -> Tensor:
-    """A matrix [m, n] to a picture of |W|: the largest entry of every block, in float32.
+    """Return a picture of |W|, W [m, n]: the largest entry of every block, in float32.
 
-    Blocks are as alike in size as can be, neighbours sharing a line where they do not come out even, and none reaches over
-    the border between two of the ``groups`` of m / groups rows, such as an LSTM's gates.
+    Blocks differ in size by at most one line; neighbours overlap by a line where the division leaves a remainder. No block
+    crosses the border between two ``groups`` of m / groups rows, such as an LSTM's gates.
 
     Args:
-        rows, columns: of the picture, at most; ``rows`` is rounded down to a multiple of ``groups``.
+        matrix: W.
+        rows, columns: largest size of the picture; ``rows`` is rounded down to a multiple of ``groups``.
+        groups: of rows.
 
     Returns:
-        [rows, columns], fewer where the matrix has fewer.
+        The picture [rows, columns], smaller if the matrix is.
 
     Raises:
-        SlimLSTMError: the matrix is not a finite, non-empty, floating-point one, the groups do not divide its rows, or the
-            picture has fewer rows than groups or no columns.
+        SlimLSTMError: the matrix is empty, not finite or not of a floating-point dtype; the groups do not divide its rows;
+            or the picture has fewer rows than groups, or no columns.
+
+    Example:
+        >>> import torch
+        >>> block_maxima(torch.tensor([[1.0, -2.0], [0.0, 3.0]]), rows=1, columns=2, groups=1).tolist()
+        [[1.0, 3.0]]
     """
     check_matrix(matrix)
     m, n = matrix.shape
@@ -91,7 +110,7 @@ def block_maxima(matrix: Tensor, rows: int, columns: int, groups: int = 4) -> Te
 
 @dataclass(frozen=True)
 class Salient:
-    """The rows and columns of a matrix that hold most of Σ |w|, largest first, and what part of it they hold."""
+    """Rows and columns of a matrix with the largest sums of |w|, largest first, and their fractions of Σ |w|."""
 
     rows: tuple[int, ...]
     columns: tuple[int, ...]
@@ -100,12 +119,18 @@ class Salient:
 
 
 def salient_lines(matrix: Tensor, share: float = 0.05) -> Salient:
-    """The rows and columns with the largest sums of |w|, ``share`` of each, at least one.
+    """Return the rows and columns with the largest sums of |w|, the fraction ``share`` of each, at least one.
 
-    Where all entries are alike they hold ``share`` of the whole; the more, the more the matrix is made of lines.
+    In a matrix of equal entries they hold ``share`` of the whole; the more they hold, the more the weights gather in lines.
 
     Raises:
-        SlimLSTMError: the matrix is not a finite, non-empty, floating-point one, or holds only zeros; no share in (0, 1].
+        SlimLSTMError: the matrix is empty, not finite, not of a floating-point dtype, or zero; or the share is not in
+            (0, 1].
+
+    Example:
+        >>> import torch
+        >>> salient_lines(torch.tensor([[1.0, 1.0], [1.0, 5.0]]), share=0.5).rows
+        (1,)
     """
     check_matrix(matrix)
     magnitudes = matrix.detach().double().abs()
@@ -121,13 +146,18 @@ def salient_lines(matrix: Tensor, share: float = 0.05) -> Salient:
 
 
 def efficiency(metric: float, metric_dense: float, parameters: int, parameters_dense: int, lower: bool = False) -> float:
-    """E(r), the loss of quality for every part of the parameters saved; lower is better, negative means improved.
+    """Return E(r), the relative loss of quality per fraction of parameters saved; negative means improved.
 
     E = R(M, M') / R(P, P') where R(M, M') ≥ 0, else R(M, M') / (1 - R(P, P')). R(P, P') = (P - P') / P of the whole model's
-    parameters, and R(M, M') = (M - M') / M, or (M' - M) / M where a ``lower`` metric is better, such as perplexity.
+    parameters, and R(M, M') = (M - M') / M, or (M' - M) / M if ``lower`` values of the metric are better, such as
+    perplexity's.
 
     Raises:
-        SlimLSTMError: the dense value is not positive, or the parameters are not fewer, or none.
+        SlimLSTMError: the dense value is not positive, or the parameters are none, or not fewer.
+
+    Example:
+        >>> round(efficiency(80.0, 100.0, 60, 100), 3)
+        0.5
     """
     if metric_dense <= 0.0:
         raise SlimLSTMError(f"a relative loss needs a positive dense value, not {metric_dense}")

@@ -1,8 +1,8 @@
 """The biattentive classification network of McCann et al. (2017, arXiv 1708.00107), as Peters et al. (2018) used it.
 
-The published network attends from each of two texts to the other. A single text stands for both, as there; what would be
-computed twice, in either direction, is computed once. The maxout layers have no batch norm: batches of sentences of like
-length have statistics of their own, and it learns worse than without.
+The published network attends from each of two texts to the other. As there, a single text is used as both, so both
+directions are equal and are computed once. The maxout layers have no batch norm: batches of sentences of similar length
+have statistics of their own, and the network learns worse with it than without.
 
 Dimensions: B texts, T tokens, H hidden size of one direction, K classes.
 """
@@ -38,7 +38,7 @@ class BCNConfig:
 
 
 class Maxout(nn.Module):
-    """x [B, F] to the greatest of ``pool_size`` linear maps for each output (Goodfellow et al. 2013)."""
+    """Maximum of ``pool_size`` linear maps of x [B, F] for each output (Goodfellow et al. 2013)."""
 
     def __init__(self, input_size: int, output_size: int, pool_size: int) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Maxout(nn.Module):
 
 
 class BCN(nn.Module):
-    """Text to class: encoded, attended to by itself, integrated, pooled in four ways.
+    """Classifier of texts: encoder, self-attention, integrator, four kinds of pooling.
 
     ``forward(text)`` takes words [B, T] and characters [B, T, C] and returns logits [B, K].
     """

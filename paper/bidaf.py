@@ -22,7 +22,7 @@ from paper.parts import Embedder, Encoder, Text, attention, present
 class BiDAFConfig:
     """Sizes and dropout rate of a :class:`BiDAF`; the defaults are the published ones.
 
-    Characters become vectors of ``character_size``, and tokens the maxima of ``num_filters`` filters ``filter_width`` wide.
+    Characters become vectors of ``character_size``; tokens become maxima of ``num_filters`` filters of ``filter_width``.
     """
 
     vocab_size: int
@@ -36,11 +36,12 @@ class BiDAFConfig:
 
 
 class BiDAF(nn.Module):
-    """Paragraph and question to where the answer begins and ends.
+    """Finds where in a paragraph the answer to a question begins and ends.
 
-    ``forward(paragraph, question, places)`` takes words [P, T] and characters [P, T, C] of paragraphs, those of questions,
-    [B, S] and [B, S, C], and which paragraph each question is about, int64 [B], by default its own (P = B). Returned are
-    logits [B, T, 2] of the first and the last token, -inf at padding. A paragraph is encoded once, whatever its questions.
+    ``forward(paragraph, question, places)`` takes words [P, T] and characters [P, T, C] of paragraphs, words [B, S] and
+    characters [B, S, C] of questions, and the index of each question's paragraph, int64 [B]; by default its own (P = B).
+    It returns logits [B, T, 2] of the first and the last token, -inf at padding. A paragraph is encoded once for all its
+    questions.
     """
 
     def __init__(self, config: BiDAFConfig, elmo: ELMo | None = None) -> None:
@@ -73,18 +74,18 @@ class BiDAF(nn.Module):
         return torch.cat([start, end], dim=2).masked_fill(~here[..., None], -torch.inf)
 
     def _encode(self, text: Text) -> Tensor:
-        """The contextual vectors [B, T, 2 H] of a text's tokens."""
+        """Return contextual vectors [B, T, 2 H] of a text's tokens."""
         x = torch.cat([self._spell(cast(Tensor, text[1])), self.embedder(text)], dim=2)
         return self.encoder(self.dropout(self.highway(x)), present(text))
 
     def _spell(self, characters: Tensor) -> Tensor:
-        """What the character CNN sees of tokens [B, T, C]: [B, T, F]; of those that occur more than once, once."""
+        """Return the character CNN's features [B, T, F] of tokens [B, T, C]; each distinct token is computed once."""
         distinct, places = characters.flatten(0, 1).unique(dim=0, return_inverse=True)
         x = self.dropout(self.characters(distinct)).transpose(1, 2)
         return self.convolution(x).amax(dim=2).relu()[places].unflatten(0, characters.shape[:2])
 
     def _attend(self, h: Tensor, u: Tensor, here: Tensor, there: Tensor) -> Tensor:
-        """G [B, T, 8 H]: paragraphs h [B, T, 2 H] beside what they attend to in questions u [B, S, 2 H], and back."""
+        """Return G [B, T, 8 H]: paragraphs h [B, T, 2 H] with attention to questions u [B, S, 2 H], and back."""
         of_h, of_u, of_both = self.similarity.weight[0].chunk(3)
         scores = (h @ of_h)[:, :, None] + (u @ of_u)[:, None, :] + (h * of_both) @ u.mT
         to_question = attention(scores, there[:, None, :]) @ u
@@ -94,9 +95,11 @@ class BiDAF(nn.Module):
 
 
 def best_spans(logits: Tensor, limit: int = 17) -> Tensor:
-    """The (first, last) tokens [B, 2] with the greatest p(first) p(last), ``first <= last < first + limit``.
+    """Return the tokens (first, last) [B, 2] with the greatest p(first) p(last), ``first <= last < first + limit``.
 
-    Takes the logits [B, T, 2] of :class:`BiDAF`.
+    Args:
+        logits: of :class:`BiDAF`, [B, T, 2].
+        limit: most tokens of an answer.
     """
     starts, ends = logits.log_softmax(dim=1).unbind(dim=2)
     steps = torch.arange(logits.shape[1], device=logits.device)

@@ -26,7 +26,7 @@ class ESIMConfig:
 
 
 class ESIM(nn.Module):
-    """Two texts to a class: encoded, aligned with each other, composed, pooled by mean and maximum.
+    """Classifier of pairs of texts: encoder, alignment, composition, pooling by mean and maximum.
 
     ``forward(premise, hypothesis)`` takes words and characters of both, [B, T] and [B, T, C], [B, S] and [B, S, C], and
     returns logits [B, K].
@@ -57,7 +57,7 @@ class ESIM(nn.Module):
         )
 
     def _compose(self, x: Tensor, aligned: Tensor, there: Tensor) -> Tensor:
-        """What is pooled [B, 4 H] of one text x [B, T, 2 H] beside what of the other is aligned with it."""
+        """Pool [B, 4 H] a text x [B, T, 2 H] composed with the parts of the other text that are aligned with it."""
         x = self.projection(torch.cat([x, aligned, x - aligned, x * aligned], dim=2))
         mean, most, _ = pooled(self.composition(self.dropout(x), there), there)
         return torch.cat([mean, most], dim=1)

@@ -15,17 +15,22 @@ from slimlstm.errors import SlimLSTMError
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """How near an answer is to the nearest of its references: ``exact_match`` is 0 or 1, ``f1`` from 0 to 1."""
+    """Agreement of an answer with its best reference: ``exact_match`` is 0 or 1, ``f1`` from 0 to 1."""
 
     exact_match: float
     f1: float
 
 
 def accuracy(predicted: Tensor, labels: Tensor) -> float:
-    """The fraction of ``predicted`` classes [N] that are those of ``labels`` [N].
+    """Return the fraction of ``predicted`` classes [N] that equal their ``labels`` [N].
 
     Raises:
-        SlimLSTMError: nothing to compare, or two shapes.
+        SlimLSTMError: the shapes differ, or are empty.
+
+    Example:
+        >>> import torch
+        >>> accuracy(torch.tensor([1, 2]), torch.tensor([1, 0]))
+        0.5
     """
     if predicted.shape != labels.shape or not len(labels):
         raise SlimLSTMError(f"predictions {list(predicted.shape)} cannot be compared with labels {list(labels.shape)}")
@@ -33,13 +38,16 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
 
 
 def answer_score(answer: str, references: Sequence[str]) -> AnswerScore:
-    """The measures of SQuAD v1.1 (Rajpurkar et al. 2016): case, punctuation, articles and white space do not count.
+    """Return the measures of SQuAD v1.1 (Rajpurkar et al. 2016); case, punctuation, articles and white space are ignored.
 
-    ``f1`` is that of the words that answer and reference share, as often as both have them. Of several references each
-    measure takes the best.
+    ``f1`` compares words as multisets. Each measure takes the best of several references.
 
     Raises:
-        SlimLSTMError: no reference.
+        SlimLSTMError: no reference is given.
+
+    Example:
+        >>> answer_score("the Broncos!", ["Denver Broncos"]).f1
+        0.6666666666666666
     """
     if not references:
         raise SlimLSTMError("an answer needs a reference to be compared with")
@@ -49,9 +57,9 @@ def answer_score(answer: str, references: Sequence[str]) -> AnswerScore:
 
 
 def answer_words(text: str) -> list[str]:
-    """The words of an answer that count: in lower case, without ASCII punctuation and without a, an and the."""
-    kept = text.lower().translate(dict.fromkeys(map(ord, string.punctuation)))
-    return re.sub(r"\b(a|an|the)\b", " ", kept).split()
+    """Return the words to compare: in lower case, without ASCII punctuation, without a, an and the."""
+    letters = text.lower().translate(dict.fromkeys(map(ord, string.punctuation)))
+    return re.sub(r"\b(a|an|the)\b", " ", letters).split()
 
 
 def _f1(words: list[str], reference: list[str]) -> float:

@@ -1,4 +1,4 @@
-"""What the task models share: embedded tokens, encoders of padded sequences, attention that leaves padding out.
+"""Parts that the task models share: embedded tokens, encoders of padded sequences, masked attention.
 
 Dimensions: B sequences, T tokens, C characters a token, E size of a token's vector, H hidden size of one direction.
 """
@@ -14,11 +14,11 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from paper.elmo import ELMo
 
 Text = tuple[Tensor, Tensor | None]
-"""Word ids [B, T], where 0 is padding, and characters [B, T, C] as ``elmo.characters_of`` makes them, or None."""
+"""Word ids [B, T], where 0 is padding; and characters [B, T, C] from ``paper.characters.characters_of``, or None."""
 
 
 class Embedder(nn.Module):
-    """Tokens to vectors [B, T, E]: a trained table of word vectors and, where there is an ELMo, its vectors beside them.
+    """Map tokens to vectors [B, T, E]: a trained table of word vectors and, with an ELMo, its vectors beside them.
 
     Word 0 is padding. Vectors at padding are zero. ``output_size`` is E.
     """
@@ -39,7 +39,7 @@ class Embedder(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A bidirectional LSTM over padded sequences x [B, T, I] where they are ``present``: [B, T, 2 H], zero elsewhere."""
+    """Bidirectional LSTM over the ``present`` steps of padded sequences x [B, T, I]; [B, T, 2 H], zero at padding."""
 
     def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, dropout: float = 0.0) -> None:
         super().__init__()
@@ -66,17 +66,17 @@ class Dense(nn.Sequential):
 
 
 def present(text: Text) -> Tensor:
-    """Where tokens are, bool [B, T]; the rest is padding, and stands behind them."""
+    """Return a mask of tokens, bool [B, T]; padding follows them."""
     return text[0] != 0
 
 
 def attention(scores: Tensor, keys: Tensor) -> Tensor:
-    """The softmax of ``scores`` [..., K] over those places that ``keys`` (bool, the same shape but for ones) has."""
+    """Return the softmax of ``scores`` [..., K] over the places where ``keys`` (bool, broadcast) is true."""
     return scores.masked_fill(~keys, -torch.inf).softmax(dim=-1)
 
 
 def pooled(x: Tensor, present: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, maximum and minimum [B, F] over the steps of x [B, T, F] that are there."""
+    """Return mean, maximum and minimum [B, F] over the present steps of x [B, T, F]."""
     there = present[..., None]
     mean = (x * there).sum(dim=1) / there.sum(dim=1)
     return mean, x.masked_fill(~there, -torch.inf).amax(dim=1), x.masked_fill(~there, torch.inf).amin(dim=1)

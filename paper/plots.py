@@ -19,15 +19,15 @@ _LINES = 0.02
 
 
 def norm_curves(panels: Mapping[str, Mapping[str, Points]], dense: Mapping[str, float], path: Path) -> None:
-    """Draws a number of a matrix against rank, a panel for every title and a line for every method; writes a PNG or PDF.
+    """Draw a norm against rank, a panel for every title and a line for every method; write a PNG or PDF.
 
     Args:
-        panels: the title of every panel, and in it the name and the points (rank, value) of every line; two columns.
+        panels: by title, the points (rank, value) of every line by its name; two columns of panels.
         dense: by title, the dense matrix's value, drawn as a dashed line.
-        path: where to; the ending says which format.
+        path: its suffix sets the format.
 
     Raises:
-        SlimLSTMError: as :func:`check_drawable`.
+        SlimLSTMError: see :func:`check_drawable`.
     """
     check_drawable(path)
     from matplotlib.figure import Figure
@@ -49,14 +49,14 @@ def norm_curves(panels: Mapping[str, Mapping[str, Points]], dense: Mapping[str, 
 
 
 def spectra(values: Mapping[str, Sequence[Sequence[float]]], path: Path) -> None:
-    """Draws singular values and the energy that the first r of them hold, against r; writes a PNG or PDF.
+    """Draw singular values, and the energy in the first r of them, against r; write a PNG or PDF.
 
     Args:
-        values: by kind of matrix, such as hh and ih, the singular values of every layer's, largest first.
-        path: where to; the ending says which format.
+        values: by kind of matrix, such as hh and ih, the singular values of every layer, largest first.
+        path: its suffix sets the format.
 
     Raises:
-        SlimLSTMError: as :func:`check_drawable` and :func:`paper.analysis.energy`.
+        SlimLSTMError: see :func:`check_drawable` and :func:`paper.analysis.energy`.
     """
     check_drawable(path)
     from matplotlib.figure import Figure
@@ -79,17 +79,18 @@ def spectra(values: Mapping[str, Sequence[Sequence[float]]], path: Path) -> None
 
 
 def heatmaps(matrices: Mapping[str, Tensor], path: Path, *, groups: Sequence[str] = ("i", "f", "g", "o")) -> None:
-    """Draws |W| of matrices of one shape [m, n] side by side, block by block, each in shades of its own.
+    """Draw |W| of matrices of one shape [m, n] side by side, block by block, each with its own grey scale.
 
-    The largest fiftieth of the rows and columns is marked at the right and below, see
-    :func:`paper.analysis.salient_lines`, and the titles say how much of Σ |w| they hold.
+    Marks at the right and below show the largest fiftieth of the rows and columns, see
+    :func:`paper.analysis.salient_lines`; the titles give their fractions of Σ |w|.
 
     Args:
-        matrices: by title; their rows are those of the ``groups``, one after the other.
-        path: where to; the ending says which format, PNG or PDF among others.
+        matrices: by title.
+        path: its suffix sets the format.
+        groups: names of the equal groups of rows, such as gates.
 
     Raises:
-        SlimLSTMError: as :func:`check_drawable`, :func:`paper.analysis.block_maxima` and ``salient_lines``.
+        SlimLSTMError: see :func:`check_drawable`, :func:`paper.analysis.block_maxima` and ``salient_lines``.
     """
     check_drawable(path)
     from matplotlib.figure import Figure
@@ -111,7 +112,7 @@ def heatmaps(matrices: Mapping[str, Tensor], path: Path, *, groups: Sequence[str
 def _heatmap(axis: Any, matrix: Tensor, lines: Salient, groups: int) -> None:
     m, n = matrix.shape
     picture = block_maxima(matrix, _PICTURE[0], _PICTURE[1], groups)
-    # A few outliers would leave all else in the dark.
+    # Outliers would leave everything else white.
     top = float(picture.flatten().quantile(0.995))
     axis.imshow(
         picture.numpy(),

@@ -1,7 +1,7 @@
 """Data sets of three tasks: SST-5 (sentiment), SNLI (inference between two sentences), SQuAD v1.1 (answers in a paragraph).
 
-Files are found, checked and downloaded as in :mod:`slimlstm.demo.corpora`. Where only a part of a published split is
-available, :attr:`TaskSplit.label` says so. SST-5 comes in tokens; the others are cut into tokens by NLTK's word tokenizer.
+Files are found, checked and downloaded as in :mod:`slimlstm.demo.corpora`. If only a part of a published split is
+available, :attr:`TaskSplit.label` says so. SST-5 comes in tokens; NLTK's word tokenizer cuts the others.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ import torch
 from torch import Tensor
 
 from slimlstm.demo.corpora import PublishedFile, read_file
-from slimlstm.errors import SlimLSTMError
+from slimlstm.errors import SlimLSTMError, reason_of
 
 SNLI_LABELS = ("entailment", "neutral", "contradiction")
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence of SST-5; the label goes from 0, very negative, to 4, very positive.
+    """A sentence of SST-5; the label ranges from 0, very negative, to 4, very positive.
 
-    ``phrases`` are the parts of it that have labels of their own, words among them, itself left out.
+    ``phrases`` are its labelled parts, single words included, without the sentence itself.
     """
 
     tokens: list[str]
@@ -40,7 +40,7 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Pair:
-    """A pair of SNLI; the label is a place in ``SNLI_LABELS``."""
+    """A pair of SNLI; the label is an index of ``SNLI_LABELS``."""
 
     premise: list[str]
     hypothesis: list[str]
@@ -49,7 +49,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Question:
-    """A question, the texts that annotators gave as answers, and the (first, last) token of each in the paragraph."""
+    """A question, the annotators' answers, and the tokens (first, last) of each answer in the paragraph."""
 
     id: str
     tokens: list[str]
@@ -59,7 +59,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Paragraph:
-    """A paragraph of SQuAD with its questions; ``offsets`` are where every token begins and ends in ``text``."""
+    """A paragraph of SQuAD with its questions; ``offsets`` are the begin and end of every token in ``text``."""
 
     text: str
     tokens: list[str]
@@ -67,7 +67,7 @@ class Paragraph:
     questions: list[Question]
 
     def answer(self, first: int, last: int) -> str:
-        """The original text from one token to another."""
+        """Return the original text from one token to another."""
         return self.text[self.offsets[first][0] : self.offsets[last][1]]
 
 
@@ -76,8 +76,14 @@ Example = Sentence | Pair | Paragraph
 
 @dataclass(frozen=True)
 class TaskSplit:
-    """``count`` of the ``published`` sentences, pairs or questions of a split, which ``unit`` names. An example of SQuAD
-    is a paragraph. ``sha256`` is that of the file; ``published`` is None for data of the user's own.
+    """Examples of one split.
+
+    Attributes:
+        examples: for SQuAD, paragraphs.
+        count: sentences, pairs or questions in them.
+        published: how many the published split has, None for the user's own data.
+        unit: what is counted.
+        sha256: of the file.
     """
 
     examples: Sequence[Example]
@@ -88,7 +94,7 @@ class TaskSplit:
 
     @property
     def label(self) -> str:
-        """What is said beside every number that comes from this split."""
+        """Description that accompanies every number from this split."""
         if self.published is None:
             return f"own data: {self.count:,} {self.unit}"
         if self.count == self.published:
@@ -98,7 +104,7 @@ class TaskSplit:
 
 @dataclass(frozen=True)
 class _Source:
-    """The editions of a split, the complete one first, and what it has published."""
+    """Editions of a split, the complete one first, and its published count."""
 
     editions: list[PublishedFile]
     published: int
@@ -202,15 +208,16 @@ SOURCES = {
 
 
 def read_task(task: str, split: str, folder: str | Path | None = None) -> TaskSplit:
-    """A split of ``"sst5"``, ``"snli"`` (both ``"train"``, ``"dev"``, ``"test"``) or ``"squad"`` (``"train"``, ``"dev"``).
+    """Read a split of ``"sst5"`` or ``"snli"`` (``"train"``, ``"dev"``, ``"test"``), or ``"squad"`` (``"train"``, ``"dev"``).
 
-    The examples are a :class:`Sentence`, a :class:`Pair` or a :class:`Paragraph` each. The complete published file is taken
-    where it is at hand, and what there is of it elsewhere. From a ``folder``, if one is given, files of the same format are
-    read as they are: ``train.txt`` and so on of SST-5, ``.jsonl`` of SNLI, ``.json`` of SQuAD.
+    Examples are of type :class:`Sentence`, :class:`Pair` or :class:`Paragraph`. The complete published file is used if it
+    is available, else a part of it. With ``folder``, files of the same format are read from there, unchecked:
+    ``train.txt`` and so on for SST-5, ``.jsonl`` for SNLI, ``.json`` for SQuAD.
 
     Raises:
-        SlimLSTMError: as :func:`slimlstm.demo.corpora.read_file`; no such task or split; an unreadable file.
-        ImportError: NLTK, which SNLI and SQuAD take, is not installed.
+        SlimLSTMError: see :func:`slimlstm.demo.corpora.read_file`; or the task or split does not exist, or the file is
+            unreadable.
+        ImportError: NLTK, which SNLI and SQuAD need, is not installed.
     """
     if task not in FORMATS:
         raise SlimLSTMError(f"no task is called {task!r}; there are {', '.join(map(repr, FORMATS))}")
@@ -229,12 +236,12 @@ def read_task(task: str, split: str, folder: str | Path | None = None) -> TaskSp
         try:
             content = Path(where).read_bytes()
         except OSError as error:
-            raise SlimLSTMError(f"the {split} data of {task} cannot be read: {error}") from error
+            raise SlimLSTMError(f"the {split} data of {task} cannot be read: {reason_of(error)}") from error
         sha256 = hashlib.sha256(content).hexdigest()
     try:
         examples = form.parse(content.decode("utf-8"))
     except (KeyError, TypeError, ValueError) as error:
-        raise SlimLSTMError(f"{where} is not in the format of {task}: {type(error).__name__} {error}") from error
+        raise SlimLSTMError(f"{where} is not in the format of {task}: {type(error).__name__} {reason_of(error)}") from error
     count = sum(len(example.questions) if isinstance(example, Paragraph) else 1 for example in examples)
     if not count:
         raise SlimLSTMError(f"{where} holds no {form.unit}")
@@ -242,10 +249,14 @@ def read_task(task: str, split: str, folder: str | Path | None = None) -> TaskSp
 
 
 def tree(line: str) -> Sentence:
-    """The tokens of a tree in brackets, ``(3 (2 It) (4 works))``, the label of its root, and the trees inside it.
+    """Parse a tree in brackets, ``(3 (2 It) (4 works))``: its tokens, the label of its root, and its subtrees.
 
     Raises:
-        SlimLSTMError: it is no such tree.
+        SlimLSTMError: the line is no such tree.
+
+    Example:
+        >>> tree("(3 (2 It) (4 works))").tokens
+        ['It', 'works']
     """
     tokens: list[str] = []
     begun: list[tuple[int, int]] = []
@@ -266,7 +277,7 @@ def tree(line: str) -> Sentence:
 
 
 def with_phrases(sentences: Iterable[Sentence]) -> list[Sentence]:
-    """The sentences and their phrases of more than three tokens, each once, such as BCN was trained on.
+    """Return the sentences and their phrases of more than three tokens, each once, as BCN was trained on.
 
     McCann et al. (2017, arXiv 1708.00107) count 94,200 of them in the training set.
     """
@@ -279,7 +290,7 @@ def with_phrases(sentences: Iterable[Sentence]) -> list[Sentence]:
 
 
 def snli_pairs(content: str) -> list[Pair]:
-    """The pairs with a gold label in JSON lines with ``gold_label``, ``sentence1`` and ``sentence2``."""
+    """Parse the pairs with a gold label in JSON lines with ``gold_label``, ``sentence1`` and ``sentence2``."""
     entries = [json.loads(line) for line in _lines(content)]
     tokens = cache(tokens_of)  # most premises stand in three pairs
     return [
@@ -290,15 +301,15 @@ def snli_pairs(content: str) -> list[Pair]:
 
 
 def squad_paragraphs(content: str) -> list[Paragraph]:
-    """The paragraphs of a JSON text in the format of SQuAD v1.1."""
+    """Parse the paragraphs of a JSON text in the format of SQuAD v1.1."""
     return [_paragraph(entry) for article in json.loads(content)["data"] for entry in article["paragraphs"]]
 
 
 def spans_of(text: str) -> list[tuple[int, int]]:
-    """Where every token of ``text`` begins and ends.
+    """Return the begin and end of every token in ``text``.
 
-    NLTK's tokenizer parts a full stop from a word at the end of a sentence only, so that it is given one sentence, or
-    piece of one that ends in ``.``, ``!`` or ``?``, at a time.
+    NLTK's tokenizer separates a full stop from a word only at the end of its input, so it gets one sentence at a time, or a
+    piece of one that ends in ``.``, ``!`` or ``?``.
 
     Raises:
         ImportError: NLTK is not installed.
@@ -311,14 +322,14 @@ def spans_of(text: str) -> list[tuple[int, int]]:
 
 
 def tokens_of(text: str) -> list[str]:
-    """The tokens of ``text``, as they stand there; of an empty one, one empty token."""
+    """Return the tokens of ``text``, unchanged; one empty token if it has none."""
     return [text[first:last] for first, last in spans_of(text)] or [""]
 
 
 def read_vectors(path: str | Path, words: Iterable[str]) -> tuple[list[str], Tensor]:
-    """Those of ``words`` that a text file such as GloVe's has vectors for, and the vectors, float32 [N, E].
+    """Return the ``words`` that a text file such as GloVe's has vectors for, and the vectors, float32 [N, E].
 
-    Every line is a word and E numbers, parted by spaces.
+    Every line is a word and E numbers, separated by spaces.
 
     Raises:
         SlimLSTMError: the file cannot be read, has vectors of several lengths, or none for any of the words.
@@ -333,7 +344,7 @@ def read_vectors(path: str | Path, words: Iterable[str]) -> tuple[list[str], Ten
                     vectors.append(torch.tensor([float(number) for number in numbers.split()]))
                     wanted.discard(word)
     except (OSError, ValueError) as error:
-        raise SlimLSTMError(f"the word vectors {path} cannot be read: {error}") from error
+        raise SlimLSTMError(f"the word vectors {path} cannot be read: {reason_of(error)}") from error
     sizes = {len(vector) for vector in vectors}
     if len(sizes) != 1:
         raise SlimLSTMError(
@@ -361,7 +372,7 @@ def _paragraph(entry: dict[str, Any]) -> Paragraph:
 
 
 def _span(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
-    """The first and last token that share a character with ``start`` to ``end``."""
+    """Return the first and last token that share a character with ``start`` to ``end``."""
     touched = [index for index, (first, last) in enumerate(offsets) if first < end and last > start]
     if not touched:
         raise SlimLSTMError(f"no token of the paragraph lies between the characters {start} and {end}")
@@ -391,4 +402,4 @@ FORMATS = {
     "snli": _Format(".jsonl", "pairs", snli_pairs),
     "squad": _Format(".json", "questions", squad_paragraphs),
 }
-"""How each task's files end, what is counted in them, and how they are read."""
+"""By task: the suffix of its files, what is counted in them, and their parser."""

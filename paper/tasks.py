@@ -1,4 +1,4 @@
-"""From the examples of a task to its score: batches, loss, predictions, measures; the same for all three tasks.
+"""Batches, losses, predictions and scores, the same for all three tasks.
 
 Examples are those of :mod:`paper.task_data`, models :class:`~paper.bcn.BCN`,
 :class:`~paper.esim.ESIM` and :class:`~paper.bidaf.BiDAF`.
@@ -33,10 +33,10 @@ PADDING = ""
 
 @dataclass(frozen=True)
 class Batch:
-    """What a model is called with, the targets of its logits, and the examples in it.
+    """Arguments of a model, targets of its logits, and the examples in them.
 
-    ``inputs`` are one text, two texts, or paragraphs, questions and which paragraph each question is about. ``targets`` are
-    classes [B], or the first and the last token of the answer [B, 2].
+    ``inputs`` are one text, two texts, or paragraphs, questions and the index of each question's paragraph. ``targets`` are
+    classes [B], or the first and last token of the answer [B, 2].
     """
 
     inputs: tuple[Any, ...]
@@ -45,19 +45,19 @@ class Batch:
 
 
 def texts_of(example: Example) -> list[list[str]]:
-    """All token lists of an example."""
+    """Return all token lists of an example."""
     if isinstance(example, Paragraph):
         return [example.tokens, *(question.tokens for question in example.questions)]
     return [example.tokens] if isinstance(example, Sentence) else [example.premise, example.hypothesis]
 
 
 def size_of(example: Example) -> int:
-    """How many predictions an example takes: one for each question of a paragraph, one for anything else."""
+    """Return how many predictions an example needs: one for each question of a paragraph, else one."""
     return len(example.questions) if isinstance(example, Paragraph) else 1
 
 
 def vocabulary_of(examples: Iterable[Example], more: Iterable[str] = ()) -> Vocabulary:
-    """Words in lower case: padding, ``<unk>``, then ``more``, then those that occur in the examples more than once."""
+    """Return words in lower case: padding, ``<unk>``, ``more``, and words that occur more than once in the examples."""
     counts = Counter(token.lower() for example in examples for text in texts_of(example) for token in text)
     return Vocabulary([PADDING, UNKNOWN, *more, *(word for word, count in counts.items() if count > 1)])
 
@@ -67,9 +67,9 @@ class Batches:
 
     Args:
         tokens: every token that will occur.
-        vocabulary: what :func:`vocabulary_of` made.
-        with_characters: whether the models take them: those with an ELMo, and BiDAF.
-        device: where the batches lie.
+        vocabulary: from :func:`vocabulary_of`.
+        with_characters: whether the models read characters, as those with an ELMo and BiDAF do.
+        device: of the batches.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Batches:
         device: torch.device | str = "cpu",
     ) -> None:
         distinct = list(dict.fromkeys(tokens))
-        # Row 0 is padding; every distinct token is looked up and spelt once.
+        # Row 0 is padding; every distinct token is looked up and spelled once.
         self._places = {token: place for place, token in enumerate(distinct, 1)}
         self._words = torch.cat([torch.zeros(1, dtype=torch.int64), vocabulary.encode(token.lower() for token in distinct)])
         spelt = characters_of([[token] for token in distinct])[:, 0] if with_characters else None
@@ -89,7 +89,7 @@ class Batches:
         self._device = device
 
     def __call__(self, examples: Iterable[Example], size: int) -> list[Batch]:
-        """Batches of ``size`` predictions, a paragraph's all in one, examples of like length together."""
+        """Return batches of about ``size`` predictions, of examples of similar length; paragraphs are not divided."""
         groups, count = list[list[Example]]([[]]), 0
         for example in sorted(examples, key=lambda example: [len(text) for text in texts_of(example)]):
             if count >= size:
@@ -120,40 +120,40 @@ class Batches:
 
 
 class Remembering(nn.Module):
-    """Stands for a frozen language model and keeps what it computed for a batch, for other models and later epochs.
+    """Replaces a frozen language model, and caches its outputs for other models and later epochs.
 
-    A batch is known by its identity. At most ``gigabytes`` are kept; what goes beyond is computed every time. No gradients
-    go through.
+    The cache is keyed by the identity of the batch's tensor and holds at most ``gigabytes``; other outputs are computed
+    every time. No gradients flow through.
     """
 
     def __init__(self, bilm: BiLM, gigabytes: float = math.inf) -> None:
         super().__init__()
         self.bilm, self.config = bilm, bilm.config
         self._room = 1e9 * gigabytes
-        # Characters are kept too, so that no others get their identity.
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        # The cache holds the characters too, since ids of freed tensors are reused.
+        self._cache: dict[int, tuple[Tensor, Tensor]] = {}
 
     def forward(self, characters: Tensor) -> tuple[Tensor, None]:
-        """The activations of all layers, as of :class:`BiLM`, and no state."""
-        if id(characters) in self._kept:
-            return self._kept[id(characters)][1], None
+        """Return the activations of all layers, as :class:`BiLM` does, and no state."""
+        if id(characters) in self._cache:
+            return self._cache[id(characters)][1], None
         with torch.no_grad():
             activations, _ = self.bilm(characters)
         size = activations.numel() * activations.element_size()
         if size <= self._room:
-            self._kept[id(characters)] = characters, activations
+            self._cache[id(characters)] = characters, activations
             self._room -= size
         return activations, None
 
 
 def losses(model: nn.Module, batch: Batch) -> Tensor:
-    """The cross-entropy [B] of every example; of answers, that of the first and of the last token together."""
+    """Return the cross-entropy [B] of every example; for answers, summed over the first and the last token."""
     found = cross_entropy(model(*batch.inputs), batch.targets, reduction="none")
     return found.sum(dim=1) if found.ndim > 1 else found
 
 
 def predictions(model: nn.Module, batch: Batch) -> list[Any]:
-    """What the model predicts: classes, or answers cut from the paragraphs."""
+    """Return the model's predictions: classes, or answers cut from the paragraphs."""
     with torch.no_grad():
         logits = model(*batch.inputs)
     if batch.targets.ndim == 1:
@@ -163,7 +163,7 @@ def predictions(model: nn.Module, batch: Batch) -> list[Any]:
 
 
 def scores(predicted: Sequence[Any], batches: Iterable[Batch]) -> dict[str, float]:
-    """In percent: ``accuracy``, or ``f1`` and ``exact_match``, of all :func:`predictions` for these batches."""
+    """Return ``accuracy``, or ``f1`` and ``exact_match``, in per cent, of all :func:`predictions` for these batches."""
     examples = [example for batch in batches for example in batch.examples]
     questions = [example[1] for example in examples if isinstance(example, tuple)]
     if not questions:
