@@ -28,7 +28,7 @@ from slimlstm.bench.engines import dense_rivals, exact_output, low_rank_rivals
 from slimlstm.bench.timing import MIN_TURNS, SECONDS, using_threads
 from slimlstm.demo import plots
 from slimlstm.files import write_json
-from slimlstm.methods import STORAGES
+from slimlstm.methods import KERNEL_FORMATS
 from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.ops import native
 from slimlstm.provenance import provenance
@@ -44,7 +44,7 @@ Setting = dict[str, int]
 
 def ours(layer: LowRankLSTM, model: str, x: Tensor) -> Iterator[tuple[str, Candidate]]:
     """Yield the kernel in every storage."""
-    for storage in STORAGES:
+    for storage in KERNEL_FORMATS:
         stored = deepcopy(layer)
         for name in stored.matrix_shapes:
             stored.store(name, storage)

@@ -21,7 +21,7 @@ from common import stored_layer
 
 from slimlstm.bench import interleaved_seconds
 from slimlstm.files import write_json
-from slimlstm.methods import STORAGES
+from slimlstm.methods import KERNEL_FORMATS
 from slimlstm.provenance import provenance
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
@@ -67,7 +67,7 @@ def main() -> None:
     print("multiply-adds a second:", ", ".join(f"{name} {value / 1e9:.0f}e9" for name, value in peak.items()))
     rows: list[dict[str, float | str | None]] = []
     for (hidden, rank), steps, batch in itertools.product(models, arguments.steps, arguments.batch):
-        for storage in STORAGES:
+        for storage in KERNEL_FORMATS:
             size = elements(hidden, rank) * BYTES[storage]
             reading = (1 + steps) * size / bandwidth[size]
             computing = 2 * elements(hidden, rank) * steps * batch / peak[storage]

@@ -254,14 +254,15 @@ variant_rows = [
 real_part = "\n\n".join(
     [
         markdown(["model", "variant", "bytes left", "quality", "speed"], variant_rows),
-        "From [`results/real_models`](results/real_models), made by the programs in `examples/real`: quality by each model's "
-        "own measure on data that calibration did not see, speed of the whole model against the dense one, side by side.",
+        "From [`results/real_models`](results/real_models), made by the programs in `examples/real`: quality by each "
+        "model's own measure on data that calibration did not see, speed of the whole model against the dense one, "
+        "side by side.",
     ]
 )
 headline_part = (
     f"Make a trained LSTM four times smaller and, on CPUs, {min(speeds):.1f} to {max(speeds):.1f} times faster as a whole "
-    f"model, without training it again. On four real models, int8 keeps {min(qualities):.1%} to {max(qualities):.1%} of the "
-    "quality by the model's own measure."
+    f"model, without training it again. On four real models, int8 keeps {min(qualities):.1%} to {max(qualities):.1%} of "
+    "the quality by the model's own measure."
 )
 
 PARTS = {

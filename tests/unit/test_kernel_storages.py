@@ -13,7 +13,7 @@ from torch import nn
 from slimlstm import Quantize, compress_
 from slimlstm.demo.model import embedded_model, held_out_tokens
 from slimlstm.errors import SlimLSTMError
-from slimlstm.methods import STORAGES, rounded
+from slimlstm.methods import KERNEL_FORMATS, rounded
 from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.modules.masks import apply_mask
 from slimlstm.ops import packing
@@ -118,7 +118,7 @@ def test_int8_results_do_not_depend_on_other_sequences_of_the_batch():
             torch.testing.assert_close(found, alone, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("storage", KERNEL_FORMATS)
 @torch.no_grad()
 def test_rounded_weights_are_packed_exactly(storage):
     """The inputs are exact in every storage, so that only weights are rounded, and these are rounded already."""
@@ -136,7 +136,7 @@ def test_rounded_weights_are_packed_exactly(storage):
 @pytest.mark.usefixtures("isa")
 @torch.no_grad()
 def test_rounding_keeps_nan_and_zero():
-    for storage in STORAGES:
+    for storage in KERNEL_FORMATS:
         module = low_rank()
         for name in module.matrix_shapes:
             module.store(name, storage)

@@ -24,8 +24,10 @@ from slimlstm.methods.rank import (
     rank_for_share,
 )
 from slimlstm.methods.replacement import Replacement
+from slimlstm.methods.rounding import round_factors, round_matrix
 from slimlstm.methods.semi_nmf import semi_nmf
 from slimlstm.methods.storages import (
+    KERNEL_FORMATS,
     STORAGES,
     Encoded,
     Storage,
@@ -41,6 +43,7 @@ from slimlstm.methods.weighted import DAMPING, WeightedSVD
 __all__ = [
     "DAMPING",
     "DENSE",
+    "KERNEL_FORMATS",
     "METHODS",
     "STORAGES",
     "Encoded",
@@ -71,6 +74,8 @@ __all__ = [
     "register_method",
     "register_storage",
     "relative_error",
+    "round_factors",
+    "round_matrix",
     "rounded",
     "semi_nmf",
     "sha256_of",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError
+from slimlstm.methods import low_bit
 
 # int8 scales have 17 significant bits, so that their products with integers of 7 bits are exact in float32.
 _FREE_BITS = 0x7F
@@ -17,14 +19,18 @@ _FREE_BITS = 0x7F
 
 @dataclass(frozen=True)
 class Encoded:
-    """A weight [m, n] as ``codes`` [m, n] times ``scale`` [m], one scale a row; None for no scales."""
+    """A weight [m, n] as ``codes`` [m, n] times ``scale``: one a row [m], one a group of a row [m, g], or None."""
 
     codes: Tensor
     scale: Tensor | None = None
 
     def decoded(self) -> Tensor:
         """Return the float32 weight [m, n]."""
-        return self.codes.float() if self.scale is None else self.codes * self.scale[:, None]
+        if self.scale is None:
+            return self.codes.float()
+        if self.scale.ndim == 1:
+            return self.codes * self.scale[:, None]
+        return self.codes * low_bit.spread(self.scale.float(), self.codes.shape[1])
 
 
 @dataclass(frozen=True)
@@ -32,10 +38,11 @@ class Storage:
     """What the numbers of a matrix, or of its factors, are kept in.
 
     Attributes:
-        encode: takes a float32 weight [m, n] (biases never); returns its codes and scales. Encoding a decoded weight must
-            return the same codes and scales.
-        dtype: of the codes.
-        has_scales: whether every row has a float32 scale.
+        encode: takes a float32 weight [m, n]; returns its codes and scales. Encoding a decoded weight must return the same
+            values.
+        dtype: of the codes in memory.
+        scales: ``"none"``, ``"row"`` (one float32 scale a row) or ``"group"`` (one float16 scale for 64 weights of a row).
+        bits: of a code in a file; None for all bits of ``dtype``.
         kernel_format: what the fused kernel keeps such a weight in: "float32", "bfloat16" or "int8". It must hold the
             decoded weight exactly.
 
@@ -47,12 +54,28 @@ class Storage:
 
     encode: Callable[[Tensor], Encoded]
     dtype: torch.dtype
-    has_scales: bool = False
+    scales: Literal["none", "row", "group"] = "none"
+    bits: int | None = None
     kernel_format: str = "float32"
 
     def bytes(self, shape: tuple[int, ...]) -> int:
-        """Return the bytes of a weight of this shape, scales included."""
-        return math.prod(shape) * self.dtype.itemsize + (4 * shape[0] if self.has_scales else 0)
+        """Return the bytes of a weight of this shape in a file, scales included."""
+        rows, columns = shape[0], math.prod(shape[1:])
+        codes = math.ceil(rows * columns * (self.bits or 8 * self.dtype.itemsize) / 8)
+        return codes + self._scale_bytes(rows, columns)
+
+    def _scale_bytes(self, rows: int, columns: int) -> int:
+        return {"none": 0, "row": 4 * rows, "group": 2 * rows * math.ceil(columns / low_bit.GROUP)}[self.scales]
+
+    def scale_shape(self, rows: int, columns: int) -> tuple[int, ...] | None:
+        """Return the shape of the scales of a weight [rows, columns], or None for no scales."""
+        shapes = {"none": None, "row": (rows,), "group": (rows, math.ceil(columns / low_bit.GROUP))}
+        return shapes[self.scales]
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether codes take fewer bits in a file than in memory."""
+        return self.bits is not None and self.bits < 8 * self.dtype.itemsize
 
 
 def to_int8(weight: Tensor) -> Encoded:
@@ -73,14 +96,23 @@ def to_int8(weight: Tensor) -> Encoded:
     return Encoded((weight / torch.where(scale > 0, scale, 1.0)[:, None]).round().to(torch.int8), scale)
 
 
+def _low_bit(bits: int) -> Storage:
+    def encode(weight: Tensor) -> Encoded:
+        return Encoded(*low_bit.encode_groups(weight, bits))
+
+    return Storage(encode, torch.int8, "group", bits)
+
+
 STORAGES: dict[str, Storage] = {
     "float32": Storage(Encoded, torch.float32),
     "bfloat16": Storage(lambda weight: Encoded(weight.bfloat16()), torch.bfloat16, kernel_format="bfloat16"),
-    "int8": Storage(to_int8, torch.int8, has_scales=True, kernel_format="int8"),
+    "int8": Storage(to_int8, torch.int8, "row", kernel_format="int8"),
+    **{f"int{bits}": _low_bit(bits) for bits in (6, 5, 4, 3)},
 }
 """Every storage by name; add a row by :func:`register_storage`."""
 
-_KERNEL_FORMATS = ("float32", "bfloat16", "int8")
+KERNEL_FORMATS = ("float32", "bfloat16", "int8")
+"""What the fused kernel can keep weights in."""
 
 
 def register_storage(name: str, storage: Storage) -> None:
@@ -98,8 +130,8 @@ def register_storage(name: str, storage: Storage) -> None:
         raise SlimLSTMError(f"a storage's name is a non-empty string, not {name!r}")
     if name in STORAGES:
         raise SlimLSTMError(f"a storage called {name!r} exists already; choose another name")
-    if storage.kernel_format not in _KERNEL_FORMATS:
-        raise SlimLSTMError(f"the kernel's formats are {', '.join(_KERNEL_FORMATS)}, not {storage.kernel_format!r}")
+    if storage.kernel_format not in KERNEL_FORMATS:
+        raise SlimLSTMError(f"the kernel's formats are {', '.join(KERNEL_FORMATS)}, not {storage.kernel_format!r}")
     STORAGES[name] = storage
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from slimlstm.calibration.moments import Calibration, Moments
-from slimlstm.methods import Replacement, matrix_bytes, sha256_of
+from slimlstm.errors import SlimLSTMError
+from slimlstm.methods import Replacement, matrix_bytes, sha256_of, storage_called
 from slimlstm.modules.sites import Site
 from slimlstm.onnx.graph import OnnxLSTM, WeightLocation, graphs_of
 from slimlstm.onnx.rewrite import Rewriter
@@ -61,7 +62,11 @@ class GraphSource:
         return _parts(self.weight(site))[0].element_size()
 
     def check(self, site: Site, plan: SitePlan) -> None:
-        """Accept everything."""
+        """Raise if the file cannot hold the storage in as few bits as the report would say."""
+        if plan.storage is not None and storage_called(plan.storage).is_packed:
+            raise SlimLSTMError(
+                f"ONNX files hold {plan.storage} codes in whole bytes here, so nothing would be saved; give 'int8'"
+            )
 
     def put(self, replacements: Mapping[str, Replacement]) -> list[str]:
         """Rewrite the graph."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import DENSE, RankCosts, allocate, matrix_bytes, rank_for_share
+from slimlstm.methods.low_bit import GROUP
 from slimlstm.modules.sites import Site
 from slimlstm.pipeline.config import LowRank, Prune, Quantize, check_maskable
 from slimlstm.pipeline.site_plan import SitePlan
@@ -155,9 +156,10 @@ def _rank_costs(config: LowRank, site: Site, spectra: Spectra) -> RankCosts:
 
     losses = spectra.losses(site)
     left_out = [*losses.flip(0).cumsum(0).flip(0).tolist(), 0.0]
-    one, two, whole = (cost(rank) for rank in (1, 2, site.rank))
-    fixed = 2 * one - two  # the scales of U's rows
-    return RankCosts(left_out[: (site.rank or len(losses)) + 1], two - one, whole - fixed, fixed)
+    # Scales of groups make the cost of a rank a step function; the slope over one group bounds it from above.
+    slope = (cost(1 + GROUP) - cost(1)) / GROUP
+    fixed = cost(1) - slope
+    return RankCosts(left_out[: (site.rank or len(losses)) + 1], slope, cost(site.rank) - fixed, fixed)
 
 
 def _named(plan: Plan, sites: list[Site]) -> list[Site]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor
 
-from slimlstm.calibration.moments import Calibration
+from slimlstm.calibration.moments import Calibration, Moments
 from slimlstm.calibration.refit import CallMismatchError, Observer, Solve
 from slimlstm.calibration.refit import refit as fit_again
 from slimlstm.errors import SlimLSTMError
@@ -23,7 +24,8 @@ from slimlstm.methods import (
     check_matrix,
     matrix_bytes,
     relative_error,
-    rounded,
+    round_factors,
+    round_matrix,
     sha256_of,
 )
 from slimlstm.modules.sites import Site
@@ -132,6 +134,7 @@ def compress_matrix(
     plan: SitePlan,
     problem: Callable[[], MatrixProblem] | None = None,
     on_fraction: Callable[[float], None] | None = None,
+    moments: Moments | None = None,
 ) -> Replacement | None:
     """Carry out one site's plan.
 
@@ -140,6 +143,7 @@ def compress_matrix(
         plan: method, amount and storage.
         problem: the matrix with the moments that the method needs; None for methods that need nothing.
         on_fraction: called with the fraction done, by iterative solvers.
+        moments: what calibration saw at the matrix, for rounding to low-bit storages with feedback.
 
     Returns:
         The replacement, or None where the plan leaves the matrix as it is.
@@ -159,7 +163,7 @@ def compress_matrix(
     source = sha256_of(matrix)
     if plan.method == DENSE:
         exact = weight if isinstance(weight, Tensor) else weight[0].double() @ weight[1].double()
-        return _stored(Replacement(weight, DENSE, source), exact, plan.storage)
+        return _stored(Replacement(weight, DENSE, source), exact, plan.storage, moments)
 
     def on_iteration(done: int, most: int) -> None:
         if on_fraction is not None:
@@ -172,21 +176,24 @@ def compress_matrix(
         result = Replacement(
             (found.u, found.v), plan.method, source, None, None, found.residual, found.iterations, found.converged
         )
-        return _stored(result, matrix, plan.storage)
+        return _stored(result, matrix, plan.storage, moments)
     masked = matrix * found
     result = Replacement(None, plan.method, source, found, None, relative_error(matrix, masked))
-    return result if plan.storage is None else _stored(dataclasses.replace(result, weight=masked), matrix, plan.storage)
+    return (
+        result if plan.storage is None else _stored(dataclasses.replace(result, weight=masked), matrix, plan.storage, None)
+    )
 
 
-def _stored(result: Replacement, matrix: Tensor, storage: str | None) -> Replacement:
+def _stored(result: Replacement, matrix: Tensor, storage: str | None, moments: Moments | None) -> Replacement:
     """Return the replacement rounded to a storage, and with the error of both steps."""
     if storage is None or result.weight is None:
         return result
+    inputs, gradients = (None, None) if moments is None else (moments.inputs, moments.gradients)
     if isinstance(result.weight, Tensor):
-        weight: Matrix = rounded(result.weight, storage).clone()
+        weight: Matrix = round_matrix(result.weight, storage, inputs).clone()
         after = weight
     else:
-        u, v = (rounded(factor, storage) for factor in result.weight)
+        u, v = round_factors(*result.weight, matrix, storage, inputs, gradients)
         weight, after = (u, v), u.double() @ v.double()
     return dataclasses.replace(result, weight=weight, storage=storage, relative_error=relative_error(matrix, after))
 
@@ -208,12 +215,9 @@ def _replacements(
         shared = source.identity(site), action
         if shared not in found:
             try:
-                found[shared] = compress_matrix(
-                    source.weight(site),
-                    action,
-                    lambda site=site, action=action: statistics.problem(site, action.method),
-                    on_fraction,
-                )
+                problem = partial(statistics.problem, site, action.method)
+                moments = statistics.known_moments(site)
+                found[shared] = compress_matrix(source.weight(site), action, problem, on_fraction, moments)
                 source.check(site, action)
             except SlimLSTMError as error:
                 raise SlimLSTMError(f"{key}: {error}") from error
@@ -277,8 +281,8 @@ def _solver(source: Source, site: Site, plan: SitePlan, statistics: SiteStatisti
     def solver(target: Tensor, moment: Tensor) -> Matrix:
         found = METHODS[plan.method].solve(MatrixProblem(target, moment, gradients), plan.rank or 0, None)
         assert isinstance(found, Factors)  # noqa: S101 (only factors are fitted again)
-        storage = plan.storage or "float32"
-        return rounded(found.u.to(dtype), storage), rounded(found.v.to(dtype), storage)
+        u, v = found.u.to(dtype), found.v.to(dtype)
+        return (u, v) if plan.storage is None else round_factors(u, v, target, plan.storage, moment, gradients)
 
     return solver
 

@@ -65,6 +65,12 @@ class SiteStatistics:
         """Return the gradients' moment [m, m] where the method needs it, else None."""
         return self._moments(site, method).gradients if METHODS[method].needs >= Needs.GRADIENTS else None
 
+    def known_moments(self, site: Site) -> Moments | None:
+        """Return the moments of all sites that share the site's parameter, or None where no batch reached them."""
+        known = {} if self._calibration is None else self._calibration.sites
+        found = [known[key] for key in self._sharing.get(self.identity(site), ()) if key in known]
+        return Moments.together(found) if found else None
+
     def is_shared(self, site: Site) -> bool:
         """Return whether another site has the same parameter."""
         return len(self._sharing[self.identity(site)]) > 1
@@ -92,11 +98,9 @@ class SiteStatistics:
         if self._calibration is None:
             needed = "batches= and loss=" if needs_gradients else "batches="
             raise SlimLSTMError(f"{method!r} has to see data; give {needed}, or calibration=")
-        # All sites of a shared parameter count.
-        known = self._calibration.sites
-        found = [known[key] for key in self._sharing[self.identity(site)] if key in known]
-        if not found:
+        found = self.known_moments(site)
+        if found is None:
             raise SlimLSTMError(f"no batch reached {site.key}, or no loss depends on it; leave it out with filter=")
-        if needs_gradients and any(moments.gradients is None for moments in found):
+        if needs_gradients and found.gradients is None:
             raise SlimLSTMError(f"{method!r} needs gradients, which the calibration does not have; calibrate with loss=")
-        return Moments.together(found)
+        return found

@@ -1,0 +1,119 @@
+"""Low-bit codes with one 16-bit scale for every group of weights in a row, and their packing."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+GROUP = 64
+"""Weights of a row that share a scale."""
+_CLIPS = torch.linspace(1.0, 0.6, 9)
+"""Fractions of a group's largest magnitude that the highest code may represent."""
+
+
+def largest_code(bits: int) -> int:
+    """Return the largest code: codes are symmetric around zero.
+
+    Example:
+        >>> largest_code(4)
+        7
+    """
+    return 2 ** (bits - 1) - 1
+
+
+def grouped(weight: Tensor) -> Tensor:
+    """Return a weight [m, n] as groups [m, g, GROUP], the last one padded with zeros."""
+    missing = -weight.shape[1] % GROUP
+    return pad(weight, (0, missing)).unflatten(1, (-1, GROUP))
+
+
+def spread(scale: Tensor, columns: int) -> Tensor:
+    """Return group scales [m, g] as scales [m, n] of single weights."""
+    return scale.repeat_interleave(GROUP, dim=1)[:, :columns]
+
+
+def group_scales(groups: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:
+    """Return the scales [...] of groups [..., k] whose rounding to nearest has the smallest squared error.
+
+    Args:
+        groups: float32 weights.
+        bits: bits of a code, from 3 to 8.
+        importance: weights [..., k] of the squared errors, broadcast over the groups; None for equal ones.
+    """
+    largest = largest_code(bits)
+    top = groups.abs().amax(dim=-1)
+    best, lowest = as_scale(top / largest), torch.full_like(top, torch.inf)
+    for clip in _CLIPS.tolist():
+        scale = as_scale(clip * top / largest)
+        error = (_nearest(groups, scale[..., None], largest) * scale[..., None] - groups).square()
+        cost = (error if importance is None else error * importance).sum(dim=-1)
+        better = cost < lowest
+        best, lowest = torch.where(better, scale, best), torch.where(better, cost, lowest)
+    return best
+
+
+def as_scale(scale: Tensor) -> Tensor:
+    """Return scales rounded to 11 significant bits, so that products with codes of 8 bits are exact in float32."""
+    return scale.half().float()
+
+
+def encode_groups(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return codes int8 [m, n] and scales float16 [m, g] of a float32 weight [m, n].
+
+    A weight that is on a grid already is found to the bit, whoever put it there; other weights are rounded to nearest.
+    """
+    groups, largest = grouped(weight), largest_code(bits)
+    scale, is_exact = _grid_of(groups, largest)
+    scale = torch.where(is_exact, scale, group_scales(groups, bits))
+    codes = _nearest(groups, scale[..., None], largest).flatten(1)[:, : weight.shape[1]]
+    return codes.to(torch.int8), scale.half()
+
+
+def nearest(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Return the float32 weight rounded to multiples of ``scale`` that the codes can hold."""
+    return _nearest(weight, scale, largest_code(bits)) * scale
+
+
+def _nearest(weight: Tensor, scale: Tensor, largest: int) -> Tensor:
+    return (weight / torch.where(scale > 0, scale, 1.0)).round().clamp(-largest, largest)
+
+
+def _grid_of(groups: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+    """Return a scale for every group, and whether all its weights are exact multiples that codes can hold."""
+    top = groups.abs().amax(dim=-1)
+    found, is_exact = torch.zeros_like(top), top == 0
+    for code in range(largest, 0, -1):
+        scale = top / code
+        fits = (as_scale(scale) == scale) & ~is_exact & (scale > 0)
+        if bool(fits.any()):
+            fits &= (_nearest(groups, scale[..., None], largest) * scale[..., None] == groups).all(dim=-1)
+            found, is_exact = torch.where(fits, scale, found), is_exact | fits
+    return found, is_exact
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Return codes int8 of any shape, row by row, as a stream of ``bits`` bits each: uint8 [ceil(count bits / 8)].
+
+    Example:
+        >>> pack(torch.tensor([[1, -1]], dtype=torch.int8), bits=4)
+        tensor([241], dtype=torch.uint8)
+    """
+    stream = ((codes.flatten().to(torch.int16)[:, None] >> torch.arange(bits)) & 1).flatten()
+    stream = pad(stream, (0, -len(stream) % 8)).unflatten(0, (-1, 8))
+    return (stream << torch.arange(8)).sum(dim=-1).to(torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
+    """Return the codes int8 of a shape that :func:`pack` packed.
+
+    Example:
+        >>> unpack(torch.tensor([241], dtype=torch.uint8), bits=4, shape=(1, 2))
+        tensor([[ 1, -1]], dtype=torch.int8)
+    """
+    count = math.prod(shape)
+    stream = ((packed.to(torch.int16)[:, None] >> torch.arange(8)) & 1).flatten()[: count * bits]
+    codes = (stream.unflatten(0, (count, bits)) << torch.arange(bits)).sum(dim=-1)
+    return torch.where(codes >= 2 ** (bits - 1), codes - 2**bits, codes).to(torch.int8).view(shape)

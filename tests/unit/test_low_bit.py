@@ -1,0 +1,156 @@
+"""Low-bit storages: grids are found again to the bit, codes take their bits in files, and feedback loses less."""
+
+import pytest
+import torch
+from torch import nn
+
+import slimlstm as sl
+from slimlstm.methods import STORAGES, matrix_bytes, round_factors, round_matrix, rounded, svd
+from slimlstm.methods.feedback import round_columns, round_rows
+from slimlstm.methods.low_bit import GROUP, encode_groups, pack, spread, unpack
+
+BITS = range(3, 9)
+LOW_BIT = [name for name, row in STORAGES.items() if row.scales == "group"]
+SHAPES = [(1, 1), (7, 1), (1, 7), (33, GROUP), (5, GROUP + 1), (12, 129)]
+IN, H = 20, 24
+
+
+def moment(size, rows=500):
+    inputs = torch.randn(rows, size, dtype=torch.float64) @ torch.randn(size, size, dtype=torch.float64)
+    return inputs.T @ inputs / rows
+
+
+def loss(difference, inputs):
+    return float((difference.double() @ inputs * difference.double()).sum())
+
+
+def decoded(codes, scale):
+    return codes * spread(scale.float(), codes.shape[1])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", BITS)
+def test_a_grid_is_found_again_to_the_bit(bits, shape):
+    value = decoded(*encode_groups(torch.randn(shape), bits))
+    assert torch.equal(decoded(*encode_groups(value, bits)), value)
+    assert torch.equal(decoded(*encode_groups(value / 2, bits)), value / 2)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", BITS)
+def test_rounding_with_feedback_stays_on_the_grid_and_loses_less(bits, shape):
+    weight, (m, n) = torch.randn(shape), shape
+    value, inputs, gradients = decoded(*encode_groups(weight, bits)), moment(n), moment(m)
+    columns, rows = round_columns(weight, inputs, bits), round_rows(weight, gradients, bits)
+    for found in (columns, rows):
+        assert torch.equal(decoded(*encode_groups(found, bits)), found)
+    if n >= GROUP and m > 1:
+        assert loss(columns - weight, inputs) < 0.8 * loss(value - weight, inputs)
+        assert loss((rows - weight).T, gradients) < 0.8 * loss((value - weight).T, gradients)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_codes_are_packed_without_loss(bits):
+    largest = 2 ** (bits - 1) - 1
+    codes = torch.randint(-largest, largest + 1, (5, 13), dtype=torch.int8)
+    packed = pack(codes, bits)
+    assert packed.shape == (-(-65 * bits // 8),)
+    assert torch.equal(unpack(packed, bits, (5, 13)), codes)
+
+
+@pytest.mark.parametrize("storage", LOW_BIT)
+def test_zeros_and_outliers_survive(storage):
+    weight = torch.zeros(3, 70)
+    weight[1, 5], weight[2, 66] = 1e-3, -40.0
+    value = rounded(weight, storage)
+    assert torch.equal(value != 0, weight != 0)
+    torch.testing.assert_close(value, weight, rtol=1e-3, atol=0)
+
+
+def test_factors_are_rounded_in_the_metric_of_their_moments():
+    matrix, inputs, gradients = torch.randn(60, 40), moment(40), moment(60)
+    found = svd(matrix, 12)
+
+    def rise(u, v):
+        difference = matrix.double() - u.double() @ v.double()
+        return float(((gradients @ difference) * (difference @ inputs)).sum())
+
+    with_feedback = rise(*round_factors(found.u, found.v, matrix, "int4", inputs, gradients))
+    assert with_feedback < rise(rounded(found.u, "int4"), rounded(found.v, "int4"))
+
+
+def test_without_moments_weights_are_rounded_to_nearest():
+    weight = torch.randn(9, 70)
+    assert torch.equal(round_matrix(weight, "int4"), rounded(weight, "int4"))
+
+
+class Tagger(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(IN, H, bidirectional=True, proj_size=10)
+
+    def forward(self, x):
+        return self.lstm(x)[0]
+
+
+def make():
+    torch.manual_seed(3)
+    return Tagger().eval()
+
+
+CONFIGS = {
+    **{storage: sl.Quantize(storage) for storage in LOW_BIT},
+    "factors": sl.LowRank("fisher", rank=4, storage="int4"),
+    "plan": sl.Plan({"lstm.weight_hh_l0": sl.SitePlan("svd", rank=3, storage="int5")}),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_low_bit_models_are_saved_and_loaded_to_the_bit(config, tmp_path):
+    batches = [torch.randn(9, 4, IN) for _ in range(3)]
+    model = make()
+    report = sl.compress_(model, config, batches=batches, loss=lambda model, x: model(x).square())
+    sl.save(model, tmp_path)
+    loaded = sl.load(tmp_path, make())
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+    for site in report.sites:
+        assert site.bytes_after == matrix_bytes(site.shape, site.rank, site.storage, 4)
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(batches[0]), model(batches[0]))
+        model.lstm.backend = "reference"
+        torch.testing.assert_close(loaded(batches[0]), model(batches[0]))
+
+
+def test_a_file_takes_the_bits_that_the_report_counts(tmp_path):
+    model = nn.Sequential(nn.LSTM(128, 128))
+    report = sl.compress_(model, sl.Quantize("int3"))
+    sl.save(model, tmp_path)
+    (weights,) = tmp_path.glob("*.safetensors")
+    assert weights.stat().st_size < report.model.bytes_after + 1000
+
+
+def test_a_budget_in_bytes_is_kept(tmp_path):
+    batches = [torch.randn(9, 4, 100) for _ in range(3)]
+    model = nn.Sequential(nn.LSTM(100, 100))
+    config = sl.LowRank("activation", bytes=15_000, storage="int4")
+    report = sl.compress_(model, config, batches=batches, refit=0)
+    assert sum(site.bytes_after for site in report.sites) <= 15_000
+
+
+def test_an_onnx_file_refuses_codes_below_a_byte(tmp_path):
+    sl.export_onnx(make_plain(), torch.randn(4, 2, IN), tmp_path / "model.onnx")
+    with pytest.raises(sl.SlimLSTMError, match="int4 codes in whole bytes"):
+        sl.compress_onnx(tmp_path / "model.onnx", sl.Quantize("int4"), tmp_path / "small.onnx")
+    assert not (tmp_path / "small.onnx").exists()
+
+
+def make_plain():
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(IN, H)
+
+        def forward(self, x):
+            return self.lstm(x)[0]
+
+    return Plain().eval()
