@@ -22,7 +22,7 @@ from slimlstm.modules.swap import Swap
 from slimlstm.ops.weights import Matrix
 from slimlstm.pipeline.plan import Config, Plan, check_config
 from slimlstm.pipeline.report import Report
-from slimlstm.pipeline.run import Progress, apply, needs_of, solve
+from slimlstm.pipeline.run import Progress, apply, needs_of, rounds_with_feedback, solve
 from slimlstm.pipeline.site_plan import SitePlan
 from slimlstm.pipeline.source import Size, Sizes
 
@@ -126,7 +126,7 @@ def _calibrated(
     if calibration is not None:
         # The calibration may have seen other batches.
         return calibration, mean_loss(model, batches, loss) if loss is not None and is_repeatable else None
-    if loss is None and needs == Needs.NOTHING:
+    if loss is None and needs == Needs.NOTHING and not rounds_with_feedback(config):
         return None, None
     calibration = calibrate(model, batches, loss)
     return calibration, calibration.loss if is_repeatable else None

@@ -16,6 +16,7 @@ from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import (
     DENSE,
     METHODS,
+    STORAGES,
     Factors,
     MatrixProblem,
     Needs,
@@ -68,6 +69,15 @@ def needs_of(config: Config) -> Needs:
     else:
         names = [getattr(config, "method", DENSE)]
     return max((METHODS[name].needs for name in names if name != DENSE), default=Needs.NOTHING)
+
+
+def rounds_with_feedback(config: Config) -> bool:
+    """Return whether a configuration rounds to a storage that uses the inputs' moments where they are known."""
+    if isinstance(config, Plan):
+        names = [site.storage for site in config.sites.values()]
+    else:
+        names = [getattr(config, "storage", None)]
+    return any(name is not None and STORAGES[name].scales == "group" for name in names)
 
 
 def solve(
