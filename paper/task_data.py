@@ -208,7 +208,7 @@ SOURCES = {
 
 
 def read_task(task: str, split: str, folder: str | Path | None = None) -> TaskSplit:
-    """Read a split of ``"sst5"`` or ``"snli"`` (``"train"``, ``"dev"``, ``"test"``), or ``"squad"`` (``"train"``, ``"dev"``).
+    """Read a split of ``"sst5"``, ``"snli"`` or ``"squad"``: ``"train"``, ``"dev"`` or, but for SQuAD, ``"test"``.
 
     Examples are of type :class:`Sentence`, :class:`Pair` or :class:`Paragraph`. The complete published file is used if it
     is available, else a part of it. With ``folder``, files of the same format are read from there, unchecked:
