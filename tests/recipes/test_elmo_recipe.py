@@ -86,4 +86,4 @@ def test_another_setting_is_refused(text, trained, tmp_path):
         command(text, tmp_path, "--seed", "2"), env=ENVIRONMENT, check=False, capture_output=True, text=True
     )
     assert process.returncode != 0
-    assert "is of a run with seed=1, not 2; go on with that, or name another output" in process.stderr
+    assert "is of a run with seed=1, not 2; use that setting, or name another output folder" in process.stderr

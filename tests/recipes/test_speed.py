@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from recipe_helpers import ENVIRONMENT, RECIPES
 
 
@@ -28,6 +29,9 @@ def test_outputs_are_checked_before_they_are_timed(trained, tmp_path):
             assert ratios["plain PyTorch"] == pytest.approx(dense / plain)
 
 
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no LSTM in bfloat16 for this processor"
+)
 def test_gradients_are_checked_before_training_is_timed(trained, tmp_path):
     command = [sys.executable, RECIPES / "speed.py", "--model", trained, "--output", tmp_path / "speed.json"]
     command += ["--training", "--ranks", "2", "--steps", "5", "--batch", "3", "--seconds", "0.001"]
