@@ -11,6 +11,7 @@ import torch
 
 import slimlstm as sl
 from slimlstm import cli
+from slimlstm.bench import bench_layers
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -70,7 +71,8 @@ def test_commands_run(line, tmp_path, monkeypatch, capsys):
     save_file(names["dense"].state_dict(), "model.safetensors")
     if "model.onnx" in line:
         sl.export_onnx(names["dense"], torch.randint(64, (4, 2)), "model.onnx")
-    monkeypatch.setattr("slimlstm.bench.engines.LONGEST", 0.01, raising=False)
+    brief = bench_layers.__kwdefaults__ | {"seconds": 0.002}
+    monkeypatch.setattr(bench_layers, "__kwdefaults__", brief)
     monkeypatch.setattr(sys, "argv", line.split())
     with pytest.raises(SystemExit) as stop:
         cli.main()
