@@ -5,7 +5,7 @@ Example:
     >>> model = torch.nn.Sequential(torch.nn.LSTM(8, 16))
     >>> report = sl.compress_(model, sl.Quantize("int8"))
     >>> round(report.lstm.bytes_after / report.lstm.bytes_before, 2)
-    0.33
+    0.38
 """
 
 from __future__ import annotations
@@ -66,17 +66,8 @@ __all__ = [
 
 # Importing PyTorch takes seconds, so names are imported at their first use: ``slimlstm --help`` needs none of them.
 _SUBMODULES = {
-    "bench",
-    "calibration",
-    "demo",
-    "evaluate",
-    "methods",
-    "modules",
-    "onnx",
-    "ops",
-    "pipeline",
-    "search",
-    "tuning",
+    *("bench", "calibration", "demo", "evaluate", "files", "methods", "modules", "onnx", "ops", "pipeline", "search"),
+    *("tuning", "weight_files"),
 }
 _HOME = {
     "calibrate": "calibration.collect",

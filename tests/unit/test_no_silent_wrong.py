@@ -648,6 +648,18 @@ def test_labels_beside_inputs_are_refused_without_a_loss():
         calibrate(Model(), [{"x": x(), "labels": torch.zeros(B)}])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64])
+@pytest.mark.parametrize("kind", ["input", "state"])
+def test_other_dtypes_than_the_weights_are_refused(dtype, kind):
+    lstm, cell = LowRankLSTM(IN, H).eval(), slimlstm.LowRankLSTMCell(IN, H).eval()
+    inputs, state = x(), torch.zeros(1, B, H)
+    inputs, state = (inputs.to(dtype), state) if kind == "input" else (inputs, state.to(dtype))
+    with pytest.raises(SlimLSTMError, match=f"an input or state is {dtype}, but the weights are torch.float32"):
+        lstm(inputs, (state, state))
+    with pytest.raises(SlimLSTMError, match=f"an input or state is {dtype}, but the weights are torch.float32"):
+        cell(inputs[0], (state[0], state[0]))
+
+
 # E and H. Any exception leaves everything as it was.
 
 SOURCE = str(Path(slimlstm.__file__).parent)

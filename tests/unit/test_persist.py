@@ -296,7 +296,7 @@ DAMAGE = {
     ),
     "edited rank": (lambda folder: edit(folder, '"rank": 2', '"rank": 3'), "was altered after it was written"),
     "edited shape": (lambda folder: edit(folder, str(4 * H), "16"), "was altered after it was written"),
-    "later format": (lambda folder: forge(folder, format_version=3), "has format 3, this slimlstm reads 1 and 2"),
+    "later format": (lambda folder: forge(folder, format_version=4), "has format 4, this slimlstm reads 1 and 2 and 3"),
     "forged rank": (lambda folder: forge_rank(folder, 3), "weight_hh_l1"),
     "forged rank 0": (lambda folder: forge_rank(folder, 0), "weight_hh_l1"),
     "forged rank -1": (lambda folder: forge_rank(folder, -1), "weight_hh_l1"),

@@ -182,6 +182,7 @@ def test_empty_batches():
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_compilers_compute_gradients(bidirectional):
+    torch.compiler.reset()  # tests share one limit of recompilations
     module = LowRankLSTM(5, 33, 2, bidirectional=bidirectional, ranks={"weight_hh_l0": 4}).eval()
     x = torch.randn(3, 2, 5)
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)

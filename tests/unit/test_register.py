@@ -16,7 +16,6 @@ from slimlstm.weight_files import compress_file, read_tensors
 IN, H, RANK = 6, 16, 3
 
 
-
 class Tagger(nn.Module):
     def __init__(self):
         super().__init__()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -20,7 +21,7 @@ from slimlstm.modules.graphs import detaching
 from slimlstm.modules.host import Host, parameter_names
 from slimlstm.modules.hosts import find_hosts
 from slimlstm.modules.lstm import LowRankLSTM
-from slimlstm.modules.modes import evaluation_mode
+from slimlstm.modules.modes import evaluation_mode, surely
 from slimlstm.modules.shapes import LSTMState, clips, lstm_arguments
 from slimlstm.ops.reference import product, recurrence, step
 from slimlstm.ops.weights import Direction, Matrix
@@ -68,7 +69,7 @@ def forwards_replaced(pairs: Iterable[tuple[nn.Module, nn.Module]]) -> Generator
     with ExitStack() as stack:
         for module, other in pairs:
             # The module itself stays in place, because the model's own code may hold references to it.
-            stack.callback(_set_forward, module, vars(module).get("forward"))
+            stack.callback(surely, partial(_set_forward, module, vars(module).get("forward")))
             _set_forward(module, other.forward)
         yield
 

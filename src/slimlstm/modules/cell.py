@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from slimlstm import ops
 from slimlstm.errors import SlimLSTMError
-from slimlstm.modules.factored import FactoredModule
+from slimlstm.modules.factored import FactoredModule, check_dtypes
 from slimlstm.modules.modes import plain_mode
 from slimlstm.modules.shapes import LSTMState, cell_matrix_shapes
 from slimlstm.ops.weights import Direction
@@ -111,4 +111,5 @@ class LowRankLSTMCell(FactoredModule):
         return h[0], c[0]
 
     def _step(self, x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Direction]) -> LSTMState:
+        check_dtypes(weights[0], x, h, c)
         return ops.cell(x, h, c, weights, self.training)

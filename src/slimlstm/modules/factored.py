@@ -253,6 +253,21 @@ class FactoredModule(nn.Module):
             )
 
 
+def check_dtypes(weights: Direction, *tensors: Tensor) -> None:
+    """Reject inputs and states whose dtype is not the weights', unless autocast converts them.
+
+    Raises:
+        SlimLSTMError: a dtype differs.
+    """
+    dtype = (weights.ih if isinstance(weights.ih, Tensor) else weights.ih[0]).dtype
+    for tensor in tensors:
+        if tensor.dtype != dtype and not torch.is_autocast_enabled(tensor.device.type):
+            raise SlimLSTMError(
+                f"an input or state is {tensor.dtype}, but the weights are {dtype}; convert it with .to({dtype}), or the "
+                f"module with .to({tensor.dtype})"
+            )
+
+
 def as_parameter(tensor: Tensor) -> nn.Parameter:
     """Return a parameter as it is, or a parameter with the numbers of another tensor.
 

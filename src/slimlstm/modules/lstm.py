@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from slimlstm import ops
 from slimlstm.errors import SlimLSTMError
-from slimlstm.modules.factored import FactoredModule
+from slimlstm.modules.factored import FactoredModule, check_dtypes
 from slimlstm.modules.modes import plain_mode
 from slimlstm.modules.shapes import LSTMState, clips, lstm_arguments, lstm_matrix_shapes
 from slimlstm.ops.weights import Direction
@@ -228,6 +228,7 @@ class LowRankLSTM(FactoredModule):
 
     def _run(self, x: Tensor, batch_sizes: Tensor | None, hx: LSTMState | None) -> tuple[Tensor, LSTMState]:
         layers = self.layers()
+        check_dtypes(layers[0][0], x, *(hx or ()))
         if len(layers) == 1:
             h0, c0 = (None, None) if hx is None else hx
             output, h, c = ops.layer(x, batch_sizes, h0, c0, layers[0], self.backend, self.training)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 
@@ -13,6 +13,22 @@ _AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 _ambient: ContextVar[tuple[torch.dtype, torch.device] | None] = ContextVar("_ambient", default=None)
 """The default dtype and device around the outermost :func:`plain_defaults`."""
+
+
+def surely(restore: Callable[[], None]) -> None:
+    """Call ``restore``, and once more if an interrupt stops it half-way; the interrupt is raised after.
+
+    Example:
+        >>> calls = []
+        >>> surely(lambda: calls.append(1))
+        >>> calls
+        [1]
+    """
+    try:
+        restore()
+    except BaseException:
+        restore()
+        raise
 
 
 @contextmanager
@@ -30,13 +46,16 @@ def evaluation_mode(model: nn.Module) -> Generator[None]:
         [True, False]
     """
     training = [module for module in model.modules() if module.training]
-    try:
+
+    def set_all(mode: bool) -> None:
         for module in training:
-            module.training = False
+            module.training = mode
+
+    try:
+        set_all(False)
         yield
     finally:
-        for module in training:
-            module.training = True
+        surely(lambda: set_all(True))
 
 
 @contextmanager

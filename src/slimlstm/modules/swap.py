@@ -20,7 +20,7 @@ from slimlstm.modules.factored import FactoredModule, Provenance, as_parameter
 from slimlstm.modules.host import Host, parameter_names
 from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.modules.masks import apply_mask, mask_of
-from slimlstm.modules.modes import plain_defaults, plain_mode
+from slimlstm.modules.modes import plain_defaults, plain_mode, surely
 from slimlstm.modules.problems import carried_attributes, own_members
 from slimlstm.modules.shapes import clips, lstm_arguments
 
@@ -76,7 +76,7 @@ class Swap:
             for module, kind, content in self._after:
                 _become(module, kind, content)
         except BaseException:
-            self.undo()
+            surely(self.undo)
             raise
 
     def undo(self) -> None:
@@ -149,7 +149,8 @@ def _store(module: FactoredModule, name: str, storage: str, projections: dict[in
     if projection == name or own is None:
         return
     if id(own) not in projections:
-        after = rounded(own.detach(), storage)
+        # While a folder is loaded, the module has its own dtype, and its numbers come later.
+        after = rounded(own.detach(), storage) if own.dtype == torch.float32 else own
         projections[id(own)] = own if torch.equal(after, own) else nn.Parameter(after.clone(), own.requires_grad)
     module.register_parameter(projection, projections[id(own)])
 

@@ -48,7 +48,7 @@ class RunRecord:
     Attributes:
         epoch: the current epoch, from 0.
         position: the steps taken in this epoch.
-        mark: the last point of validation that was passed, from 0; -1 before the first. The points divide the budget evenly.
+        mark: the last point of validation that was passed, from 0; -1 before the first. Points divide the budget evenly.
         best_step: the number of steps after which ``best_value`` was found.
         best_value: the lowest value that ``validate`` has returned.
         seconds: wall-clock time, earlier parts of a resumed run included.

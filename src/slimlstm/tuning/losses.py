@@ -85,7 +85,9 @@ def divergence(found: Tensor, expected: Tensor, temperature: float | None = 1.0)
     if temperature is None:
         return mse_loss(found.float(), expected.float())
     if not temperature > 0.0:
-        raise SlimLSTMError(f"the temperature is {temperature}; give a number above zero, or None for the squared difference")
+        raise SlimLSTMError(
+            f"the temperature is {temperature}; give a number above zero, or None for the squared difference"
+        )
     student, teacher = ((logits.float() / temperature).log_softmax(-1) for logits in (found, expected))
     return temperature**2 * kl_div(student, teacher, reduction="none", log_target=True).sum(-1).mean()
 

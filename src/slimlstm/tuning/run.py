@@ -211,7 +211,7 @@ class Run:
         loss_state = content["carried"][self.processes.rank]
         if (content["carried"][0] is not None) != isinstance(self.loss, StatefulLoss):
             raise SlimLSTMError(
-                f"{self.checkpoint} belongs to a run with another loss: only one of the two has a state_dict; give the same "
+                f"{self.checkpoint} belongs to a run with another loss: only one of them has a state_dict; give the same "
                 "loss, or name another file"
             )
         _fill(self._tensors(), content["tensors"])

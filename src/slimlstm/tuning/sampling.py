@@ -52,7 +52,7 @@ def own_batches(batches: Batches, record: RunRecord, processes: Processes, seed:
         if position < max(record.position, 1):
             raise SlimLSTMError(
                 f"epoch {record.epoch} has {position * processes.count + len(of_one_step)} batches, but "
-                f"{max(record.position, 1) * processes.count} are needed; every epoch needs at least one batch per process, "
+                f"{max(record.position, 1) * processes.count} are needed; every epoch needs at least one batch a process, "
                 "and a resumed run needs the same batches as before"
             )
         record.epoch, record.position = record.epoch + 1, 0

@@ -41,8 +41,8 @@ def finetune(
     falls to zero as a cosine. Gradients are clipped to a norm of 1. The model trains in training mode, so its own dropout
     is active.
 
-    With ``validate`` the model ends with the best weights that were found, so it never ends worse than it began; without, it
-    ends with the last weights. After an error or an interrupt it has the best weights found, or without ``validate`` the
+    With ``validate`` the model ends with the best weights found, so it never ends worse than it began; without, it ends
+    with the last weights. After an error or an interrupt it has the best weights found, or without ``validate`` the
     weights from before the run. Training modes, ``requires_grad`` and PyTorch's random numbers are restored.
 
     Weights stored in int8 or bfloat16 train as float32 parameters. Round them again afterwards:
