@@ -36,7 +36,8 @@ SiteFilter = Annotated[
     typer.Option("--filter", help="Compress only matrices whose name contains a match of this regular expression."),
 ]
 Storage = Annotated[
-    str | None, typer.Option(help="Store weights or factors as int8, int4 or bfloat16; alone, only change the storage.")
+    str | None,
+    typer.Option(help="Store weights or factors as bfloat16, int8, int6, int5, int4 or int3; may be given alone."),
 ]
 
 
