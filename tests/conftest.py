@@ -13,6 +13,7 @@ from hypothesis import settings
 from slimlstm.methods.semi_nmf import semi_nmf
 
 settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)
+settings.register_profile("quick", settings.get_profile("default"), max_examples=15)
 settings.load_profile("default")
 
 ITERATIONS = {"test_factorize": 100, "test_doctests": 500, "test_real_data": 500}

@@ -506,7 +506,7 @@ def test_a_cut_file_is_refused(intact, data):
     assert found is None or (path.suffix == ".onnx" and equal(found, {name: whole[name] for name in found}))
 
 
-@settings(max_examples=100)
+@settings(max_examples=2 * settings.default.max_examples)
 @given(data=st.data())
 def test_a_changed_byte_is_refused_or_read(intact, data):
     content, path = bytearray(intact.read_bytes()), intact.with_stem("changed")

@@ -15,8 +15,6 @@ from torch.nn.functional import cross_entropy
 from slimlstm import LowRank, Plan, Prune, Quantize, Report, SlimLSTMError, compress_, find_sites, load, save
 from slimlstm.calibration.collect import calibrate, mean_loss
 from slimlstm.calibration.moments import Calibration, Moments
-from slimlstm.demo.model import embedded_model, held_out_tokens
-from slimlstm.evaluate import perplexity
 from slimlstm.methods import WeightedSVD
 from slimlstm.modules.hosts import find_hosts
 from slimlstm.pipeline.plan import SitePlan
@@ -169,7 +167,7 @@ def test_energy_is_the_share_of_the_loss_that_is_kept_away(method):
 
 @pytest.mark.parametrize("storage", [None, "bfloat16", "int8"])
 @pytest.mark.parametrize("method", ["svd", "activation", "fisher"])
-@settings(max_examples=8)
+@settings(max_examples=settings.default.max_examples // 5)
 @given(st.data())
 def test_bytes_are_a_budget_that_is_kept(storage, method, data):
     stranger = STRANGERS["tagger"]
@@ -431,34 +429,6 @@ def test_a_share_that_a_rank_meets_exactly_is_met_globally_too():
         assert keep * (m * n) < rank * (m + n)
         (site,) = compress_(model, LowRank(keep=keep, target="ih", allocation="global")).sites
         assert site.rank == rank
-
-
-@pytest.fixture(scope="module")
-def calibrated() -> tuple[Calibration, Tensor, float]:
-    """Of the embedded model on some held-out text; text after that, and the loss on it."""
-    tokens, model = held_out_tokens(), embedded_model()
-    text = tokens[:3000].view(20, -1).t()
-    batches = [text[start : start + 51] for start in range(0, len(text) - 1, 50)]
-
-    def loss(m: nn.Module, batch: Tensor) -> Tensor:
-        return cross_entropy(m(batch[:-1])[0].flatten(0, 1), batch[1:].flatten(), reduction="none")
-
-    after = tokens[3000:7000]
-    return calibrate(model, batches, loss), after, perplexity(model, after).loss
-
-
-def rise(config: LowRank, calibrated: tuple[Calibration, Tensor, float]) -> float:
-    calibration, text, before = calibrated
-    model = embedded_model()
-    compress_(model, config, calibration=calibration)
-    return perplexity(model, text).loss - before
-
-
-def test_a_trained_model_loses_less_by_what_it_was_calibrated_for(calibrated):
-    """On text that it was not calibrated on: SVD loses twice as much as Fisher-weighted factors of the same size."""
-    rises = {method: rise(LowRank(method, keep=0.25), calibrated) for method in ("svd", "activation", "fisher")}
-    assert rises["fisher"] < 0.5 * rises["svd"]
-    assert rises["activation"] < rises["svd"]
 
 
 def test_a_missing_loss_is_told_before_any_batch_runs():

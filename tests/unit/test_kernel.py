@@ -31,7 +31,7 @@ def check(problem: Problem, threads: int = 1) -> None:
 
 
 @pytest.mark.usefixtures("isa")
-@settings(max_examples=150)
+@settings(max_examples=4 * settings.default.max_examples)
 @given(problem=st.booleans().flatmap(problems))
 def test_every_variant_is_the_reference(problem):
     check(problem)

@@ -9,9 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from slimlstm import LowRank, Prune, SlimLSTMError, compress_
-from slimlstm.demo import model as embedded
 from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig, config_of, load_awd_lstm, locked_dropout, save_awd_lstm
-from slimlstm.evaluate import perplexity
 
 V, E, H, LAYERS, T, B = 11, 6, 8, 3, 7, 4
 DRY = AWDLSTMConfig(V, E, H, LAYERS).scaled(0.0)
@@ -315,29 +313,3 @@ def test_a_cut_pickle_is_refused(kept, tmp_path):
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(SlimLSTMError, match="does not hold an AWD-LSTM"):
         load_awd_lstm(tmp_path)
-
-
-class TestEmbedded:
-    @pytest.fixture(autouse=True)
-    def files(self):
-        names = ("model.safetensors", "tokenizer.model", "held_out.txt", "held_out.safetensors")
-        missing = [name for name in names if not (embedded.FOLDER / name).is_file()]
-        if missing:
-            pytest.skip(f"the embedded model was not trained yet: no {', '.join(missing)}")
-
-    def test_perplexity_on_text_it_never_saw(self):
-        model = embedded.embedded_model()
-        assert not model.training
-        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-        assert perplexity(model, embedded.held_out_tokens()[:8_000], streams=20).perplexity < 60
-
-    def test_the_stored_ids_are_those_of_the_text(self):
-        assert torch.equal(embedded.encode(embedded.held_out_text()), embedded.held_out_tokens())
-
-    def test_the_files_take_at_most_ten_megabytes(self):
-        assert sum(path.stat().st_size for path in embedded.FOLDER.iterdir()) <= 10_000_000
-
-    def test_the_text_is_attributed(self):
-        readme = (embedded.FOLDER / "README.md").read_text(encoding="utf-8")
-        for words in ("WikiText-2", "Wikipedia", "CC BY-SA", "Merity"):
-            assert words in readme

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -706,7 +707,7 @@ def run_compression(model):
 def test_an_interrupt_leaves_everything_as_it_was():
     with Interrupter(None) as counted:
         run_compression(interrupted_model())
-    points = random.Random(0).sample(range(1, counted.lines), 40)  # noqa: S311
+    points = random.Random(0).sample(range(1, counted.lines), settings.default.max_examples)  # noqa: S311
     for point in points:
         model = interrupted_model()
         before = snapshot(model)

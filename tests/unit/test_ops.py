@@ -29,7 +29,7 @@ from slimlstm.ops.weights import Direction
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 # A problem has many sides: fewer examples meet hardly any bidirectional packed input with states.
-thorough = settings(max_examples=150)
+thorough = settings(max_examples=4 * settings.default.max_examples)
 
 
 def low_rank(problem: Problem, backend: str, dtype: torch.dtype = torch.float64) -> LowRankLSTM:

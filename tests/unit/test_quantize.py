@@ -33,8 +33,6 @@ from slimlstm import (
     load,
     save,
 )
-from slimlstm.demo import model as embedded
-from slimlstm.evaluate import perplexity
 from slimlstm.methods import rounded
 from slimlstm.methods.storages import to_int8
 from slimlstm.modules.factored import FactoredModule
@@ -516,21 +514,6 @@ def test_the_kernel_computes_with_the_rounded_weights(name, storage, before):
 
 
 # ---- what it costs ----
-
-
-@pytest.mark.parametrize("backend", ["reference", "fused"])
-@every_storage
-def test_perplexity_of_the_embedded_model(storage, backend):
-    """All matrices; with the kernel, inputs and hidden states are rounded too."""
-    if backend == "fused" and native.missing:
-        pytest.skip(native.missing)
-    tokens = embedded.held_out_tokens()[:6000]
-    dense, model = embedded.embedded_model(), embedded.embedded_model()
-    compress_(model, Quantize(storage))
-    for module in model.lstms:
-        module.backend = backend
-    before, after = (perplexity(one, tokens, streams=20).perplexity for one in (dense, model))
-    assert abs(after / before - 1) < 0.005
 
 
 def char_rnn(folder: Path) -> tuple[nn.Sequential, Tensor]:

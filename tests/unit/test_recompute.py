@@ -36,7 +36,7 @@ def gradients_of(module: nn.Module, x: torch.Tensor, *more: torch.Tensor) -> lis
     return list(torch.autograd.grad(loss, [x, *more, *module.parameters()]))
 
 
-@settings(max_examples=100)
+@settings(max_examples=2 * settings.default.max_examples)
 @given(problem=problems(full_rank=False))
 def test_gradients_are_those_of_the_plain_path(problem: Problem):
     lstm, inputs = problem.lstm(torch.float32), problem.inputs(torch.float32)

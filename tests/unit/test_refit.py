@@ -1,7 +1,5 @@
 """Factors are fitted again once the whole model is compressed."""
 
-import copy
-
 import pytest
 import torch
 from strangers import IN, STRANGERS, B, H, T, V
@@ -10,11 +8,10 @@ from torch import nn
 from torch.distributions import Categorical
 from torch.nn.functional import cross_entropy
 
-from slimlstm import LowRank, Quantize, SlimLSTMError, compress_
+from slimlstm import LowRank, SlimLSTMError, compress_
 from slimlstm.calibration.module_observer import ModuleObserver
 from slimlstm.calibration.refit import refit
 from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig
-from slimlstm.demo.model import embedded_model, held_out_tokens
 from slimlstm.methods import DAMPING
 from slimlstm.modules.hosts import find_hosts
 from slimlstm.pipeline.run import PASSES
@@ -136,24 +133,6 @@ def distance(model, dense, batches):
         return sum(float((model.eval()(*batch) - dense.eval()(*batch)).norm()) for batch in batches)
 
 
-def test_less_is_lost_on_text_that_was_not_seen():
-    text = held_out_tokens()
-    seen, unseen = (part.view(20, -1).t() for part in (text[:5000], text[5000:8000]))
-    batches = [(start, seen[start : start + 71]) for start in range(0, len(seen) - 1, 70)]
-    losses = {}
-    for refits in (0, None):
-        model = embedded_model()
-        report = compress_(model, LowRank("fisher", keep=0.1), batches=batches, loss=NextWords(), refit=refits)
-        with torch.no_grad():
-            logits, _ = model(unseen[:-1])
-        losses[refits] = float(cross_entropy(logits.flatten(0, 1), unseen[1:].flatten()))
-    with torch.no_grad():
-        logits, _ = embedded_model()(unseen[:-1])
-    dense = float(cross_entropy(logits.flatten(0, 1), unseen[1:].flatten()))
-    assert losses[None] - dense < 0.95 * (losses[0] - dense)
-    assert f"6 matrices were fitted {PASSES} times again to their new inputs" in report.notes
-
-
 def test_factors_that_lose_more_are_discarded(monkeypatch):
     stranger = STRANGERS["seq2seq"]
     dense, models, batches = stranger.make(), [stranger.make() for _ in range(2)], batches_of(stranger)
@@ -242,17 +221,6 @@ def test_rows_that_no_loss_depends_on_do_not_count():
         found.append(state_of(model))
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-7, atol=1e-9)
-
-
-def test_int8_factors_are_fitted_before_they_are_rounded():
-    text = held_out_tokens()[:400].view(20, -1).t()
-    model = embedded_model()
-    config = LowRank("activation", keep=0.2, storage="int8")
-    report = compress_(model, config, batches=[(text,)])
-    again = compress_(copy.deepcopy(model), Quantize("int8"))
-    assert all(site.storage == "int8" for site in report.sites)
-    assert max(site.relative_error for site in again.sites) == 0.0
-    assert "fitted 2 times again" in str(report)
 
 
 @pytest.mark.parametrize(
