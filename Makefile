@@ -17,7 +17,7 @@ test: $(READY)
 	$(PYTEST) tests/unit tests/recipes
 
 unit: $(READY)
-	$(PYTEST) --hypothesis-profile quick tests/unit
+	$(PYTEST) --quick tests/unit
 
 lint: $(READY)
 	$(BIN)/ruff check .

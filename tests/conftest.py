@@ -1,6 +1,7 @@
 """Shared settings: one thread, reproducible random numbers, and real data if SLIMLSTM_DATA names its folder."""
 
 import os
+from collections import defaultdict
 from pathlib import Path
 
 # Workers run side by side, and PyTorch reads this once, when it is imported.
@@ -13,11 +14,48 @@ from hypothesis import settings
 from slimlstm.methods.semi_nmf import semi_nmf
 
 settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)
-settings.register_profile("quick", settings.get_profile("default"), max_examples=15)
+settings.register_profile("quick", settings.get_profile("default"), max_examples=10)
 settings.load_profile("default")
 
 ITERATIONS = {"test_factorize": 100, "test_doctests": 500, "test_real_data": 500}
 """The limit of semi-NMF's iterations in tests of it; 20 elsewhere, where any factors will do."""
+
+
+LARGE = 8
+"""The number of cases of one test beyond which ``--quick`` leaves some out."""
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="no slow tests, a part of every large grid, fewer examples")
+
+
+def pytest_configure(config):
+    if config.getoption("--quick"):
+        settings.load_profile("quick")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--quick"):
+        tests = defaultdict(list)
+        for item in items:
+            tests[item.function].append(item)
+        chosen = {item for cases in tests.values() for item in part_of_grid(cases) if "slow" not in item.keywords}
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = [item for item in items if item in chosen]
+
+
+def part_of_grid(cases):
+    """Every second to fourth case of a test with several parameters, such that every value of each still occurs."""
+    if len(cases) <= LARGE:
+        return cases
+    # One column of ids for every mark; a value's place in it is the number of the values before.
+    columns = list(zip(*(case.callspec._idlist for case in cases), strict=True))
+    if len(columns) < 2:
+        return cases
+    places = [{value: place for place, value in enumerate(dict.fromkeys(column))} for column in columns]
+    step = min(4, sorted(map(len, places))[-2])
+    sums = (sum(place[value] for place, value in zip(places, row, strict=True)) for row in zip(*columns, strict=True))
+    return [case for case, total in zip(cases, sums, strict=True) if total % step == 0]
 
 
 @pytest.fixture(autouse=True)

@@ -376,6 +376,7 @@ def test_a_stopped_benchmark_is_resumed(tmp_path, monkeypatch, capsys):
         run(64)
 
 
+@pytest.mark.slow
 def test_the_picture_of_ratios(tmp_path):
     rows = []
     for threads, batch, steps, hidden in itertools.product((1, 2), (1, 4), (1, 35), (64, 1150)):

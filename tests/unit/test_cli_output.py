@@ -150,6 +150,7 @@ def test_names_outside_the_encoding_are_replaced(tmp_path, monkeypatch):
     assert "?" in out
 
 
+@pytest.mark.slow
 def test_a_real_pipe_in_cp1252(folder):
     environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
     command = [sys.executable, "-m", "slimlstm", "inspect", str(folder / "model.safetensors")]

@@ -80,6 +80,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 def test_fork():
     subprocess.run([sys.executable, "-c", FORK], check=True, timeout=120)
@@ -96,6 +97,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_modules_that_live_until_the_interpreter_exits_cause_no_warnings():
     ended = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", LEAK], check=True, capture_output=True, text=True, timeout=120

@@ -41,6 +41,7 @@ def test_long_phrases_are_learnt_from_once_beside_their_sentences():
     ]
 
 
+@pytest.mark.slow
 def test_tokens_stand_where_their_spans_say():
     text = 'It cost "$1.5". He can\'t\u2028say why (in 2015.) The U.S. won!'
     spans = spans_of(text)

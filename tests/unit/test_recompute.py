@@ -180,6 +180,7 @@ def test_empty_batches():
     assert not module.weight_hh_l0_u.grad.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_compilers_compute_gradients(bidirectional):
     torch.compiler.reset()  # tests share one limit of recompilations

@@ -49,6 +49,7 @@ def test_the_tour(tiny_demo, tmp_path, run_json):
     assert (tmp_path / "curves.pdf").read_bytes().startswith(b"%PDF")
 
 
+@pytest.mark.slow
 def test_the_tour_on_paper(tiny_demo, tmp_path, run):
     status, out, err = run("demo", "--plot", tmp_path / "curves.png")
     assert status == 0
