@@ -17,8 +17,8 @@ settings.register_profile("default", deadline=None, max_examples=40, derandomize
 settings.register_profile("quick", settings.get_profile("default"), max_examples=10)
 settings.load_profile("default")
 
-ITERATIONS = {"test_factorize": 100, "test_doctests": 500, "test_real_data": 500}
-"""The limit of semi-NMF's iterations in tests of it; 20 elsewhere, where any factors will do."""
+ITERATIONS = {"test_factorize": 100} | dict.fromkeys(("test_doctests", "test_real_data", "test_language_model"), 500)
+"""The limit of semi-NMF's iterations in tests of it, 500 as in a recipe's process; 20 elsewhere, where any factors do."""
 
 
 LARGE = 8
