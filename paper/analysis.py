@@ -37,7 +37,7 @@ def norms(matrix: Tensor) -> Norms:
     Raises:
         SlimLSTMError: the matrix is empty, not finite or not of a floating-point dtype.
 
-    Example:
+    Examples:
         >>> import torch
         >>> norms(torch.tensor([[3.0, 0.0], [0.0, -4.0]])).l1
         4.0
@@ -63,7 +63,7 @@ def energy(spectrum: Tensor) -> Tensor:
     Raises:
         SlimLSTMError: the spectrum is empty or holds only zeros.
 
-    Example:
+    Examples:
         >>> import torch
         >>> [round(value, 2) for value in energy(torch.tensor([2.0, 1.0])).tolist()]
         [0.8, 1.0]
@@ -94,7 +94,7 @@ def block_maxima(matrix: Tensor, rows: int, columns: int, groups: int = 4) -> Te
         SlimLSTMError: the matrix is empty, not finite or not of a floating-point dtype; the groups do not divide its rows;
             or the picture has fewer rows than groups, or no columns.
 
-    Example:
+    Examples:
         >>> import torch
         >>> block_maxima(torch.tensor([[1.0, -2.0], [0.0, 3.0]]), rows=1, columns=2, groups=1).tolist()
         [[1.0, 3.0]]
@@ -127,7 +127,7 @@ def salient_lines(matrix: Tensor, share: float = 0.05) -> Salient:
         SlimLSTMError: the matrix is empty, not finite, not of a floating-point dtype, or zero; or the share is not in
             (0, 1].
 
-    Example:
+    Examples:
         >>> import torch
         >>> salient_lines(torch.tensor([[1.0, 1.0], [1.0, 5.0]]), share=0.5).rows
         (1,)
@@ -155,7 +155,7 @@ def efficiency(metric: float, metric_dense: float, parameters: int, parameters_d
     Raises:
         SlimLSTMError: the dense value is not positive, or the parameters are none, or not fewer.
 
-    Example:
+    Examples:
         >>> round(efficiency(80.0, 100.0, 60, 100), 3)
         0.5
     """

@@ -21,7 +21,7 @@ def characters_of(sentences: Sequence[Sequence[str]], max_characters: int = 50) 
 
     A token longer than C - 2 bytes is cut.
 
-    Example:
+    Examples:
         >>> characters_of([["No"]], max_characters=5).tolist()
         [[[259, 79, 112, 260, 261]]]
     """

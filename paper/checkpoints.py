@@ -25,7 +25,7 @@ Metadata = dict[str, Any]
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
     """Write tensors, and JSON types by name, as a safetensors file that replaces ``path`` once it is complete.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "checkpoint.safetensors"
         >>> write_tensors(path, {"model.bias": torch.zeros(2)}, {"place": {"epoch": 3}})
@@ -48,7 +48,7 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[s
 def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors under names that begin with ``prefix`` and a dot.
 
-    Example:
+    Examples:
         >>> list(with_prefix("model", {"bias": torch.zeros(1)}))
         ['model.bias']
     """
@@ -58,7 +58,7 @@ def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
 def without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors whose names begin with ``prefix`` and a dot, under the rest of their names.
 
-    Example:
+    Examples:
         >>> list(without_prefix("model", {"model.bias": torch.zeros(1), "moment.0.step": torch.zeros(1)}))
         ['bias']
     """

@@ -23,7 +23,7 @@ State = list[list[tuple[Tensor, Tensor]]]
 class ClippedLSTM(nn.LSTM):
     """Unidirectional LSTM layer with projection, whose cells and outputs are clipped to ``cell_clip`` and ``proj_clip``.
 
-    A clip of None leaves values unbounded. Inputs and outputs are those of ``nn.LSTM`` with ``batch_first``.
+    A clip of None leaves values unbounded. Inputs and outputs are as in ``nn.LSTM`` with ``batch_first``.
     """
 
     def __init__(

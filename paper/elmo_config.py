@@ -17,7 +17,7 @@ ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh}
 
 @dataclass(frozen=True)
 class ELMoConfig:
-    """Sizes of a :class:`paper.elmo.BiLM`; the defaults are those of the original released model.
+    """Sizes of a :class:`paper.elmo.BiLM`; the defaults give the original released model.
 
     ``filters`` are (width, number) pairs of the character CNN. A clip of None leaves values unbounded.
     """

@@ -35,7 +35,7 @@ SENTENCE_ENDS = {".", "!", "?"}
 def sentences_of(words: Iterable[str], longest: int) -> list[list[str]]:
     """Cut words into sentences: at line ends, after full stops, and after ``longest`` tokens.
 
-    Example:
+    Examples:
         >>> sentences_of(["It", "works", ".", "So", "<eos>"], 60)
         [['It', 'works', '.'], ['So']]
     """

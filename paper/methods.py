@@ -25,7 +25,7 @@ MASKING = tuple(name for name in PAPER if METHODS[name].makes_mask)
 def beyond_paper() -> list[str]:
     """Return the registered methods that the paper does not have.
 
-    Example:
+    Examples:
         >>> beyond_paper()[:2]
         ['activation', 'fisher']
     """
@@ -46,7 +46,7 @@ def configuration_called(name: str, keep: float, dense_bytes: int) -> LowRank | 
         keep: the fraction.
         dense_bytes: of all matrices.
 
-    Example:
+    Examples:
         >>> configuration_called("svd-int8", 0.25, 4000).bytes
         1000
     """
@@ -63,7 +63,7 @@ def is_calibrated(name: str) -> bool:
 
 
 def factors_by_svd_(lstms: Iterable[nn.Module]) -> None:
-    """Replace factors by those of their product's SVD, in place; the products stay the same.
+    """Replace factors by the SVD of their product, in place; the products stay the same.
 
     Non-negative rows that represent signed rows are long and nearly parallel, so a small step changes the product much.
     Factors from the SVD tolerate the learning rates of other models.
@@ -81,7 +81,7 @@ def import_plugins(sources: Sequence[str]) -> None:
     Raises:
         SlimLSTMError: one of them cannot be imported.
 
-    Example:
+    Examples:
         >>> import_plugins(["json"])
     """
     for source in sources:

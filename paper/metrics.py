@@ -27,7 +27,7 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
     Raises:
         SlimLSTMError: the shapes differ, or are empty.
 
-    Example:
+    Examples:
         >>> import torch
         >>> accuracy(torch.tensor([1, 2]), torch.tensor([1, 0]))
         0.5
@@ -45,7 +45,7 @@ def answer_score(answer: str, references: Sequence[str]) -> AnswerScore:
     Raises:
         SlimLSTMError: no reference is given.
 
-    Example:
+    Examples:
         >>> answer_score("the Broncos!", ["Denver Broncos"]).f1
         0.6666666666666666
     """

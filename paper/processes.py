@@ -17,7 +17,7 @@ from slimlstm.errors import SlimLSTMError
 class Processes:
     """This process and how many share its work; a lone process needs no process group.
 
-    Example:
+    Examples:
         >>> Processes(1, 0).mean(torch.tensor([2.0])).tolist()
         [2.0]
     """

@@ -22,7 +22,7 @@ from slimlstm.files import write_text
 def exit_if_done(path: Path) -> None:
     """End the process if ``path``, its last output, already exists.
 
-    Example:
+    Examples:
         >>> exit_if_done(Path("missing.json"))
     """
     if path.exists():
@@ -38,7 +38,7 @@ def lock_folder(folder: Path) -> FileLock:
     Raises:
         SystemExit: another process holds the lock.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> lock_folder(Path(tempfile.mkdtemp())).release()
     """
@@ -56,7 +56,7 @@ def seed(*place: object) -> None:
 
     Random numbers then depend on the place alone, so a resumed run draws the same ones.
 
-    Example:
+    Examples:
         >>> seed(1, "weights")
         >>> first = torch.rand(())
         >>> seed(1, "weights")
@@ -73,7 +73,7 @@ class Pace:
         max_minutes: of this process.
         checkpoint_seconds: between two checkpoints.
 
-    Example:
+    Examples:
         >>> Pace(0.0).is_over(), Pace(math.inf).is_over()
         (True, False)
     """
@@ -113,7 +113,7 @@ class Pace:
 def settings_of(arguments: argparse.Namespace, without: Iterable[str]) -> dict[str, str]:
     """Return all options but those named in ``without``, as text, in which two processes of one run must agree.
 
-    Example:
+    Examples:
         >>> settings_of(argparse.Namespace(lr=0.1, device="cpu"), ["device"])
         {'lr': '0.1'}
     """
@@ -128,7 +128,7 @@ def check_settings(path: Path, theirs: Mapping[str, str], ours: Mapping[str, str
     Raises:
         SlimLSTMError: a setting differs.
 
-    Example:
+    Examples:
         >>> check_settings(Path("checkpoint"), {"lr": "0.1"}, {"lr": "0.1", "limit": "None"})
     """
     for name in sorted(theirs.keys() | ours.keys()):
@@ -154,7 +154,7 @@ def one_cycle(done: float, warm_up: float, rising: float) -> float:
 
     During the fraction ``warm_up`` it is ``rising``, at most 1; then it falls from 1 to 0 along half a cosine.
 
-    Example:
+    Examples:
         >>> [round(one_cycle(done, 0.1, 0.1 + 9.0 * done), 2) for done in (0.0, 0.05, 0.1, 0.55, 1.0)]
         [0.1, 0.55, 1.0, 0.5, 0.0]
     """

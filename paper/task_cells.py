@@ -100,7 +100,7 @@ def parameters_of(dense: Mapping[str, int], report: Report | None) -> dict[str, 
 
 
 def latencies(modules: Mapping[str, nn.Module], inputs: tuple[Any, ...], part: str) -> dict[str, dict[str, Any]]:
-    """Time modules on the same inputs, by turns, after their outputs were checked.
+    """Check the modules' outputs, then time interleaved calls on the same inputs.
 
     Args:
         modules: by name; ``dense`` is what the others are compared with.
@@ -111,7 +111,7 @@ def latencies(modules: Mapping[str, nn.Module], inputs: tuple[Any, ...], part: s
         By name: quartiles of the milliseconds, the median ratio, the rounding error, and the backends of the LSTM layers.
 
     Raises:
-        SlimLSTMError: an output differs from that of the same weights in float64.
+        SlimLSTMError: an output differs from the same weights' output in float64.
     """
     errors = {name: rounding_error(module, inputs) for name, module in modules.items()}
     for name, error in errors.items():

@@ -254,7 +254,7 @@ def tree(line: str) -> Sentence:
     Raises:
         SlimLSTMError: the line is no such tree.
 
-    Example:
+    Examples:
         >>> tree("(3 (2 It) (4 works))").tokens
         ['It', 'works']
     """

@@ -1,6 +1,6 @@
 """Batches, losses, predictions and scores, the same for all three tasks.
 
-Examples are those of :mod:`paper.task_data`, models :class:`~paper.bcn.BCN`,
+Examples come from :mod:`paper.task_data`, models are :class:`~paper.bcn.BCN`,
 :class:`~paper.esim.ESIM` and :class:`~paper.bidaf.BiDAF`.
 
 Dimensions: B examples (of SQuAD, questions), T tokens, C characters a token.

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 def three_factors(size: int) -> list[int]:
     """Return three factors of ``size``, as near to each other as possible, largest first.
 
-    Example:
+    Examples:
         >>> three_factors(1150)
         [23, 10, 5]
     """

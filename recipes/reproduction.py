@@ -2,7 +2,7 @@
 
     python recipes/reproduction.py
 
-For each corpus C of ``ptb`` and ``wikitext2``, it reads from the folder of results those of these files that exist:
+For each corpus C of ``ptb`` and ``wikitext2``, it reads these files from the folder of results, where they exist:
 
     C_untuned/      recipes/sweep.py
     C_fine_tuned/   recipes/sweep.py --tune

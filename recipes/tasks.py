@@ -105,7 +105,7 @@ device, console = torch.device(arguments.device), Console()
 task, config = TASKS[arguments.task], TASKS[arguments.task][arguments.config]
 arguments.lr, arguments.batch = arguments.lr or config["lr"], arguments.batch or config["batch"]
 if arguments.ranks and not arguments.elmo:
-    parser.error("--ranks are those of the ELMo, which --elmo names")
+    parser.error("--ranks apply to an ELMo; name one by --elmo")
 if arguments.latency and not arguments.ranks:
     parser.error("--latency needs --ranks")
 bilm = load_bilm(arguments.elmo).to(device) if arguments.elmo else None

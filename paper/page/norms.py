@@ -18,7 +18,7 @@ NEARLY_TWICE = (1.5, 2.5)
 
 
 class NormResults:
-    """What ``recipes/norms.py`` measured of one model."""
+    """Measurements by ``recipes/norms.py`` of one model."""
 
     def __init__(self, key: str, name: str, measured: Result, sources: Sources) -> None:
         self.key, self.name, self.measured, self.sources = key, name, measured, sources

@@ -24,7 +24,7 @@ OLD = "dirty.json"
 def is_clean(result: Mapping[str, Any]) -> bool:
     """Return whether a result names a commit without uncommitted changes.
 
-    Example:
+    Examples:
         >>> is_clean({"provenance": {"commit": "67eac68d2eca-dirty"}})
         False
     """
@@ -35,7 +35,7 @@ def is_clean(result: Mapping[str, Any]) -> bool:
 def marked(text: str, *results: Mapping[str, Any]) -> str:
     """Return ``text``, with the mark if any of the results that it comes from is not clean.
 
-    Example:
+    Examples:
         >>> marked("58.30", {"provenance": {"commit": None}})
         '58.30 †'
     """

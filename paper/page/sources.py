@@ -1,4 +1,4 @@
-"""What every part of the page reads from and writes to, and the cells that the paper measured."""
+"""Folders and files that every part of the page shares, and the cells that the paper measured."""
 
 from __future__ import annotations
 

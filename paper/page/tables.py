@@ -17,7 +17,7 @@ Row = Sequence[object]
 def markdown(header: Sequence[str], rows: Iterable[Row], left: int = 1) -> str:
     """Return a table whose first ``left`` columns are aligned to the left.
 
-    Example:
+    Examples:
         >>> print(markdown(["method", "rank"], [("svd", 10), ("dense", None)]))
         | method | rank |
         | --- | ---: |
@@ -56,7 +56,7 @@ def formatted(number: float | None, form: str = "{:.3f}") -> str | None:
 def millions(count: float) -> str:
     """Return a count in millions.
 
-    Example:
+    Examples:
         >>> millions(24_221_600)
         '24.22M'
     """
@@ -66,7 +66,7 @@ def millions(count: float) -> str:
 def counted(count: int, noun: str) -> str:
     """Return a count and its noun.
 
-    Example:
+    Examples:
         >>> counted(1, "epoch"), counted(2, "epoch")
         ('1 epoch', '2 epochs')
     """
@@ -76,7 +76,7 @@ def counted(count: int, noun: str) -> str:
 def verdict(outcomes: Sequence[bool]) -> str:
     """Return in how many comparisons a claim is right, and whether it holds.
 
-    Example:
+    Examples:
         >>> verdict([True] * 9 + [False])
         '**holds** (9 of 10 comparisons)'
         >>> verdict([])

@@ -1,6 +1,6 @@
 """Make trained LSTMs small and fast, without training them again: low-rank factors, low-bit weights, a fused CPU kernel.
 
-Example:
+Examples:
     >>> import torch, slimlstm as sl
     >>> model = torch.nn.Sequential(torch.nn.LSTM(8, 16))
     >>> report = sl.compress_(model, sl.Quantize("int8"))

@@ -65,7 +65,7 @@ def compress_(
             not float32, calibration is missing or does not reach a site, or ``refit`` was asked for and is impossible.
             Nothing has changed then.
 
-    Example:
+    Examples:
         >>> import torch, slimlstm
         >>> model = torch.nn.Sequential(torch.nn.LSTM(8, 16))
         >>> report = compress_(model, slimlstm.Quantize("int8"))

@@ -10,7 +10,7 @@ class SlimLSTMError(ValueError):
 def reason_of(error: BaseException) -> str:
     """Return the first line of an exception's message, printable and at most 300 characters long, or its class name.
 
-    Example:
+    Examples:
         >>> reason_of(OSError("disk full\\nat block 7"))
         'disk full'
     """

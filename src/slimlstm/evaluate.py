@@ -24,7 +24,7 @@ class Perplexity:
         loss: mean negative log-likelihood, in nats per token.
         predictions: the number of predicted tokens.
 
-    Example:
+    Examples:
         >>> round(Perplexity(loss=math.log(50.0), predictions=100).perplexity, 6)
         50.0
     """
@@ -63,7 +63,7 @@ def perplexity(
     Raises:
         SlimLSTMError: fewer than two tokens per stream, or ``streams`` or ``steps`` below 1.
 
-    Example:
+    Examples:
         >>> def uniform(tokens, state):
         ...     return torch.zeros(*tokens.shape, 7), state
         >>> model = nn.Module()
@@ -101,7 +101,7 @@ def pieces(tokens: Tensor, *, streams: int, steps: int) -> list[tuple[int, Tenso
     Raises:
         SlimLSTMError: fewer than two tokens per stream, or ``streams`` or ``steps`` below 1.
 
-    Example:
+    Examples:
         >>> [(start, ids.flatten().tolist()) for start, ids in pieces(torch.arange(6), streams=1, steps=3)]
         [(0, [0, 1, 2, 3]), (3, [3, 4, 5])]
     """
@@ -115,7 +115,7 @@ class NextTokens:
     The state passes from batch to batch, detached; the batch that starts at 0 begins without a state. ``state_dict`` holds
     the state, so that models that take turns can each keep their own.
 
-    Example:
+    Examples:
         >>> from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig
         >>> model, loss = AWDLSTM(AWDLSTMConfig(vocab_size=11, embedding_size=4, hidden_size=6, num_layers=1)), NextTokens()
         >>> [list(loss(model, piece).shape) for piece in pieces(torch.arange(11), streams=2, steps=3)]

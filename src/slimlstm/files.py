@@ -23,7 +23,7 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Path]:
     it is renamed, and the folder after. Folders that are missing are made. The file's mode follows the process's umask.
     After an exception the draft is removed and ``path`` is as it was.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> target = Path(tempfile.mkdtemp()) / "numbers.txt"
         >>> with replacing(target) as draft:

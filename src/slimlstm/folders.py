@@ -51,7 +51,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         SlimLSTMError: nothing in the model is compressed, its state holds more than tensors, quantised weights have changed
             since they were rounded, or ``folder`` holds another program's ``config.json``. Nothing is written then.
 
-    Example:
+    Examples:
         >>> import tempfile, slimlstm
         >>> model, folder = nn.Sequential(nn.LSTM(8, 16)), tempfile.mkdtemp()
         >>> _ = slimlstm.compress_(model, slimlstm.Quantize("int8"))

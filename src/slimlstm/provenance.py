@@ -16,7 +16,7 @@ import torch
 def provenance() -> dict[str, Any]:
     """Return versions, processor, threads, time (UTC) and, in a git checkout, the commit.
 
-    Example:
+    Examples:
         >>> provenance()["torch"] == torch.__version__
         True
     """

@@ -53,7 +53,7 @@ def find_keep(
         SlimLSTMError: fewer than two evaluations, no size that was tried meets the limit, or see
             :func:`slimlstm.compress_`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = nn.Sequential(nn.LSTM(8, 16))
         >>> def parameters(model):

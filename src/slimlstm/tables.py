@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def new_table(texts: Sequence[str] = (), numbers: Sequence[str] = ()) -> Table:
     """Return an empty table with columns of texts, aligned left, and then of numbers, aligned right.
 
-    Example:
+    Examples:
         >>> table = new_table(["site"], ["rank"])
         >>> table.add_row("encoder.weight_hh_l0", "16")
         >>> table.row_count, [column.header for column in table.columns]

@@ -1,6 +1,6 @@
 """Time models and layers beside other engines, and explain which backend runs.
 
-Example:
+Examples:
     >>> import torch
     >>> from slimlstm import LowRankLSTM, bench
     >>> x, lstm = torch.randn(5, 1, 3), torch.nn.LSTM(3, 4)

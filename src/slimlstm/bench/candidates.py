@@ -96,7 +96,7 @@ def _check(
 def _against_rivals(
     name: str, one: Candidate, candidates: Mapping[str, Candidate], medians: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Return the best rival and its ratio to one of ours, among those of the dense model and those of the same model."""
+    """Return the best rival, among engines of the dense model and of the same model, and its ratio to one of ours."""
     # bfloat16 has no rivals of its own here.
     precision = "int8" if one.precision == "int8" else "float32"
     found: dict[str, Any] = {}

@@ -62,7 +62,7 @@ def compare(
     Raises:
         SlimLSTMError: the outputs have different shapes, or the compressed model's are not finite.
 
-    Example:
+    Examples:
         >>> from slimlstm import LowRankLSTM
         >>> x, lstm = torch.randn(5, 1, 3), nn.LSTM(3, 4)
         >>> found = compare(lstm, LowRankLSTM.from_dense(lstm), x, seconds=0.01)

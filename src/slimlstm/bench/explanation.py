@@ -79,7 +79,7 @@ def explain(model: nn.Module, *inputs: Any, **named: Any) -> Explanation:
     Raises:
         SlimLSTMError: the call reached no LSTM.
 
-    Example:
+    Examples:
         >>> from slimlstm import LowRankLSTM
         >>> found = explain(LowRankLSTM(3, 4, backend="dense"), torch.randn(5, 1, 3))
         >>> found.layers[0].backend, found.layers[0].reason

@@ -28,7 +28,7 @@ class LayerTimes:
     Attributes:
         name: the layer's name.
         sizes: its input, hidden and projection size, and whether it is bidirectional.
-        ranks, storages: those of the compressed layer, by matrix.
+        ranks, storages: of the compressed layer, by matrix.
         difference: norm of the difference of compressed and dense outputs, over the norm of the dense ones.
         candidates, refused: the result of :func:`slimlstm.bench.candidates.measure`.
     """
@@ -143,7 +143,7 @@ def bench_layers(
     Raises:
         SlimLSTMError: the mapping is empty, layers do not correspond, or a number is below 1.
 
-    Example:
+    Examples:
         >>> layers = {"lstm": LowRankLSTM(3, 4)}
         >>> found = bench_layers(layers, layers, steps=2, seconds=0.01)
         >>> "slimlstm dense" in found.totals()

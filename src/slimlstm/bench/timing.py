@@ -35,7 +35,7 @@ def interleaved_seconds(
     Raises:
         SlimLSTMError: ``calls`` is empty, or ``seconds`` is not above zero.
 
-    Example:
+    Examples:
         >>> times = interleaved_seconds({"sum": lambda: sum(range(100))}, seconds=0.01)
         >>> len(times["sum"]) >= MIN_TURNS
         True
@@ -59,7 +59,7 @@ def interleaved_seconds(
 def median_ratios(times: Mapping[str, list[float]], baseline: str) -> dict[str, float]:
     """Return the median time of ``baseline`` over the median time of each call: above 1 is faster than the baseline.
 
-    Example:
+    Examples:
         >>> median_ratios({"dense": [4.0, 4.0, 6.0], "small": [1.0, 2.0, 30.0]}, "dense")
         {'dense': 1.0, 'small': 2.0}
     """

@@ -47,7 +47,7 @@ def calibrate(
         SlimLSTMError: the model holds no LSTM that can be observed, no batch was given, the loss returned no finite losses
             or does not depend on the LSTMs, or an LSTM's inputs are not finite.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.LSTM(3, 4))
         >>> found = calibrate(model, [torch.randn(5, 2, 3)], lambda model, batch: model(batch)[0].square())
         >>> {key: tuple(moments.inputs.shape) for key, moments in found.sites.items()}
@@ -97,7 +97,7 @@ def mean_loss(model: nn.Module, batches: Iterable[Any], loss: Loss) -> float | N
     Raises:
         SlimLSTMError: no batch was given, or the loss returned no finite losses.
 
-    Example:
+    Examples:
         >>> mean_loss(nn.Identity(), [torch.tensor([1.0, 2.0]), torch.tensor([6.0])], lambda model, batch: model(batch))
         3.0
     """

@@ -30,7 +30,7 @@ def observed_losses(result: object) -> tuple[Tensor, bool]:
     Raises:
         SlimLSTMError: the result is neither a tensor nor a distribution, or a loss is not finite.
 
-    Example:
+    Examples:
         >>> observed_losses(torch.tensor([0.5, 0.25]))
         (tensor([0.5000, 0.2500]), True)
     """

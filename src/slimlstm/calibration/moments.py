@@ -35,7 +35,7 @@ class Moments:
         gradients: E[δ δᵀ] [m, m], where δ is the gradient of the sum of losses; None without a loss.
         rows: the number of rows counted.
 
-    Example:
+    Examples:
         >>> moments = Moments(torch.eye(3), None, rows=100)
         >>> moments.loss_of(torch.ones(2, 3))
         3.0
@@ -60,7 +60,7 @@ class Moments:
     def together(cls, several: Sequence[Moments]) -> Moments:
         """Pool the moments of the matrices that share one parameter, weighted by their rows.
 
-        Example:
+        Examples:
             >>> one, other = Moments(torch.eye(1), None, 10), Moments(3 * torch.eye(1), None, 30)
             >>> float(Moments.together([one, other]).inputs)
             2.5
@@ -84,7 +84,7 @@ class Calibration:
         is_scaled: False where the loss returned a single mean for every batch. Losses predicted from the moments are then
             right only up to a common factor.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> calibration = Calibration({"lstm.weight_hh_l0": Moments(torch.eye(3), None, 7)}, None, 0, True)
         >>> calibration.save(f"{tempfile.gettempdir()}/moments.safetensors")

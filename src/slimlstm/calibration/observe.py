@@ -36,7 +36,7 @@ def observable_hosts(model: nn.Module) -> list[Host]:
     Raises:
         SlimLSTMError: the model has none.
 
-    Example:
+    Examples:
         >>> [host.paths for host in observable_hosts(nn.Sequential(nn.LSTM(3, 4), nn.LSTM(4, 4)))]
         [['0'], ['1']]
     """

@@ -101,7 +101,7 @@ def states_before(outputs: Tensor, first: Tensor, lengths: Tensor, reverse: bool
     Returns:
         [T, B, P]; entries beyond a sequence's length have no meaning.
 
-    Example:
+    Examples:
         >>> outputs, first = torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1), torch.tensor([[9.0]])
         >>> states_before(outputs, first, torch.tensor([3]), reverse=False).flatten()
         tensor([9., 1., 2.])

@@ -126,7 +126,7 @@ def refit(
 def split_batches(count: int, has_costs: bool) -> tuple[range, range]:
     """Return the numbers of the batches to fit to, and of the batches that judge the result.
 
-    Example:
+    Examples:
         >>> split_batches(10, has_costs=True)
         (range(0, 8), range(8, 10))
         >>> split_batches(3, has_costs=True)

@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; print an error in one line and exit with status 1.
 
     Args:
-        arguments: the words after ``slimlstm``; by default those of the command line.
+        arguments: the words after ``slimlstm``; by default ``sys.argv[1:]``.
     """
     tolerate_encodings()
     try:

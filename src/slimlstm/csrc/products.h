@@ -191,7 +191,7 @@ void multiply_as(const Panels& matrix, ptrdiff_t first, ptrdiff_t last, const Wo
     }
 }
 
-// Memory for inputs that have to be converted; the members are those of Words.
+// Memory for inputs that have to be converted; with the same members as Words.
 struct Scratch {
     float* words;
     const float** rows;

@@ -38,7 +38,7 @@ class AWDLSTMConfig:
 
     The last layer has ``embedding_size`` units, so that the softmax can share the embedding's weights.
 
-    Example:
+    Examples:
         >>> AWDLSTMConfig(vocab_size=100).scaled(0.5).dropout_input
         0.2
     """
@@ -62,7 +62,7 @@ class AWDLSTMConfig:
 def locked_dropout(x: Tensor, rate: float, training: bool) -> Tensor:
     """Apply dropout to x [T, B, F] with the same mask at all time steps.
 
-    Example:
+    Examples:
         >>> y = locked_dropout(torch.ones(3, 1, 4), 0.5, training=True)
         >>> torch.equal(y[0], y[2])
         True
@@ -78,7 +78,7 @@ class AWDLSTM(nn.Module):
     ``forward(tokens, state)`` takes token ids [T, B] and the state before the first step, one pair (h, c) per layer or None
     for zeros. It returns logits [T, B, V] and the state after the last step.
 
-    Example:
+    Examples:
         >>> model = AWDLSTM(AWDLSTMConfig(vocab_size=11, embedding_size=4, hidden_size=6, num_layers=2))
         >>> logits, state = model(torch.zeros(5, 3, dtype=torch.int64))
         >>> list(logits.shape), [list(h.shape) for h, c in state]
@@ -137,7 +137,7 @@ def config_of(tensors: Mapping[str, Tensor]) -> AWDLSTMConfig:
     Raises:
         SlimLSTMError: the tensors do not belong to an AWD-LSTM.
 
-    Example:
+    Examples:
         >>> config = AWDLSTMConfig(vocab_size=11, embedding_size=4, hidden_size=6, num_layers=2)
         >>> config_of(AWDLSTM(config).state_dict()) == config
         True
@@ -161,7 +161,7 @@ def load_awd_lstm(folder: str | Path) -> AWDLSTM:
     Raises:
         SlimLSTMError: no file exists, or it is damaged, holds pickled code, or holds another model.
 
-    Example:
+    Examples:
         >>> from slimlstm.demo.model import FOLDER
         >>> load_awd_lstm(FOLDER).config.num_layers
         3
@@ -192,7 +192,7 @@ def save_awd_lstm(model: AWDLSTM, folder: str | Path, *, shard_bytes: int = 16_0
         SlimLSTMError: the model is compressed or parametrized, a weight is too large for half precision, a row is too large
             for a shard, or the folder holds another checkpoint, which :func:`load_awd_lstm` would read instead.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> model = AWDLSTM(AWDLSTMConfig(vocab_size=11, embedding_size=4, hidden_size=6, num_layers=2))
         >>> folder = tempfile.mkdtemp()

@@ -119,7 +119,7 @@ CORPORA = {
 def cache_folder() -> Path:
     """Return the folder of downloads: ``$XDG_CACHE_HOME/slimlstm``, by default ``~/.cache/slimlstm``.
 
-    Example:
+    Examples:
         >>> cache_folder().name
         'slimlstm'
     """
@@ -197,7 +197,7 @@ def read_words(name: str, split: str) -> list[str]:
 def words_of(text: str) -> list[str]:
     """Split a text at white space, with ``<eos>`` at each line end; a last line without line end counts too.
 
-    Example:
+    Examples:
         >>> words_of("a b\\nc")
         ['a', 'b', '<eos>', 'c', '<eos>']
     """
@@ -208,7 +208,7 @@ def words_of(text: str) -> list[str]:
 class Vocabulary:
     """Words and their ids, from 0 to V - 1.
 
-    Example:
+    Examples:
         >>> Vocabulary(["<unk>", "a", "b"]).encode(["b", "c"])
         tensor([2, 0])
     """

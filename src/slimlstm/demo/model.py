@@ -21,7 +21,7 @@ TOKENIZER = FOLDER / "tokenizer.model"
 def embedded_model() -> AWDLSTM:
     """Return the trained model, in float32 and evaluation mode.
 
-    Example:
+    Examples:
         >>> embedded_model().config.hidden_size
         448
     """
@@ -31,7 +31,7 @@ def embedded_model() -> AWDLSTM:
 def held_out_text() -> str:
     """Return the beginning of WikiText-2's test split (CC BY-SA), one paragraph per line.
 
-    Example:
+    Examples:
         >>> held_out_text().count("\\n") > 10
         True
     """
@@ -41,7 +41,7 @@ def held_out_text() -> str:
 def held_out_tokens() -> Tensor:
     """Return the ids of the byte-pair pieces of :func:`held_out_text`, int64 [N].
 
-    Example:
+    Examples:
         >>> held_out_tokens().dtype
         torch.int64
     """
@@ -54,7 +54,7 @@ def encode(text: str, tokenizer: str | Path = TOKENIZER) -> Tensor:
     Raises:
         SlimLSTMError: ``sentencepiece`` is not installed, or the tokenizer cannot be read.
 
-    Example:
+    Examples:
         >>> text = held_out_text()[:held_out_text().index("\\n")]
         >>> ids = encode(text)
         >>> torch.equal(ids, held_out_tokens()[:len(ids)])

@@ -24,7 +24,7 @@ def round_columns(weight: Tensor, moment: Tensor, bits: int) -> Tensor:
         moment: H [n, n], or [n] for a diagonal one.
         bits: bits of a code.
 
-    Example:
+    Examples:
         >>> weight = torch.tensor([[0.30, 0.10, -0.20]])
         >>> rounded = round_columns(weight, torch.eye(3), bits=4)
         >>> bool((rounded - weight).abs().max() < 0.03)

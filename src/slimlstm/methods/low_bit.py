@@ -17,7 +17,7 @@ _CLIPS = torch.linspace(1.0, 0.6, 9)
 def largest_code(bits: int) -> int:
     """Return the largest code: codes are symmetric around zero.
 
-    Example:
+    Examples:
         >>> largest_code(4)
         7
     """
@@ -97,7 +97,7 @@ def _grid_of(groups: Tensor, largest: int) -> tuple[Tensor, Tensor]:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Return codes int8 of any shape, row by row, as a stream of ``bits`` bits each: uint8 [ceil(count bits / 8)].
 
-    Example:
+    Examples:
         >>> pack(torch.tensor([[1, -1]], dtype=torch.int8), bits=4)
         tensor([241], dtype=torch.uint8)
     """
@@ -109,7 +109,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     """Return the codes int8 of a shape that :func:`pack` packed.
 
-    Example:
+    Examples:
         >>> unpack(torch.tensor([241], dtype=torch.uint8), bits=4, shape=(1, 2))
         tensor([[ 1, -1]], dtype=torch.int8)
     """

@@ -20,7 +20,7 @@ def magnitude_mask(matrix: Tensor, nonzeros: int) -> Tensor:
     Raises:
         SlimLSTMError: ``nonzeros`` is not an int from 1 to m n, or the matrix holds NaN.
 
-    Example:
+    Examples:
         >>> import torch
         >>> magnitude_mask(torch.tensor([[1.0, -3.0], [2.0, 0.5]]), 2)
         tensor([[False,  True],
@@ -42,7 +42,7 @@ def magnitude_mask(matrix: Tensor, nonzeros: int) -> Tensor:
 def nonzeros_at_rank(shape: tuple[int, int], rank: int) -> int:
     """Return the number of weights in the factors of rank r of an m x n matrix: r (m + n), at most m n.
 
-    Example:
+    Examples:
         >>> nonzeros_at_rank((4600, 1150), 10)
         57500
     """

@@ -16,7 +16,7 @@ def singular_values(matrix: Tensor) -> Tensor:
     Raises:
         SlimLSTMError: the matrix is empty, not finite or not of a floating-point dtype.
 
-    Example:
+    Examples:
         >>> singular_values(torch.diag(torch.tensor([1.0, 3.0])))
         tensor([3., 1.], dtype=torch.float64)
     """
@@ -27,7 +27,7 @@ def singular_values(matrix: Tensor) -> Tensor:
 def relative_error(matrix: Tensor, approximation: Tensor) -> float:
     """Return ‖W - W'‖_F / ‖W‖_F, computed in float64; 0 where both are zero.
 
-    Example:
+    Examples:
         >>> relative_error(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 0.0]]))
         0.8
     """

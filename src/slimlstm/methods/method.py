@@ -23,7 +23,7 @@ DENSE = "dense"
 
 
 class Needs(IntEnum):
-    """What a method has to know about a matrix beside its numbers; each value includes the ones before it."""
+    """Statistics that a method needs beside the matrix; each value includes the ones before it."""
 
     NOTHING = 0
     INPUTS = 1
@@ -62,7 +62,7 @@ class Method:
             matrices. None where the method has no such spectrum, so that ranks cannot be chosen by energy or globally.
         makes_mask: whether the amount is a number of nonzeros.
 
-    Example:
+    Examples:
         A method that zeroes all but the first columns is one row::
 
             def leading_columns(problem, rank, on_iteration=None):
@@ -118,7 +118,7 @@ def register_method(name: str, method: Method) -> None:
     Raises:
         SlimLSTMError: the name is taken, or is no non-empty string.
 
-    Example:
+    Examples:
         >>> register_method("svd", METHODS["svd"])
         Traceback (most recent call last):
         slimlstm.errors.SlimLSTMError: a method called 'svd' exists already; choose another name
@@ -136,7 +136,7 @@ def method_called(name: object) -> Method:
     Raises:
         SlimLSTMError: no method has that name.
 
-    Example:
+    Examples:
         >>> method_called("svd").needs.name
         'NOTHING'
     """

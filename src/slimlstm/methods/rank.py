@@ -15,7 +15,7 @@ from slimlstm.errors import SlimLSTMError
 def break_even_rank(shape: tuple[int, int]) -> float:
     """Return mn / (m + n): at or above this rank the factors of an m x n matrix are no smaller than the matrix.
 
-    Example:
+    Examples:
         >>> break_even_rank((4600, 1150))
         920.0
     """
@@ -32,7 +32,7 @@ def is_smaller(shape: tuple[int, int], rank: int) -> bool:
 def rank_for_fraction(shape: tuple[int, int], keep: float) -> int:
     """Return the largest rank whose factors hold at most ``keep`` of the m n parameters, at least 1.
 
-    Example:
+    Examples:
         >>> rank_for_fraction((400, 100), keep=0.25)
         20
     """
@@ -86,7 +86,7 @@ def allocate(matrices: Mapping[str, RankCosts], budget: float) -> dict[str, int 
     Raises:
         SlimLSTMError: rank 1 for every matrix costs more than the budget.
 
-    Example:
+    Examples:
         >>> steep, flat = RankCosts([9.0, 4.0, 0.0], 1, 3), RankCosts([9.0, 1.0, 0.5], 1, 3)
         >>> allocate({"steep": steep, "flat": flat}, budget=3)
         {'steep': 2, 'flat': 1}

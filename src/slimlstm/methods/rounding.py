@@ -23,7 +23,7 @@ def round_matrix(weight: Tensor, storage: str, inputs: Tensor | None = None) -> 
     Raises:
         SlimLSTMError: no storage has that name, or the weight is not float32.
 
-    Example:
+    Examples:
         >>> round_matrix(torch.tensor([[0.5, 0.25]]), "int4").shape
         torch.Size([1, 2])
     """

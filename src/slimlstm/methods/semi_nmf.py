@@ -44,7 +44,7 @@ def semi_nmf(
     Raises:
         SlimLSTMError: the matrix is empty, not finite or not of a floating-point dtype, or the rank does not fit.
 
-    Example:
+    Examples:
         >>> import torch
         >>> factors = semi_nmf(torch.tensor([[1.0, 2.0], [-2.0, -4.0]]), rank=1)
         >>> bool((factors.v >= 0).all()), round(factors.residual, 6)

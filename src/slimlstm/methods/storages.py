@@ -35,7 +35,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Storage:
-    """What the numbers of a matrix, or of its factors, are kept in.
+    """Number format of a stored matrix, or of its factors.
 
     Attributes:
         encode: takes a float32 weight [m, n]; returns its codes and scales. Encoding a decoded weight must return the same
@@ -46,7 +46,7 @@ class Storage:
         kernel_format: what the fused kernel keeps such a weight in: "float32", "bfloat16" or "int8". It must hold the
             decoded weight exactly.
 
-    Example:
+    Examples:
         Half precision is one row::
 
             slimlstm.register_storage("float16", Storage(lambda weight: Encoded(weight.half()), torch.float16))
@@ -84,7 +84,7 @@ def to_int8(weight: Tensor) -> Encoded:
     A row that holds NaN or infinite numbers gets the scale NaN. A row whose largest magnitude is below 1.5e-36 becomes
     zero.
 
-    Example:
+    Examples:
         >>> encoded = to_int8(torch.tensor([[127.0, -63.6]]))
         >>> encoded.codes.tolist(), encoded.scale.tolist()
         ([[127, -64]], [1.0])
@@ -112,7 +112,7 @@ STORAGES: dict[str, Storage] = {
 """Every storage by name; add a row by :func:`register_storage`."""
 
 KERNEL_FORMATS = ("float32", "bfloat16", "int8")
-"""What the fused kernel can keep weights in."""
+"""Weight formats that the fused kernel reads."""
 
 
 def register_storage(name: str, storage: Storage) -> None:
@@ -121,7 +121,7 @@ def register_storage(name: str, storage: Storage) -> None:
     Raises:
         SlimLSTMError: the name is taken or no non-empty string, or the kernel has no such format.
 
-    Example:
+    Examples:
         >>> register_storage("int8", STORAGES["int8"])
         Traceback (most recent call last):
         slimlstm.errors.SlimLSTMError: a storage called 'int8' exists already; choose another name
@@ -141,7 +141,7 @@ def storage_called(name: object) -> Storage:
     Raises:
         SlimLSTMError: no storage has that name.
 
-    Example:
+    Examples:
         >>> storage_called("int8").bytes((400, 100))
         41600
     """
@@ -157,7 +157,7 @@ def rounded(weight: Tensor, storage: str) -> Tensor:
     Raises:
         SlimLSTMError: no storage has that name, or the weight is not float32.
 
-    Example:
+    Examples:
         >>> rounded(torch.tensor([[1.0, 1.001]]), "bfloat16")
         tensor([[1., 1.]])
     """
@@ -177,7 +177,7 @@ def stored_bytes(shape: tuple[int, ...], storage: str | None, itemsize: int) -> 
 def matrix_bytes(shape: tuple[int, int], rank: int | None, storage: str | None, itemsize: int) -> int:
     """Return :func:`stored_bytes` of a matrix [m, n], or of its factors of a rank.
 
-    Example:
+    Examples:
         >>> matrix_bytes((400, 100), rank=10, storage="int8", itemsize=4)
         6640
     """

@@ -19,7 +19,7 @@ def svd(matrix: Tensor, rank: int) -> Factors:
         SlimLSTMError: the matrix is empty, not finite or not of a floating-point dtype, or the rank is not in
             [1, min(m, n)].
 
-    Example:
+    Examples:
         >>> factors = svd(torch.diag(torch.tensor([4.0, 3.0])), rank=1)
         >>> factors.rank, round(factors.residual, 3)
         (1, 0.6)

@@ -32,7 +32,7 @@ class WeightedSVD:
     Raises:
         SlimLSTMError: the matrix is empty or not finite, or the moments do not fit it or are not finite.
 
-    Example:
+    Examples:
         >>> weighted = WeightedSVD(torch.diag(torch.tensor([2.0, 1.0])), inputs=torch.tensor([0.01, 1.0]))
         >>> weighted.factors(rank=1).v.abs().argmax().item()  # the larger weight hardly ever sees an input
         1

@@ -27,7 +27,7 @@ class LowRankLSTMCell(FactoredModule):
     Raises:
         SlimLSTMError: sizes, ranks or inputs do not fit.
 
-    Example:
+    Examples:
         >>> cell = LowRankLSTMCell(3, 4, ranks={"weight_hh": 2})
         >>> h, c = cell(torch.randn(2, 3))
         >>> tuple(h.shape)

@@ -50,7 +50,7 @@ class FactoredModule(nn.Module):
         storages: the storage of matrices that are not in their own dtype, by name; see :meth:`store`.
         cell_clip, proj_clip: bounds on cells and projected outputs, or None.
 
-    Example:
+    Examples:
         >>> from slimlstm import LowRankLSTM
         >>> lstm = LowRankLSTM(3, 4, ranks={"weight_hh_l0": 2})
         >>> lstm.ranks, [tuple(factor.shape) for factor in lstm.matrix("weight_hh_l0")]
@@ -271,7 +271,7 @@ def check_dtypes(weights: Direction, *tensors: Tensor) -> None:
 def as_parameter(tensor: Tensor) -> nn.Parameter:
     """Return a parameter as it is, or a parameter with the numbers of another tensor.
 
-    Example:
+    Examples:
         >>> type(as_parameter(torch.ones(2, 3))).__name__
         'Parameter'
     """

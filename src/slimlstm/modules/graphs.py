@@ -18,7 +18,7 @@ from slimlstm.modules.walk import REGISTRIES, held_objects
 def copy_model(model: nn.Module) -> nn.Module:
     """Return a deep copy, in which tensors with a gradient history are replaced by their values.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = nn.LSTM(3, 4)
         >>> model.last = model(torch.randn(5, 2, 3))

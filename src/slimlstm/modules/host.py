@@ -149,7 +149,7 @@ class Host:
 def matrix_shapes(lstm: nn.Module) -> Mapping[str, tuple[int, int]]:
     """Return the shapes of one module's recurrent matrices by name.
 
-    Example:
+    Examples:
         >>> matrix_shapes(nn.LSTMCell(3, 4))
         {'weight_ih': (16, 3), 'weight_hh': (16, 4)}
     """
@@ -166,7 +166,7 @@ def matrix_shapes(lstm: nn.Module) -> Mapping[str, tuple[int, int]]:
 def parameter_names(lstm: nn.Module) -> list[str]:
     """Return the names of all parameters of an ``nn.LSTM`` or ``nn.LSTMCell`` like this one.
 
-    Example:
+    Examples:
         >>> parameter_names(nn.LSTM(3, 4, bias=False))
         ['weight_ih_l0', 'weight_hh_l0']
     """

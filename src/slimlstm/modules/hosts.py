@@ -18,7 +18,7 @@ def find_sites(model: nn.Module) -> list[Site]:
 
     Sites that cannot be compressed are included; :attr:`Site.problem` says why.
 
-    Example:
+    Examples:
         >>> [site.key for site in find_sites(nn.Sequential(nn.LSTM(3, 4)))]
         ['0.weight_ih_l0', '0.weight_hh_l0']
     """
@@ -28,7 +28,7 @@ def find_sites(model: nn.Module) -> list[Site]:
 def find_hosts(model: nn.Module) -> list[Host]:
     """Return the modules that hold the model's sites, each once.
 
-    Example:
+    Examples:
         >>> lstm = nn.LSTM(3, 4)
         >>> [host.paths for host in find_hosts(nn.ModuleDict({"left": lstm, "right": lstm}))]
         [['left', 'right']]

@@ -37,7 +37,7 @@ class LowRankLSTM(FactoredModule):
     Raises:
         SlimLSTMError: sizes, ranks or inputs do not fit.
 
-    Example:
+    Examples:
         >>> lstm = LowRankLSTM(3, 4, ranks={"weight_hh_l0": 2})
         >>> output, (h, c) = lstm(torch.randn(5, 2, 3))
         >>> tuple(output.shape), sorted(name for name, _ in lstm.named_parameters())
@@ -110,7 +110,7 @@ class LowRankLSTM(FactoredModule):
             SlimLSTMError: a name or shape in ``factors`` does not fit, or ``lstm`` has parameters that a plain LSTM does
                 not have.
 
-        Example:
+        Examples:
             >>> u, v = torch.randn(16, 2), torch.randn(2, 4)
             >>> LowRankLSTM.from_dense(nn.LSTM(3, 4), {"weight_hh_l0": (u, v)}).ranks
             {'weight_hh_l0': 2}

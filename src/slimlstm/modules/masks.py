@@ -41,7 +41,7 @@ def apply_mask(module: nn.Module, name: str, mask: Tensor) -> None:
         name: the parameter's name.
         mask: boolean, of the parameter's shape; True where a weight stays.
 
-    Example:
+    Examples:
         >>> layer = nn.Linear(2, 1)
         >>> apply_mask(layer, "weight", torch.tensor([[True, False]]))
         >>> (layer.weight != 0).tolist()
@@ -59,7 +59,7 @@ def apply_mask(module: nn.Module, name: str, mask: Tensor) -> None:
 def mask_of(module: nn.Module, name: str) -> Mask | None:
     """Return the mask on the parameter ``name`` of ``module``, or None.
 
-    Example:
+    Examples:
         >>> print(mask_of(nn.Linear(2, 1), "weight"))
         None
     """

@@ -18,7 +18,7 @@ _ambient: ContextVar[tuple[torch.dtype, torch.device] | None] = ContextVar("_amb
 def surely(restore: Callable[[], None]) -> None:
     """Call ``restore``, and once more if an interrupt stops it half-way; the interrupt is raised after.
 
-    Example:
+    Examples:
         >>> calls = []
         >>> surely(lambda: calls.append(1))
         >>> calls
@@ -37,7 +37,7 @@ def evaluation_mode(model: nn.Module) -> Generator[None]:
 
     The flags are set module by module: a model's own ``train`` or ``eval``, which may do more, is not called.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.LSTM(3, 4), nn.Dropout(0.5).eval())
         >>> with evaluation_mode(model):
         ...     [module.training for module in model]
@@ -62,7 +62,7 @@ def evaluation_mode(model: nn.Module) -> Generator[None]:
 def plain_mode() -> Generator[None]:
     """Turn autocast and inference mode off, and gradients on, within the block or the decorated function.
 
-    Example:
+    Examples:
         >>> with torch.inference_mode(), plain_mode():
         ...     torch.ones(1, requires_grad=True).exp().requires_grad
         True
@@ -82,7 +82,7 @@ def plain_defaults() -> Generator[None]:
 
     User code within runs under :func:`ambient_defaults`.
 
-    Example:
+    Examples:
         >>> with plain_defaults():
         ...     torch.zeros(1).dtype
         torch.float32

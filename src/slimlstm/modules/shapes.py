@@ -26,7 +26,7 @@ def lstm_matrix_shapes(
 ) -> dict[str, tuple[int, int]]:
     """Return the shapes of an LSTM's recurrent matrices by name: ih [4H, I] and hh [4H, P].
 
-    Example:
+    Examples:
         >>> lstm_matrix_shapes(input_size=3, hidden_size=4, num_layers=1, bidirectional=False, proj_size=0)
         {'weight_ih_l0': (16, 3), 'weight_hh_l0': (16, 4)}
     """
@@ -43,7 +43,7 @@ def lstm_matrix_shapes(
 def cell_matrix_shapes(input_size: int, hidden_size: int) -> dict[str, tuple[int, int]]:
     """Return the shapes of an LSTM cell's recurrent matrices by name.
 
-    Example:
+    Examples:
         >>> cell_matrix_shapes(input_size=3, hidden_size=4)
         {'weight_ih': (16, 3), 'weight_hh': (16, 4)}
     """
@@ -53,7 +53,7 @@ def cell_matrix_shapes(input_size: int, hidden_size: int) -> dict[str, tuple[int
 def lstm_arguments(lstm: nn.Module) -> dict[str, Any]:
     """Return the arguments that make an ``nn.LSTM`` like this one, except device and dtype.
 
-    Example:
+    Examples:
         >>> lstm_arguments(nn.LSTM(3, 4, num_layers=2))["num_layers"]
         2
     """
@@ -63,7 +63,7 @@ def lstm_arguments(lstm: nn.Module) -> dict[str, Any]:
 def clips(lstm: nn.Module) -> dict[str, Any]:
     """Return the bounds on an LSTM's cells and projected outputs, None where it has none.
 
-    Example:
+    Examples:
         >>> clips(nn.LSTM(3, 4))
         {'cell_clip': None, 'proj_clip': None}
     """

@@ -23,7 +23,7 @@ class Site:
         problem: why it cannot be compressed, or None.
         storage: the storage of its numbers, such as ``"int8"``, or None for the model's own dtype.
 
-    Example:
+    Examples:
         >>> site = Site("encoder", "weight_hh_l1_reverse", (16, 4), rank=2)
         >>> site.key, site.target, site.layer, site.reverse, site.parameters
         ('encoder.weight_hh_l1_reverse', 'hh', 1, True, 40)

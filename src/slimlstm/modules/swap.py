@@ -94,7 +94,7 @@ def _become(module: nn.Module, kind: type[nn.Module], content: dict[str, Any]) -
 def provenance_of(module: nn.Module, name: str) -> Provenance:
     """Return the origin of the factors or the mask of a matrix; empty where it has neither.
 
-    Example:
+    Examples:
         >>> provenance_of(nn.LSTM(3, 4), "weight_hh_l0")
         {}
     """

@@ -21,7 +21,7 @@ def held_objects(model: nn.Module) -> Iterator[Any]:
     The walk enters lists, tuples, sets, mappings, partial functions, closures and the attributes of plain objects. It does
     not enter tensors, and each object is yielded once.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(2, 1)
         >>> model.cache = {"answers": [41, 42.5]}
         >>> [found for found in held_objects(model) if isinstance(found, float)]

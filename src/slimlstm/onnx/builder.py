@@ -33,7 +33,7 @@ class GraphBuilder:
         parent: the builder of the graph around, for the body of a Scan. Its constants are shared by all steps.
         opset: the version of ONNX's operators, from ``OLDEST_OPSET`` on.
 
-    Example:
+    Examples:
         >>> builder = GraphBuilder("demo")
         >>> builder.add("Tanh", "x", to="y")
         'y'

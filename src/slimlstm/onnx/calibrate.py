@@ -26,7 +26,7 @@ def read_batches(path: Path) -> list[RunInputs]:
     Raises:
         SlimLSTMError: the file is missing or damaged, or its arrays differ in their number of runs.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "runs.npz"
         >>> np.savez(path, x=np.zeros((2, 5, 1, 10)))

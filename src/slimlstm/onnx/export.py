@@ -27,7 +27,7 @@ _LARGEST = 2**31 - 1
 
 @dataclass(frozen=True)
 class Exported:
-    """What :func:`export_onnx` wrote.
+    """Description of a file that :func:`export_onnx` wrote.
 
     Attributes:
         inputs: the shapes of the inputs by name; open sizes are names.
@@ -82,7 +82,7 @@ def export_onnx(
             tolerance or cannot be compared at other sizes than the example's, or the file would exceed 2 GiB.
         ImportError: onnx or onnxscript is not installed.
 
-    Example:
+    Examples:
         >>> import pathlib, tempfile
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "small.onnx"
         >>> found = export_onnx(nn.LSTM(3, 4), torch.randn(5, 2, 3), path, input_names=["x"], output_names=["y", "h", "c"])

@@ -87,7 +87,7 @@ def layer_model(directions: Sequence[Direction]) -> Any:
         SlimLSTMError: weights of another dtype than float32 and float64.
         ImportError: onnx is not installed.
 
-    Example:
+    Examples:
         >>> from slimlstm import LowRankLSTM
         >>> model = layer_model(LowRankLSTM(3, 4, ranks={"weight_hh_l0": 2}).layers()[0])
         >>> sorted({node.op_type for node in model.graph.node} & {"LSTM", "Scan"})

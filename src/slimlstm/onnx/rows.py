@@ -101,7 +101,7 @@ def _run_step(lstm: OnnxLSTM, values: Values, recorder: Recorder) -> list[Tensor
 
 
 def _run_operator(probe: Probe, values: Values, recorder: Recorder) -> list[Tensor]:
-    """Run an LSTM operator by the reference recurrence; return those of its outputs that the model reads."""
+    """Run an LSTM operator by the reference recurrence; return the outputs that the model reads."""
     lstm = probe.lstm
     _check_plain(lstm)
     outputs: list[Tensor] = []

@@ -50,7 +50,7 @@ def layer(
     Raises:
         SlimLSTMError: no backend has that name, or it cannot run this layer, with the reason.
 
-    Example:
+    Examples:
         >>> import torch
         >>> u, v, x = torch.randn(32, 2), torch.randn(2, 8), torch.randn(5, 1, 3)
         >>> directions = [Direction(torch.randn(32, 3), (u, v), None, None, None)]

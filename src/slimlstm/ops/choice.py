@@ -32,7 +32,7 @@ def choose(
         x, batch_sizes, directions, training: as of :func:`slimlstm.ops.layer`.
         states: h0 and c0, or nothing.
 
-    Example:
+    Examples:
         >>> weight = torch.zeros(8, 2)
         >>> directions = [Direction(weight, weight, None, None, None)]
         >>> choose(torch.zeros(3, 1, 2, dtype=torch.float64), None, directions)

@@ -21,7 +21,7 @@ def reordered(stacked: Tensor, to: str, source: str = PYTORCH) -> Tensor:
         to: the order of the result, one letter a gate.
         source: the order of ``stacked``.
 
-    Example:
+    Examples:
         >>> reordered(torch.tensor([1.0, 2.0, 3.0, 4.0]), ONNX)
         tensor([1., 4., 2., 3.])
     """

@@ -1,6 +1,6 @@
 """The fused layer as one PyTorch operator, ``slimlstm::layer``, for ``torch.compile`` and ``torch.export``.
 
-Its gradients are those of :mod:`slimlstm.ops.recompute`, by the operator ``slimlstm::layer_backward``.
+Its gradients come from :mod:`slimlstm.ops.recompute`, by the operator ``slimlstm::layer_backward``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A loop over time with an explicit backward pass, for training on the CPU.
 
-The forward pass is that of :mod:`slimlstm.ops.reference`. In the backward pass, with a' the derivative of a gate's
+The forward pass equals :mod:`slimlstm.ops.reference`. In the backward pass, with a' the derivative of a gate's
 activation,
 
 δc_t += δh_t ⊙ o ⊙ (1 - tanh² c_t)

@@ -49,7 +49,7 @@ class LowRank:
     Raises:
         SlimLSTMError: an unknown method, target or storage, a value out of range, or two values that exclude each other.
 
-    Example:
+    Examples:
         >>> LowRank("svd", keep=0.5, target="hh").method
         'svd'
     """
@@ -132,7 +132,7 @@ class Prune:
     Raises:
         SlimLSTMError: an unknown method or target, a value out of range, or not exactly one of ``rank`` and ``keep``.
 
-    Example:
+    Examples:
         >>> Prune(keep=0.1).keep
         0.1
     """
@@ -182,7 +182,7 @@ class Quantize:
     Raises:
         SlimLSTMError: an unknown storage or target.
 
-    Example:
+    Examples:
         >>> Quantize("int8").storage
         'int8'
     """
@@ -215,7 +215,7 @@ def configuration(
     Raises:
         SlimLSTMError: see the configurations; or a storage for a masking method.
 
-    Example:
+    Examples:
         >>> configuration("prune", keep=0.5)
         Prune(rank=None, keep=0.5, target='both', filter=None, method='prune')
     """

@@ -20,7 +20,7 @@ from slimlstm.pipeline.site_plan import SitePlan
 class Plan:
     """A :class:`SitePlan` for every selected site, by key. ``sites`` may be edited.
 
-    Example:
+    Examples:
         >>> plan = Plan({"lstm.weight_hh_l0": SitePlan("svd", rank=8)})
         >>> print(plan)
         lstm.weight_hh_l0: svd rank 8
@@ -59,7 +59,7 @@ Config = LowRank | Prune | Quantize | Plan
 
 
 class Spectra(Protocol):
-    """What a plan needs to know about the numbers in the matrices."""
+    """Statistics of the matrices that a plan is made from."""
 
     def losses(self, site: Site) -> Tensor:
         """Return [k], the loss of leaving out each direction, largest first, in one unit for all sites."""
@@ -98,7 +98,7 @@ def make_plan(config: Config, sites: list[Site], spectra: Spectra | None = None)
 def with_storage(config: Config, storage: str, sites: list[Site]) -> Config:
     """Return a configuration that also rounds every selected site to ``storage``.
 
-    Example:
+    Examples:
         >>> with_storage(LowRank(rank=8), "int8", []).storage
         'int8'
     """

@@ -24,7 +24,7 @@ def as_text(table: RenderableType) -> str:
 
 @dataclass(frozen=True)
 class SiteReport:
-    """What happened to one site.
+    """Result of a compression at one site.
 
     Attributes:
         key, shape: of the site; (m, n).
@@ -81,7 +81,7 @@ class Total:
 
 @dataclass(frozen=True)
 class Report:
-    """What a compression did. Print it, keep ``to_dict()``, or repeat the compression with ``plan``.
+    """Result of a compression. Print it, keep ``to_dict()``, or repeat the compression with ``plan``.
 
     Attributes:
         sites: one report for every selected site.
@@ -91,7 +91,7 @@ class Report:
         notes: what else to know.
         loss_before, loss_after: mean losses on the calibration batches, where a loss was given.
 
-    Example:
+    Examples:
         >>> import slimlstm, torch
         >>> report = slimlstm.compress_(torch.nn.Sequential(torch.nn.LSTM(8, 16)), slimlstm.LowRank(rank=2))
         >>> [site.rank for site in report.sites]

@@ -161,7 +161,7 @@ def compress_matrix(
     Raises:
         SlimLSTMError: the matrix is empty or not finite, the rank does not fit, or a matrix to be rounded is not float32.
 
-    Example:
+    Examples:
         >>> import torch
         >>> compress_matrix(torch.eye(4), SitePlan("svd", rank=2)).rank
         2

@@ -1,4 +1,4 @@
-"""What happens to one site."""
+"""Planned compression of one site."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from slimlstm.modules.sites import Site
 
 @dataclass(frozen=True)
 class SitePlan:
-    """What happens to one site.
+    """Planned compression of one site.
 
     Attributes:
         method: a key of :data:`slimlstm.methods.METHODS`, or ``"dense"``, which leaves the matrix as it is.
@@ -23,7 +23,7 @@ class SitePlan:
     Raises:
         SlimLSTMError: an unknown method or storage, or a missing rank or number of nonzeros.
 
-    Example:
+    Examples:
         >>> print(SitePlan("svd", rank=8, storage="int8"))
         svd int8 rank 8
     """

@@ -1,4 +1,4 @@
-"""What the pipeline needs from something that holds matrices: a live module, a weight file, an ONNX graph."""
+"""The pipeline's interface to an owner of matrices: a live module, a weight file, an ONNX graph."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ class History:
         seconds: wall-clock time; a resumed run includes its earlier parts.
         stopped: why the run ended: ``"steps"``, ``"minutes"`` or ``"patience"``.
 
-    Example:
+    Examples:
         >>> history = History([0.5, 0.4], [(0, 0.6), (2, 0.3)], best_step=2, seconds=1.5, stopped="steps")
         >>> history.steps
         2

@@ -39,7 +39,7 @@ def distillation(teacher: nn.Module, outputs: Callable[[nn.Module, Any], Tensor]
     Returns:
         A function of (model, batch) that returns the mean divergence.
 
-    Example:
+    Examples:
         >>> _ = torch.manual_seed(0)
         >>> teacher, student = nn.Linear(4, 3), nn.Linear(4, 3)
         >>> loss = distillation(teacher, lambda model, batch: model(batch))
@@ -73,7 +73,7 @@ def divergence(found: Tensor, expected: Tensor, temperature: float | None = 1.0)
     Raises:
         SlimLSTMError: the shapes differ, or the temperature is not above zero.
 
-    Example:
+    Examples:
         >>> divergence(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 4.0]]), temperature=None)
         tensor(2.)
     """

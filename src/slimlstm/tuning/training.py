@@ -81,7 +81,7 @@ def finetune(
         SlimLSTMError: an argument out of range; a loss that is not finite or not a tensor; batches that are empty or can be
             read only once; a checkpoint of another model or of other settings.
 
-    Example:
+    Examples:
         >>> _ = torch.manual_seed(0)
         >>> model = nn.LSTM(4, 8)
         >>> batches = [torch.randn(5, 2, 4) for _ in range(3)]

@@ -52,7 +52,7 @@ def compress_file(
         SlimLSTMError: see :func:`slimlstm.weight_files.read_tensors`, :func:`slimlstm.compress_` and :func:`slimlstm.save`;
             or nothing would get smaller. Nothing is written then.
 
-    Example:
+    Examples:
         >>> import tempfile, torch, slimlstm
         >>> place = Path(tempfile.mkdtemp())
         >>> torch.save(torch.nn.LSTM(8, 16).state_dict(), place / "lstm.pt")
