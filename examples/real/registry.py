@@ -72,7 +72,7 @@ def arguments():
 def study(name, measure, dense, configs, quality, *inputs, batches, loss):
     """Compress by every configuration; print bytes, quality and speed, and write them to the folder ``--output``.
 
-    ``quality(model)`` is 1 for the dense model. Speed is measured on ``model(*inputs)``, in interleaved calls on one thread.
+    ``quality(model)`` is 1 for the dense model. Calls of ``model(*inputs)`` are interleaved and timed on one thread.
     """
     size = 4 * sum(site.shape[0] * site.shape[1] for site in sl.find_sites(dense))
     calibration = sl.calibrate(dense, batches, loss)
