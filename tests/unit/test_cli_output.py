@@ -166,4 +166,9 @@ def test_an_interrupt_ends_with_one_line_and_status_130(verb, arguments, run, mo
 
     module, _, name = VERBS[verb][1].rpartition(".")
     monkeypatch.setattr(import_module(module), name, interrupted)
-    assert run(*arguments(verb)) == (130, "", "slimlstm: interrupted\n")
+    # A shell starts its background jobs with interrupts ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert run(*arguments(verb)) == (130, "", "slimlstm: interrupted\n")
+    finally:
+        signal.signal(signal.SIGINT, before)
