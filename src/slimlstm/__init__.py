@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from slimlstm.calibration.moments import Calibration
     from slimlstm.compress import compress_
     from slimlstm.errors import SlimLSTMError
-    from slimlstm.folders import load, save
+    from slimlstm.folders import save
+    from slimlstm.loading import load
     from slimlstm.methods import Method, Storage, register_method, register_storage
     from slimlstm.modules.cell import LowRankLSTMCell
     from slimlstm.modules.hosts import find_sites
@@ -74,7 +75,7 @@ _HOME = {
     "Calibration": "calibration.moments",
     "compress_": "compress",
     "SlimLSTMError": "errors",
-    "load": "folders",
+    "load": "loading",
     "save": "folders",
     "Method": "methods",
     "Storage": "methods",

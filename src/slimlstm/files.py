@@ -1,4 +1,4 @@
-"""Write files so that a reader finds the old content or the new, whatever happens in between."""
+"""Write files so that a reader finds the old content or the new, whatever happens in between; limits of what is read."""
 
 from __future__ import annotations
 
@@ -11,8 +11,52 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from slimlstm.errors import SlimLSTMError
+
+_LEAST_MEMORY, _MEMORY_PER_BYTE = 64 << 20, 256
 _ABANDONED_AFTER = 3600.0
 """Seconds without a write after which a draft belongs to a process that was killed."""
+
+
+def memory_limit(path: str | os.PathLike[str]) -> int:
+    """Return the bytes that the content of a file or folder may take: 64 MiB, and 256 bytes for each byte on disk.
+
+    Small files can declare huge contents. Readers compare the declared sizes with this limit before they make anything.
+
+    Example:
+        >>> import tempfile
+        >>> memory_limit(tempfile.mkdtemp()) // 2**20
+        64
+    """
+    path = Path(path)
+    files = [path] if path.is_file() else [found for found in path.iterdir() if found.is_file()] if path.is_dir() else []
+    return _LEAST_MEMORY + _MEMORY_PER_BYTE * sum(file.stat().st_size for file in files)
+
+
+def check_memory(needed: int, limit: int, what: str) -> None:
+    """Raise :class:`SlimLSTMError` if ``what`` needs more bytes than ``limit``.
+
+    Example:
+        >>> check_memory(10, 100, "this table")
+    """
+    if needed > limit:
+        raise SlimLSTMError(
+            f"{what} would take {needed:,} bytes, more than the {limit:,} that slimlstm allows for a file of this size "
+            "(64 MiB and 256 bytes for each of its bytes); the file is damaged, or made to exhaust memory"
+        )
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Raise :class:`SlimLSTMError` unless ``path`` is a regular file: pipes and devices may never end.
+
+    Example:
+        >>> check_regular(__file__)
+    """
+    path = Path(path)
+    if not path.exists():
+        raise SlimLSTMError(f"{path} does not exist")
+    if not path.is_file():
+        raise SlimLSTMError(f"{path} is {'a folder' if path.is_dir() else 'a pipe or device'}, no file; name a file")
 
 
 @contextmanager

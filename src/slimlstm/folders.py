@@ -1,4 +1,4 @@
-"""Save compressed models as folders of safetensors and ``config.json``, and load them into a fresh dense model.
+"""Save compressed models as folders of safetensors and ``config.json``; :mod:`slimlstm.loading` loads them.
 
 ``config.json`` names the weights file and its SHA-256, and is replaced in one step after that file is complete. So at any
 moment a folder holds either the old model or the new one.
@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -22,13 +22,12 @@ from torch import Tensor, nn
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.files import replacing, write_json
-from slimlstm.methods import STORAGES, Encoded, Replacement, storage_called
+from slimlstm.methods import STORAGES, Encoded, storage_called
 from slimlstm.methods.low_bit import pack, unpack
-from slimlstm.modules.graphs import copy_model
-from slimlstm.modules.hosts import Host, find_hosts
+from slimlstm.modules.hosts import find_hosts
 from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.modules.sites import Site
-from slimlstm.modules.swap import Swap, provenance_of
+from slimlstm.modules.swap import provenance_of
 
 CONFIG = "config.json"
 FORMAT = "slimlstm"
@@ -69,39 +68,6 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     if not sites:
         raise SlimLSTMError("nothing in the model is compressed; call compress_ first, or save its state_dict yourself")
     write_folder(Path(folder), model.state_dict(), sites)
-
-
-@plain_mode()
-@plain_defaults()
-def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
-    """Turn a fresh dense ``model`` into the compressed model in ``folder``, bit for bit.
-
-    ``model`` is changed in place and returned. Its LSTMs are replaced, and all parameters and persistent buffers get the
-    saved numbers and dtypes, on the devices where they are.
-
-    Raises:
-        SlimLSTMError: the folder is incomplete, damaged or altered, or belongs to a model with other names or shapes. The
-            model has not changed then.
-    """
-    config, tensors = read_folder(Path(folder))
-    # Every error shows on the copy first.
-    trial = copy_model(model)
-    _rebuild(trial, config["sites"], tensors).commit()
-    _complete(trial, tensors)
-    _check_fit(trial, tensors)
-    swap = _rebuild(model, config["sites"], tensors)
-    before: list[tuple[Tensor, Tensor]] = []
-    try:
-        swap.commit()
-        before += [(target, target.data) for target in _tensors(model).values()]
-        for name, target in _tensors(model).items():
-            target.data = tensors[name].to(target.device, copy=True)
-    except BaseException:
-        for target, data in before:
-            target.data = data
-        swap.undo()
-        raise
-    return model
 
 
 def site_entry(site: Site, provenance: Mapping[str, str], dtype: torch.dtype) -> dict[str, Any]:
@@ -204,60 +170,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _rebuild(model: nn.Module, sites: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> Swap:
-    """Build factors, masks and weights of the right shapes for ``model``'s sites; their numbers are filled in later."""
-    hosts = find_hosts(model)
-    _check_sites({site.key: site for host in hosts for site in host.sites()}, sites, tensors)
-    # Keep the present parameters alive, so that no new one gets the id of an old one.
-    present = [host.parameter(site.name) for host in hosts for site in host.sites()]
-    shared: dict[Hashable, Tensor | tuple[Tensor, Tensor]] = {}
-    changes: list[tuple[Host, Mapping[str, Replacement]]] = []
-    for host in hosts:
-        entries = {site.name: sites[site.key] for site in host.sites() if site.key in sites}
-        if entries:
-            changes.append((host, {name: _blank(host, name, entry, shared) for name, entry in entries.items()}))
-    swap = Swap(changes)
-    del present
-    return swap
-
-
-def _blank(
-    host: Host, name: str, entry: Mapping[str, Any], shared: dict[Hashable, Tensor | tuple[Tensor, Tensor]]
-) -> Replacement:
-    """Return a replacement with parameters of the right shapes; tied matrices share theirs through ``shared``."""
-    (m, n), like, trained = entry["shape"], host.matrix(name), host.is_trained(name)
-    place = host.identity(name), entry.get("rank"), entry.get("storage")
-    weight: Tensor | tuple[Tensor, Tensor] | None = None
-    if "rank" in entry:
-        u, v = (nn.Parameter(like.new_zeros(size), trained) for size in ((m, entry["rank"]), (entry["rank"], n)))
-        weight = shared.setdefault(place, (u, v))
-    elif "storage" in entry:
-        weight = shared.setdefault(place, nn.Parameter(like.clone(), trained))
-    mask = like.new_ones(m, n, dtype=torch.bool) if "kept" in entry else None
-    method, source = entry.get("method", ""), entry.get("source_sha256", "")
-    return Replacement(weight, method, source, mask, entry.get("storage"))
-
-
-def _check_sites(known: Mapping[str, Site], sites: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> None:
-    for key, entry in sites.items():
-        if key not in known:
-            raise SlimLSTMError(f"the folder's {key} is not in the model, which has {', '.join(known) or 'no LSTM'}")
-        if list(known[key].shape) != entry["shape"]:
-            raise SlimLSTMError(f"{key} is {entry['shape']} in the folder, {list(known[key].shape)} in the model")
-        u = tensors.get(f"{key}_u")
-        if "rank" in entry and (u is None or list(u.shape) != [entry["shape"][0], entry["rank"]] or not u.numel()):
-            raise SlimLSTMError(f"{CONFIG} gives {key} rank {entry['rank']!r}, which its tensors do not have")
-        if "rank" not in entry and known[key].rank is not None:
-            what = "masked" if "kept" in entry else "dense"
-            raise SlimLSTMError(f"{key} is {what} in the folder, but factored in the model; load into a fresh dense model")
-        problem = known[key].problem
-        if problem is not None:
-            raise SlimLSTMError(problem)
-    for key, site in known.items():
-        if site.storage not in (None, sites.get(key, {}).get("storage")):
-            raise SlimLSTMError(f"{key} is {site.storage} in the model, not in the folder; load into a fresh dense model")
-
-
 def _packed(
     tensors: Mapping[str, Tensor], sites: Mapping[str, Mapping[str, Any]]
 ) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
@@ -324,41 +236,6 @@ def _names(key: str, entry: Mapping[str, Any]) -> list[str]:
     else:
         names = [f"{prefix}parametrizations.{name}.original" if "kept" in entry else key]
     return names + [prefix + name.replace("weight_hh", "weight_hr")] * ("weight_hh" in name)
-
-
-def _complete(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Add the other names that a shared parameter has in ``model``."""
-    expected = _tensors(model)
-    stored = {id(target): name for name, target in expected.items() if name in tensors}
-    for name, target in expected.items():
-        if name not in tensors and id(target) in stored:
-            tensors[name] = tensors[stored[id(target)]]
-
-
-def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    expected = _tensors(model)
-    missing, surplus = [n for n in expected if n not in tensors], [n for n in tensors if n not in expected]
-    if missing or surplus:
-        raise SlimLSTMError(
-            "the folder was saved from another model: "
-            + "; ".join(
-                f"{what} {', '.join(names[:5])}{' and more' if len(names) > 5 else ''}"
-                for what, names in (("it lacks", missing), ("the model lacks", surplus))
-                if names
-            )
-        )
-    for name, target in expected.items():
-        if target.shape != tensors[name].shape:
-            raise SlimLSTMError(f"{name} is {list(tensors[name].shape)} in the folder, {list(target.shape)} in the model")
-    stored: dict[int, tuple[str, Tensor]] = {}
-    for name, target in expected.items():
-        other, tensor = stored.setdefault(id(target), (name, tensors[name]))
-        if tensor is not tensors[name] and not torch.equal(tensor, tensors[name]):
-            raise SlimLSTMError(f"{name} and {other} are one parameter in the model, but differ in the folder")
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return cast(dict[str, Tensor], model.state_dict(keep_vars=True))
 
 
 def _without_aliases(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -27,6 +27,7 @@ ARROWS = {
     "pipeline": {"calibration", "modules", "methods", "ops", "tables", "errors"},
     "compress": {"pipeline", "calibration", "modules", "methods", "ops", "errors"},
     "folders": {"modules", "methods", "ops", "files", "errors"},
+    "loading": {"folders", "modules", "methods", "errors"},
     "weight_files": {
         "folders",
         "onnx",

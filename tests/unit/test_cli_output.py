@@ -20,7 +20,7 @@ from slimlstm.onnx.export import Exported
 
 VERBS = {
     "demo": (("demo", "--plot", "{}/curves.png"), "slimlstm.demo.tour.run"),
-    "inspect": (("inspect", "{}/model.safetensors"), "slimlstm.weight_files.read_tensors"),
+    "inspect": (("inspect", "{}/model.safetensors"), "slimlstm.weight_files.read_weights"),
     "compress": (
         ("compress", "{}/model.safetensors", "-o", "{}/out", "--rank", "2"),
         "slimlstm.weight_files.compress_file",

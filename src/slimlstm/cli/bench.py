@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from slimlstm.cli.options import Json, Keep, Method, Rank, Request, Storage, Targets
+from slimlstm.cli.options import Json, Keep, Method, Part, Rank, Request, Storage, Targets
 from slimlstm.cli.output import progress_bar, show
 from slimlstm.errors import SlimLSTMError
 
@@ -29,6 +29,7 @@ def command(
     keep: Keep = None,
     target: Targets = "both",
     storage: Storage = None,
+    part: Part = None,
     steps: Annotated[int, typer.Option(help="Time steps per call.")] = 35,
     batch: Annotated[int, typer.Option(help="Sequences per call.")] = 1,
     threads: Annotated[int, typer.Option(help="Threads per engine.")] = 1,
@@ -44,7 +45,7 @@ def command(
     request = Request(method, rank, keep, target, storage)
     if request.has_size_or_storage() and compressed is not None:
         raise SlimLSTMError("--compressed excludes --rank, --keep and --storage; give the folder, or how to compress")
-    layers = _layers(file)
+    layers = _layers(file, part)
     changed = layers if compressed is None else layers_of(*_tensors_and_sites(compressed))
     if request.has_size_or_storage():
         changed = _compressed_copy(layers, request)
@@ -67,7 +68,7 @@ def _compressed_copy(layers: dict[str, LowRankLSTM], request: Request) -> dict[s
     return changed
 
 
-def _layers(name: str) -> dict[str, LowRankLSTM]:
+def _layers(name: str, part: str | None = None) -> dict[str, LowRankLSTM]:
     from slimlstm.demo import model as embedded
     from slimlstm.demo.awd_lstm import load_awd_lstm
     from slimlstm.folders import CONFIG
@@ -78,11 +79,11 @@ def _layers(name: str) -> dict[str, LowRankLSTM]:
         return layers_of(embedded.embedded_model().state_dict())
     if path.is_dir() and not (path / CONFIG).exists():
         return layers_of(load_awd_lstm(name).state_dict())
-    return layers_of(*_tensors_and_sites(path))
+    return layers_of(*_tensors_and_sites(path, part))
 
 
-def _tensors_and_sites(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _tensors_and_sites(path: Path, part: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from slimlstm.folders import read_config
     from slimlstm.weight_files import read_tensors
 
-    return read_tensors(path), read_config(path)["sites"] if path.is_dir() else {}
+    return read_tensors(path, part), read_config(path)["sites"] if path.is_dir() else {}

@@ -15,6 +15,7 @@ from slimlstm.cli.options import (
     Json,
     Keep,
     Method,
+    Part,
     Rank,
     Request,
     SiteFilter,
@@ -41,6 +42,7 @@ def command(
     target: Targets = "both",
     site_filter: SiteFilter = None,
     storage: Storage = None,
+    part: Part = None,
     batches: Annotated[
         list[Path] | None,
         typer.Option(
@@ -60,6 +62,8 @@ def command(
     to_onnx = output.suffix.lower() == ".onnx"
     if batches and not to_onnx:
         raise SlimLSTMError("--batches are inputs of an ONNX file; compress an ONNX file into another, with -o small.onnx")
+    if part is not None and to_onnx:
+        raise SlimLSTMError("--part names a state dict of a PyTorch checkpoint; an ONNX file has no parts")
     config = request.configuration()
     with progress_bar("compressing") as progress:
         if to_onnx:
@@ -76,7 +80,7 @@ def command(
         else:
             from slimlstm.weight_files import compress_file
 
-            report = compress_file(file, config, output, progress, request.storage_of_masked())
+            report = compress_file(file, config, output, progress, request.storage_of_masked(), part=part)
             use = f"slimlstm.load({str(output)!r}, model) loads it into the model."
     show(report.to_dict(), as_json, report, f"Written to {output}; {use}")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slimlstm.cli.options import Json
+from slimlstm.cli.options import Json, Part
 from slimlstm.cli.output import progress_bar, show, sketch
 from slimlstm.errors import SlimLSTMError
 
@@ -19,15 +19,16 @@ _ENERGIES = (0.5, 0.9, 0.99)
 
 def command(
     file: Annotated[Path, typer.Argument(help="A .safetensors, .pt, .pth or .onnx file, or a compressed folder.")],
+    part: Part = None,
     as_json: Json = False,
 ) -> None:
     """List the LSTM matrices of a weight file.
 
     Print shapes, break-even ranks, and how fast the singular values fall.
     """
-    from slimlstm.weight_files import find_matrices, read_tensors
+    from slimlstm.weight_files import find_matrices, read_weights
 
-    tensors = read_tensors(file)
+    tensors, readings = read_weights(file, part)
     matrices = find_matrices(tensors)
     if not matrices:
         raise SlimLSTMError(
@@ -44,8 +45,8 @@ def command(
         "part of the energy, the sum of squared singular values. "
         f"These matrices hold {in_matrices:,} of the file's {total:,} numbers ({in_matrices / total:.0%})."
     )
-    result = {"file": str(file), "sites": entries, "parameters": in_matrices, "total": total}
-    show(result, as_json, _table(entries), notes)
+    result = {"file": str(file), "sites": entries, "parameters": in_matrices, "total": total, "notes": readings}
+    show(result, as_json, _table(entries), notes, *readings)
 
 
 def _entry(site: Any, names: tuple[str, ...], tensors: Any) -> dict[str, Any]:

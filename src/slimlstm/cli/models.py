@@ -23,7 +23,8 @@ def language_model(name: str) -> AWDLSTM:
     """
     from slimlstm.demo import model as embedded
     from slimlstm.demo.awd_lstm import AWDLSTM, config_of, load_awd_lstm
-    from slimlstm.folders import CONFIG, load, read_folder
+    from slimlstm.folders import CONFIG, read_folder
+    from slimlstm.loading import load
 
     if name == "embedded":
         return embedded.embedded_model()

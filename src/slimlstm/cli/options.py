@@ -35,6 +35,10 @@ SiteFilter = Annotated[
     str | None,
     typer.Option("--filter", help="Compress only matrices whose name contains a match of this regular expression."),
 ]
+Part = Annotated[
+    str | None,
+    typer.Option(help="Which state dict of a checkpoint with several: the keys that lead to it, joined by dots."),
+]
 Storage = Annotated[
     str | None,
     typer.Option(help="Store weights or factors as bfloat16, int8, int6, int5, int4 or int3; may be given alone."),

@@ -3,6 +3,6 @@
 from slimlstm.weight_files.compress import compress_file
 from slimlstm.weight_files.layers import layers_of
 from slimlstm.weight_files.matrices import find_matrices, matrix_of
-from slimlstm.weight_files.read import read_tensors
+from slimlstm.weight_files.read import read_tensors, read_weights
 
-__all__ = ["compress_file", "find_matrices", "layers_of", "matrix_of", "read_tensors"]
+__all__ = ["compress_file", "find_matrices", "layers_of", "matrix_of", "read_tensors", "read_weights"]

@@ -22,9 +22,8 @@ from slimlstm.pipeline.run import Progress, apply, check_smaller, solve
 from slimlstm.pipeline.site_plan import SitePlan
 from slimlstm.pipeline.source import Size, Sizes, replaced_site
 from slimlstm.weight_files.matrices import find_matrices, stored_matrix
-from slimlstm.weight_files.read import Tensors, read_tensors
+from slimlstm.weight_files.read import Tensors, read_weights
 
-_ORIGINAL = re.compile(r"(?:(.*)\.)?parametrizations\.([^.]*)\.original")
 _LSTM_PART = re.compile(r"(parametrizations\.)?(weight|bias)_(ih|hh|hr)[^.]*(\.original)?")
 
 
@@ -35,6 +34,7 @@ def compress_file(
     progress: Progress | None = None,
     storage: str | None = None,
     *,
+    part: str | None = None,
     calibration: Calibration | None = None,
 ) -> Report:
     """Compress the LSTMs in a weight file, and write a folder that :func:`slimlstm.load` reads.
@@ -45,6 +45,7 @@ def compress_file(
         folder: the folder to write.
         progress: called with a site's key and the fraction done.
         storage: also round every selected site to this storage.
+        part: which state dict of a checkpoint with several; see :func:`slimlstm.weight_files.read_tensors`.
         calibration: moments from :func:`slimlstm.calibrate` on the model that these weights belong to, for the calibrated
             methods. A weight file has no model to run batches through.
 
@@ -59,7 +60,7 @@ def compress_file(
         >>> compress_file(place / "lstm.pt", slimlstm.Quantize("int8"), place / "small").lstm.parameters_after
         1664
     """
-    tensors = read_tensors(path)
+    tensors, notes = read_weights(path, part)
     source = FileSource(tensors, read_config(path)["sites"] if path.is_dir() else {})
     if not source.sites():
         raise SlimLSTMError(f"{path} holds no weights of an LSTM, by names (weight_hh_l0) and shapes ([4H, H])")
@@ -73,6 +74,7 @@ def compress_file(
         progress=progress,
     )
     check_smaller(solution)
+    solution.notes += notes
     report = apply(source, solution)
     write_folder(folder, source.state, source.entries)
     return report
@@ -144,7 +146,6 @@ class FileSource:
             self.state.pop(key, None)
             self.entries[key] = self._entry(site, found, first)
             self.state.update(_stored_as(site, first if found.dense is None else found.dense, found.factors, mask))
-        _end_parametrizations(self.state, {self._sites[key].module for key in replacements})
         return []
 
     def _entry(self, site: Site, found: Replacement, first: Tensor) -> dict[str, Any]:
@@ -161,14 +162,6 @@ class FileSource:
     def size(self) -> Sizes:
         """Return the size of the LSTMs with their biases and of everything; weights under a mask are no parameters."""
         return _sizes(self.state, self.entries)
-
-
-def _end_parametrizations(state: Tensors, modules: set[str]) -> None:
-    """Give unmasked weights of compressed modules their plain names, as ``compress_`` does."""
-    for name in list(state):
-        match = _ORIGINAL.fullmatch(name)
-        if match and (match.group(1) or "") in modules and f"{name.removesuffix('original')}0.mask" not in state:
-            state[".".join(part for part in match.groups() if part)] = state.pop(name)
 
 
 def _stored_as(site: Site, matrix: Tensor, factors: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensors:

@@ -1,90 +1,96 @@
-"""Read weight files: ``.safetensors``, ``.pt`` and ``.pth``, ``.onnx``, and folders that slimlstm saved."""
+"""Read weight files: safetensors, PyTorch's checkpoints, ``.onnx``, and folders that slimlstm saved."""
 
 from __future__ import annotations
 
-import pickle
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import cast
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from slimlstm.errors import SlimLSTMError, reason_of
+from slimlstm.errors import SlimLSTMError, refusing
+from slimlstm.files import check_regular, memory_limit
 from slimlstm.folders import CONFIG, SCALE, read_folder
 from slimlstm.methods import Encoded
 from slimlstm.onnx.find import read_tensors_of
-from slimlstm.weight_files.matrices import find_matrices
+from slimlstm.weight_files.check import check_tensors
+from slimlstm.weight_files.computed import with_whole_weights
+from slimlstm.weight_files.pickled import chosen, read_state_dicts
 
 Tensors = dict[str, Tensor]
 
 
-def read_tensors(path: Path) -> Tensors:
+def read_tensors(path: Path, part: str | None = None) -> Tensors:
     """Return all tensors of a weight file, by name, on the CPU.
 
-    A state dict inside another dictionary is found. An ONNX file gives the weights of its LSTM nodes, nested graphs
-    included, under the names of ``nn.LSTM``.
+    A state dict inside another dictionary, a list or a pickled module is found. Weights under PyTorch's pruning, weight
+    norm and spectral norm are computed. An ONNX file gives the weights of its LSTM nodes, nested graphs included, under the
+    names of ``nn.LSTM``.
+
+    Args:
+        path: a file or folder. Its content decides how it is read; the ending only where the content does not say.
+        part: the keys, joined by dots, that lead to one state dict of a checkpoint with several, such as
+            ``"ema.model"``; the name of an outer dictionary joins all below it.
 
     Raises:
-        SlimLSTMError: the file is missing, damaged, of another kind, or holds more than data.
+        SlimLSTMError: the file is missing, damaged, of another kind, or holds recurrent weights that cannot be read, or
+            several sets of them.
     """
+    return read_weights(path, part)[0]
+
+
+def read_weights(path: Path, part: str | None = None) -> tuple[Tensors, list[str]]:
+    """Return the tensors as :func:`read_tensors` does, and notes on what was computed or stays as it is."""
+    with refusing(f"{path} cannot be read"):
+        tensors, notes = _whole(path, part)
+        return tensors, notes + check_tensors(tensors, memory_limit(path))
+
+
+def _whole(path: Path, part: str | None) -> tuple[Tensors, list[str]]:
     if path.is_dir():
+        if part is not None:
+            raise SlimLSTMError(f"{path} is a folder and has no parts; leave --part out")
         if (path / CONFIG).exists():
-            return read_folder(path)[1]
+            return read_folder(path)[1], []
         raise SlimLSTMError(f"{path} is a folder without {CONFIG}; name a weight file, or a folder that slimlstm saved")
-    if not path.is_file():
-        raise SlimLSTMError(f"{path} does not exist")
-    readers = {".safetensors": _read_safetensors, ".pt": _read_torch, ".pth": _read_torch, ".bin": _read_torch}
-    reader = {**readers, ".ckpt": _read_torch, ".onnx": read_tensors_of}.get(path.suffix.lower())
+    check_regular(path)
+    reader = _reader_of(path)
+    if part is not None and reader is not _read_pickled:
+        raise SlimLSTMError(f"{path} is no PyTorch checkpoint and has no parts; leave --part out")
+    return with_whole_weights(_read_pickled(path, part) if reader is _read_pickled else reader(path))
+
+
+def _reader_of(path: Path) -> Callable[..., Tensors]:
+    """Return the reader of a file, by its first bytes and then by its ending."""
+    if path.suffix.lower() == ".onnx":
+        return read_tensors_of
+    with path.open("rb") as stream:
+        start = stream.read(9)
+    if start[8:] == b"{":
+        return _read_safetensors
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        return _read_pickled
+    pickled = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
+    reader = {".safetensors": _read_safetensors, **dict.fromkeys(pickled, _read_pickled)}.get(path.suffix.lower())
     if reader is None:
-        raise SlimLSTMError(f"{path} ends in {path.suffix or 'nothing'}; .safetensors, .pt, .pth and .onnx can be read")
-    return reader(path)
+        raise SlimLSTMError(
+            f"{path} ends in {path.suffix or 'nothing'}, and its content is none that can be read: safetensors, PyTorch's "
+            "checkpoints (.pt, .pth, .ckpt, .bin) and .onnx"
+        )
+    return reader
+
+
+def _read_pickled(path: Path, part: str | None = None) -> Tensors:
+    return {name: tensor.detach() for name, tensor in chosen(read_state_dicts(path), part, path).items()}
 
 
 def _read_safetensors(path: Path) -> Tensors:
-    try:
+    with refusing(f"{path} is no intact safetensors file"):
         tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise SlimLSTMError(f"{path} is no intact safetensors file: {reason_of(error)}") from error
     # A folder's weights file may be given without its config.json.
     for name, value in list(tensors.items()):
         scale = tensors.get(name + SCALE)
         if value.dtype == torch.int8 and scale is not None and scale.shape == value.shape[:1]:
             tensors[name] = Encoded(value, tensors.pop(name + SCALE)).decoded()
     return tensors
-
-
-def _read_torch(path: Path) -> Tensors:
-    try:
-        # PyTorch warns of old protocols and TorchScript archives, which then load, or fail with an error.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            content: object = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise SlimLSTMError(
-            f"{path} holds pickled code, which is not run here; load it where its code is and save "
-            f"model.state_dict() instead ({reason_of(error)})"
-        ) from error
-    except Exception as error:  # a damaged file makes the unpickler fail in many ways
-        raise SlimLSTMError(f"{path} is no intact PyTorch checkpoint: {reason_of(error)}") from error
-    candidates = list(_state_dicts(content, "", set()))
-    with_lstm = [(prefix, state) for prefix, state in candidates if find_matrices(state)] or candidates
-    if len(with_lstm) == 1:
-        return with_lstm[0][1]
-    return {prefix + name: tensor for prefix, state in with_lstm for name, tensor in state.items()}
-
-
-def _state_dicts(content: object, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensors]]:
-    """Yield the dictionaries of tensors in a checkpoint, each once, with the path that leads to it."""
-    if not isinstance(content, Mapping) or id(content) in seen:
-        return
-    seen.add(id(content))
-    items = {str(key): value for key, value in cast(Mapping[object, object], content).items()}
-    tensors = {key: value for key, value in items.items() if isinstance(value, Tensor)}
-    if tensors:
-        yield prefix, tensors
-    for key, value in items.items():
-        yield from _state_dicts(value, f"{prefix}{key}.", seen)

@@ -1,0 +1,184 @@
+"""``load``: turn a fresh dense model into the compressed model in a folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from slimlstm.errors import SlimLSTMError
+from slimlstm.folders import CONFIG, read_folder
+from slimlstm.methods import Replacement
+from slimlstm.modules.graphs import copy_model
+from slimlstm.modules.hosts import Host, find_hosts
+from slimlstm.modules.modes import plain_defaults, plain_mode
+from slimlstm.modules.sites import Site
+from slimlstm.modules.swap import Swap
+
+_COMPILED = "_orig_mod"
+"""The component that ``torch.compile`` adds to names."""
+
+
+@plain_mode()
+@plain_defaults()
+def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
+    """Turn a fresh dense ``model`` into the compressed model in ``folder``, bit for bit.
+
+    ``model`` is changed in place and returned. Its LSTMs are replaced, and all parameters and persistent buffers get the
+    saved numbers and dtypes, on the devices where they are. A prefix that all names of only one of the two have, such as
+    ``module.`` of ``DistributedDataParallel``, is ignored, and so is ``_orig_mod`` of ``torch.compile``.
+
+    Raises:
+        SlimLSTMError: the folder is incomplete, damaged or altered, or belongs to a model with other names or shapes. The
+            model has not changed then.
+    """
+    config, stored = read_folder(Path(folder))
+    sites, tensors = _with_names_of(model, config["sites"], stored)
+    # Every error shows on the copy first.
+    trial = copy_model(model)
+    _rebuild(trial, sites, tensors).commit()
+    _complete(trial, tensors)
+    _check_fit(trial, tensors)
+    swap = _rebuild(model, sites, tensors)
+    before: list[tuple[Tensor, Tensor]] = []
+    try:
+        swap.commit()
+        before += [(target, target.data) for target in _tensors(model).values()]
+        for name, target in _tensors(model).items():
+            target.data = tensors[name].to(target.device, copy=True)
+    except BaseException:
+        for target, data in before:
+            target.data = data
+        swap.undo()
+        raise
+    return model
+
+
+def _with_names_of(
+    model: nn.Module, sites: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Mapping[str, Any]], dict[str, Tensor]]:
+    """Return a folder's sites and tensors by the names that they have in ``model``."""
+    paths = {_plain(path): path for path, _ in model.named_modules(remove_duplicate=False)}
+    known = {_plain(site.key) for host in find_hosts(model) for site in host.sites()}
+    shift = _shift({_plain(key) for key in sites}, known, [_plain(name) for name in tensors])
+
+    def name_in_model(name: str) -> str:
+        parts = shift(_plain(name)).split(".")
+        depth = next(depth for depth in range(len(parts), -1, -1) if ".".join(parts[:depth]) in paths)
+        return ".".join(part for part in (paths[".".join(parts[:depth])], *parts[depth:]) if part)
+
+    renamed = {name_in_model(name): tensor for name, tensor in tensors.items()}
+    if len(renamed) < len(tensors):
+        raise SlimLSTMError(f"the folder has names that differ only in {_COMPILED}; save a model without copies of itself")
+    return {name_in_model(key): entry for key, entry in sites.items()}, renamed
+
+
+def _plain(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != _COMPILED)
+
+
+def _shift(sites: set[str], known: set[str], names: Iterable[str]) -> Callable[[str], str]:
+    """Return a function that takes the prefix of a wrapper away, or adds it, so that ``sites`` are among ``known``."""
+    first = min(sites, default="")
+    for key in () if sites <= known else sorted(known):
+        surplus, missing = first.removesuffix(f".{key}"), key.removesuffix(f".{first}")
+        if surplus != first and all(name.startswith(f"{surplus}.") for name in names):
+            start = f"{surplus}."
+            if {site.removeprefix(start) for site in sites} <= known:
+                return lambda name: name.removeprefix(start)
+        if missing != key and {f"{missing}.{site}" for site in sites} <= known:
+            return lambda name: f"{missing}.{name}"
+    return lambda name: name
+
+
+def _rebuild(model: nn.Module, sites: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> Swap:
+    """Build factors, masks and weights of the right shapes for ``model``'s sites; their numbers are filled in later."""
+    hosts = find_hosts(model)
+    _check_sites({site.key: site for host in hosts for site in host.sites()}, sites, tensors)
+    # Keep the present parameters alive, so that no new one gets the id of an old one.
+    present = [host.parameter(site.name) for host in hosts for site in host.sites()]
+    shared: dict[Hashable, Tensor | tuple[Tensor, Tensor]] = {}
+    changes: list[tuple[Host, Mapping[str, Replacement]]] = []
+    for host in hosts:
+        entries = {site.name: sites[site.key] for site in host.sites() if site.key in sites}
+        if entries:
+            changes.append((host, {name: _blank(host, name, entry, shared) for name, entry in entries.items()}))
+    swap = Swap(changes)
+    del present
+    return swap
+
+
+def _blank(
+    host: Host, name: str, entry: Mapping[str, Any], shared: dict[Hashable, Tensor | tuple[Tensor, Tensor]]
+) -> Replacement:
+    """Return a replacement with parameters of the right shapes; tied matrices share theirs through ``shared``."""
+    (m, n), like, trained = entry["shape"], host.matrix(name), host.is_trained(name)
+    place = host.identity(name), entry.get("rank"), entry.get("storage")
+    weight: Tensor | tuple[Tensor, Tensor] | None = None
+    if "rank" in entry:
+        u, v = (nn.Parameter(like.new_zeros(size), trained) for size in ((m, entry["rank"]), (entry["rank"], n)))
+        weight = shared.setdefault(place, (u, v))
+    elif "storage" in entry:
+        weight = shared.setdefault(place, nn.Parameter(like.clone(), trained))
+    mask = like.new_ones(m, n, dtype=torch.bool) if "kept" in entry else None
+    method, source = entry.get("method", ""), entry.get("source_sha256", "")
+    return Replacement(weight, method, source, mask, entry.get("storage"))
+
+
+def _check_sites(known: Mapping[str, Site], sites: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> None:
+    for key, entry in sites.items():
+        if key not in known:
+            raise SlimLSTMError(f"the folder's {key} is not in the model, which has {', '.join(known) or 'no LSTM'}")
+        if list(known[key].shape) != entry["shape"]:
+            raise SlimLSTMError(f"{key} is {entry['shape']} in the folder, {list(known[key].shape)} in the model")
+        u = tensors.get(f"{key}_u")
+        if "rank" in entry and (u is None or list(u.shape) != [entry["shape"][0], entry["rank"]] or not u.numel()):
+            raise SlimLSTMError(f"{CONFIG} gives {key} rank {entry['rank']!r}, which its tensors do not have")
+        if "rank" not in entry and known[key].rank is not None:
+            what = "masked" if "kept" in entry else "dense"
+            raise SlimLSTMError(f"{key} is {what} in the folder, but factored in the model; load into a fresh dense model")
+        problem = known[key].problem
+        if problem is not None:
+            raise SlimLSTMError(problem)
+    for key, site in known.items():
+        if site.storage not in (None, sites.get(key, {}).get("storage")):
+            raise SlimLSTMError(f"{key} is {site.storage} in the model, not in the folder; load into a fresh dense model")
+
+
+def _complete(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Add the other names that a shared parameter has in ``model``."""
+    expected = _tensors(model)
+    stored = {id(target): name for name, target in expected.items() if name in tensors}
+    for name, target in expected.items():
+        if name not in tensors and id(target) in stored:
+            tensors[name] = tensors[stored[id(target)]]
+
+
+def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    expected = _tensors(model)
+    missing, surplus = [n for n in expected if n not in tensors], [n for n in tensors if n not in expected]
+    if missing or surplus:
+        raise SlimLSTMError(
+            "the folder was saved from another model: "
+            + "; ".join(
+                f"{what} {', '.join(names[:5])}{' and more' if len(names) > 5 else ''}"
+                for what, names in (("it lacks", missing), ("the model lacks", surplus))
+                if names
+            )
+        )
+    for name, target in expected.items():
+        if target.shape != tensors[name].shape:
+            raise SlimLSTMError(f"{name} is {list(tensors[name].shape)} in the folder, {list(target.shape)} in the model")
+    stored: dict[int, tuple[str, Tensor]] = {}
+    for name, target in expected.items():
+        other, tensor = stored.setdefault(id(target), (name, tensors[name]))
+        if tensor is not tensors[name] and not torch.equal(tensor, tensors[name]):
+            raise SlimLSTMError(f"{name} and {other} are one parameter in the model, but differ in the folder")
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return cast(dict[str, Tensor], model.state_dict(keep_vars=True))
