@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import json
 import os
 import secrets
@@ -11,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from slimlstm.errors import SlimLSTMError
+from slimlstm.errors import SlimLSTMError, reason_of
 
 _LEAST_MEMORY, _MEMORY_PER_BYTE = 64 << 20, 256
 _ABANDONED_AFTER = 3600.0
@@ -30,7 +32,17 @@ def memory_limit(path: str | os.PathLike[str]) -> int:
     """
     path = Path(path)
     files = [path] if path.is_file() else [found for found in path.iterdir() if found.is_file()] if path.is_dir() else []
-    return _LEAST_MEMORY + _MEMORY_PER_BYTE * sum(file.stat().st_size for file in files)
+    return memory_limit_of(sum(file.stat().st_size for file in files))
+
+
+def memory_limit_of(size: int) -> int:
+    """Return the bytes that a content of this many bytes on disk may take in memory; see :func:`memory_limit`.
+
+    Example:
+        >>> memory_limit_of(0) // 2**20
+        64
+    """
+    return _LEAST_MEMORY + _MEMORY_PER_BYTE * size
 
 
 def check_memory(needed: int, limit: int, what: str) -> None:
@@ -87,10 +99,47 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Path]:
         draft.chmod(mode)
         flush(draft)
         draft.replace(path)
-    except BaseException:
+    except BaseException as error:
         draft.unlink(missing_ok=True)
+        if type(error).__name__ == "SafetensorError" or type(error) is RuntimeError:
+            # The libraries' own classes for a full disk and the like.
+            raise SlimLSTMError(f"{path} could not be written, and is as it was: {reason_of(error)}") from error
         raise
     flush(path.parent)
+
+
+@contextmanager
+def alone_in(folder: str | os.PathLike[str]) -> Generator[None]:
+    """Make a folder, and wait until no other block of this kind holds it, on systems that can lock folders.
+
+    Example:
+        >>> import tempfile
+        >>> with alone_in(tempfile.mkdtemp()):
+        ...     pass
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def sha256(content: bytes) -> str:
+    """Return the SHA-256 of some bytes as hexadecimal digits.
+
+    Example:
+        >>> sha256(b"")[:8]
+        'e3b0c442'
+    """
+    return hashlib.sha256(content).hexdigest()
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -119,8 +168,9 @@ def flush(path: Path) -> None:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove drafts of ``path`` that killed processes left behind."""
-    for draft in path.parent.glob(f".{path.stem}.*.draft{path.suffix}"):
+    """Remove drafts of ``path``, or of a file with another number in its name, that killed processes left behind."""
+    stem = path.stem.rpartition("-")[0] or path.stem
+    for draft in path.parent.glob(f".{glob.escape(stem)}*.draft{path.suffix}"):
         with suppress(OSError):
             if time.time() - draft.stat().st_mtime > _ABANDONED_AFTER:
                 draft.unlink()

@@ -6,7 +6,6 @@ moment a folder holds either the old model or the new one.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -20,8 +19,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as tensors_as_bytes
 from torch import Tensor, nn
 
-from slimlstm.errors import SlimLSTMError
-from slimlstm.files import replacing, write_json
+from slimlstm.errors import SlimLSTMError, reason_of, refusing
+from slimlstm.files import alone_in, check_regular, replacing, sha256, write_json
 from slimlstm.methods import STORAGES, Encoded, storage_called
 from slimlstm.methods.low_bit import pack, unpack
 from slimlstm.modules.hosts import find_hosts
@@ -91,7 +90,7 @@ def write_folder(folder: Path, state: Mapping[str, Any], sites: Mapping[str, Map
     tensors, aliases = _without_aliases(cast(Mapping[str, Tensor], state))
     tensors, shapes = _packed(tensors, sites)
     content = tensors_as_bytes(tensors, metadata={"format": "pt"})
-    digest = _sha256(content)
+    digest = sha256(content)
     config: dict[str, Any] = {
         "format": FORMAT,
         "format_version": 3 if shapes else 2 if any("storage" in entry for entry in sites.values()) else 1,
@@ -103,19 +102,20 @@ def write_folder(folder: Path, state: Mapping[str, Any], sites: Mapping[str, Map
     if shapes:
         config["packed"] = shapes
     config["sha256"] = _config_sha256(config)
-    previous = _weights_file(folder)
-    with replacing(folder / config["weights"]["file"]) as draft:
-        draft.write_bytes(content)
-    write_json(folder / CONFIG, config)
-    if previous is not None and previous.name != config["weights"]["file"]:
-        previous.unlink(missing_ok=True)
+    with alone_in(folder):
+        previous = _weights_file(folder)
+        with replacing(folder / config["weights"]["file"]) as draft:
+            draft.write_bytes(content)
+        write_json(folder / CONFIG, config)
+        if previous is not None and previous.name != config["weights"]["file"]:
+            previous.unlink(missing_ok=True)
 
 
 def _weights_file(folder: Path) -> Path | None:
     """Return the weights file that the folder's ``config.json`` names, or None."""
     try:
-        return folder / Path(str(read_config(folder)["weights"]["file"])).name
-    except (SlimLSTMError, KeyError):
+        return folder / str(read_config(folder)["weights"]["file"])
+    except SlimLSTMError:
         return None
 
 
@@ -125,23 +125,42 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         SlimLSTMError: a file is missing, damaged, altered or of a later format.
     """
-    config = read_config(folder)
-    path = folder / Path(str(config["weights"]["file"])).name
+    with refusing(f"{folder} cannot be read"):
+        config = read_config(folder)
+        while True:
+            try:
+                content = _weights_of(folder, config)
+                break
+            except SlimLSTMError:
+                # Another process may have saved a new model meanwhile.
+                config, before = read_config(folder), config
+                if config == before:
+                    raise
+        # Parse the bytes that were checked; the file itself may change meanwhile.
+        tensors = _unpacked(load_tensors(content), config, folder)
+        for name, original in config["aliases"].items():
+            if original not in tensors:
+                raise SlimLSTMError(
+                    f"{folder / CONFIG} was altered: {name} is another name of {original}, which is not there"
+                )
+            tensors[name] = tensors[original]
+        return config, tensors
+
+
+def _weights_of(folder: Path, config: Mapping[str, Any]) -> bytes:
+    """Return the content of the weights file, checked against its SHA-256."""
+    path = folder / config["weights"]["file"]
     try:
+        check_regular(path)
         content = path.read_bytes()
-    except OSError as error:
+    except (OSError, SlimLSTMError) as error:
+        reason = reason_of(error)
         raise SlimLSTMError(
-            f"{folder} is incomplete: {path.name} cannot be read ({error}); copy the whole folder"
+            f"{folder} is incomplete: {path.name} cannot be read ({reason}); copy the whole folder"
         ) from error
-    if _sha256(content) != config["weights"]["sha256"]:
+    if sha256(content) != config["weights"]["sha256"]:
         raise SlimLSTMError(f"{path} is damaged or altered: its SHA-256 is not the one in {CONFIG}; copy the folder again")
-    # Parse the bytes that were checked; the file itself may change meanwhile.
-    tensors = _unpacked(load_tensors(content), config, folder)
-    for name, original in config["aliases"].items():
-        if original not in tensors:
-            raise SlimLSTMError(f"{folder / CONFIG} was altered: {name} is another name of {original}, which is not there")
-        tensors[name] = tensors[original]
-    return config, tensors
+    return content
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -151,11 +170,18 @@ def read_config(folder: Path) -> dict[str, Any]:
         SlimLSTMError: it is missing, damaged, altered, of something else or of a later format.
     """
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SlimLSTMError(f"{folder} holds no compressed model: {CONFIG} cannot be read ({error})") from error
+        check_regular(folder / CONFIG)
+        text = (folder / CONFIG).read_text(encoding="utf-8")
+    except (OSError, SlimLSTMError) as error:
+        raise SlimLSTMError(f"{folder} holds no compressed model: {CONFIG} cannot be read ({reason_of(error)})") from error
     except ValueError as error:
-        raise SlimLSTMError(f"{folder / CONFIG} is damaged: {error}") from error
+        raise SlimLSTMError(f"{folder / CONFIG} is damaged: {reason_of(error)}") from error
+    with refusing(f"{folder / CONFIG} is damaged"):
+        return _checked(json.loads(text), folder)
+
+
+def _checked(config: Any, folder: Path) -> dict[str, Any]:
+    """Return a folder's ``config.json`` if it is one of slimlstm's, whole and of a known format."""
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise SlimLSTMError(f"{folder / CONFIG} is not of a model that slimlstm saved")
     config = cast(dict[str, Any], config)
@@ -167,7 +193,27 @@ def read_config(folder: Path) -> dict[str, Any]:
     missing = [key for key in ("weights", "sites", "aliases") if not isinstance(config.get(key), dict)]
     if missing:
         raise SlimLSTMError(f"{folder / CONFIG} is damaged: it lacks {', '.join(missing)}; save the model again")
+    weights: Mapping[str, Any] = config["weights"]
+    file, digest = weights.get("file"), weights.get("sha256")
+    if not isinstance(file, str) or not isinstance(digest, str) or Path(file).name != file:
+        raise SlimLSTMError(f"{folder / CONFIG} is damaged: it names no weights file in its folder; save the model again")
+    for key, entry in config["sites"].items():
+        if not _is_entry(entry):
+            raise SlimLSTMError(f"{folder / CONFIG} is damaged: its entry of {key} is {entry!r}; save the model again")
+    if not all(isinstance(original, str) for original in config["aliases"].values()):
+        raise SlimLSTMError(f"{folder / CONFIG} is damaged: its aliases are no names; save the model again")
     return config
+
+
+def _is_entry(entry: Any) -> bool:
+    """Return whether a site's entry has the types that :func:`site_entry` gives it."""
+    if not isinstance(entry, dict):
+        return False
+    fields = cast(dict[str, Any], entry)
+    shape: Any = fields.get("shape")
+    counts = [*shape, *(fields[name] for name in ("rank", "kept") if name in fields)] if isinstance(shape, list) else []
+    texts = (fields[name] for name in ("dtype", "storage", "method", "source_sha256") if name in fields)
+    return len(counts) >= 2 and all(type(n) is int and n >= 0 for n in counts) and all(isinstance(t, str) for t in texts)
 
 
 def _packed(
@@ -267,8 +313,4 @@ def _check_is_ours(folder: Path) -> None:
 
 def _config_sha256(config: Mapping[str, Any]) -> str:
     rest = {key: value for key, value in config.items() if key != "sha256"}
-    return _sha256(json.dumps(rest, sort_keys=True).encode())
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+    return sha256(json.dumps(rest, sort_keys=True).encode())

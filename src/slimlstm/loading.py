@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from slimlstm.errors import SlimLSTMError
+from slimlstm.errors import SlimLSTMError, refusing
 from slimlstm.folders import CONFIG, read_folder
 from slimlstm.methods import Replacement
 from slimlstm.modules.graphs import copy_model
@@ -40,9 +40,10 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     sites, tensors = _with_names_of(model, config["sites"], stored)
     # Every error shows on the copy first.
     trial = copy_model(model)
-    _rebuild(trial, sites, tensors).commit()
-    _complete(trial, tensors)
-    _check_fit(trial, tensors)
+    with refusing(f"{folder} does not fit the model"):
+        _rebuild(trial, sites, tensors).commit()
+        _complete(trial, tensors)
+        _check_fit(trial, tensors)
     swap = _rebuild(model, sites, tensors)
     before: list[tuple[Tensor, Tensor]] = []
     try:

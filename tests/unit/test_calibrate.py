@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from slimlstm import LowRank, LowRankLSTM, Prune, Quantize, SlimLSTMError, compress_, find_sites
+from slimlstm.calibration import moments as moments_file
 from slimlstm.calibration.collect import calibrate, mean_loss
 from slimlstm.calibration.moments import Calibration, Moments
 
@@ -519,10 +520,18 @@ def test_a_calibration_is_saved_and_loaded_bit_for_bit(loss, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
 
 
-OURS = {"slimlstm": "calibration 1"}
+OURS = {"slimlstm": "calibration 2"}
 SITE = '{"loss": 1, "predictions": 1, "is_scaled": true, "sites": {"a": {"rows": 1}}}'
+MOMENT = {"a:inputs": torch.eye(2, dtype=torch.float64)}
+
+
+def forged(path, header, **tensors):
+    """Write a calibration file with any header and a SHA-256 that fits."""
+    save_file(tensors, path, {**OURS, "header": header, "sha256": moments_file._digest(header, tensors)})
+
+
 NO_CALIBRATION = {
-    "missing": (lambda path, intact: None, "no intact calibration file: No such file"),
+    "missing": (lambda path, intact: None, "does not exist"),
     "empty": (lambda path, intact: path.write_bytes(b""), "no intact calibration file"),
     "text": (lambda path, intact: path.write_text("once upon a time"), "no intact calibration file"),
     "cut short": (lambda path, intact: path.write_bytes(intact[:-8]), "no intact calibration file"),
@@ -533,12 +542,24 @@ NO_CALIBRATION = {
         "holds no calibration that .*; calibrate again",
     ),
     "a later format": (
-        lambda path, intact: save_file({"a": torch.ones(2)}, path, {"slimlstm": "calibration 2"}),
+        lambda path, intact: save_file({"a": torch.ones(2)}, path, {"slimlstm": "calibration 3"}),
         "holds no calibration that this slimlstm can read",
     ),
-    "no header": (lambda path, intact: save_file({"a": torch.ones(2)}, path, OURS), "its header cannot be read"),
-    "no JSON": (lambda path, intact: save_file({"a": torch.ones(2)}, path, {**OURS, "header": "{"}), "cannot be read"),
-    "no moments": (lambda path, intact: save_file({"b": torch.ones(2)}, path, {**OURS, "header": SITE}), "a:inputs"),
+    "no header": (
+        lambda path, intact: save_file({"a": torch.ones(2)}, path, OURS),
+        "no intact calibration file, so calibrate again: 'sha256'",
+    ),
+    "no JSON": (lambda path, intact: forged(path, "{", b=torch.eye(2)), "no intact calibration file"),
+    "no moments": (lambda path, intact: forged(path, SITE, b=torch.eye(2)), "a:inputs"),
+    "a list": (lambda path, intact: forged(path, "[]", b=torch.eye(2)), "no intact calibration file"),
+    "sites in a list": (lambda path, intact: forged(path, SITE.replace('{"a": {"rows": 1}}', "[]")), "no intact"),
+    "rows in words": (
+        lambda path, intact: forged(path, SITE.replace(": 1}}", ': "1"}}'), **MOMENT),
+        "counts are no numbers",
+    ),
+    "no square": (lambda path, intact: forged(path, SITE, **{"a:inputs": torch.ones(2, 3)}), "no square matrices"),
+    "deep": (lambda path, intact: forged(path, "[" * 100_000), "no intact calibration file"),
+    "a flipped bit": (lambda path, intact: path.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1])), "is damaged"),
 }
 
 

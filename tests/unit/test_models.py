@@ -271,8 +271,30 @@ def test_a_missing_shard_is_named(tmp_path):
         load_awd_lstm(tmp_path)
     shards[0].replace(shards[1])
     save_file({"other": torch.ones(1)}, shards[0])
+    with pytest.raises(SlimLSTMError, match="is damaged: its SHA-256 is not the one in the index"):
+        load_awd_lstm(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text(encoding="utf-8"))
+    del content["metadata"]  # as other programs write it
+    index.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(SlimLSTMError, match=r"index and shards differ in .*other"):
         load_awd_lstm(tmp_path)
+
+
+def test_a_new_model_replaces_the_shards_of_the_old_one_and_nothing_else(tmp_path):
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"the user's")
+    save_awd_lstm(make(), tmp_path, shard_bytes=10_250)
+    before = {path.name for path in tmp_path.iterdir()}
+    other = make()
+    with torch.no_grad():
+        other.embedding.weight.add_(1)
+    save_awd_lstm(other, tmp_path)
+    assert len({path.name for path in tmp_path.iterdir()} - before) == 1
+    assert {path.name for path in tmp_path.iterdir()} & before == {
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+    }
+    assert state_of(load_awd_lstm(tmp_path)).keys() == state_of(other, torch.float16).keys()
 
 
 def published(model):

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from slimlstm.errors import SlimLSTMError, reason_of
-from slimlstm.files import replacing
+from slimlstm.errors import SlimLSTMError, refusing
+from slimlstm.files import check_regular, replacing, sha256
 
-_FORMAT = "calibration 1"
+_FORMAT = "calibration 2"
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,9 @@ class Calibration:
                 tensors[name] = moments.gradients.cpu().contiguous()
                 entries[key]["gradients"] = name
         header = {"loss": self.loss, "predictions": self.predictions, "is_scaled": self.is_scaled, "sites": entries}
+        text = json.dumps(header)
         with replacing(path) as draft:
-            save_file(tensors, draft, metadata={"slimlstm": _FORMAT, "header": json.dumps(header)})
+            save_file(tensors, draft, {"slimlstm": _FORMAT, "header": text, "sha256": _digest(text, tensors)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
@@ -121,21 +122,22 @@ class Calibration:
         Raises:
             SlimLSTMError: the file is missing or damaged, or is no calibration.
         """
-        try:
+        check_regular(path)
+        with refusing(f"{path} is no intact calibration file, so calibrate again"):
             with safe_open(path, "pt") as file:
                 metadata: dict[str, str] = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
-        except (SafetensorError, OSError) as error:
-            raise SlimLSTMError(f"{path} is no intact calibration file: {reason_of(error)}; calibrate again") from error
-        if metadata.get("slimlstm") != _FORMAT:
-            raise SlimLSTMError(f"{path} holds no calibration that this slimlstm can read; calibrate again")
-        try:
+            if metadata.get("slimlstm") != _FORMAT:
+                raise SlimLSTMError(f"{path} holds no calibration that this slimlstm can read; calibrate again")
+            if metadata["sha256"] != _digest(metadata["header"], tensors):
+                raise SlimLSTMError(f"{path} is damaged: its SHA-256 is not the one written into it; calibrate again")
             return _parsed(json.loads(metadata["header"]), tensors)
-        except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            reason = f"{type(error).__name__}: {reason_of(error)}"
-            raise SlimLSTMError(
-                f"{path} is no intact calibration file: its header cannot be read ({reason}); calibrate again"
-            ) from error
+
+
+def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of a header and of tensors with their names."""
+    parts = [sha256(part) for name in sorted(tensors) for part in (name.encode(), tensors[name].numpy().tobytes())]
+    return sha256("\n".join([sha256(header.encode()), *parts]).encode())
 
 
 def _parsed(header: dict[str, Any], tensors: dict[str, Tensor]) -> Calibration:
@@ -147,4 +149,14 @@ def _parsed(header: dict[str, Any], tensors: dict[str, Tensor]) -> Calibration:
         )
         for key, entry in header["sites"].items()
     }
-    return Calibration(sites, header["loss"], header["predictions"], header["is_scaled"])
+    found = Calibration(sites, header["loss"], header["predictions"], header["is_scaled"])
+    if not all(_is_square(part) for one in sites.values() for part in (one.inputs, one.gradients)):
+        raise ValueError("its moments are no square matrices of numbers")
+    numbers = [found.predictions, *(one.rows for one in sites.values())]
+    if not all(type(number) is int for number in numbers) or not isinstance(found.loss, float | None):
+        raise ValueError("its counts are no numbers")
+    return found
+
+
+def _is_square(moments: Tensor | None) -> bool:
+    return moments is None or (moments.is_floating_point() and moments.ndim == 2 and len(moments) == moments.shape[1])

@@ -6,7 +6,6 @@ Dimensions: T time steps, B streams, E embedding size, H hidden size, V vocabula
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as tensors_in
+from safetensors.torch import load_file
+from safetensors.torch import save as tensors_as_bytes
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import dropout, embedding
 
-from slimlstm.errors import SlimLSTMError, reason_of
-from slimlstm.files import replacing, write_json
+from slimlstm.errors import SlimLSTMError, reason_of, refusing
+from slimlstm.files import alone_in, check_memory, check_regular, memory_limit_of, replacing, sha256, write_json
 
 LSTMStates = list[tuple[Tensor, Tensor]]
 """One pair (h, c), each [1, B, H], for every layer."""
@@ -145,9 +145,14 @@ def config_of(tensors: Mapping[str, Tensor]) -> AWDLSTMConfig:
     try:
         vocab_size, embedding_size = tensors["embedding.weight"].shape
         layers = sum(name.endswith(".bias_hh_l0") for name in tensors)
-        return AWDLSTMConfig(vocab_size, embedding_size, len(tensors["lstms.0.bias_hh_l0"]) // 4, layers)
-    except (KeyError, ValueError) as error:
-        raise SlimLSTMError(f"these are not the tensors of an AWD-LSTM: {error}") from error
+        config = AWDLSTMConfig(vocab_size, embedding_size, len(tensors["lstms.0.bias_hh_l0"]) // 4, layers)
+    except (KeyError, ValueError, TypeError) as error:
+        raise SlimLSTMError(f"these are not the tensors of an AWD-LSTM: {reason_of(error)}") from error
+    most = memory_limit_of(sum(tensor.nbytes for tensor in tensors.values()))
+    with torch.device("meta"):
+        needed = sum(parameter.nbytes for parameter in AWDLSTM(config).parameters())
+    check_memory(needed, most, "an AWD-LSTM of these sizes")
+    return config
 
 
 def load_awd_lstm(folder: str | Path) -> AWDLSTM:
@@ -170,23 +175,43 @@ def load_awd_lstm(folder: str | Path) -> AWDLSTM:
     if path is None:
         raise SlimLSTMError(f"{folder} has no {WEIGHTS}, {INDEX} or {PICKLED}; give the folder of an AWD-LSTM checkpoint")
     try:
-        read = {WEIGHTS: load_file, INDEX: _read_shards, PICKLED: _read_pickled}[path.name]
-        state = {name: tensor.float() for name, tensor in _renamed(read(path)).items()}
-        model = AWDLSTM(config_of(state))
-        if not state.setdefault("decoder.weight", state["embedding.weight"]).equal(state["embedding.weight"]):
-            raise SlimLSTMError("its softmax does not share the embedding's weights")
-        model.load_state_dict(state)
-    except (SafetensorError, OSError, RuntimeError, SlimLSTMError) as error:
+        with refusing("it is damaged"):
+            read = {WEIGHTS: load_file, INDEX: _read_shards, PICKLED: _read_pickled}[path.name]
+            state = {name: _as_float(name, tensor) for name, tensor in _renamed(read(path)).items()}
+            model = AWDLSTM(config_of(state))
+            if not state.setdefault("decoder.weight", state["embedding.weight"]).equal(state["embedding.weight"]):
+                raise SlimLSTMError("its softmax does not share the embedding's weights")
+            _check_same_shapes(state, model.state_dict())
+            model.load_state_dict(state)
+    except SlimLSTMError as error:
         raise SlimLSTMError(f"{path} does not hold an AWD-LSTM: {error}") from error
     return model.eval()
+
+
+def _as_float(name: str, tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point() or tensor.is_meta or tensor.layout != torch.strided:
+        raise SlimLSTMError(f"{name} is no plain array of floating-point numbers")
+    check_memory(4 * tensor.numel(), memory_limit_of(tensor.untyped_storage().nbytes()), name)
+    return tensor.float()
+
+
+def _check_same_shapes(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    odd = sorted(name for name in state.keys() | expected.keys() if _shape(state, name) != _shape(expected, name))
+    if odd:
+        raise SlimLSTMError(f"{', '.join(odd[:5])}: missing, surplus, or of another shape")
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> list[int] | None:
+    return list(tensors[name].shape) if name in tensors else None
 
 
 def save_awd_lstm(model: AWDLSTM, folder: str | Path, *, shard_bytes: int = 16_000_000) -> None:
     """Write a dense AWD-LSTM in half precision, as safetensors files of at most ``shard_bytes`` each and an index.
 
-    The index, ``model.safetensors.index.json``, has the format of the Hugging Face libraries and is written last. A tensor
-    larger than a shard is cut along its rows into ``{name}.part0``, ``{name}.part1`` and so on. The weights that embedding
-    and softmax share are written once.
+    The index, ``model.safetensors.index.json``, has the format of the Hugging Face libraries and names the SHA-256 of every
+    shard. It is written last, so that a reader finds the old model or the new one; shards of the old one are removed after.
+    A tensor larger than a shard is cut along its rows into ``{name}.part0``, ``{name}.part1`` and so on. The weights that
+    embedding and softmax share are written once.
 
     Raises:
         SlimLSTMError: the model is compressed or parametrized, a weight is too large for half precision, a row is too large
@@ -213,15 +238,33 @@ def save_awd_lstm(model: AWDLSTM, folder: str | Path, *, shard_bytes: int = 16_0
         if (folder / name).exists():
             raise SlimLSTMError(f"{folder / name} exists and would be read instead; name another folder, or remove it")
     shards = list(_packed(state, shard_bytes - _HEADER))
-    names = [f"model-{index:05d}-of-{len(shards):05d}.safetensors" for index in range(1, len(shards) + 1)]
-    for name, shard in zip(names, shards, strict=True):
-        with replacing(folder / name) as draft:
-            save_file(shard, draft)
+    contents = [tensors_as_bytes(shard) for shard in shards]
+    digests = [sha256(content) for content in contents]
+    names = [f"model-{at:05d}-of-{len(shards):05d}-{digest[:16]}.safetensors" for at, digest in enumerate(digests, 1)]
     index = {
-        "metadata": {"total_size": sum(2 * tensor.numel() for tensor in state.values())},
+        "metadata": {
+            "total_size": sum(2 * tensor.numel() for tensor in state.values()),
+            "sha256": dict(zip(names, digests, strict=True)),
+        },
         "weight_map": {part: name for name, shard in zip(names, shards, strict=True) for part in shard},
     }
-    write_json(folder / INDEX, index)
+    with alone_in(folder):
+        before = _own_shards(folder)
+        for name, content in zip(names, contents, strict=True):
+            with replacing(folder / name) as draft:
+                draft.write_bytes(content)
+        write_json(folder / INDEX, index)
+        for name in before - set(names):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _own_shards(folder: Path) -> set[str]:
+    """Return the shards that the folder's index names with their SHA-256, as only slimlstm writes it."""
+    try:
+        _, digests = _read_index(folder / INDEX)
+    except (OSError, SlimLSTMError):
+        return set()
+    return set(digests)
 
 
 def _packed(state: Mapping[str, Tensor], most: int) -> Iterator[dict[str, Tensor]]:
@@ -242,14 +285,14 @@ def _packed(state: Mapping[str, Tensor], most: int) -> Iterator[dict[str, Tensor
 
 def _read_shards(path: Path) -> dict[str, Tensor]:
     """Return the tensors of all shards that an index names; join the tensors that were cut."""
-    try:
-        file_of = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(file_of.values()))
-        if any(Path(file).name != file for file in files):
-            raise ValueError("a shard lies outside the folder")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SlimLSTMError(f"its index cannot be read ({reason_of(error)})") from error
-    tensors = {name: tensor for file in files for name, tensor in load_file(path.with_name(file)).items()}
+    file_of, digests = _read_index(path)
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(set(file_of.values())):
+        check_regular(path.with_name(file))
+        content = path.with_name(file).read_bytes()
+        if digests.get(file, sha256(content)) != sha256(content):
+            raise SlimLSTMError(f"{file} is damaged: its SHA-256 is not the one in the index")
+        tensors.update(tensors_in(content))
     if tensors.keys() != file_of.keys():
         raise SlimLSTMError(f"index and shards differ in {', '.join(sorted(tensors.keys() ^ file_of.keys()))}")
     parts: dict[str, dict[int, Tensor]] = {}
@@ -259,11 +302,23 @@ def _read_shards(path: Path) -> dict[str, Tensor]:
     return {name: torch.cat([found[index] for index in sorted(found)]) for name, found in parts.items()}
 
 
+def _read_index(path: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the file of each tensor, and the SHA-256 of each file where the index has it."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        file_of, digests = dict(index["weight_map"]), dict(index.get("metadata", {}).get("sha256", {}))
+        if any(Path(file).name != file for file in (*file_of.values(), *digests)):
+            raise ValueError("a shard lies outside the folder")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SlimLSTMError(f"its index cannot be read ({reason_of(error)})") from error
+    return file_of, digests
+
+
 def _read_pickled(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a pickled dictionary, without running any code in it."""
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError) as error:
+    except Exception as error:  # a damaged file makes the unpickler fail in many ways
         raise SlimLSTMError(
             f"it is damaged, or holds pickled code, which slimlstm does not run ({reason_of(error)}); load it where its "
             "code is, and save model.state_dict() instead"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -13,7 +13,8 @@ import torch
 from slimlstm.calibration.collect import NO_BATCH, MomentSums, moments_of
 from slimlstm.calibration.moments import Moments
 from slimlstm.calibration.recorder import Keys
-from slimlstm.errors import SlimLSTMError, reason_of
+from slimlstm.errors import SlimLSTMError, refusing
+from slimlstm.files import check_memory, check_regular, memory_limit
 from slimlstm.onnx.graph import OnnxLSTM
 from slimlstm.onnx.probes import ProbedModel
 from slimlstm.onnx.rows import DRAWS, observed_rows, rows_with_gradients
@@ -33,11 +34,12 @@ def read_batches(path: Path) -> list[RunInputs]:
         >>> [run["x"].shape for run in read_batches(path)]
         [(5, 1, 10), (5, 1, 10)]
     """
-    try:
+    check_regular(path)
+    with refusing(f"{path} is no intact .npz file"):
+        with ZipFile(path) as archive:
+            check_memory(sum(entry.file_size for entry in archive.infolist()), memory_limit(path), f"the content of {path}")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, AttributeError, EOFError, BadZipFile) as error:
-        raise SlimLSTMError(f"{path} is no intact .npz file: {reason_of(error)}") from error
     counts = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
     if len(set(counts.values())) != 1 or not min(counts.values()):
         raise SlimLSTMError(f"the arrays in {path} need the runs as a common first axis; their lengths are {counts}")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from slimlstm.errors import SlimLSTMError, reason_of
+from slimlstm.errors import SlimLSTMError, refusing
+from slimlstm.files import check_memory, check_regular, memory_limit_of
 from slimlstm.ops.weights import Matrix
 
 # Exporters transpose, cut, join and quantise PyTorch's weights by these operators.
@@ -31,8 +34,8 @@ _FOLDED = {
     "Transpose",
     "Unsqueeze",
 }
-# Far above any weight; operators on the contents of a damaged or hostile file are not evaluated beyond it.
-_LARGEST = 1 << 30
+_WIDEST = 8
+"""Bytes of the widest number that an operator makes."""
 
 
 @dataclass
@@ -43,11 +46,13 @@ class Scope:
         graph: the graph.
         constants: the arrays of constants, by name.
         producers: the node that computes each value, by the value's name.
+        computed: the bytes that all constants of the file that nodes compute may take, and take so far.
     """
 
     graph: Any
     constants: ChainMap[str, Any]
     producers: ChainMap[str, Any]
+    computed: list[int] = field(default_factory=lambda: [0, 0])
 
 
 @dataclass
@@ -122,12 +127,24 @@ def read_model(path: Path) -> Any:
         import onnx
     except ImportError as error:
         raise SlimLSTMError("onnx, which reads ONNX files, is not installed: pip install 'slimlstm[onnx]'") from error
-    if not path.is_file():
-        raise SlimLSTMError(f"there is no file {path}")
-    try:
-        return onnx.load(path)
-    except Exception as error:  # protobuf and onnx raise classes of several libraries
-        raise SlimLSTMError(f"{path} is no intact ONNX file: {reason_of(error)}") from error
+    check_regular(path)
+    with refusing(f"{path} is no intact ONNX file"):
+        model = onnx.load(path, load_external_data=False)
+        for tensor in outside_tensors(model):
+            place = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+            check_regular(path.parent / place)
+        onnx.load_external_data_for_model(model, str(path.parent))
+        return model
+
+
+def outside_tensors(model: Any) -> Iterator[Any]:
+    """Yield the tensors whose numbers are in other files."""
+    from onnx import TensorProto
+
+    for graph in graphs_of(model.graph):
+        attributes = [attribute for node in graph.node for attribute in node.attribute]
+        tensors = [*graph.initializer, *(attribute.t for attribute in attributes if attribute.HasField("t"))]
+        yield from (tensor for tensor in tensors if tensor.data_location == TensorProto.EXTERNAL)
 
 
 def graphs_of(graph: Any) -> Iterator[Any]:
@@ -164,10 +181,13 @@ def open_scope(graph: Any, outer: Scope | None, opsets: Mapping[str, int]) -> Sc
         outer.constants.new_child() if outer else ChainMap[str, Any](),
         outer.producers.new_child() if outer else ChainMap[str, Any](),
     )
+    scope.computed = outer.computed if outer else [memory_limit_of(graph.ByteSize()), 0]
     scope.constants.update((tensor.name, numpy_helper.to_array(tensor)) for tensor in graph.initializer)
     for node in graph.node:
         scope.producers.update(dict.fromkeys(node.output, node))
         if node.op_type in _FOLDED and all(name in scope.constants for name in node.input if name):
+            scope.computed[1] += _result_bytes(node, [scope.constants[name] for name in node.input if name])
+            check_memory(scope.computed[1], scope.computed[0], "the constants that the file's nodes compute")
             scope.constants.update(_evaluated(node, scope.constants, opsets))
     return scope
 
@@ -202,14 +222,25 @@ def storage_of(name: str, scope: Scope, direction: int = 0) -> str | None:
     return None
 
 
+def _result_bytes(node: Any, inputs: list[Any]) -> int:
+    """Return the most bytes that a node's result can take, from the shapes of its inputs."""
+    shapes = [array.shape for array in inputs]
+    if node.op_type == "MatMul" and all(len(shape) > 1 for shape in shapes):
+        (*outer, rows, _), (*others, _, columns) = shapes
+        return math.prod((*np.broadcast_shapes(tuple(outer), tuple(others)), rows, columns)) * _WIDEST
+    if node.op_type in ("Mul", "Sub", "QuantizeLinear", "DequantizeLinear", "Cast"):
+        largest = max((math.prod(shape) for shape in shapes), default=0)
+        is_scale = node.op_type.endswith("Linear")
+        return (largest if is_scale else math.prod(np.broadcast_shapes(*shapes))) * _WIDEST
+    return sum(array.nbytes for array in inputs)
+
+
 def _evaluated(node: Any, constants: Mapping[str, Any], opsets: Mapping[str, int]) -> dict[str, Any]:
     """Return the outputs of a node whose inputs are constants; nothing where it cannot be evaluated."""
     from onnx import helper
     from onnx.reference import ReferenceEvaluator
 
     inputs = {name: constants[name] for name in node.input if name}
-    if sum(array.nbytes for array in inputs.values()) > _LARGEST:
-        return {}
     values = [helper.make_empty_tensor_value_info(name) for name in inputs]
     results = [helper.make_empty_tensor_value_info(name) for name in node.output]
     graph = helper.make_graph([node], "node", values, results)

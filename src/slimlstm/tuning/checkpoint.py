@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,16 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimlstm.errors import SlimLSTMError, reason_of
-from slimlstm.files import replacing
+from slimlstm.errors import SlimLSTMError, refusing
+from slimlstm.files import check_regular, replacing, sha256
 
-_FORMAT = "slimlstm.tuning 1"
+_FORMAT = "slimlstm.tuning 2"
+_DIGITS = 64
+"""Bytes at the end of the file: the SHA-256 of everything before."""
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """Replace the file ``path`` by a checkpoint with this content: tensors, numbers, strings, lists and dictionaries."""
-    with replacing(path) as draft, draft.open("wb") as stream:
-        torch.save({"format": _FORMAT, **content}, stream)
+    stream = io.BytesIO()
+    torch.save({"format": _FORMAT, **content}, stream)
+    written = stream.getvalue()
+    with replacing(path) as draft:
+        draft.write_bytes(written + sha256(written).encode())
 
 
 def read_checkpoint(path: Path) -> dict[str, Any] | None:
@@ -30,15 +36,18 @@ def read_checkpoint(path: Path) -> dict[str, Any] | None:
     """
     if not path.exists():
         return None
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files raise exceptions of many classes
-        raise SlimLSTMError(
-            f"the checkpoint {path} cannot be read ({reason_of(error)}); delete it, or name another file"
-        ) from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise SlimLSTMError(f"{path} is not a checkpoint of finetune; name another file")
-    return content
+    check_regular(path)
+    with refusing(f"the checkpoint {path} cannot be read, so delete it, or name another file"):
+        written = path.read_bytes()
+        if written[-_DIGITS:] != sha256(written[:-_DIGITS]).encode():
+            raise SlimLSTMError(
+                f"{path} is damaged or not a checkpoint of finetune: it does not end in the SHA-256 of its content; "
+                "delete it, or name another file"
+            )
+        content = torch.load(io.BytesIO(written[:-_DIGITS]), map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise SlimLSTMError(f"{path} is not a checkpoint of finetune; name another file")
+        return content
 
 
 def check_settings(path: Path, written: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
