@@ -22,17 +22,19 @@ def info(name, kind=TensorProto.FLOAT):
     return helper.make_tensor_value_info(name, kind, None)
 
 
-def lstm_parts(rng, direction="forward", lengths=False, states=False, layout=0, bias=True, name="lstm", **attributes):
+def lstm_parts(
+    rng, direction="forward", lengths=False, states=False, layout=0, bias=True, name="lstm", hidden=H, **attributes
+):
     """An LSTM node, its weights, and the names of the optional inputs that it takes."""
     number = DIRECTIONS[direction]
-    weights = {"W": low_rank(rng, number, 4 * H, INPUTS), "R": low_rank(rng, number, 4 * H, H)}
+    weights = {"W": low_rank(rng, number, 4 * hidden, INPUTS), "R": low_rank(rng, number, 4 * hidden, hidden)}
     if bias:
-        weights["B"] = rng.standard_normal((number, 8 * H)).astype(np.float32)
+        weights["B"] = rng.standard_normal((number, 8 * hidden)).astype(np.float32)
     names = ["x", f"{name}_W", f"{name}_R", f"{name}_B" if bias else "", "lengths" if lengths else ""]
     names += ["h0", "c0"] if states else []
     attributes |= {"layout": layout} if layout else {}
     outputs = [f"{name}_{part}" for part in ("y", "h", "c")]
-    node = helper.make_node("LSTM", names, outputs, name, hidden_size=H, direction=direction, **attributes)
+    node = helper.make_node("LSTM", names, outputs, name, hidden_size=hidden, direction=direction, **attributes)
     return node, [numpy_helper.from_array(value, f"{name}_{kind}") for kind, value in weights.items()]
 
 

@@ -307,7 +307,7 @@ def test_refusals_leave_what_is_there(tmp_path):
         (loose, low, "no constants of the file", {}),
         (foreign, low, "holds no LSTM", {}),
         (old, low, "opset 6", {}),
-        (tmp_path / "missing.onnx", low, "there is no file", {}),
+        (tmp_path / "missing.onnx", low, "does not exist", {}),
     ):
         with pytest.raises(SlimLSTMError, match=message):
             compress_onnx(file, config, output, **arguments)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError, reason_of
 from slimlstm.onnx.graph import OnnxLSTM, Scope, inner_graphs, open_scope, read_model
-from slimlstm.onnx.operators import read_operator
+from slimlstm.onnx.operators import OPERATORS, read_operator
 from slimlstm.onnx.written_out import read_written_out
 
 
@@ -64,18 +64,18 @@ def read_tensors_of(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _lstms(graph: Any, outer: Scope | None, opsets: Mapping[str, int]) -> Iterator[OnnxLSTM]:
-    scope = open_scope(graph, outer, opsets)
-    users: dict[str, int] = {}
+def _lstms(graph: Any, outer: Scope | None, opsets: Mapping[str, int], holder: Any = None) -> Iterator[OnnxLSTM]:
+    scope = open_scope(graph, outer, opsets, holder)
     for node in graph.node:
-        for name in node.input:
-            users[name] = users.get(name, 0) + 1
-    for node in graph.node:
-        if node.op_type == "LSTM" and node.domain in ("", "ai.onnx"):
+        if (node.domain, node.op_type) in OPERATORS:
             yield read_operator(node, scope)
+        elif node.op_type in ("GRU", "RNN") or "LSTM" in node.op_type:
+            name = node.name or next((output for output in node.output if output), node.op_type)
+            kind = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+            yield OnnxLSTM(name, node, scope, problem=f"{name}: {kind} operators cannot be read; it stays as it is")
         elif node.op_type == "Split" and len(node.output) == 4:
-            lstm = read_written_out(node, scope, users)
+            lstm = read_written_out(node, scope)
             if lstm is not None:
                 yield lstm
         for inner in inner_graphs(node):
-            yield from _lstms(inner, scope, opsets)
+            yield from _lstms(inner, scope, opsets, node)

@@ -36,6 +36,10 @@ _FOLDED = {
 }
 _WIDEST = 8
 """Bytes of the widest number that an operator makes."""
+# An operator that is an LSTM, or that every LSTM of single operators has.
+_LSTM_PARTS = {"LSTM", "DynamicQuantizeLSTM", "Split"}
+# The evaluator knows DequantizeLinear from this opset on only; the operator did not change.
+_DEQUANTIZES = 19
 
 
 @dataclass
@@ -46,13 +50,32 @@ class Scope:
         graph: the graph.
         constants: the arrays of constants, by name.
         producers: the node that computes each value, by the value's name.
+        outer: the scope around, for a nested graph.
+        holder: the node that holds a nested graph.
         computed: the bytes that all constants of the file that nodes compute may take, and take so far.
     """
 
     graph: Any
     constants: ChainMap[str, Any]
     producers: ChainMap[str, Any]
+    outer: Scope | None = None
+    holder: Any = None
     computed: list[int] = field(default_factory=lambda: [0, 0])
+
+    def states(self) -> set[str]:
+        """Return the inputs of a Loop's or Scan's body that carry a state from one iteration to the next."""
+        names = [entry.name for entry in self.graph.input]
+        kind = getattr(self.holder, "op_type", "")
+        if kind == "Scan":
+            return set(names[: len(names) - attribute_of(self.holder, "num_scan_inputs", 0)])
+        return set(names[2:]) if kind == "Loop" else set()
+
+    def scanned(self, name: str) -> str:
+        """Return the outer value that a Scan's body reads one slice of at every step as ``name``, or ""."""
+        names = [entry.name for entry in self.graph.input]
+        if getattr(self.holder, "op_type", "") != "Scan" or name not in names or name in self.states():
+            return ""
+        return self.holder.input[names.index(name)]
 
 
 @dataclass
@@ -68,6 +91,7 @@ class WeightLocation:
         index: the position of the matrix among the node's inputs.
         direction: the position of the matrix's direction in that input, for an LSTM operator.
         source: the node that multiplies by the right factor, for an LSTM of single operators that is low-rank already.
+        columns: the matrix's columns, first and end, where ``node`` multiplies [W R] with a Concat of x and h.
         storage: ``"int8"`` or ``"bfloat16"`` where the file holds such numbers and widens them; otherwise None.
     """
 
@@ -80,11 +104,13 @@ class WeightLocation:
     direction: int = 0
     source: Any = None
     storage: str | None = None
+    columns: tuple[int, int] | None = None
 
     @property
     def input(self) -> str:
         """The name of the value that the matrix is multiplied with, for an LSTM of single operators."""
-        return (self.source or self.node).input[0]
+        name = (self.source or self.node).input[0]
+        return name if self.columns is None else self.scope.producers[name].input[int(self.columns[0] > 0)]
 
 
 @dataclass
@@ -134,7 +160,7 @@ def read_model(path: Path) -> Any:
             place = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
             check_regular(path.parent / place)
         onnx.load_external_data_for_model(model, str(path.parent))
-        return model
+        return _with_lstms_inlined(model)
 
 
 def outside_tensors(model: Any) -> Iterator[Any]:
@@ -145,6 +171,32 @@ def outside_tensors(model: Any) -> Iterator[Any]:
         attributes = [attribute for node in graph.node for attribute in node.attribute]
         tensors = [*graph.initializer, *(attribute.t for attribute in attributes if attribute.HasField("t"))]
         yield from (tensor for tensor in tensors if tensor.data_location == TensorProto.EXTERNAL)
+
+
+def _with_lstms_inlined(model: Any) -> Any:
+    """Return the model with the bodies of local functions in the place of their calls, where they may hold LSTMs."""
+    holding: set[tuple[str, str]] = set()
+    found = True
+    while found:
+        found = False
+        for function in model.functions:
+            key = function.domain, function.name
+            nodes = [node for top in function.node for node in (top, *_inner_nodes(top))]
+            is_holding = any(node.op_type in _LSTM_PARTS or (node.domain, node.op_type) in holding for node in nodes)
+            if is_holding and key not in holding:
+                holding.add(key)
+                found = True
+    if not holding:
+        return model
+    from onnx import inliner
+
+    return inliner.inline_selected_functions(model, sorted(holding))
+
+
+def _inner_nodes(node: Any) -> Iterator[Any]:
+    for inner in inner_graphs(node):
+        for graph in graphs_of(inner):
+            yield from graph.node
 
 
 def graphs_of(graph: Any) -> Iterator[Any]:
@@ -168,8 +220,14 @@ def attribute_of(node: Any, name: str, default: Any = None) -> Any:
     return next((helper.get_attribute_value(found) for found in node.attribute if found.name == name), default)
 
 
-def open_scope(graph: Any, outer: Scope | None, opsets: Mapping[str, int]) -> Scope:
-    """Return the scope of a graph inside ``outer``, with all constants that its nodes compute from constants.
+def open_scope(graph: Any, outer: Scope | None, opsets: Mapping[str, int], holder: Any = None) -> Scope:
+    """Return the scope of a graph, with all constants that its nodes compute from constants.
+
+    Args:
+        graph: the graph.
+        outer: the scope around, or None for the whole model.
+        opsets: versions by domain.
+        holder: the node that holds the graph.
 
     Raises:
         Exception: whatever the protocol buffers of a damaged file lead to.
@@ -180,6 +238,8 @@ def open_scope(graph: Any, outer: Scope | None, opsets: Mapping[str, int]) -> Sc
         graph,
         outer.constants.new_child() if outer else ChainMap[str, Any](),
         outer.producers.new_child() if outer else ChainMap[str, Any](),
+        outer,
+        holder,
     )
     scope.computed = outer.computed if outer else [memory_limit_of(graph.ByteSize()), 0]
     scope.constants.update((tensor.name, numpy_helper.to_array(tensor)) for tensor in graph.initializer)
@@ -244,6 +304,8 @@ def _evaluated(node: Any, constants: Mapping[str, Any], opsets: Mapping[str, int
     values = [helper.make_empty_tensor_value_info(name) for name in inputs]
     results = [helper.make_empty_tensor_value_info(name) for name in node.output]
     graph = helper.make_graph([node], "node", values, results)
+    if node.op_type == "DequantizeLinear":
+        opsets = {**opsets, "": max(opsets.get("", 0), _DEQUANTIZES)}
     imports = [helper.make_opsetid(domain, number) for domain, number in opsets.items()]
     try:
         evaluator = ReferenceEvaluator(helper.make_model(graph, opset_imports=imports))

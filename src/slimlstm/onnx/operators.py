@@ -1,9 +1,10 @@
-"""The weights of ONNX's LSTM operator."""
+"""The weights of LSTM operators: ONNX's own, and ONNX Runtime's with int8 weights."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError
@@ -15,6 +16,12 @@ ENDINGS = {"forward": [""], "reverse": ["_reverse"], "bidirectional": ["", "_rev
 """The endings of PyTorch's names for the directions of an operator."""
 
 
+QUANTIZED = ("com.microsoft", "DynamicQuantizeLSTM")
+"""ONNX Runtime's operator, whose weights W [D, I, 4H] and R [D, H, 4H] are integers."""
+OPERATORS = {("", "LSTM"), ("ai.onnx", "LSTM"), QUANTIZED}
+"""The domains and names of the operators that are read."""
+
+
 def read_operator(node: Any, scope: Scope) -> OnnxLSTM:
     """Return the LSTM of an operator, without locations where its weights are no constants.
 
@@ -22,6 +29,9 @@ def read_operator(node: Any, scope: Scope) -> OnnxLSTM:
         SlimLSTMError: the shapes of its weights do not fit each other, or its direction is unknown.
     """
     w, r, b = (constant(name, scope) for name in [*node.input[1:4], "", "", ""][:3])
+    is_quantized = (node.domain, node.op_type) == QUANTIZED
+    if is_quantized:
+        w, r = (dequantized(node, scope, position) for position in (1, 2))
     name = node.name or next(output for output in node.output if output)
     if w is None or r is None:
         return OnnxLSTM(name, node, scope, problem=f"{name}: its weights are no constants of the file; it stays as it is")
@@ -33,7 +43,9 @@ def read_operator(node: Any, scope: Scope) -> OnnxLSTM:
     lstm = OnnxLSTM(name, node, scope)
     for index, ending in enumerate(endings):
         for kind, position, whole in (("weight_ih", 1, w), ("weight_hh", 2, r)):
-            lstm.locations.append(_location(f"{kind}_l0{ending}", scope, node, position, index, whole))
+            location = _location(f"{kind}_l0{ending}", scope, node, position, index, whole)
+            location.storage = "int8" if is_quantized else location.storage
+            lstm.locations.append(location)
         if b is not None:
             for kind, bias in zip(("bias_ih", "bias_hh"), b[index].chunk(2), strict=True):
                 lstm.biases[f"{kind}_l0{ending}"] = reordered(bias, PYTORCH, ONNX)
@@ -73,3 +85,27 @@ def _factors(name: str, scope: Scope, index: int, directions: int) -> tuple[Tens
         return None
     u, v = (constant(part, scope) for part in node.input)
     return None if u is None or v is None or u.ndim != 3 or v.ndim != 3 else (u[0], v[0])
+
+
+def quantization(node: Any, scope: Scope, position: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return the codes of a quantised operator's W or R, [D, n, 4H], their scales and their zero points.
+
+    Scales and zero points are float32 [D, 1, 1] or [D, 1, 4H]. None where any is no constant.
+    """
+    scale_at = 8 if position == 1 else 10
+    names = [node.input[at] if at < len(node.input) else "" for at in (position, scale_at, scale_at + 1)]
+    codes, scale, zero = (constant(name, scope) for name in names)
+    if codes is None or scale is None or codes.ndim != 3 or (names[2] and zero is None):
+        return None
+    zero = torch.zeros_like(scale) if zero is None else zero
+    scale, zero = (part.float().reshape(len(codes), 1, -1) for part in (scale, zero))
+    return codes, scale, zero
+
+
+def dequantized(node: Any, scope: Scope, position: int) -> Tensor | None:
+    """Return W [D, 4H, I] or R [D, 4H, H] of a quantised operator in float32, or None where it is no constant."""
+    found = quantization(node, scope, position)
+    if found is None:
+        return None
+    codes, scale, zero = found
+    return ((codes.float() - zero) * scale).mT.contiguous()

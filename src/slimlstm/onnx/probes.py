@@ -15,6 +15,7 @@ from slimlstm.errors import SlimLSTMError
 from slimlstm.onnx.find import find_lstms
 from slimlstm.onnx.graph import OnnxLSTM, WeightLocation, attribute_of, graphs_of, inner_graphs
 from slimlstm.onnx.runtime import Names, RunInputs, Session, make_runnable
+from slimlstm.onnx.separate import separate
 from slimlstm.ops.dense import rebuilt
 from slimlstm.ops.gates import reordered
 from slimlstm.ops.weights import Matrix
@@ -91,6 +92,7 @@ def _replace_weights(model: Any, lstms: list[OnnxLSTM], weights: Mapping[str, Ma
         }
         if not any(f"{lstm.name}.{location.name}" in weights for location in lstm.locations):
             continue
+        separate(lstm, model, lambda _: names.new(), {})
         for index in dict.fromkeys(location.index for location in lstm.locations) if lstm.is_operator else ():
             parts = [
                 reordered(matrices[location.name], location.gates) for location in lstm.locations if location.index == index
@@ -194,9 +196,8 @@ class _Exposer:
             missing = len(graph.output) - 1 - len(holder.output) - (holder.op_type == "Loop")
             named = [name or self.names.new() for name in [*holder.output, *[""] * max(0, missing)]]
             holder.output[:] = named
-        for attribute in holder.attribute:
-            if attribute.name in ("scan_output_axes", "scan_output_directions"):
-                attribute.ints.append(0)
+        if holder.op_type == "Scan":
+            _extend_scan(holder, len(graph.input), len(graph.output) - 1)
         for branch in inner_graphs(holder):
             if branch is not graph:
                 self._add_empty(branch, kind)
@@ -211,6 +212,31 @@ class _Exposer:
         empty = self.names.new()
         branch.node.append(helper.make_node("Constant", [], [empty], value=helper.make_tensor(empty, kind, [0], [])))
         branch.output.append(helper.make_tensor_value_info(empty, kind, None))
+
+
+def _extend_scan(scan: Any, inputs: int, outputs: int) -> None:
+    """Describe one more scan output: along the first axis, in the order of the scanned inputs.
+
+    Its rows then pair with the rows of values that the graph around computes for all steps.
+    """
+    from onnx import helper
+
+    scanned = attribute_of(scan, "num_scan_inputs", 1)
+    count = outputs - (inputs - scanned)
+    ways = set(attribute_of(scan, "scan_input_directions", [0]))
+    axes = attribute_of(scan, "scan_output_axes", [0] * count)
+    directions = attribute_of(scan, "scan_output_directions", [0] * count)
+    added = {
+        "scan_output_axes": [*axes, 0],
+        "scan_output_directions": [*directions, ways.pop() if len(ways) == 1 else 0],
+    }
+    kept = [attribute for attribute in scan.attribute if attribute.name not in added]
+    kept += [helper.make_attribute(name, values) for name, values in added.items()]
+    new = [type(attribute).FromString(attribute.SerializeToString()) for attribute in kept if not attribute.HasField("g")]
+    for index in reversed(range(len(scan.attribute))):
+        if not scan.attribute[index].HasField("g"):
+            del scan.attribute[index]
+    scan.attribute.extend(new)
 
 
 def _parents(graph: Any) -> dict[int, tuple[Any, Any]]:

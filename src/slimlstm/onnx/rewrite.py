@@ -11,6 +11,7 @@ from torch import Tensor
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import Replacement, storage_called
 from slimlstm.onnx.graph import OnnxLSTM, WeightLocation, attribute_of, graphs_of, inner_graphs
+from slimlstm.onnx.separate import separate
 from slimlstm.ops.gates import reordered
 from slimlstm.ops.weights import Matrix
 
@@ -37,7 +38,8 @@ class Rewriter:
             new = {name: replacements[f"{prefix}.{name}"] for name in names if f"{prefix}.{name}" in replacements}
             shared: dict[Hashable, Any] = {}
             for layer in group:
-                if layer.node.op_type == "LSTM":
+                released += separate(layer, self._model, self._free, shared) if new else []
+                if layer.is_operator:
                     released += self._replace_operands(layer, new, prefix, shared)
                     continue
                 for location in layer.locations:
@@ -71,7 +73,7 @@ class Rewriter:
 
     def _operand(self, location: WeightLocation, key: str, new: Replacement | None) -> str:
         """Add the value [1, 4H, n] of one direction, and return its name."""
-        storage = location.storage if new is None else new.storage
+        storage = _exact_storage(location) if new is None else new.storage
         matrix = location.matrix if new is None else new.effective(location.matrix)
         if isinstance(matrix, Tensor):
             return self._weight(key, reordered(matrix, location.gates), storage, lambda weight: weight[None])
@@ -153,6 +155,16 @@ class Rewriter:
             free = f"{name}.{count}"
         self._taken.add(free)
         return free
+
+
+def _exact_storage(location: WeightLocation) -> str | None:
+    """Return a location's storage if it holds the matrix exactly, or None: other tools scale integers differently."""
+    parts = (location.matrix,) if isinstance(location.matrix, Tensor) else location.matrix
+    own = location.storage
+    is_exact = own is not None and all(
+        storage_called(own).encode(part.float()).decoded().equal(part.float()) for part in parts
+    )
+    return own if is_exact else None
 
 
 def _kind(dtype: torch.dtype) -> int:

@@ -84,7 +84,7 @@ def make_runnable(lstms: Sequence[OnnxLSTM], names: Names) -> None:
     Transposes and casts go around operators with ``layout=1`` or of other dtypes; the graph's inputs and outputs stay.
     """
     for lstm in lstms:
-        if lstm.is_operator and lstm.locations:
+        if lstm.node.op_type == "LSTM" and lstm.locations:
             if attribute_of(lstm.node, "layout", 0):
                 _make_time_major(lstm, names)
             matrix = lstm.locations[0].matrix

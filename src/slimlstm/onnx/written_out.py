@@ -6,11 +6,13 @@ The gates are one sum of x·W, h·R and biases, which a Split divides; c' = σ(f
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from slimlstm.onnx.graph import OnnxLSTM, Scope, WeightLocation, attribute_of, constant, storage_of
+from slimlstm.onnx.separate import is_divisible
 from slimlstm.ops.gates import PYTORCH, reordered
 from slimlstm.ops.weights import Matrix, shape_of
 
@@ -22,22 +24,27 @@ class _Gates(NamedTuple):
     cell: str
 
 
-def read_written_out(split: Any, scope: Scope, users: Mapping[str, int]) -> OnnxLSTM | None:
+def read_written_out(split: Any, scope: Scope) -> OnnxLSTM | None:
     """Return the LSTM whose gates a Split makes, or None where the Split makes something else.
 
     Args:
         split: a Split with four outputs.
         scope: the graph that it is in.
-        users: how often each value of that graph is read in it.
     """
     gates = _gates(split, scope)
     if gates is None:
         return None
-    found = list(_products(split.input[0], scope, users))
+    found = list(_products(split.input[0], scope, _users(scope)))
+    if len(found) == 1:
+        found = _divided(found[0], gates.cell)
     pair = _ih_and_hh(found, gates.cell, scope)
     if pair is None:
-        return None
+        name = split.name or split.output[0]
+        problem = f"{name}: its gates are no sum of products of x and of h with one constant each; it stays as it is"
+        return OnnxLSTM(name, split, scope, problem=problem)
     names = [location.node.name or location.node.output[0] for location in pair]
+    if pair[0].node is pair[1].node:
+        names = [f"{names[0]}/"] * 2
     lstm = OnnxLSTM(_common_path(*names) or split.name or split.output[0], split, scope, gates=gates.order, cell=gates.cell)
     for location, name in zip(pair, ("weight_ih_l0", "weight_hh_l0"), strict=True):
         location.name, location.gates = name, gates.order
@@ -58,9 +65,37 @@ def _ih_and_hh(products: list[WeightLocation], cell: str, scope: Scope) -> tuple
         return None
     # Where both have H columns, R is the one whose input comes from where the cell state comes from.
     roots = _roots(cell, scope)
-    hh = min(recurrent, key=lambda location: len(_roots(location.input, scope) ^ roots))
+    hh = min(recurrent, key=lambda location: _distance(location, roots))
     ih = next(location for location in products if location is not hh)
     return ih, hh
+
+
+def _distance(location: WeightLocation, roots: set[str]) -> tuple[bool, int]:
+    """Return how unlike a product's input is to the cell state: whether it is no carried state, and their other roots."""
+    own = _roots(location.input, location.scope)
+    return not own <= location.scope.states(), len(own ^ roots)
+
+
+def _divided(location: WeightLocation, cell: str) -> list[WeightLocation]:
+    """Return the two locations of [W R], where one product reads a Concat of x and h."""
+    if not isinstance(location.matrix, Tensor) or not is_divisible(location.node, location.scope):
+        return [location]
+    rows, columns = location.matrix.shape
+    hidden = rows // 4
+    if rows % 4 or not 0 < hidden < columns:
+        return [location]
+    # h is the part whose roots are the cell state's.
+    roots = _roots(cell, location.scope)
+    options = [(0, hidden), (hidden, columns)], [(0, columns - hidden), (columns - hidden, columns)]
+    divisions = [
+        [
+            replace(location, matrix=location.matrix[:, first:end].contiguous(), columns=(first, end))
+            for first, end in option
+        ]
+        for option in options
+    ]
+    h_first = _distance(divisions[0][0], roots) < _distance(divisions[1][1], roots)
+    return divisions[0] if h_first else divisions[1]
 
 
 def _common_path(first: str, second: str) -> str:
@@ -109,6 +144,11 @@ def _products(name: str, scope: Scope, users: Mapping[str, int]) -> Iterator[Wei
     while pending:
         name = pending.pop()
         node = scope.producers.get(name)
+        if name not in seen and name not in scope.constants and scope.outer is not None and (outer := scope.scanned(name)):
+            seen.add(name)
+            # Exporters multiply x by W for all steps at once.
+            yield from _products(outer, scope.outer, _users(scope.outer))
+            continue
         # Values of other graphs, and values with several names in a damaged one, are left alone.
         if name in seen or node is None or name in scope.constants or name not in scope.producers.maps[0]:
             continue
@@ -119,6 +159,15 @@ def _products(name: str, scope: Scope, users: Mapping[str, int]) -> Iterator[Wei
             location = _product(node, scope, users)
             if location is not None:
                 yield location
+
+
+def _users(scope: Scope) -> dict[str, int]:
+    """Return how often each value is read in a graph."""
+    users: dict[str, int] = {}
+    for node in scope.graph.node:
+        for name in node.input:
+            users[name] = users.get(name, 0) + 1
+    return users
 
 
 def _product(node: Any, scope: Scope, users: Mapping[str, int]) -> WeightLocation | None:

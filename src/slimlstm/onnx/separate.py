@@ -1,0 +1,133 @@
+"""Give every matrix of an LSTM an operand of its own, so that it can be replaced alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimlstm.onnx.graph import OnnxLSTM, Scope, attribute_of, constant
+from slimlstm.onnx.operators import QUANTIZED, quantization
+from slimlstm.onnx.runtime import insert
+from slimlstm.ops.dense import rebuilt
+from slimlstm.ops.gates import reordered
+
+_PLAIN_INPUTS = 8
+"""The inputs that a quantised operator shares with ONNX's LSTM."""
+
+
+def separate(lstm: OnnxLSTM, model: Any, new_name: Callable[[str], str], shared: dict[Hashable, Any]) -> list[str]:
+    """Rewrite an LSTM whose matrices are not plain operands; the graph computes the same, but for rounding.
+
+    An operator with int8 weights becomes ONNX's LSTM, with the same integers widened. A product of a Concat of x and h with
+    [W R] becomes two products. Other LSTMs stay as they are.
+
+    Args:
+        lstm: the LSTM, whose locations change with the graph.
+        model: the model that it is in.
+        new_name: returns a name that is free in the model, given a wish.
+        shared: remembers constants for further LSTMs with the same weights.
+
+    Returns:
+        The names of values that the LSTM no longer reads.
+    """
+    if (lstm.node.domain, lstm.node.op_type) == QUANTIZED:
+        return _widen(lstm, new_name)
+    if any(location.columns for location in lstm.locations):
+        return _divide(lstm, model, new_name, shared)
+    return []
+
+
+def _widen(lstm: OnnxLSTM, new_name: Callable[[str], str]) -> list[str]:
+    from onnx import TensorProto
+
+    node, released = lstm.node, list(lstm.node.input[_PLAIN_INPUTS:])
+    for position, letter in ((1, "W"), (2, "R")):
+        found = quantization(node, lstm.scope, position)
+        if found is None:
+            continue
+        _, scale, zero = found
+        name = _insert_new(
+            lstm, "Cast", [node.input[position]], new_name(f"{lstm.name}.{letter}.wide"), to=TensorProto.FLOAT
+        )
+        if bool(zero.any()):
+            shift = _add_constant(lstm.scope, zero, new_name(f"{lstm.name}.{letter}.zero"))
+            name = _insert_new(lstm, "Sub", [name, shift], new_name(f"{lstm.name}.{letter}.shifted"))
+        factor = _add_constant(lstm.scope, scale, new_name(f"{lstm.name}.{letter}.scale"))
+        name = _insert_new(lstm, "Mul", [name, factor], new_name(f"{lstm.name}.{letter}.scaled"))
+        released.append(node.input[position])
+        node.input[position] = _insert_new(lstm, "Transpose", [name], new_name(f"{lstm.name}.{letter}"), perm=[0, 2, 1])
+    node.op_type, node.domain = "LSTM", ""
+    del node.input[_PLAIN_INPUTS:]
+    return released
+
+
+def _divide(lstm: OnnxLSTM, model: Any, new_name: Callable[[str], str], shared: dict[Hashable, Any]) -> list[str]:
+    from onnx import helper
+
+    product = lstm.locations[0].node
+    graph, output, released = lstm.scope.graph, product.output[0], list(product.input)
+    parts: list[str] = []
+    for location in lstm.locations:
+        key = "part", location.name
+        if key not in shared:
+            weight = reordered(rebuilt(location.matrix), location.gates)
+            shared[key] = _add_initializer(model, weight.T, new_name(f"{lstm.name}.{location.name}"))
+        product_name = new_name(f"{lstm.name}.{location.name}.product")
+        node = helper.make_node("MatMul", [location.input, shared[key]], [product_name])
+        insert(graph, node, before=product)
+        parts.append(node.output[0])
+    bias = product.input[2] if len(product.input) > 2 else ""
+    total = new_name(f"{lstm.name}.sum") if bias else output
+    sums = [helper.make_node("Add", parts, [total])]
+    if bias:
+        sums.append(helper.make_node("Add", [total, bias], [output]))
+    at = next(index for index, node in enumerate(graph.node) if output in node.output)
+    del graph.node[at]
+    for node in reversed(sums):
+        graph.node.insert(at, node)
+    for location, part in zip(lstm.locations, parts, strict=True):
+        location.node = next(node for node in graph.node if part in node.output)
+        location.index, location.columns = 1, None
+    return [name for name in released if name and name != bias]
+
+
+def is_divisible(node: Any, scope: Scope) -> bool:
+    """Return whether a product reads a Concat of two values along the last axis, and multiplies by nothing else."""
+    joined = scope.producers.maps[0].get(node.input[0])
+    if (
+        joined is None
+        or joined.op_type != "Concat"
+        or len(joined.input) != 2
+        or attribute_of(joined, "axis") not in (1, -1)
+    ):
+        return False
+    if node.op_type == "Gemm" and (attribute_of(node, "alpha", 1.0), attribute_of(node, "beta", 1.0)) != (1.0, 1.0):
+        return False
+    return constant(node.input[1], scope) is not None
+
+
+def _insert_new(lstm: OnnxLSTM, operator: str, inputs: list[str], output: str, **attributes: Any) -> str:
+    from onnx import helper
+
+    insert(lstm.scope.graph, helper.make_node(operator, inputs, [output], **attributes), before=lstm.node)
+    return output
+
+
+def _add_constant(scope: Scope, value: Tensor, name: str) -> str:
+    from onnx import numpy_helper
+
+    scope.graph.initializer.append(numpy_helper.from_array(value.contiguous().numpy(), name))
+    return name
+
+
+def _add_initializer(model: Any, value: Tensor, name: str) -> str:
+    from onnx import numpy_helper
+
+    value = value.contiguous()
+    if value.dtype == torch.bfloat16:
+        value = value.float()
+    model.graph.initializer.append(numpy_helper.from_array(value.numpy(), name))
+    return name
