@@ -22,6 +22,7 @@ from slimlstm.methods.rank import (
     rank_for_energy,
     rank_for_fraction,
     rank_for_share,
+    shares_left_out,
 )
 from slimlstm.methods.replacement import Replacement
 from slimlstm.methods.rounding import round_factors, round_matrix
@@ -79,6 +80,7 @@ __all__ = [
     "rounded",
     "semi_nmf",
     "sha256_of",
+    "shares_left_out",
     "singular_values",
     "storage_called",
     "stored_bytes",

@@ -22,6 +22,7 @@ class Factors:
         residual: ‖W - U V‖_F / ‖W‖_F, rounding to the dtype included; 0 where W = 0.
         iterations: number of iterations; 0 for a direct solver.
         converged: False where an iterative solver reached its limit of iterations.
+        losses: [k], the loss of leaving out each direction, largest first; None where the solver does not compute it.
     """
 
     u: Tensor
@@ -29,6 +30,7 @@ class Factors:
     residual: float
     iterations: int = 0
     converged: bool = True
+    losses: Tensor | None = None
 
     @property
     def rank(self) -> int:

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError
 
+RANKS_OF_SPECTRUM = 32
+"""The number of steps in which reports give a spectrum."""
+
 
 def break_even_rank(shape: tuple[int, int]) -> float:
     """Return mn / (m + n): at or above this rank the factors of an m x n matrix are no smaller than the matrix.
@@ -57,6 +60,23 @@ def rank_for_share(parts: Tensor, fraction: float) -> int:
         return 1
     cumulative = parts.double().cumsum(0) / parts.double().sum()
     return min(int(torch.searchsorted(cumulative, fraction)) + 1, len(parts))
+
+
+def shares_left_out(losses: Tensor, rank: int | None = None) -> tuple[tuple[int, float], ...]:
+    """Return pairs of a rank and the share of all losses that the directions beyond it hold, at some ranks from 0 to k.
+
+    Args:
+        losses: [k], the loss of leaving out each direction, largest first.
+        rank: a rank to include beside at most :data:`RANKS_OF_SPECTRUM` + 1 evenly spaced ones.
+
+    Examples:
+        >>> shares_left_out(torch.tensor([3.0, 1.0]))
+        ((0, 1.0), (1, 0.25), (2, 0.0))
+    """
+    count = len(losses)
+    left = [*losses.double().flip(0).cumsum(0).flip(0).tolist(), 0.0]
+    ranks = {round(index * count / RANKS_OF_SPECTRUM) for index in range(RANKS_OF_SPECTRUM + 1)} | {rank or 0}
+    return tuple((at, left[at] / (left[0] or 1.0)) for at in sorted(ranks))
 
 
 @dataclass(frozen=True)

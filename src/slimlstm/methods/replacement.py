@@ -20,6 +20,7 @@ class Replacement:
         source_sha256: the SHA-256 of W (:func:`slimlstm.methods.sha256_of`).
         relative_error: ‖W - W'‖_F / ‖W‖_F, rounding included.
         iterations, converged: of an iterative solver; 0 and True for a direct one.
+        losses: [k], the loss of leaving out each direction, largest first; None where the method does not rank them.
     """
 
     weight: Tensor | tuple[Tensor, Tensor] | None
@@ -30,6 +31,7 @@ class Replacement:
     relative_error: float = 0.0
     iterations: int = 0
     converged: bool = True
+    losses: Tensor | None = None
 
     @property
     def factors(self) -> tuple[Tensor, Tensor] | None:

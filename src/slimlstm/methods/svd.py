@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,8 @@ def svd(matrix: Tensor, rank: int) -> Factors:
     check_matrix(matrix)
     check_rank(matrix, rank)
     solve = _truncated_svd if matrix.dtype == torch.float64 else _truncated_svd_by_gram
-    return as_factors(matrix, *solve(matrix.detach().double(), rank))
+    u, v, losses = solve(matrix.detach().double(), rank)
+    return replace(as_factors(matrix, u, v), losses=losses)
 
 
 def leading_eigenvectors(gram: Tensor, count: int) -> Tensor:
@@ -35,22 +38,23 @@ def leading_eigenvectors(gram: Tensor, count: int) -> Tensor:
     return torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :count]
 
 
-def _truncated_svd(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _truncated_svd(w: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     left, values, right = torch.linalg.svd(w, full_matrices=False)
     root = values[:rank].sqrt()
-    return left[:, :rank] * root, root[:, None] * right[:rank]
+    return left[:, :rank] * root, root[:, None] * right[:rank], values.square()
 
 
-def _truncated_svd_by_gram(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _truncated_svd_by_gram(w: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the same factors several times faster, from the eigenvectors of WᵀW or WWᵀ, whichever is smaller.
 
     In float64 this resolves singular values down to 1e-8 of the largest, which is finer than the rounding of W to float32.
     """
     if w.shape[0] < w.shape[1]:
-        v, u = _truncated_svd_by_gram(w.T, rank)
-        return u.T, v.T
-    v = leading_eigenvectors(w.T @ w, rank)
+        v, u, losses = _truncated_svd_by_gram(w.T, rank)
+        return u.T, v.T, losses
+    values, vectors = torch.linalg.eigh(w.T @ w)
+    v = vectors.flip(1)[:, :rank]
     u = w @ v
     root = u.norm(dim=0).sqrt()
     inverse = torch.where(root > 0, 1 / root, 0.0)
-    return u * inverse, root[:, None] * v.T
+    return u * inverse, root[:, None] * v.T, values.flip(0).clamp_min(0.0)

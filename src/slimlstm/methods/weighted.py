@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -69,7 +71,7 @@ class WeightedSVD:
         check_rank(self.matrix, rank)
         directions = self._directions[:, :rank]
         u, v = self._weighted @ directions, _times(directions.T, self._unroot)
-        return as_factors(self.matrix, *balanced(u, v))
+        return replace(as_factors(self.matrix, *balanced(u, v)), losses=self.losses)
 
 
 def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:

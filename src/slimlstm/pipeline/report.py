@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import asdict, dataclass, field, replace
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.table import Table
 
+from slimlstm.errors import SlimLSTMError
+from slimlstm.files import write_text
 from slimlstm.pipeline.plan import Plan
+from slimlstm.pipeline.trials import Trials
 from slimlstm.tables import new_table
 
 
@@ -39,6 +45,9 @@ class SiteReport:
         note: why the site was treated differently from its configuration.
         storage: the storage afterwards, None for the matrix's own dtype.
         predicted_rise: the rise of the mean loss that the calibration predicts for this site alone.
+        source_sha256: the SHA-256 of the matrix before; empty where nothing changed.
+        spectrum: pairs of a rank and the share of the method's loss that the directions beyond it hold, at some ranks up
+            to the full one; empty where the method does not rank directions.
     """
 
     key: str
@@ -56,6 +65,8 @@ class SiteReport:
     note: str = ""
     storage: str | None = None
     predicted_rise: float | None = None
+    source_sha256: str = ""
+    spectrum: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -161,6 +172,50 @@ class Report:
         sites = [{**asdict(site), "shape": list(site.shape)} for site in self.sites]
         return {**asdict(self), "sites": sites, "plan": self.plan.to_dict()}
 
+    def _repr_html_(self) -> str:
+        """Return the table for notebooks."""
+        from slimlstm.page.document import element
+        from slimlstm.pipeline.report_page import sites_table
+
+        notes = [*(f"{site.key}: {site.note}" for site in self.sites if site.note), *self.notes, self.loss_note]
+        lines = [f"LSTM: {self.lstm}", f"model: {self.model}", *filter(None, notes)]
+        return sites_table(self) + "".join(element("p", line) for line in lines)
+
+    def to_html(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        title: str = "Compressed model",
+        trials: Trials | None = None,
+        latencies: Mapping[str, float] | None = None,
+        usage: str = "",
+        files: Iterable[str | os.PathLike[str]] = (),
+    ) -> None:
+        """Write the report as one page for a browser, which needs no network and no script.
+
+        Args:
+            path: the file to write, such as ``"report.html"``; an existing file is replaced.
+            title: the page's heading.
+            trials: every model that was tried, such as the result of a search.
+            latencies: median seconds by engine, measured side by side.
+            usage: how to load the model; by default by :func:`slimlstm.save` and :func:`slimlstm.load`.
+            files: files to list with their sizes and SHA-256.
+
+        Raises:
+            SlimLSTMError: the package that draws is not installed, or the path or one of the files is no file.
+
+        Examples:
+            >>> import slimlstm, tempfile, torch
+            >>> report = slimlstm.compress_(torch.nn.Sequential(torch.nn.LSTM(8, 16)), slimlstm.LowRank(rank=2))
+            >>> report.to_html(Path(tempfile.mkdtemp()) / "report.html", title="Example")
+        """
+        from slimlstm.pipeline.report_page import USAGE, digest_of, report_page
+
+        if Path(path).is_dir() or not Path(path).suffix:
+            raise SlimLSTMError(f"{path} is no name of a file; name one that ends in .html")
+        hashes = {str(file): digest_of(Path(file)) for file in files}
+        write_text(path, report_page(self, title, trials, latencies, usage or USAGE, hashes))
+
     def to_json(self) -> str:
         """Return the report as JSON text."""
         return json.dumps(self.to_dict(), indent=1)
@@ -169,7 +224,12 @@ class Report:
     def from_dict(cls, data: dict[str, Any]) -> Report:
         """Return the report that :meth:`to_dict` wrote."""
         entries: list[dict[str, Any]] = data["sites"]
-        sites = [replace(SiteReport(**entry), shape=(entry["shape"][0], entry["shape"][1])) for entry in entries]
+        sites = [SiteReport(**{**entry, **_tuples(entry)}) for entry in entries]
         lstm, model = Total(**data["lstm"]), Total(**data["model"])
         plan, losses = Plan.from_dict(data["plan"]), (data.get("loss_before"), data.get("loss_after"))
         return cls(sites, plan, lstm, model, data["notes"], *losses)
+
+
+def _tuples(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a site's entry that JSON turned from tuples into lists."""
+    return {"shape": tuple(entry["shape"]), "spectrum": tuple((rank, share) for rank, share in entry.get("spectrum", ()))}

@@ -28,6 +28,7 @@ from slimlstm.methods import (
     round_factors,
     round_matrix,
     sha256_of,
+    shares_left_out,
 )
 from slimlstm.modules.sites import Site
 from slimlstm.ops.dense import rebuilt
@@ -184,7 +185,15 @@ def compress_matrix(
     found = method.solve(MatrixProblem(matrix) if problem is None else problem(), amount or 0, on_iteration)
     if isinstance(found, Factors):
         result = Replacement(
-            (found.u, found.v), plan.method, source, None, None, found.residual, found.iterations, found.converged
+            (found.u, found.v),
+            plan.method,
+            source,
+            None,
+            None,
+            found.residual,
+            found.iterations,
+            found.converged,
+            found.losses,
         )
         return _stored(result, matrix, plan.storage, moments)
     masked = matrix * found
@@ -330,4 +339,6 @@ def site_report(
         note=plan.note,
         storage=storage,
         predicted_rise=predicted,
+        source_sha256=found.source_sha256,
+        spectrum=() if found.losses is None else shares_left_out(found.losses, found.rank),
     )

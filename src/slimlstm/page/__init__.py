@@ -1,0 +1,1 @@
+"""Pages that need no network and no script: charts as pictures, tables behind them, one file."""
