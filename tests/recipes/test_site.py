@@ -6,26 +6,20 @@ import http.server
 import importlib.util
 import json
 import re
-import shutil
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
+from browser import console, dump_dom, needs_chromium
 
 ROOT = Path(__file__).parents[2]
 WIDTHS = (390, 1280)
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --virtual-time-budget=60000 --enable-logging=stderr"
-).split()
 needs_mkdocs = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("mkdocs", "material", "mkdocstrings", "latex2mathml")),
     reason='mkdocs is missing: pip install -c constraints.txt -e ".[docs]"',
 )
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is missing: apt-get install chromium")
 
 # Loads every page in frames of both widths, and writes what it measured into its own document.
 HARNESS = """<!doctype html><title>pages</title><pre id="found"></pre><script>
@@ -77,12 +71,11 @@ def visit(site, tmp_path_factory):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         profile = tmp_path_factory.mktemp("profile")
         address = f"http://127.0.0.1:{server.server_port}/harness.html"
-        command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "--dump-dom", address]
-        run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+        dom, log = dump_dom(address, profile)
         server.shutdown()
-    found = re.search(r'<pre id="found">(.+?)</pre>', run.stdout, re.DOTALL)
-    assert found, run.stdout[-2000:]
-    return json.loads(html.unescape(found[1])), run.stderr
+    found = re.search(r'<pre id="found">(.+?)</pre>', dom, re.DOTALL)
+    assert found, dom[-2000:]
+    return json.loads(html.unescape(found[1])), log
 
 
 @needs_mkdocs
@@ -122,4 +115,4 @@ def test_formulas_are_rendered_and_pictures_load(visit):
 @needs_chromium
 def test_the_console_stays_empty(visit):
     _, log = visit
-    assert [line for line in log.splitlines() if "CONSOLE" in line] == []
+    assert console(log) == []

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slimlstm.cli.options import Json, Keep, Method, Part, Rank, Request, Storage, Targets
+from slimlstm.cli.options import (
+    Force,
+    Json,
+    Keep,
+    Method,
+    Part,
+    Rank,
+    ReportPage,
+    Request,
+    Storage,
+    Targets,
+    check_report,
+)
 from slimlstm.cli.output import progress_bar, show
 from slimlstm.errors import SlimLSTMError
 
@@ -16,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from slimlstm.modules.lstm import LowRankLSTM
-    from slimlstm.pipeline.config import Target
+    from slimlstm.pipeline.report import Report
 
 
 def command(
@@ -33,6 +46,8 @@ def command(
     steps: Annotated[int, typer.Option(help="Time steps per call.")] = 35,
     batch: Annotated[int, typer.Option(help="Sequences per call.")] = 1,
     threads: Annotated[int, typer.Option(help="Threads per engine.")] = 1,
+    page: ReportPage = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Time LSTM layers in slimlstm and in other engines.
@@ -45,27 +60,43 @@ def command(
     request = Request(method, rank, keep, target, storage)
     if request.has_size_or_storage() and compressed is not None:
         raise SlimLSTMError("--compressed excludes --rank, --keep and --storage; give the folder, or how to compress")
-    layers = _layers(file, part)
+    if page is not None and not request.has_size_or_storage():
+        raise SlimLSTMError("--report is about a compression; say how to compress, with --rank, --keep or --storage")
+    check_report(page, force)
+    layers, report = _layers(file, part), None
     changed = layers if compressed is None else layers_of(*_tensors_and_sites(compressed))
     if request.has_size_or_storage():
-        changed = _compressed_copy(layers, request)
+        changed, report = _compressed_copy(layers, request)
     with progress_bar("timing") as progress:
         found = bench_layers(layers, changed, steps=steps, batch=batch, threads=threads, progress=progress)
+    if page is not None and report is not None:
+        latencies = {name: 1e-6 * total for name, total in found.totals().items()}
+        report.to_html(page, title=f"{Path(file).name}, compressed", latencies=latencies)
     show({"file": file, **found.to_dict()}, as_json, found)
 
 
-def _compressed_copy(layers: dict[str, LowRankLSTM], request: Request) -> dict[str, LowRankLSTM]:
+def _compressed_copy(layers: dict[str, LowRankLSTM], request: Request) -> tuple[dict[str, LowRankLSTM], Report]:
+    """Return compressed copies of the layers, and the report, whose sites have the layers' names."""
     from torch.nn import ModuleList
 
     from slimlstm.compress import compress_
-    from slimlstm.pipeline.config import Quantize
+    from slimlstm.modules.hosts import find_sites
+    from slimlstm.pipeline.plan import Plan, with_storage
 
-    changed = copy.deepcopy(layers)
+    changed, names = copy.deepcopy(layers), list(layers)
     holder, storage = ModuleList(changed.values()), request.storage_of_masked()
-    compress_(holder, request.configuration())
+    config = request.configuration()
     if storage is not None:
-        compress_(holder, Quantize(storage, cast("Target", request.target)))
-    return changed
+        config = with_storage(config, storage, find_sites(holder))
+    report = compress_(holder, config)
+
+    def named(key: str) -> str:
+        index, _, parameter = key.partition(".")
+        return f"{names[int(index)]}, {parameter}"
+
+    sites = [dataclasses.replace(site, key=named(site.key)) for site in report.sites]
+    plan = Plan({named(key): site for key, site in report.plan.sites.items()})
+    return changed, dataclasses.replace(report, sites=sites, plan=plan)
 
 
 def _layers(name: str, part: str | None = None) -> dict[str, LowRankLSTM]:

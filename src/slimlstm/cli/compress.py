@@ -17,14 +17,25 @@ from slimlstm.cli.options import (
     Method,
     Part,
     Rank,
+    ReportPage,
     Request,
     SiteFilter,
     Storage,
     Targets,
+    check_report,
 )
 from slimlstm.cli.output import progress_bar, show
 from slimlstm.errors import SlimLSTMError
 
+_USE_OF_ONNX = """import onnxruntime
+
+session = onnxruntime.InferenceSession({!r})
+outputs = session.run(None, inputs)  # the same inputs and outputs as before
+"""
+_USE_OF_FOLDER = """import slimlstm as sl
+
+model = sl.load({!r}, MyModel())  # into a fresh, dense model
+"""
 _WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -50,6 +61,7 @@ def command(
             help="An .npz file of an ONNX file's inputs, by name, the first axis for runs; may be repeated.",
         ),
     ] = None,
+    page: ReportPage = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -59,6 +71,7 @@ def command(
     """
     request = Request(method, rank, keep, target, storage, bytes_, energy, allocation, site_filter)
     _check_output(file, output, force)
+    check_report(page, force)
     to_onnx = output.suffix.lower() == ".onnx"
     if batches and not to_onnx:
         raise SlimLSTMError("--batches are inputs of an ONNX file; compress an ONNX file into another, with -o small.onnx")
@@ -82,6 +95,10 @@ def command(
 
             report = compress_file(file, config, output, progress, request.storage_of_masked(), part=part)
             use = f"slimlstm.load({str(output)!r}, model) loads it into the model."
+    if page is not None:
+        usage = _USE_OF_ONNX if to_onnx else _USE_OF_FOLDER
+        report.to_html(page, title=f"{file.name}, compressed", usage=usage.format(str(output)), files=(file, output))
+        use += f" The report is in {page}."
     show(report.to_dict(), as_json, report, f"Written to {output}; {use}")
 
 

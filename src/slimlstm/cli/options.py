@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
+ReportPage = Annotated[
+    Path | None, typer.Option("--report", metavar="FILE.html", help="Also write a report as a page for a browser.")
+]
 Method = Annotated[
     str,
     typer.Option(
@@ -43,6 +47,23 @@ Storage = Annotated[
     str | None,
     typer.Option(help="Store weights or factors as bfloat16, int8, int6, int5, int4 or int3; may be given alone."),
 ]
+
+
+def check_report(page: Path | None, force: bool) -> None:
+    """Check that a report can be written to ``page``, before spending time on its content.
+
+    Raises:
+        SlimLSTMError: it is no name of a page, it exists and may not be replaced, or the package that draws is missing.
+    """
+    if page is None:
+        return
+    if page.suffix.lower() not in (".html", ".htm") or page.is_dir():
+        raise SlimLSTMError(f"--report {page} is no name of a page; name a file that ends in .html")
+    if page.exists() and not force:
+        raise SlimLSTMError(f"{page} exists; add --force to replace it, or name another file")
+    from slimlstm.page.charts import check_available
+
+    check_available()
 
 
 @dataclass(frozen=True)

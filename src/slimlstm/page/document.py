@@ -84,9 +84,9 @@ def figure(caption: str, alternative: str, charts: Sequence[str], *below: str) -
     return element("figure", element("figcaption", caption), *pictures, *below)
 
 
-def details(summary: str, *content: str, **attributes: str) -> Markup:
-    """Return content that opens by a click, a key, or a link to its id."""
-    return element("details", element("summary", summary), *content, **attributes)
+def details(summary: str, *content: str) -> Markup:
+    """Return content that opens by a click, a key, or a link to an id in it."""
+    return element("details", element("summary", summary), *content)
 
 
 def pairs(content: Mapping[str, str], **attributes: str) -> Markup:

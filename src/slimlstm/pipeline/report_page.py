@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,8 +111,8 @@ def _lead(report: Report, trials: Trials | None) -> list[str]:
     elif report.measured_rise is not None and report.loss_before is not None:
         key["Loss"] = _key(f"{report.measured_rise:+.4f}", f"from {report.loss_before:.4f} on the calibration batches")
     lead: list[str] = [element("p", sentence, class_="lead"), pairs(key, class_="key")]
-    if trials is not None and trials.best is None and trials.limit is not None:
-        words = f"Nothing smaller that was tried is within the limit of {trials.limit:,.4g}."
+    if trials is not None and trials.best is None and trials.limit:
+        words = f"Nothing smaller that was tried is within the limit: {trials.limit}."
         lead.insert(1, element("p", words, class_="warning"))
     return lead
 
@@ -122,14 +123,15 @@ def _key(value: str, beside: str) -> Markup:
 
 def _tried(trials: Trials) -> list[str]:
     every = [trials.dense, *(one for one in trials.trials if one is not trials.dense)]
-    parts: list[str] = [_frontier(trials, every, is_time=False)]
+    parts: list[str] = [element("p", f"Limit: {trials.limit}.")] if trials.limit else []
+    parts.append(_frontier(trials, every, is_time=False))
     if all(one.latency is not None for one in every):
         parts.append(_frontier(trials, every, is_time=True))
     header = ["plan", "", trials.metric_name, "bytes", "of the model as it was", "latency"]
     rows = [
         [
             one.label,
-            _LEGEND[_kind(one, trials)][0] if trials.limit is not None or one is trials.dense else "",
+            _LEGEND[_kind(one, trials)][0] if trials.limit or one is trials.dense else "",
             f"{one.metric:,.5g}",
             f"{one.bytes:,}",
             _share(one.bytes, trials.dense.bytes),
@@ -154,14 +156,15 @@ def _frontier(trials: Trials, every: Sequence[Tried], *, is_time: bool) -> Marku
             one.label if one is trials.best else "",
         )
         for index, one in enumerate(every)
+        if math.isfinite(one.metric)
     ]
     what, unit = ("time for one call", "s") if is_time else ("bytes of the model", "B")
     better = "Lower and further left is better." if lower else "Higher and further left is better."
-    best = "" if trials.best is None else f" Chosen: {marks[every.index(trials.best)].text}."
+    best = "".join(f" Chosen: {mark.text}." for mark in marks if mark.kind == "best")
     caption = f"{_capital(name)} against the {what}. {better} The line joins the plans that no other betters in both."
-    charts = [scatter(marks, what, name, width, limit=trials.limit, lower=lower, x_format=unit) for width in (WIDE, NARROW)]
+    charts = [scatter(marks, what, name, width, limit=trials.worst, lower=lower, x_format=unit) for width in (WIDE, NARROW)]
     seen = dict.fromkeys(mark.kind for mark in marks)
-    words = _LEGEND if trials.limit is not None else _LEGEND | {"within": ("tried", _LEGEND["within"][1])}
+    words = _LEGEND if trials.limit else _LEGEND | {"within": ("tried", _LEGEND["within"][1])}
     legend = [
         element("li", Markup(f'<svg width="12" height="12" aria-hidden="true">{words[kind][1]}</svg>'), words[kind][0])
         for kind in words
@@ -229,7 +232,8 @@ def _one(site: SiteReport, link: str) -> Markup:
         facts["iterations"] = f"{site.iterations}, {'converged' if site.converged else 'stopped at the limit'}"
     facts = {name: value for name, value in facts.items() if value}
     summary = Markup(element("span", site.key) + element("span", _became(site), class_="soft"))
-    return details(summary, *parts, *([pairs(facts, class_="facts")] if facts else []), id=link)
+    # Browsers open what a link leads into, so the id is inside.
+    return details(summary, element("div", *parts, *([pairs(facts, class_="facts")] if facts else []), id=link))
 
 
 def _shares(site: SiteReport) -> Markup:
@@ -265,14 +269,17 @@ def _cost(site: SiteReport) -> str:
 
 
 def _loss(report: Report) -> list[str]:
-    rises = {"predicted": report.predicted_rise, "measured": report.measured_rise}
-    known = {name: rise for name, rise in rises.items() if rise is not None}
-    rows = [Bar(name, f"{rise:+.4f}", rise, is_strong=name == "measured") for name, rise in known.items()]
-    words = ", ".join(f"{name} {rise:+.4f}" for name, rise in known.items())
-    caption = "Rise of the mean loss on the calibration batches."
-    cells = [[name, f"{rise:+.6f}"] for name, rise in known.items()]
+    """Return the two rises beside each other where both are known, and the note about them."""
     note = element("p", f"{_capital(report.loss_note)}.")
-    return [figure(caption, words, [bars(rows)]), note, table(caption, ["", "rise"], cells)]
+    predicted, measured = report.predicted_rise, report.measured_rise
+    if predicted is None or measured is None:
+        return [note]
+    rises = {"predicted": predicted, "measured": measured}
+    rows = [Bar(name, f"{rise:+.4f}", rise, is_strong=name == "measured") for name, rise in rises.items()]
+    caption = "Rise of the mean loss on the calibration batches"
+    words = ", ".join(f"{name} {rise:+.4f}" for name, rise in rises.items())
+    cells = [[name, f"{rise:+.6f}"] for name, rise in rises.items()]
+    return [figure(f"{caption}.", words, [bars(rows)]), note, table(caption, ["", "rise"], cells)]
 
 
 def _speed(latencies: Mapping[str, float]) -> list[str]:

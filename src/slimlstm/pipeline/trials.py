@@ -54,8 +54,13 @@ class Trials(Protocol):
         ...
 
     @property
-    def limit(self) -> float | None:
-        """The worst metric that is accepted; None without a limit."""
+    def limit(self) -> str:
+        """The limit in words; empty without one."""
+        ...
+
+    @property
+    def worst(self) -> float | None:
+        """The worst metric that is accepted; None where the limit is another."""
         ...
 
     @property
