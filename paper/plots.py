@@ -36,11 +36,12 @@ def norm_curves(panels: Mapping[str, Mapping[str, Points]], dense: Mapping[str, 
     figure = Figure(figsize=(7.6, 2.6 * rows), layout="constrained")
     axes = figure.subplots(rows, 2, sharex=True, squeeze=False)
     for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
-        axis.axhline(dense[title], color="black", linestyle="--", linewidth=1, label="dense")
+        axis.axhline(dense[title], color="black", linestyle=(0, (1, 1)), linewidth=1, label="dense")
         for name, points in curves.items():
             axis.plot(*zip(*points, strict=True), label=name, **STYLE.get(name, {"marker": "o"}))
         axis.set_title(title, fontsize=10)
-        axis.set_ylim(bottom=0.0)
+        # Markers at the top need room.
+        axis.set_ylim(0.0, 1.08 * max(axis.dataLim.y1, dense[title]))
         axis.grid(True, alpha=0.25)
     for axis in axes[-1]:
         axis.set_xlabel("rank")
@@ -65,7 +66,11 @@ def spectra(values: Mapping[str, Sequence[Sequence[float]]], path: Path) -> None
     one, two = figure.subplots(1, 2, sharex=True)
     for index, (kind, layers) in enumerate(values.items()):
         for layer, spectrum in enumerate(layers):
-            style: dict[str, Any] = {"color": f"C{index}", "linestyle": ("-", "--", ":", "-.")[layer % 4], "linewidth": 1.3}
+            style: dict[str, Any] = {
+                "color": ("#0b6e99", "#d9730d")[index % 2],
+                "linestyle": ("-", "--", ":", "-.")[layer % 4],
+            }
+            style |= {"marker": "os"[index % 2], "markevery": 0.12, "markersize": 4, "linewidth": 1.3}
             ranks, held = range(1, len(spectrum) + 1), energy(torch.tensor(spectrum))
             one.plot(ranks, [value / spectrum[0] for value in spectrum], label=f"{kind}, layer {layer}", **style)
             two.plot(ranks, held.tolist(), **style)
@@ -79,7 +84,7 @@ def spectra(values: Mapping[str, Sequence[Sequence[float]]], path: Path) -> None
 
 
 def heatmaps(matrices: Mapping[str, Tensor], path: Path, *, groups: Sequence[str] = ("i", "f", "g", "o")) -> None:
-    """Draw |W| of matrices of one shape [m, n] side by side, block by block, each with its own grey scale.
+    """Draw |W| of matrices of one shape [m, n] side by side, block by block, each with its own grey scale and colour bar.
 
     Marks at the right and below show the largest fiftieth of the rows and columns, see
     :func:`paper.analysis.salient_lines`; the titles give their fractions of Σ |w|.
@@ -95,11 +100,14 @@ def heatmaps(matrices: Mapping[str, Tensor], path: Path, *, groups: Sequence[str
     check_drawable(path)
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.1 * len(matrices), 4.6), layout="constrained")
+    figure = Figure(figsize=(3.1 * len(matrices), 5.2), layout="constrained")
     axes = figure.subplots(1, len(matrices), sharey=True, squeeze=False)[0]
     for axis, (title, matrix) in zip(axes, matrices.items(), strict=True):
         lines = salient_lines(matrix, _LINES)
-        _heatmap(axis, matrix, lines, len(groups))
+        image = _heatmap(axis, matrix, lines, len(groups))
+        bar = figure.colorbar(image, ax=axis, location="bottom", pad=0.03, extend="max", aspect=30)
+        bar.set_label("|w|", fontsize=9)
+        bar.ax.tick_params(labelsize=8)
         held = f"{_LINES:.0%} of rows hold {lines.rows_hold:.1%},\n{_LINES:.0%} of columns {lines.columns_hold:.1%} of Σ|w|"
         axis.set_title(f"{title}\n{held}", fontsize=9)
         height = len(matrix) / len(groups)
@@ -109,12 +117,12 @@ def heatmaps(matrices: Mapping[str, Tensor], path: Path, *, groups: Sequence[str
     save_figure(figure, path, dpi=100)
 
 
-def _heatmap(axis: Any, matrix: Tensor, lines: Salient, groups: int) -> None:
+def _heatmap(axis: Any, matrix: Tensor, lines: Salient, groups: int) -> Any:
     m, n = matrix.shape
     picture = block_maxima(matrix, _PICTURE[0], _PICTURE[1], groups)
     # Outliers would leave everything else white.
     top = float(picture.flatten().quantile(0.995))
-    axis.imshow(
+    image = axis.imshow(
         picture.numpy(),
         cmap="gray_r",
         vmin=0.0,
@@ -129,3 +137,4 @@ def _heatmap(axis: Any, matrix: Tensor, lines: Salient, groups: int) -> None:
     axis.plot([1.015 * n] * len(lines.rows), [row + 0.5 for row in lines.rows], marker=0, **mark)
     axis.plot([column + 0.5 for column in lines.columns], [1.01 * m] * len(lines.columns), marker=3, **mark)
     axis.set(xlim=(0, n), ylim=(m, 0))
+    return image

@@ -37,7 +37,12 @@ def test_norms_have_a_panel_a_title_and_a_line_a_method(drawn, tmp_path):
         assert list(lines["svd"].get_ydata()) == [1.0, 2.0]
         assert set(lines["dense"].get_ydata()) == {dense}
         assert axis.get_ylim()[0] == 0.0
-        assert axis.get_ylim()[1] > dense
+        assert axis.get_ylim()[1] > 1.05 * dense, "markers at the top are not cut"
+        assert (
+            len({line.get_marker() for line in lines.values()})
+            == len({line.get_linestyle() for line in lines.values()})
+            == 3
+        )
     assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == ["dense", "svd", "prune"]
     assert [axis.get_xlabel() for axis in figure.axes] == ["", "", "rank", "rank"]
 
@@ -62,8 +67,11 @@ def test_heatmaps_show_block_maxima_gates_and_salient_lines(drawn, tmp_path):
     matrix[5, 7] = -5.0
     plots.heatmaps({"dense": matrix, "half": matrix / 2}, tmp_path / "heatmap.png")
     (figure,) = drawn
-    assert [axis.get_title().splitlines()[0] for axis in figure.axes] == ["dense", "half"]
-    for axis, scale in zip(figure.axes, (1.0, 0.5), strict=True):
+    panels, bars = figure.axes[:2], figure.axes[2:]
+    assert [axis.get_title().splitlines()[0] for axis in panels] == ["dense", "half"]
+    assert [axis.get_xlabel() for axis in bars] == ["|w|", "|w|"]
+    for axis, bar, scale in zip(panels, bars, (1.0, 0.5), strict=True):
+        assert bar.get_xlim() == pytest.approx((0.0, axis.get_images()[0].get_clim()[1]))
         (image,) = axis.get_images()
         numpy.testing.assert_array_equal(image.get_array(), scale * matrix.abs().numpy())
         assert (axis.get_xlim(), axis.get_ylim()) == ((0.0, 50.0), (8.0, 0.0))

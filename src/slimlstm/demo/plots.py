@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,25 @@ from slimlstm.files import replacing
 Points = Sequence[tuple[float, float]]
 """Pairs (x, y) of one line."""
 
-# SVD and Semi-NMF often coincide: draw one as a line, the other as hollow marks on it.
-STYLE = {
+# Lines differ by colour, marker and dash. SVD and Semi-NMF often coincide: one is a line, the other hollow marks on it.
+STYLE: dict[str, dict[str, Any]] = {
     "svd": {"color": "#0b6e99", "marker": "o"},
     "semi-nmf": {"color": "#d9730d", "marker": "s", "linestyle": ":", "fillstyle": "none", "markersize": 9},
-    "fisher": {"color": "#2e7d32", "marker": "D"},
-    "prune": {"color": "#6b6b6b", "marker": "^"},
+    "fisher": {"color": "#2e7d32", "marker": "D", "linestyle": "-."},
+    "prune": {"color": "#6b6b6b", "marker": "^", "linestyle": "--"},
+    "svd int8": {"color": "#0b6e99", "marker": "v", "linestyle": ":", "fillstyle": "none"},
+    "fisher int8": {"color": "#d9730d", "marker": "P", "linestyle": "--"},
+    "int8": {"color": "#8b1a62", "marker": "*", "linestyle": "none", "markersize": 14},
 }
+_CYCLE = [
+    {"color": color, "marker": marker, "linestyle": dash}
+    for color, marker, dash in zip(
+        ("#0b6e99", "#d9730d", "#2e7d32", "#8b1a62", "#6b6b6b", "#b8860b", "#000000"),
+        "osD^vPX",
+        ("-", "--", "-.", ":", "-", "--", "-."),
+        strict=True,
+    )
+]
 _PRECISIONS = ("float32", "bfloat16", "int8")
 
 
@@ -39,7 +51,7 @@ def quality_curves(
     """
     figure, axes = subplots(len(panels))
     for axis, (title, curves) in zip(axes, panels.items(), strict=True):
-        axis.axhline(dense, color="black", linestyle="--", linewidth=1, label="dense")
+        axis.axhline(dense, color="black", linestyle=(0, (1, 1)), linewidth=1, label="dense")
         for name, points in curves.items():
             axis.plot(*zip(*points, strict=True), label=name, **STYLE.get(name, {"marker": "o"}))
         axis.set(title=title, xlabel=x_label)
@@ -49,11 +61,37 @@ def quality_curves(
     save_figure(figure, path, dpi=150, bbox_inches="tight")
 
 
+def loss_against_bytes(curves: Mapping[str, Points], dense: tuple[float, float], path: Path) -> None:
+    """Draw the loss against the bytes of the LSTMs, a line per method on one axis, and write a PNG or PDF.
+
+    Args:
+        curves: pairs (bytes, loss in nats) by method.
+        dense: the dense model's pair, drawn as a cross.
+        path: the file to write; its suffix decides the format.
+
+    Raises:
+        SlimLSTMError: matplotlib is not installed.
+    """
+    figure, (axis,) = subplots(1, width=7.0, height=4.0, log_y=False)
+    from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullFormatter
+
+    axis.plot(dense[0] / 1e6, dense[1], "x", color="black", markersize=9, markeredgewidth=2, label="dense")
+    for name, points in curves.items():
+        axis.plot([size / 1e6 for size, _ in points], [loss for _, loss in points], label=name, **STYLE[name])
+    axis.axhline(dense[1], color="black", linestyle=(0, (1, 1)), linewidth=1)
+    axis.set(xscale="log", xlabel="bytes of the LSTMs (MB)", ylabel="loss on held-out text (nats per token)")
+    axis.xaxis.set_major_locator(FixedLocator([0.1, 0.2, 0.5, 1, 2, 5, 10, 20]))
+    axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.grid(True, alpha=0.25)
+    axis.legend(frameon=False)
+    save_figure(figure, path, dpi=150)
+
+
 def speed_ratios(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw how many times faster slimlstm is than the best dense engine, and write a PNG or PDF.
 
-    The upper panels show one sequence on one thread: a panel per number of steps and precision, a line per model. Hollow
-    marks compare with the same low-rank model in the best other engine. The lowest panel has all settings, a dot per model.
+    One sequence on one thread: a panel per number of steps and precision, a line per model.
 
     Args:
         rows: the results of ``benchmarks/engines.py``, at least one of them for one sequence on one thread.
@@ -65,79 +103,51 @@ def speed_ratios(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     check_available()
     from matplotlib.figure import Figure
 
-    steps = sorted({row["steps"] for row in rows})
-    figure = Figure(figsize=(11, 3.0 * len(steps) + 2.6), layout="constrained")
-    grid = figure.add_gridspec(len(steps) + 1, len(_PRECISIONS))
-    first: Any = None
-    for line, count in enumerate(steps):
-        for column, precision in enumerate(_PRECISIONS):
-            axis: Any = figure.add_subplot(grid[line, column], sharex=first, sharey=first)
-            first = first or axis
-            _ratio_panel(
-                axis, [row for row in rows if (row["steps"], row["batch"], row["threads"]) == (count, 1, 1)], precision
-            )
-            axis.set_title(f"{precision}, T = {count}, B = 1, one thread", fontsize=10)
-    first.set_ylabel("best rival's time / ours")
-    first.legend(frameon=False, fontsize=8)
-    _ratio_strip(figure.add_subplot(grid[len(steps), :]), rows)
+    single = [row for row in rows if (row["batch"], row["threads"]) == (1, 1)]
+    steps = sorted({row["steps"] for row in single})
+    figure = Figure(figsize=(8.0, 2.8 * len(steps) + 0.4), layout="constrained")
+    axes: Any = figure.subplots(len(steps), len(_PRECISIONS), sharex=True, sharey=True, squeeze=False)
+    for line, count in zip(axes, steps, strict=True):
+        for axis, precision in zip(line, _PRECISIONS, strict=True):
+            _ratio_panel(axis, [row for row in single if row["steps"] == count], precision)
+            axis.set_title(f"{precision}, {count} step{'s' * (count != 1)}", fontsize=10)
+        line[0].set_ylabel("times as fast as\nthe best dense engine")
+    for axis in axes[-1]:
+        axis.set_xlabel("H")
+    axes[0][0].legend(frameon=False, fontsize=8)
     save_figure(figure, path, dpi=150, bbox_inches="tight")
 
 
 def _ratio_panel(axis: Any, rows: Sequence[Mapping[str, Any]], precision: str) -> None:
-    points: dict[str, dict[str, list[tuple[int, float]]]] = {"dense": {}, "same model": {}}
+    lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         for one in row["candidates"].values():
-            if one["ours"] and one["precision"] == precision:
+            if one["ours"] and one["precision"] == precision and "dense" in one["faster"]:
                 model = one["model"]
-                share = model if model == "dense" else f"rank H/{round(row['hidden'] / int(model.split()[-1]))}"
-                for what, entry in one["faster"].items():
-                    points[what].setdefault(share, []).append((row["hidden"], entry["ratio"]))
-    for index, (share, line) in enumerate(points["dense"].items()):
-        axis.plot(*zip(*sorted(line), strict=True), marker="o", color=f"C{index}", label=share)
-        if share in points["same model"]:
-            same = zip(*sorted(points["same model"][share]), strict=True)
-            axis.plot(*same, marker="o", color=f"C{index}", fillstyle="none", linestyle=":", label=f"{share}, same model")
-    _ratio_axis(axis)
-    axis.set_xscale("log", base=2)
-    hidden = sorted({row["hidden"] for row in rows})
-    axis.set_xticks(hidden, [str(size) for size in hidden], fontsize=7, rotation=60)
-    axis.set_xlabel("H")
+                name = model if model == "dense" else f"rank H/{round(row['hidden'] / int(model.split()[-1]))}"
+                lines.setdefault(name, []).append((row["hidden"], one["faster"]["dense"]["ratio"]))
+    for style, (name, points) in zip(_CYCLE, lines.items(), strict=False):
+        axis.plot(*zip(*sorted(points), strict=True), markersize=5, label=name, **style)
+    _ratio_axis(axis, {row["hidden"] for row in rows})
 
 
-def _ratio_strip(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    groups = sorted({(row["threads"], row["batch"]) for row in rows})
-    for place, group in enumerate(groups):
-        for column, precision in enumerate(_PRECISIONS):
-            ratios = [
-                one["faster"]["dense"]["ratio"]
-                for row in rows
-                if (row["threads"], row["batch"]) == group
-                for one in row["candidates"].values()
-                if one["ours"] and one["precision"] == precision and "dense" in one["faster"]
-            ]
-            spread = [
-                place + 0.25 * (column - 1) + 0.16 * (index / max(len(ratios), 1) - 0.5) for index in range(len(ratios))
-            ]
-            axis.plot(spread, ratios, ".", markersize=3, color=f"C{column}", label=precision if place == 0 else None)
-    _ratio_axis(axis)
-    axis.set_xticks(range(len(groups)), [f"B = {batch}, {threads} thread(s)" for threads, batch in groups], fontsize=8)
-    axis.set_title("all settings and models against the best dense rival", fontsize=10)
-    axis.legend(frameon=False, fontsize=8)
-
-
-def _ratio_axis(axis: Any) -> None:
-    from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullFormatter
+def _ratio_axis(axis: Any, sizes: Collection[int]) -> None:
+    from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullFormatter, NullLocator
 
     axis.axhline(1.0, color="black", linewidth=1)
-    axis.set_yscale("log")
+    axis.set(xscale="log", yscale="log")
     axis.yaxis.set_major_locator(FixedLocator([0.25, 0.5, 1, 2, 4, 8, 16, 32]))
     axis.yaxis.set_major_formatter(FormatStrFormatter("%gx"))
     axis.yaxis.set_minor_formatter(NullFormatter())
+    # Labels of neighbouring sizes, such as 1024 and 1150, would overlap.
+    shown = [size for size in sorted(sizes) if not any(size < other < 1.5 * size for other in sizes)]
+    axis.set_xticks(shown, [str(size) for size in shown], fontsize=8)
+    axis.xaxis.set_minor_locator(NullLocator())
     axis.grid(True, alpha=0.25)
 
 
 def predictions(points: Mapping[str, Points], path: Path) -> None:
-    """Draw measured against predicted rises of the loss: a mark per plan, a colour per method.
+    """Draw measured against predicted rises of the loss: a mark per plan, a marker and colour per method.
 
     Args:
         points: pairs (predicted, measured) by method; pairs that are not positive are left out.
@@ -149,12 +159,12 @@ def predictions(points: Mapping[str, Points], path: Path) -> None:
     check_drawable(path)
     from matplotlib.ticker import LogFormatterSciNotation, LogLocator
 
-    figure, (axis,) = subplots(1)
-    for method, pairs in points.items():
-        x, y = zip(*((x, y) for x, y in pairs if x > 0 and y > 0), strict=True)
-        axis.plot(x, y, "o", label=method, markersize=4)
+    figure, (axis,) = subplots(1, width=5.6, height=4.0)
+    for style, (method, pairs) in zip(_CYCLE, points.items(), strict=False):
+        drawn = [(x, y) for x, y in pairs if x > 0 and y > 0]
+        axis.plot(*zip(*drawn, strict=True), label=method, **style | {"linestyle": "none"})
     low, high = axis.get_xlim()
-    axis.plot((low, high), (low, high), color="black", linewidth=1, linestyle="--")
+    axis.plot((low, high), (low, high), color="black", linewidth=1, linestyle="--", label="measured = predicted")
     axis.set_xscale("log")
     axis.yaxis.set_major_locator(LogLocator())
     axis.yaxis.set_major_formatter(LogFormatterSciNotation())
@@ -189,15 +199,15 @@ def check_drawable(path: Path) -> None:
         raise SlimLSTMError(f"{path} cannot be written; name a file in a folder that exists")
 
 
-def subplots(count: int) -> tuple[Any, list[Any]]:
-    """Return a figure and ``count`` panels side by side, with a logarithmic y axis."""
+def subplots(count: int, *, width: float = 3.6, height: float = 3.4, log_y: bool = True) -> tuple[Any, list[Any]]:
+    """Return a figure and ``count`` panels side by side, by default with a logarithmic y axis; sizes are in inches."""
     check_available()
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-    figure = Figure(figsize=(3.6 * count, 3.4), layout="constrained")
+    figure = Figure(figsize=(width * count, height), layout="constrained")
     axes = figure.subplots(1, count, sharey=True, squeeze=False)[0]
-    for axis in axes:
+    for axis in axes if log_y else ():
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(ScalarFormatter())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,23 +16,25 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from slimlstm.bench import interleaved_seconds, median_ratios
+from slimlstm.bench.candidates import TOLERANCE
 from slimlstm.calibration.collect import calibrate
 from slimlstm.compress import compress_
 from slimlstm.demo.awd_lstm import AWDLSTM
 from slimlstm.demo.model import embedded_model, held_out_tokens
-from slimlstm.demo.plots import quality_curves
+from slimlstm.demo.plots import loss_against_bytes
 from slimlstm.errors import SlimLSTMError
 from slimlstm.evaluate import perplexity
 from slimlstm.methods import sha256_of
-from slimlstm.modules.hosts import find_sites
 from slimlstm.modules.lstm import LowRankLSTM
-from slimlstm.pipeline.config import LowRank, Prune, Target
+from slimlstm.pipeline.config import LowRank, Prune, Quantize, Target
 from slimlstm.provenance import provenance
 from slimlstm.tables import new_table
 
 METHODS = ("svd", "semi-nmf", "fisher", "prune")
 TARGETS: tuple[Target, ...] = ("hh", "ih", "both")
 RANKS = (10, 25, 50, 100)
+STORED = ("svd", "fisher")
+"""The methods whose factors of all matrices are measured in int8 too."""
 # Half of the held-out text, so that the whole tour takes about a minute.
 _TOKENS = 12_000
 _STREAMS = 20
@@ -45,6 +48,7 @@ class Row:
 
     Attributes:
         method, target: see :class:`slimlstm.LowRank`; ``"dense"`` and ``""`` for the dense model.
+        storage: ``"float32"`` or ``"int8"``.
         rank: the rank of every matrix. The ranks of ``"fisher"`` differ; its row has the rank of the same size in bytes.
         parameters, bytes: the size of the LSTMs.
         perplexity: per byte-pair token of the held-out text.
@@ -54,12 +58,19 @@ class Row:
 
     method: str
     target: str
+    storage: str
     rank: int | None
     parameters: int
     bytes: int
     perplexity: float
     change: float
     latency_ratio: float
+
+    @property
+    def name(self) -> str:
+        """Return the method and, unless it is float32, the storage."""
+        words = (self.method, self.storage)
+        return " ".join(word for word in words if word not in ("float32", "dense")) or "dense"
 
 
 @dataclass(frozen=True)
@@ -74,8 +85,9 @@ class Tour:
         return self.rows[0]
 
     def row(self, method: str, target: str, rank: int) -> Row:
-        """Return the row of one method, target and rank."""
-        return next(r for r in self.rows if (r.method, r.target, r.rank) == (method, target, rank))
+        """Return the float32 row of one method, target and rank."""
+        wanted = (method, target, rank, "float32")
+        return next(r for r in self.rows if (r.method, r.target, r.rank, r.storage) == wanted)
 
     def summary(self) -> str:
         """Return the main findings in three sentences, made from the numbers."""
@@ -107,7 +119,7 @@ class Tour:
         table = new_table(["method", "target"], ["rank", "parameters", "bytes", "perplexity", "change", "speed"])
         for row in self.rows:
             table.add_row(
-                row.method,
+                row.name,
                 row.target,
                 "" if row.rank is None else str(row.rank),
                 f"{row.parameters:,}",
@@ -134,27 +146,28 @@ def run(progress: Callable[[str, float], None] | None = None) -> Tour:
         progress("calibrating", 0.0)
     calibration = calibrate(dense, _pieces(held_out_tokens()[_TOKENS:]), _losses)
     sample = tokens[:_LATENCY_STEPS, None]
-    combinations = list(itertools.product(METHODS, TARGETS, RANKS))
+    combinations = _combinations()
     dense_loss = perplexity(dense, tokens, streams=_STREAMS)
     size = sum(parameter.numel() for parameter in dense.lstms.parameters())
-    rows = [Row("dense", "", None, size, 4 * size, dense_loss.perplexity, 0.0, 1.0)]
-    for index, (method, target, rank) in enumerate(combinations):
+    rows = [Row("dense", "", "float32", None, size, 4 * size, dense_loss.perplexity, 0.0, 1.0)]
+    budgets: dict[tuple[Any, ...], int] = {}
+    for index, (method, target, rank, storage) in enumerate(combinations):
         if progress is not None:
-            progress(f"{method} {target} rank {rank}", index / len(combinations))
+            progress(f"{method} {target} {storage} rank {rank or 'full'}", index / len(combinations))
         model = copy.deepcopy(dense)
         needed = calibration if method == "fisher" else None  # the others would spend time on a prediction of the loss
-        report = compress_(model, _config(dense, method, target, rank), calibration=needed)
+        report = compress_(model, _config(method, target, rank, storage, budgets), calibration=needed)
+        if method == "svd":
+            budgets[target, rank, storage] = sum(site.bytes_after for site in report.sites)
         found = perplexity(model, tokens, streams=_STREAMS).perplexity
         rows.append(
             Row(
-                method,
-                target,
-                rank,
+                *(method, target, storage, rank),
                 report.lstm.parameters_after,
                 report.lstm.bytes_after,
                 found,
                 found / dense_loss.perplexity - 1.0,
-                _latency_ratio(dense, model, sample),
+                _latency_ratio(dense, model, sample, TOLERANCE["int8"] if storage == "int8" else 1e-4),
             )
         )
     if progress is not None:
@@ -162,32 +175,39 @@ def run(progress: Callable[[str, float], None] | None = None) -> Tour:
     return Tour(rows)
 
 
+def _combinations() -> list[tuple[str, Target, int | None, str]]:
+    """Return the method, target, rank and storage of every compressed model."""
+    floats = itertools.product(METHODS, TARGETS, RANKS, ("float32",))
+    return [*floats, ("dense", "both", None, "int8"), *itertools.product(STORED, ("both",), RANKS, ("int8",))]
+
+
 def draw(tour: Tour, path: Path) -> None:
-    """Draw perplexity against the size of the LSTMs, a panel per target and a line per method, and write a PNG or PDF.
+    """Draw the loss against the bytes of the LSTMs, all matrices compressed, and write a PNG or PDF.
+
+    Semi-NMF, which costs as much as SVD, and pruning, which saves no bytes, are left out.
 
     Raises:
         SlimLSTMError: matplotlib is not installed.
     """
-    panels = {
-        f"{target} compressed": {
-            method: [
-                (100 * row.parameters / tour.dense.parameters, row.perplexity)
-                for row in (tour.row(method, target, rank) for rank in RANKS)
-            ]
-            for method in METHODS
-        }
-        for target in TARGETS
-    }
-    quality_curves(panels, tour.dense.perplexity, path, x_label="LSTM parameters left (%)", y_label="perplexity")
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in tour.rows:
+        if row.target == "both" and row.name in ("svd", "fisher", "svd int8", "fisher int8", "int8"):
+            curves.setdefault(row.name, []).append((row.bytes, math.log(row.perplexity)))
+    loss_against_bytes(curves, (tour.dense.bytes, math.log(tour.dense.perplexity)), path)
 
 
-def _config(dense: AWDLSTM, method: str, target: Target, rank: int) -> LowRank | Prune:
+def _config(
+    method: str, target: Target, rank: int | None, storage: str, budgets: dict[tuple[Any, ...], int]
+) -> LowRank | Prune | Quantize:
+    """Return a model's configuration; Fisher-weighted factors get the bytes of SVD's at the same rank."""
+    if rank is None:
+        return Quantize(storage, target)
     if method == "prune":
         return Prune(rank=rank, target=target)
+    stored = None if storage == "float32" else storage
     if method == "fisher":
-        sites = [site for site in find_sites(dense) if target in (site.target, "both")]
-        return LowRank(method, bytes=4 * rank * sum(sum(site.shape) for site in sites), target=target)
-    return LowRank(method, rank=rank, target=target)
+        return LowRank(method, bytes=budgets[target, rank, storage], target=target, storage=stored)
+    return LowRank(method, rank=rank, target=target, storage=stored)
 
 
 def _pieces(tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -202,13 +222,13 @@ def _losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return cross_entropy(model(batch[0])[0].flatten(0, 1), batch[1].flatten(), reduction="none")
 
 
-def _latency_ratio(dense: AWDLSTM, compressed: AWDLSTM, sample: Tensor) -> float:
-    _check_outputs(compressed, sample)
+def _latency_ratio(dense: AWDLSTM, compressed: AWDLSTM, sample: Tensor, tolerance: float) -> float:
+    _check_outputs(compressed, sample, tolerance)
     calls = {"dense": lambda: dense.features(sample), "compressed": lambda: compressed.features(sample)}
     return median_ratios(interleaved_seconds(calls, threads=1), "dense")["compressed"]
 
 
-def _check_outputs(model: AWDLSTM, sample: Tensor) -> None:
+def _check_outputs(model: AWDLSTM, sample: Tensor, tolerance: float) -> None:
     """Check the outputs against the reference recurrence, so that no wrong result is timed."""
     reference = copy.deepcopy(model)
     for module in reference.modules():
@@ -217,7 +237,7 @@ def _check_outputs(model: AWDLSTM, sample: Tensor) -> None:
     with torch.no_grad():
         expected, found = reference.features(sample)[0], model.features(sample)[0]
     error = float((expected - found).norm() / expected.norm())
-    if not error < 1e-4:
+    if not error < tolerance:
         raise SlimLSTMError(
             f"the compressed model's output differs from the reference recurrence by {error:.1e}; please report it"
         )
