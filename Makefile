@@ -27,8 +27,8 @@ types: $(READY)
 	$(BIN)/pyright
 
 figures: $(READY)
-	$(BIN)/slimlstm demo --plot docs/demo.png --json > docs/demo.json.part
-	mv docs/demo.json.part docs/demo.json
+	$(BIN)/slimlstm demo --plot build/demo.png --force --json > build/demo.json
+	mv build/demo.json build/demo.png docs
 	$(BIN)/python recipes/readme.py
 
 docs: $(READY)

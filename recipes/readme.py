@@ -6,23 +6,27 @@
 ``recipes/sweep.py``, ``results/quality_*`` from ``recipes/quality.py``, ``results/registry_models`` from
 ``recipes/registry_models.py``, ``results/ptb_tuned`` from ``recipes/tune.py``, ``results/engines`` from
 ``benchmarks/engines.py``, ``results/threads.json`` from ``benchmarks/threads.py``, and ``results/real_models`` from the
-programs in ``examples/real``. It also draws
-``docs/prediction.png``. With ``--check`` it writes nothing, and the exit status is 1 if a page is out of date.
+programs in ``examples/real``. It also draws ``docs/engines.png`` and ``docs/prediction.png``. A result that no clean commit
+made is an error, unless ``results/dirty.json`` lists it as an old one; a mark follows its numbers. With ``--check`` it
+writes nothing, and the exit status is 1 if a page is out of date.
 """
 
 import argparse
-import json
 import re
 import statistics
 import sys
 from pathlib import Path
 
 from paper.methods import PAPER
+from paper.page.results import MARK, ResultFolder, marked
 from slimlstm.demo import plots
+from slimlstm.errors import SlimLSTMError
 from slimlstm.files import write_text
 
 ROOT = Path(__file__).parents[1]
 RANK = 50
+RESULTS = ResultFolder(ROOT / "results")
+DIRTY = f"{MARK.strip()} Made with uncommitted changes, so its commit may not reproduce it."
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--check", action="store_true", help="compare only")
@@ -34,11 +38,28 @@ def markdown(header, rows):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-tour = json.loads((ROOT / "docs" / "demo.json").read_text(encoding="utf-8"))
+def stored(path):
+    """Return a result; end the program if no clean commit made it."""
+    try:
+        return (RESULTS if path.is_relative_to(RESULTS.folder) else ResultFolder(path.parent)).read(path)
+    except SlimLSTMError as error:
+        sys.exit(str(error))
+
+
+tour = stored(ROOT / "docs" / "demo.json")
 made_with = tour["provenance"]
+
+
+def variant_name(row):
+    """Return the method, the storage unless it is float32, and the target."""
+    words = [row["method"]] if row["method"] != "dense" or row["storage"] == "float32" else []
+    words += [row["storage"]] if row["storage"] != "float32" else []
+    return " ".join(words) + (f", {row['target']}" if row["target"] else "")
+
+
 demo_rows = [
     [
-        "dense" if row["rank"] is None else f"{row['method']}, {row['target']}",
+        variant_name(row),
         f"{row['parameters'] / 1e6:.2f} M",
         f"{row['bytes'] / 1e6:.1f} MB",
         f"{row['perplexity']:.1f}",
@@ -58,19 +79,19 @@ demo_part = "\n\n".join(
     ]
 )
 
-results = [json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "results" / "ptb_untuned").glob("*.json")]
-perplexities = {(result["method"], result["target"], result["rank"]): result["perplexity"] for result in results}
-fine_tuned = {
-    path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "results" / "ptb_fine_tuned").glob("*.json")
-}
+results = [stored(path) for path in (ROOT / "results" / "ptb_untuned").glob("*.json")]
+untuned = {(result["method"], result["target"], result["rank"]): result for result in results}
+fine_tuned = {path.stem: stored(path) for path in (ROOT / "results" / "ptb_fine_tuned").glob("*.json")}
 columns = [(method, target) for target in ("hh", "ih") for method in PAPER]
 ptb_rows = []
-for rank in sorted({rank for _, _, rank in perplexities if rank}):
-    if all((*column, rank) in perplexities for column in columns):
-        ptb_rows.append([str(rank), *(f"{perplexities[method, target, rank]:.1f}" for method, target in columns)])
+for rank in sorted({rank for _, _, rank in untuned if rank}):
+    if all((*column, rank) in untuned for column in columns):
+        found = [untuned[method, target, rank] for method, target in columns]
+        ptb_rows.append([str(rank), *(marked(f"{one['perplexity']:.1f}", one) for one in found)])
     names = [f"{method}-{target}-{rank:03d}" for method, target in columns]
     if fine_tuned.keys() >= {"dense", *names}:
-        ptb_rows.append([f"{rank}, tuned", *(f"{fine_tuned[name]['perplexity']['test']:.1f}" for name in names)])
+        found = [fine_tuned[name] for name in names]
+        ptb_rows.append([f"{rank}, tuned", *(marked(f"{one['perplexity']['test']:.1f}", one) for one in found)])
 of_tuned = (
     "From [`results/ptb_fine_tuned`](results/ptb_fine_tuned), tuned: after averaged SGD (epochs: "
     f"{fine_tuned['dense']['epochs']}), which brings the dense model to {fine_tuned['dense']['perplexity']['test']:.2f}. "
@@ -81,13 +102,13 @@ ptb_part = "\n\n".join(
     [
         markdown(["rank", *(f"{method}, {target}" for method, target in columns)], ptb_rows),
         "From [`results/ptb_untuned`](results/ptb_untuned): test perplexity, not tuned after compression; the dense model "
-        f"has {perplexities['dense', 'none', 0]:.2f}. {of_tuned}It is the paper's architecture, trained for eight epochs "
-        "only: compare columns, not the level with published figures.",
+        f"has {untuned['dense', 'none', 0]['perplexity']:.2f}. {of_tuned}It is the paper's architecture, trained for eight "
+        "epochs only: compare columns, not the level with published figures.",
     ]
 )
 
 quality = {
-    folder: [json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "results" / folder).glob("*-*.json")]
+    folder: [stored(path) for path in (ROOT / "results" / folder).glob("*-*.json")]
     for folder in ("quality_ptb", "quality_embedded")
 }
 quality_methods = ("prune", "svd", "svd-global", "activation", "fisher", "svd-int8", "fisher-int8")
@@ -95,8 +116,11 @@ quality_methods = ("prune", "svd", "svd-global", "activation", "fisher", "svd-in
 
 def rise(folder, keep, method):
     """Return a method's rise of the loss, and in brackets its ratio to SVD's; a dash if it was not run."""
-    found = {run["method"]: run["rise"] for run in quality[folder] if run["keep"] == keep}
-    return f"{found[method]:+.4f} ({found[method] / found['svd']:.2f})" if method in found else "-"
+    found = {run["method"]: run for run in quality[folder] if run["keep"] == keep}
+    if method not in found:
+        return "-"
+    one, svd = found[method], found["svd"]
+    return marked(f"{one['rise']:+.4f} ({one['rise'] / svd['rise']:.2f})", one, svd)
 
 
 quality_rows = [
@@ -115,10 +139,7 @@ def correlation(runs):
     return statistics.correlation(*(order([run[key] for run in runs]) for key in ("predicted_rise", "rise")))
 
 
-foreign = {
-    path.stem: json.loads(path.read_text(encoding="utf-8"))["rows"]
-    for path in sorted((ROOT / "results" / "registry_models").glob("*.json"))
-}
+foreign = {path.stem: stored(path)["rows"] for path in sorted((ROOT / "results" / "registry_models").glob("*.json"))}
 in_all = [{row["method"] for row in rows} for rows in foreign.values()]
 foreign_methods = [method for method in quality_methods if all(method in methods for methods in in_all)]
 foreign_rows = [
@@ -130,9 +151,7 @@ foreign_rows = [
     for name, rows in foreign.items()
     for keep in sorted({row["keep"] for row in rows}, reverse=True)
 ]
-tuned = {
-    path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "results" / "ptb_tuned").glob("*.json")
-}
+tuned = {path.stem: stored(path) for path in (ROOT / "results" / "ptb_tuned").glob("*.json")}
 tuned_rows = [
     [name, f"{run['config']['lr']:g}", *(f"{run['perplexity'][when]:.1f}" for when in ("before", "after"))]
     for name, run in sorted(tuned.items())
@@ -167,7 +186,7 @@ quality_part = "\n\n".join(
     ]
 )
 
-engines = json.loads((ROOT / "results" / "engines" / "engines.json").read_text(encoding="utf-8"))
+engines = stored(ROOT / "results" / "engines" / "engines.json")
 
 
 def cell(row, precision, model):
@@ -193,9 +212,9 @@ all_ratios = [
 ]
 batches, threads = ({row[key] for row in engines["rows"]} for key in ("batch", "threads"))
 precisions = ("float32", "bfloat16", "int8")
-two = json.loads((ROOT / "results" / "threads.json").read_text(encoding="utf-8"))["rows"]
+two = stored(ROOT / "results" / "threads.json")["rows"]
 largest = [row["speedup"] for row in two if (row["hidden"], row["steps"]) == (max(r["hidden"] for r in two), 35)]
-picture = "![The same for all ranks, batches and threads](docs/engines.png)"
+picture = "![The same at every rank, batch 1, one thread](docs/engines.png)"
 speed_part = "\n\n".join(
     [
         markdown(["one layer", "dense float32", "dense int8", *(f"H/8 {name}" for name in precisions)], speed_rows),
@@ -211,11 +230,11 @@ speed_part = "\n\n".join(
         f"{min(r['speedup'] for r in two):.2f} ([`results/threads.json`](results/threads.json), nothing else running). "
         "Where threads of other engines spin beside it, the kernel takes one thread, and large dense layers are then "
         "slower than those engines with two.",
-        *([picture] if (ROOT / "docs" / "engines.png").exists() else []),
+        picture,
     ]
 )
 
-real = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "results" / "real_models").glob("*.json"))]
+real = [stored(path) for path in sorted((ROOT / "results" / "real_models").glob("*.json"))]
 
 
 def variant_of(model, name):
@@ -283,6 +302,7 @@ for page, parts in PARTS.items():
         # The site does not hold the results, so its pages name them without a link.
         linked = part if path.parent == ROOT else re.sub(r"\[(`[^`]*`)\]\(results/[^)]*\)", r"\1", part)
         linked = linked if path.parent == ROOT else linked.replace("](docs/", "](")
+        linked += f"\n\n{DIRTY}" * (MARK in linked)
         begin, end = f"<!-- {name}: made by recipes/readme.py -->", f"<!-- {name}: end -->"
         head, _, rest = text.partition(begin)
         _, _, tail = rest.partition(end)
@@ -296,3 +316,4 @@ points = {}
 for run in sorted(quality["quality_ptb"], key=lambda run: quality_methods.index(run["method"])):
     points.setdefault(run["method"], []).append((run["predicted_rise"], run["rise"]))
 plots.predictions(points, ROOT / "docs" / "prediction.png")
+plots.speed_ratios(engines["rows"], ROOT / "docs" / "engines.png")

@@ -57,7 +57,7 @@ def compress_(
         progress: called with a site's key and the fraction done.
 
     Returns:
-        A report of every site and of the whole: parameters and bytes before and after, relative errors, and with a loss its
+        A report of every site and of the whole, with parameters and bytes before and after, relative errors, and for a loss its
         predicted and measured rise. Print it.
 
     Raises:

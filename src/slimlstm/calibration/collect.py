@@ -92,7 +92,7 @@ def mean_loss(model: nn.Module, batches: Iterable[Any], loss: Loss) -> float | N
     """Return the mean of the losses of all batches, in evaluation mode, which is restored.
 
     Returns:
-        None where the loss returns a distribution: labels are sampled per model, so losses are not comparable.
+        None where the loss returns a distribution, since labels are sampled per model, so losses are not comparable.
 
     Raises:
         SlimLSTMError: no batch was given, or the loss returned no finite losses.
