@@ -21,6 +21,8 @@ HEADER = (
     *("method", "target", "rank", "parameters"),
     *("perplexity", "printed", "E(r)", "printed E(r)", "tuned", "printed tuned", "tuned E(r)", "printed tuned E(r)"),
 )
+NAMES, TUNED = 3, 8
+"""The number of columns that name a row, and the first column of the fine-tuned."""
 OPTIMIZERS = {"ntasgd": "SGD that turns into averaged SGD", "asgd": "averaged SGD", "adamw": "AdamW with one cycle"}
 UNRECORDED = {
     "ptb": "has the paper's architecture and sizes, but was trained for eight epochs only, on two CPU cores, by AdamW with "
@@ -175,8 +177,11 @@ class LanguageResults:
     def section(self) -> str:
         """Return the table and the picture."""
         link = f"{self.sources.link}/{self.key}"
+        tuned = [(*row[:NAMES], *row[TUNED:]) for row in self._rows() if any(entry is not None for entry in row[TUNED:])]
+        fine_tuned = f"### {self.name}, fine-tuned\n\n{markdown((*HEADER[:NAMES], *HEADER[TUNED:]), tuned, left=3)}\n\n"
         return (
-            f"## {self.name}\n\n{markdown(HEADER, self._rows(), left=3)}\n\n"
+            f"## {self.name}\n\n{markdown(HEADER[:TUNED], (row[:TUNED] for row in self._rows()), left=3)}\n\n"
+            f"{fine_tuned * bool(tuned)}"
             f"Also as [CSV]({link}.csv) and [LaTeX]({link}.tex).\n\n"
             f"![Perplexity against rank, {self.name}]({link}-perplexity.png)"
         )

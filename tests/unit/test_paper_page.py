@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from paper.page.document import Document
+from paper.page.document import CLAIMS, Document
 from paper.page.results import ResultFolder
 from paper.page.sources import Sources
 from paper.page.tables import write_tables
@@ -128,8 +128,9 @@ def test_tables_have_the_numbers_of_the_results(results, tmp_path):
         "| 1 | 500.0 | 310.2 | last | 5 |",
         "| 2 | 500.0 | 205.0 | averaged | 10 |",
         # (70 - 66) / 66 of the perplexity for a third of the parameters; where none is saved there is no E(r).
-        "| svd | hh | 10 | 20.00M | 70.00 | 99.92 | 0.182 | 62.49 | 63.50 |  | -0.057 |  |",
-        "| fisher | ih | 400 | 30.00M | 70.00 |  |  |  |  |  |  |  |",
+        "| svd | hh | 10 | 20.00M | 70.00 | 99.92 | 0.182 | 62.49 |",
+        "| svd | hh | 10 | 63.50 |  | -0.057 |  |",
+        "| fisher | ih | 400 | 30.00M | 70.00 |  |  |  |",
         # (80 - 60) / 80 and (80 - 70) / 80 for a quarter of the parameters: 1 and 0.5, mean 0.75.
         "| svd | hh | 60.00 | 70.00 | 70.00 | 65.00 | 0.75 | 87.27 | 88.46 | 88.46 | 88.18 | 0.01 |",
         "| SNLI | ESIM with it | svd, hh, 4 | 1.50M | 2.00 | 2.50x |",
@@ -146,6 +147,28 @@ def test_verdicts_count_comparisons(results, tmp_path):
     assert "SNLI: **does not hold** (0 of 1 comparison); below the score's standard error of 4.00: 1 of 2" in page
     assert "WikiText-2: **holds in part** (1 of 2 comparisons)" in page
     assert "    - WikiText-2: not measured; fine-tuned **holds** (1 of 1 comparison)" in page.splitlines()
+
+
+def test_the_claims_come_first_as_one_table(results, tmp_path):
+    lines = page_of(results, tmp_path).splitlines()
+    first = next(index for index, line in enumerate(lines) if line.startswith("|"))
+    assert lines[first - 2] == "## The claims, from our numbers alone"
+    assert lines[first] == "| claim | Penn Treebank | WikiText-2 | SNLI | ELMo |"
+    rows = [line.strip("| ").split(" | ") for line in lines[first + 2 : first + 7]]
+    assert [row[0] for row in rows] == list(CLAIMS)
+    assert rows[0][2:] == ["holds", "holds", "-"]
+    assert rows[4] == [rows[4][0], "not measured", "holds in part", "-", "-"]
+
+
+def test_commands_have_the_sum_of_their_hours(results, tmp_path):
+    lines = page_of(results, tmp_path).splitlines()
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in (results / "ptb_untuned").glob("*.json")]
+    hours = sum(sum(one["seconds"].values()) for one in found if "seconds" in one) / 3600
+    (line,) = (line for line in lines if line.startswith("| `recipes/sweep.py` |"))
+    assert f"| {hours:.1f} |" in line
+    assert "a processor" in line
+    (norms,) = (line for line in lines if line.startswith("| `recipes/norms.py` |"))
+    assert norms == "| `recipes/norms.py` | 2 | - | a processor |"
 
 
 def test_trainings_are_described(results, tmp_path):

@@ -1,0 +1,56 @@
+"""Commands that made the stored results, with their hours and processors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from paper.page.results import ResultFolder
+from paper.page.tables import Row, markdown
+
+COMMANDS = (
+    ("recipes/language_model.py", ("wikitext2_trained.json", "*_curve/result.json", "ptb_controls/*.json")),
+    ("recipes/sweep.py", ("ptb_untuned/*.json", "wikitext2_untuned/*.json")),
+    ("recipes/sweep.py --tune", ("ptb_fine_tuned/*.json",)),
+    ("recipes/elmo.py", ("elmo_trained.json",)),
+    ("recipes/tasks.py", ("task_*/*.json",)),
+    ("recipes/norms.py", ("*_norms.json",)),
+    ("recipes/speed.py", ("ptb_speed.json",)),
+)
+"""Each command, and the files that it writes."""
+HEADER = ("command", "files", "hours", "processors")
+
+
+def commands_section(results: ResultFolder) -> str:
+    """Return the table of commands; hours are sums of the seconds that the files record."""
+    rows = [row for command, patterns in COMMANDS if (row := _row_of(command, patterns, results))]
+    return f"""## Commands, hours and hardware
+
+{markdown(HEADER, rows, left=1)}
+
+Hours are the sum of the seconds that the files record; a dash where they record none. Then `python recipes/heatmaps.py`
+draws the heatmaps, and `python recipes/reproduction.py` writes this page. Each recipe's `--help` lists its options."""
+
+
+def _row_of(command: str, patterns: tuple[str, ...], results: ResultFolder) -> Row | None:
+    paths = [path for pattern in patterns for path in sorted(results.folder.glob(pattern))]
+    found = [results.read(path) for path in paths]
+    if not found:
+        return None
+    hours = sum(_seconds(result.get("seconds")) for result in found) / 3600
+    return (f"`{command}`", len(found), f"{hours:.1f}" if hours else "-", ", ".join(sorted(set(_processors(found)))))
+
+
+def _seconds(recorded: Any) -> float:
+    if isinstance(recorded, Mapping):
+        values: Mapping[str, Any] = recorded
+        return sum(map(_seconds, values.values()))
+    return float(recorded or 0.0)
+
+
+def _processors(found: list[dict[str, Any]]) -> Iterator[str]:
+    for result in found:
+        origin = result.get("provenance", {})
+        cores = f", {origin['cores']} cores" if "cores" in origin else ""
+        if "processor" in origin:
+            yield origin["processor"] + cores
