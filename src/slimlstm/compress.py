@@ -57,8 +57,8 @@ def compress_(
         progress: called with a site's key and the fraction done.
 
     Returns:
-        A report of every site and of the whole, with parameters and bytes before and after, relative errors, and for a loss its
-        predicted and measured rise. Print it.
+        A report of every site and of the whole, with parameters and bytes before and after, relative errors, and, for
+        a loss, its predicted and measured rise. Print it.
 
     Raises:
         SlimLSTMError: no site is selected, a site cannot be compressed, a matrix is not finite, a matrix to be quantised is

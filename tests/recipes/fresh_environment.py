@@ -55,7 +55,7 @@ def follow(folder: Path) -> None:
         step(line, shlex.split(line), work, environment)
     for line in dict.fromkeys(lines):
         if line.startswith("slimlstm "):
-            # The second line that compresses writes beside the first's folder; the README's blocks wrote both names already.
+            # The blocks above wrote the same names.
             step(line, shlex.split(line) + ["--force"] * (" compress " in line), work, environment)
 
 

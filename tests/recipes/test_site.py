@@ -93,6 +93,7 @@ def test_every_example_on_the_api_page_is_a_block(site):
     page = (site / "api" / "index.html").read_text(encoding="utf-8")
     assert page.count("&gt;&gt;&gt;") > 10
     assert "Example:" not in page
+    assert re.findall(r":(?:func|class|meth|mod|data|attr|exc):", page) == []
 
 
 @needs_mkdocs
