@@ -25,12 +25,13 @@ from slimlstm.files import write_text
 
 ROOT = Path(__file__).parents[1]
 RANK = 50
-RESULTS = ResultFolder(ROOT / "results")
 DIRTY = f"{MARK.strip()} Made with uncommitted changes, so its commit may not reproduce it."
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--check", action="store_true", help="compare only")
+parser.add_argument("--allow-dirty", action="store_true", help="mark results that no clean commit made, and go on")
 arguments = parser.parse_args()
+RESULTS = ResultFolder(ROOT / "results", allow_dirty=arguments.allow_dirty)
 
 
 def markdown(header, rows):
@@ -41,7 +42,9 @@ def markdown(header, rows):
 def stored(path):
     """Return a result; end the program if no clean commit made it."""
     try:
-        return (RESULTS if path.is_relative_to(RESULTS.folder) else ResultFolder(path.parent)).read(path)
+        return (
+            RESULTS if path.is_relative_to(RESULTS.folder) else ResultFolder(path.parent, allow_dirty=arguments.allow_dirty)
+        ).read(path)
     except SlimLSTMError as error:
         sys.exit(str(error))
 
