@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from paper.elmo import BiLM
 from paper.elmo_config import ELMoConfig
-from slimlstm.errors import SlimLSTMError, reason_of
-from slimlstm.files import replacing, write_json
+from slimlstm.errors import SlimLSTMError, refusing
+from slimlstm.files import check_memory, check_regular, memory_limit, replacing, write_json
 from slimlstm.ops.gates import PYTORCH, TENSORFLOW, reordered
 
 
@@ -37,24 +37,25 @@ def load_bilm(folder: str | Path) -> BiLM:
 def read_bilm(options: str | Path, weights: str | Path) -> BiLM:
     """Read the two files of a language model, as :func:`load_bilm` does."""
     h5py: Any = __import__("h5py")
-    try:
+    for path in (options, weights):
+        check_regular(path)
+    with refusing(f"{options} cannot be read"):
         config = ELMoConfig.from_options(json.loads(Path(options).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise SlimLSTMError(f"{options} cannot be read: {reason_of(error)}") from error
+        with torch.device("meta"):
+            expected = official_tensors(BiLM(config))
+        needed = 4 * sum(tensor.numel() for tensor in expected.values())
+        check_memory(needed, memory_limit(weights), f"the model of {options}")
+    with refusing(f"{weights} does not hold the weights of an ELMo"), h5py.File(weights, "r") as file:
+        tensors = {name: _read_array(file[name], name, tensor.shape) for name, tensor in expected.items()}
     model = BiLM(config)
-    expected = official_tensors(model)
-    try:
-        with h5py.File(weights, "r") as file:
-            tensors = {name: torch.from_numpy(file[name][...]).float() for name in expected}
-    except (OSError, KeyError, TypeError) as error:
-        raise SlimLSTMError(f"{weights} does not hold the weights of an ELMo: {reason_of(error)}") from error
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            raise SlimLSTMError(
-                f"{name} of {weights} is {list(tensor.shape)}; {options} implies {list(expected[name].shape)}"
-            )
     _copy_official_(model, tensors)
     return model.eval()
+
+
+def _read_array(array: Any, name: str, shape: torch.Size) -> Tensor:
+    if tuple(array.shape) != tuple(shape):
+        raise SlimLSTMError(f"{name} of the weights is {list(array.shape)}; the options imply {list(shape)}")
+    return torch.from_numpy(array[...]).float()
 
 
 def save_bilm(model: BiLM, folder: str | Path) -> None:

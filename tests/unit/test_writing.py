@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -49,28 +50,17 @@ def test_save_deletes_only_what_its_config_named(tmp_path):
     assert len(list(tmp_path.iterdir())) == len(before) + 2
 
 
-SAVER = """
-import sys, torch, slimlstm
-from torch import nn
-torch.manual_seed(int(sys.argv[2]))
-models = []
-for _ in range(3):
-    models.append(nn.ModuleDict({"lstm": nn.LSTM(6, 8)}))
-    slimlstm.compress_(models[-1], slimlstm.LowRank(rank=2))
-for at in range(60):
-    slimlstm.save(models[at % 3], sys.argv[1])
-"""
-
-
 def test_saves_that_race_leave_one_whole_model(tmp_path):
-    """Both processes alternate between models, so that each removes weights that the other may write again."""
-    folder = tmp_path / "small"
-    processes = [subprocess.Popen([sys.executable, "-c", SAVER, folder, "0"]) for _ in range(2)]
-    while any(process.poll() is None for process in processes):
-        if (folder / "config.json").exists():
+    """Each writer alternates between models, so that it removes weights that another may write again."""
+    models, folder = [model(seed) for seed in range(3)], tmp_path / "small"
+
+    def write(offset):
+        for at in range(15):
+            save(models[(at + offset) % 3], folder)
             read_folder(folder)
-        time.sleep(0.01)
-    assert [process.returncode for process in processes] == [0, 0]
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
     read_folder(folder)
     assert len(list(folder.iterdir())) == 2
 
@@ -138,7 +128,7 @@ def test_no_flipped_bit_is_read_back(write, read, tmp_path):
     files = [tmp_path / "output"] if (tmp_path / "output").is_file() else (tmp_path / "output").glob("*.safetensors")
     for path in files:
         content = path.read_bytes()
-        for at in range(len(content) // 3, len(content), len(content) // 7):
+        for at in range(len(content) // 3, len(content), len(content) // 3):
             path.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
             with pytest.raises(SlimLSTMError):
                 read(tmp_path / "output")
@@ -209,6 +199,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX")
 def test_a_killed_save_leaves_a_whole_model(tmp_path):
     path = tmp_path / "small"

@@ -149,8 +149,8 @@ def config_of(tensors: Mapping[str, Tensor]) -> AWDLSTMConfig:
     except (KeyError, ValueError, TypeError) as error:
         raise SlimLSTMError(f"these are not the tensors of an AWD-LSTM: {reason_of(error)}") from error
     most = memory_limit_of(sum(tensor.nbytes for tensor in tensors.values()))
-    with torch.device("meta"):
-        needed = sum(parameter.nbytes for parameter in AWDLSTM(config).parameters())
+    widest = max(config.embedding_size, config.hidden_size)
+    needed = 4 * (config.vocab_size * config.embedding_size + config.num_layers * 8 * widest * config.hidden_size)
     check_memory(needed, most, "an AWD-LSTM of these sizes")
     return config
 
