@@ -41,15 +41,22 @@ def read_bilm(options: str | Path, weights: str | Path) -> BiLM:
         check_regular(path)
     with refusing(f"{options} cannot be read"):
         config = ELMoConfig.from_options(json.loads(Path(options).read_text(encoding="utf-8")))
-        with torch.device("meta"):
-            expected = official_tensors(BiLM(config))
-        needed = 4 * sum(tensor.numel() for tensor in expected.values())
-        check_memory(needed, memory_limit(weights), f"the model of {options}")
+        check_memory(_bytes_of(config), memory_limit(weights), f"the model of {options}")
+        model = BiLM(config)
+        expected = official_tensors(model)
     with refusing(f"{weights} does not hold the weights of an ELMo"), h5py.File(weights, "r") as file:
         tensors = {name: _read_array(file[name], name, tensor.shape) for name, tensor in expected.items()}
-    model = BiLM(config)
     _copy_official_(model, tensors)
     return model.eval()
+
+
+def _bytes_of(config: ELMoConfig) -> int:
+    """Return the bytes of a model's matrices, which make up nearly all of it."""
+    width = sum(number for _, number in config.filters)
+    convolutions = sum(size * number for size, number in config.filters) * config.character_size
+    highways = config.num_highways * 2 * width * width
+    lstms = 2 * config.num_layers * 9 * config.hidden_size * config.proj_size
+    return 4 * (convolutions + highways + width * config.proj_size + lstms)
 
 
 def _read_array(array: Any, name: str, shape: torch.Size) -> Tensor:

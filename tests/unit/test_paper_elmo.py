@@ -42,7 +42,7 @@ def test_files_refused(tmp_path):
     save_bilm(tiny(), tmp_path)
     options = json.loads((tmp_path / "options.json").read_text(encoding="utf-8"))
     for change, message in (
-        ({"lstm": {**options["lstm"], "dim": 25}}, r"is \[16, 96\]; .* implies \[16, 100\]"),
+        ({"lstm": {**options["lstm"], "dim": 25}}, r"is \[16, 96\]; .* imply \[16, 100\]"),
         ({"lstm": {}}, "these are not the options of an ELMo: KeyError 'dim'"),
         ({"char_cnn": {**options["char_cnn"], "activation": "gelu"}}, "no activation 'gelu' is known"),
     ):
