@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from slimlstm import bench, evaluate, methods, search, tuning
     from slimlstm.calibration.collect import calibrate
     from slimlstm.calibration.moments import Calibration
-    from slimlstm.compress import compress_
+    from slimlstm.compress import compress_, measure_sensitivity
     from slimlstm.errors import SlimLSTMError
     from slimlstm.folders import save
     from slimlstm.loading import load
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from slimlstm.pipeline.config import LowRank, Prune, Quantize
     from slimlstm.pipeline.plan import Plan
     from slimlstm.pipeline.report import Report
+    from slimlstm.pipeline.sensitivity import Sensitivity
     from slimlstm.pipeline.site_plan import SitePlan
     from slimlstm.tuning import finetune
     from slimlstm.weight_files import compress_file
@@ -44,6 +45,7 @@ __all__ = [
     "Prune",
     "Quantize",
     "Report",
+    "Sensitivity",
     "SitePlan",
     "SlimLSTMError",
     "Storage",
@@ -57,6 +59,7 @@ __all__ = [
     "find_sites",
     "finetune",
     "load",
+    "measure_sensitivity",
     "methods",
     "register_method",
     "register_storage",
@@ -74,6 +77,7 @@ _HOME = {
     "calibrate": "calibration.collect",
     "Calibration": "calibration.moments",
     "compress_": "compress",
+    "measure_sensitivity": "compress",
     "SlimLSTMError": "errors",
     "load": "loading",
     "save": "folders",
@@ -91,6 +95,7 @@ _HOME = {
     "Quantize": "pipeline.config",
     "Plan": "pipeline.plan",
     "Report": "pipeline.report",
+    "Sensitivity": "pipeline.sensitivity",
     "SitePlan": "pipeline.site_plan",
     "finetune": "tuning",
     "compress_file": "weight_files",

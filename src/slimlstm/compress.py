@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 from torch import Tensor, nn
 
 from slimlstm.calibration.collect import calibrate, mean_loss
+from slimlstm.calibration.judge import ModuleJudge
 from slimlstm.calibration.losses import Loss
 from slimlstm.calibration.module_observer import ModuleObserver
 from slimlstm.calibration.moments import Calibration
+from slimlstm.calibration.refit import split_batches
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import METHODS, Needs, Replacement, check_matrix, stored_bytes
 from slimlstm.modules.factored import FactoredModule
@@ -20,11 +22,15 @@ from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.modules.sites import Site
 from slimlstm.modules.swap import Swap
 from slimlstm.ops.weights import Matrix
-from slimlstm.pipeline.plan import Config, Plan, check_config
+from slimlstm.pipeline.config import AUTO, Filter, LowRank, Target
+from slimlstm.pipeline.plan import Config, Plan, check_config, selected_sites
+from slimlstm.pipeline.probing import measure
 from slimlstm.pipeline.report import Report
 from slimlstm.pipeline.run import Progress, apply, needs_of, rounds_with_feedback, solve
+from slimlstm.pipeline.sensitivity import Sensitivity
 from slimlstm.pipeline.site_plan import SitePlan
 from slimlstm.pipeline.source import Size, Sizes
+from slimlstm.pipeline.statistics import SiteStatistics
 
 
 def compress_(
@@ -36,6 +42,7 @@ def compress_(
     calibration: Calibration | None = None,
     refit: int | None = None,
     progress: Progress | None = None,
+    sensitivity: Sensitivity | None = None,
 ) -> Report:
     """Compress the LSTMs of ``model`` in place, without training.
 
@@ -55,6 +62,8 @@ def compress_(
             held out, and decides which factors stay. None means twice, where the batches can be iterated again and both
             models call their LSTMs equally often; 0 means never.
         progress: called with a site's key and the fraction done.
+        sensitivity: a result of :func:`slimlstm.measure_sensitivity` for this model, for ``storage="auto"``; None measures
+            it.
 
     Returns:
         A report of every site and of the whole, with parameters and bytes before and after, relative errors, and, for
@@ -74,7 +83,7 @@ def compress_(
     """
     source = ModuleSource(model)
     try:
-        return _compress(source, model, config, batches, loss, calibration, refit, progress)
+        return _compress(source, model, config, batches, loss, calibration, refit, progress, sensitivity)
     except BaseException:
         source.undo()
         raise
@@ -91,11 +100,13 @@ def _compress(
     calibration: Calibration | None,
     refit: int | None,
     progress: Progress | None,
+    sensitivity: Sensitivity | None,
 ) -> Report:
     check_config(config, source.sites())
     repeatable = batches if batches is not None and not isinstance(batches, Iterator) else None
     calibration, loss_before = _calibrated(model, config, batches, loss, calibration)
-    observer = None if repeatable is None else ModuleObserver(model, source.compressible_hosts(), repeatable, loss)
+    hosts = source.compressible_hosts()
+    observer = None if repeatable is None else ModuleObserver(model, hosts, repeatable, loss)
     solution = solve(
         source,
         config,
@@ -104,6 +115,8 @@ def _compress(
         refit_obstacle="it takes batches that can be iterated more than once",
         refit=refit,
         progress=progress,
+        judge=_judge(model, hosts, repeatable, loss),
+        sensitivity=sensitivity,
     )
     report = apply(source, solution)
     if repeatable is None or loss is None or loss_before is None:
@@ -130,6 +143,63 @@ def _calibrated(
         return None, None
     calibration = calibrate(model, batches, loss)
     return calibration, calibration.loss if is_repeatable else None
+
+
+def _judge(model: nn.Module, hosts: list[Host], batches: Iterable[Any] | None, loss: Loss | None) -> ModuleJudge | None:
+    """Return what measures losses on the last fifth of the batches, or None where nothing can be measured."""
+    if batches is None or loss is None:
+        return None
+    count = len(batches) if isinstance(batches, Sized) else sum(1 for _ in batches)
+    return ModuleJudge(model, hosts, batches, loss, split_batches(count, has_costs=True)[1])
+
+
+@plain_mode()
+@plain_defaults()
+def measure_sensitivity(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Loss,
+    *,
+    method: str = "fisher",
+    calibration: Calibration | None = None,
+    target: Target = "both",
+    filter: Filter | None = None,
+    progress: Progress | None = None,
+) -> Sensitivity:
+    """Measure how much a model loses by every size of every matrix; the model does not change.
+
+    The result makes plans for any number of bytes at once: ``compress_(model, sensitivity.plan(bytes), ...)``. It prints as
+    a table of measurements, and :meth:`Sensitivity.save` keeps it.
+
+    Args:
+        model: an uncompressed module.
+        batches: batches that can be iterated more than once; the last fifth measures.
+        loss: see :func:`slimlstm.calibrate`.
+        method: finds the factors, and needs gradients.
+        calibration: a result of :func:`slimlstm.calibrate` for this model, used instead of calibrating anew.
+        target, filter: see :class:`LowRank`.
+        progress: called with a site's key and the fraction done.
+
+    Raises:
+        SlimLSTMError: the batches are an iterator, a matrix is compressed already, or see :func:`slimlstm.calibrate`.
+
+    Example:
+        >>> import torch
+        >>> model, batches = nn.Sequential(nn.LSTM(8, 16)), [torch.randn(5, 2, 8) for _ in range(2)]
+        >>> found = measure_sensitivity(model, batches, lambda model, batch: model(batch)[0].square())
+        >>> [site.method for site in found.plan(1000).sites.values()]
+        ['dense', 'dense']
+    """
+    if isinstance(batches, Iterator):
+        raise SlimLSTMError("the batches are an iterator, but are needed more than once; give a list")
+    config, source = LowRank(method, bytes=1, storage=AUTO, target=target, filter=filter), ModuleSource(model)
+    check_config(config, source.sites())
+    calibration = calibration or calibrate(model, batches, loss)
+    statistics, judge = (
+        SiteStatistics(source, calibration, method),
+        _judge(model, source.compressible_hosts(), batches, loss),
+    )
+    return measure(source, selected_sites(config, source.sites()), statistics, method, judge, progress)
 
 
 def methods_of(config: Config) -> list[str]:

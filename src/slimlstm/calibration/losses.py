@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, kl_divergence
 from torch.nn.utils.rnn import PackedSequence
 
 from slimlstm.errors import SlimLSTMError
@@ -54,6 +54,20 @@ def checked_losses(result: object) -> Tensor:
     if not bool(torch.isfinite(result).all()):
         raise SlimLSTMError("the loss returned NaN or infinite numbers; check the batches and the model's outputs")
     return result
+
+
+def costs_of(dense: object, compressed: object) -> Tensor:
+    """Return the compressed model's losses, or the divergence of its distribution from the uncompressed model's.
+
+    Args:
+        dense, compressed: the results of a :data:`Loss` for either model.
+    """
+    if not isinstance(dense, Distribution) or not isinstance(compressed, Distribution):
+        return checked_losses(compressed)
+    try:
+        return kl_divergence(dense, compressed)
+    except NotImplementedError:
+        return -compressed.log_prob(dense.sample())
 
 
 def call(model: nn.Module, batch: Any) -> None:

@@ -7,10 +7,9 @@ from collections.abc import Generator, Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributions import Distribution, kl_divergence
+from torch import nn
 
-from slimlstm.calibration.losses import Loss, call, checked_losses, observed_losses
+from slimlstm.calibration.losses import Loss, call, costs_of, observed_losses
 from slimlstm.calibration.observe import observing
 from slimlstm.calibration.recorder import Keys, Recorder, Rows
 from slimlstm.calibration.refit import Observation
@@ -54,7 +53,7 @@ class ModuleObserver:
                 with_gradients = self._loss is not None and number in fitting
                 rows = dense.run(number, batch, with_gradients), compressed.run(number, batch, False)
                 is_judged = self._loss is not None and number in judging
-                yield Observation(number, *rows, _costs(dense.result, compressed.result) if is_judged else None)
+                yield Observation(number, *rows, costs_of(dense.result, compressed.result) if is_judged else None)
 
 
 class _Runner:
@@ -89,13 +88,3 @@ class _Runner:
     def _loss_state(self) -> Any:
         # A copy, because the loss may return the very object that the next batch changes.
         return copy.deepcopy(getattr(self._loss, "state_dict")()) if self.carries else None
-
-
-def _costs(dense: object, compressed: object) -> Tensor:
-    """Return the compressed model's losses, or the divergence of its distribution from the uncompressed model's."""
-    if not isinstance(dense, Distribution) or not isinstance(compressed, Distribution):
-        return checked_losses(compressed)
-    try:
-        return kl_divergence(dense, compressed)
-    except NotImplementedError:
-        return -compressed.log_prob(dense.sample())

@@ -133,7 +133,7 @@ def _observer(host: Host, recorder: Recorder, weights: Mapping[str, Matrix]) -> 
     path = host.paths[0]
 
     def matrix(name: str) -> Matrix:
-        return weights.get(_key(path, name), host.matrix(name))
+        return weights.get(key_of(path, name), host.matrix(name))
 
     observer = build_like(host, _ObservedLSTM, _ObservedCell, matrix)
     observer.recorder, observer.path = recorder, path
@@ -170,12 +170,13 @@ def _frozen(weight: Tensor) -> nn.Parameter:
     return nn.Parameter(weight.clone() if weight.is_inference() else weight, requires_grad=False)
 
 
-def _key(path: str, name: str) -> str:
+def key_of(path: str, name: str) -> str:
+    """Return the key of the matrix ``name`` of the module at ``path``."""
     return f"{path}.{name}" if path else name
 
 
 def _keys(path: str, suffix: str) -> Keys:
-    return _key(path, f"weight_ih{suffix}"), _key(path, f"weight_hh{suffix}")
+    return key_of(path, f"weight_ih{suffix}"), key_of(path, f"weight_hh{suffix}")
 
 
 def _packed_states_before(outputs: Tensor, sizes: list[int], first: Tensor, reverse: bool) -> Tensor:

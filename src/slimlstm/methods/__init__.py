@@ -1,5 +1,6 @@
 """Compress one matrix: the tables of methods and storages, and the cost of a rank. This room knows tensors only."""
 
+from slimlstm.methods.choices import Option, choose, efficient
 from slimlstm.methods.factors import Factors, OnIteration, as_factors
 from slimlstm.methods.magnitude import magnitude_mask, nonzeros_at_rank
 from slimlstm.methods.matrices import check_matrix, check_rank, relative_error, sha256_of, singular_values
@@ -25,7 +26,7 @@ from slimlstm.methods.rank import (
     shares_left_out,
 )
 from slimlstm.methods.replacement import Replacement
-from slimlstm.methods.rounding import round_factors, round_matrix
+from slimlstm.methods.rounding import Rounder, round_factors, round_matrix
 from slimlstm.methods.semi_nmf import semi_nmf
 from slimlstm.methods.storages import (
     KERNEL_FORMATS,
@@ -53,8 +54,10 @@ __all__ = [
     "Method",
     "Needs",
     "OnIteration",
+    "Option",
     "RankCosts",
     "Replacement",
+    "Rounder",
     "Storage",
     "WeightedSVD",
     "allocate",
@@ -63,6 +66,8 @@ __all__ = [
     "calibrated_methods",
     "check_matrix",
     "check_rank",
+    "choose",
+    "efficient",
     "factoring_methods",
     "is_smaller",
     "magnitude_mask",

@@ -16,13 +16,14 @@ DAMPING = 0.01
 """Damping of the moments, as a fraction of their mean diagonal."""
 
 
-def round_columns(weight: Tensor, moment: Tensor, bits: int) -> Tensor:
+def round_columns(weight: Tensor, moment: Tensor, bits: int, factor: Tensor | None = None) -> Tensor:
     """Return a weight [m, n] on the grid of ``bits`` bits, rounded with feedback.
 
     Args:
         weight: float32 [m, n]; every group of a row has its own scale.
         moment: H [n, n], or [n] for a diagonal one.
         bits: bits of a code.
+        factor: :func:`inverse_factor` of the moment, if it is known already.
 
     Examples:
         >>> weight = torch.tensor([[0.30, 0.10, -0.20]])
@@ -30,20 +31,20 @@ def round_columns(weight: Tensor, moment: Tensor, bits: int) -> Tensor:
         >>> bool((rounded - weight).abs().max() < 0.03)
         True
     """
-    return _round(weight, moment, bits, by_row=False)
+    return _round(weight, inverse_factor(moment) if factor is None else factor, bits, by_row=False)
 
 
-def round_rows(weight: Tensor, moment: Tensor, bits: int) -> Tensor:
+def round_rows(weight: Tensor, moment: Tensor, bits: int, factor: Tensor | None = None) -> Tensor:
     """Return a weight [m, n] on the grid of ``bits`` bits, rounded row by row with feedback to later rows.
 
     The loss of an error Δ is tr(Δᵀ H Δ), where H [m, m] is the second moment of the gradients at the matrix's outputs.
     """
-    return _round(weight.T, moment, bits, by_row=True).T.contiguous()
+    return _round(weight.T, inverse_factor(moment) if factor is None else factor, bits, by_row=True).T.contiguous()
 
 
-def _round(weight: Tensor, moment: Tensor, bits: int, *, by_row: bool) -> Tensor:
+def _round(weight: Tensor, factor: Tensor, bits: int, *, by_row: bool) -> Tensor:
     """Round the columns of ``weight`` [m, n] in turn; ``by_row`` says that groups lie along its columns, not its rows."""
-    work, factor = weight.double().clone(), _inverse_factor(moment, weight.shape[1])
+    work = weight.double().clone()
     result = torch.empty_like(work)
     for start in range(0, weight.shape[1], GROUP):
         stop = min(start + GROUP, weight.shape[1])
@@ -67,7 +68,7 @@ def _block_scales(block: Tensor, bits: int, *, by_row: bool) -> Tensor:
     return group_scales(block, bits)[:, None].expand_as(block)
 
 
-def _inverse_factor(moment: Tensor, size: int) -> Tensor:
+def inverse_factor(moment: Tensor) -> Tensor:
     """Return the upper Cholesky factor [n, n] of the inverse of the damped moment.
 
     Raises:
@@ -78,5 +79,5 @@ def _inverse_factor(moment: Tensor, size: int) -> Tensor:
     if not bool(torch.isfinite(full).all()):
         raise SlimLSTMError("the moments hold NaN or infinite numbers; were the batches finite?")
     damping = DAMPING * float(full.diagonal().mean()) or 1.0
-    damped = full + damping * torch.eye(size, dtype=torch.float64, device=full.device)
+    damped = full + damping * torch.eye(len(full), dtype=torch.float64, device=full.device)
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)

@@ -11,6 +11,7 @@ from slimlstm.methods import (
     DENSE,
     METHODS,
     STORAGES,
+    Method,
     Needs,
     factoring_methods,
     is_smaller,
@@ -23,6 +24,8 @@ from slimlstm.modules.sites import Site
 from slimlstm.pipeline.site_plan import SitePlan
 
 Target = Literal["ih", "hh", "both"]
+AUTO = "auto"
+"""The storage that a plan chooses by matrix, together with the rank."""
 Filter = Callable[[Site], bool]
 
 
@@ -44,7 +47,9 @@ class LowRank:
             losses are comparable between matrices, and uniform for others.
         bytes: one budget for all selected matrices, in ``storage``; always global.
         energy: the fraction of Σ σ² (of the method's losses) that every matrix preserves, in (0, 1].
-        storage: also round the factors to this storage; see :class:`Quantize`.
+        storage: also round the factors to this storage; see :class:`Quantize`. ``"auto"`` chooses rank and storage of
+            every matrix together, from 3 to 8 bits, dense matrices included; it takes ``bytes`` and a method that needs
+            gradients, and measures a few losses for every matrix (:mod:`slimlstm.pipeline.probing`).
 
     Raises:
         SlimLSTMError: an unknown method, target or storage, a value out of range, or two values that exclude each other.
@@ -78,7 +83,9 @@ class LowRank:
             raise SlimLSTMError(f"bytes is an int of at least 1, not {self.bytes!r}")
         if self.energy is not None and not (type(self.energy) in (int, float) and 0.0 < self.energy <= 1.0):
             raise SlimLSTMError(f"energy is a fraction in (0, 1], not {self.energy!r}")
-        if self.storage is not None:
+        if self.is_auto:
+            self._check_auto(method)
+        elif self.storage is not None:
             storage_called(self.storage)
         check_target(self.target)
         self._check_allocation(given[0])
@@ -92,6 +99,19 @@ class LowRank:
             raise SlimLSTMError(f"{given} is the same for every matrix and cannot be allocated; give keep or bytes")
         if self.allocation == "uniform" and given == "bytes":
             raise SlimLSTMError("bytes are one budget for all matrices; give keep for a uniform allocation")
+
+    def _check_auto(self, method: Method) -> None:
+        if self.bytes is None:
+            raise SlimLSTMError(
+                "storage='auto' chooses rank and bits for one budget; give bytes=, not rank, keep or energy"
+            )
+        if method.needs < Needs.GRADIENTS or method.spectrum is None:
+            raise SlimLSTMError(f"storage='auto' compares losses between matrices; {self.method!r} has none, use 'fisher'")
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether rank and storage of every matrix are chosen together."""
+        return self.storage == AUTO
 
     @property
     def is_global(self) -> bool:

@@ -110,13 +110,21 @@ def with_storage(config: Config, storage: str, sites: list[Site]) -> Config:
 def check_config(config: Config, sites: list[Site]) -> None:
     """Reject a bad configuration before calibrating; see :func:`make_plan` for the errors."""
     if isinstance(config, LowRank) and config.needs_spectra:
-        config = replace(config, rank=1, keep=None, bytes=None, energy=None, allocation=None)
+        storage = None if config.is_auto else config.storage
+        config = replace(config, rank=1, keep=None, bytes=None, energy=None, allocation=None, storage=storage)
     make_plan(config, sites)
+
+
+def selected_sites(config: Config, sites: list[Site]) -> list[Site]:
+    """Return the sites that a configuration selects; see :func:`make_plan` for the errors."""
+    return _named(config, sites) if isinstance(config, Plan) else _selected(config, sites)
 
 
 def _planned(config: LowRank | Prune | Quantize, sites: list[Site], spectra: Spectra | None) -> Plan:
     if isinstance(config, LowRank) and config.needs_spectra:
         _check_compressible(sites)
+        if config.is_auto:
+            raise SlimLSTMError("storage='auto' measures losses; use compress_, or the plan of a sensitivity")
         if spectra is None:
             raise SlimLSTMError("global allocation and energy take the model itself; use compress_, or a uniform keep")
         return _allocated(config, sites, spectra)

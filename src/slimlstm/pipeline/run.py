@@ -9,7 +9,7 @@ from functools import partial
 
 from torch import Tensor
 
-from slimlstm.calibration.moments import Calibration, Moments
+from slimlstm.calibration.moments import Calibration
 from slimlstm.calibration.refit import CallMismatchError, Observer, Solve
 from slimlstm.calibration.refit import refit as fit_again
 from slimlstm.errors import SlimLSTMError
@@ -21,20 +21,23 @@ from slimlstm.methods import (
     MatrixProblem,
     Needs,
     Replacement,
+    Rounder,
     break_even_rank,
     check_matrix,
     matrix_bytes,
     relative_error,
-    round_factors,
-    round_matrix,
     sha256_of,
     shares_left_out,
 )
 from slimlstm.modules.sites import Site
 from slimlstm.ops.dense import rebuilt
 from slimlstm.ops.weights import Matrix
-from slimlstm.pipeline.plan import Config, Plan, check_config, make_plan
+from slimlstm.pipeline.config import AUTO, LowRank
+from slimlstm.pipeline.plan import Config, Plan, check_config, make_plan, selected_sites
+from slimlstm.pipeline.probing import Judge
 from slimlstm.pipeline.report import Report, SiteReport, Total
+from slimlstm.pipeline.selection import chosen_plan
+from slimlstm.pipeline.sensitivity import Sensitivity
 from slimlstm.pipeline.site_plan import SitePlan
 from slimlstm.pipeline.source import Source
 from slimlstm.pipeline.statistics import SiteStatistics
@@ -78,7 +81,7 @@ def rounds_with_feedback(config: Config) -> bool:
         names = [site.storage for site in config.sites.values()]
     else:
         names = [getattr(config, "storage", None)]
-    return any(name is not None and STORAGES[name].scales == "group" for name in names)
+    return any(name is not None and (name == AUTO or STORAGES[name].scales == "group") for name in names)
 
 
 def solve(
@@ -90,6 +93,8 @@ def solve(
     refit_obstacle: str = "",
     refit: int | None = None,
     progress: Progress | None = None,
+    judge: Judge | None = None,
+    sensitivity: Sensitivity | None = None,
 ) -> Solution:
     """Find replacements for all matrices that a configuration selects; nothing changes.
 
@@ -99,6 +104,8 @@ def solve(
         refit_obstacle: why there is no observer.
         refit: how often to fit again; None means :data:`PASSES` times where it is possible and a method is calibrated.
         progress: called with a site's key and the fraction done.
+        judge: measures losses, for configurations that choose rank and storage together.
+        sensitivity: an earlier measurement for such configurations.
 
     Raises:
         SlimLSTMError: see :func:`slimlstm.pipeline.plan.make_plan`; a matrix cannot be compressed, calibration is missing
@@ -107,10 +114,16 @@ def solve(
     sites = {site.key: site for site in source.sites()}
     check_config(config, list(sites.values()))
     statistics = SiteStatistics(source, calibration, getattr(config, "method", ""))
-    plan = make_plan(config, list(sites.values()), statistics)
+    notes: list[str] = []
+    if isinstance(config, LowRank) and config.is_auto:
+        selected = selected_sites(config, list(sites.values()))
+        replace = partial(_replacements, source, sites=sites, statistics=statistics, progress=None)
+        plan, note = chosen_plan(source, config, selected, statistics, replace, judge, sensitivity, progress)
+        notes.append(note)
+    else:
+        plan = make_plan(config, list(sites.values()), statistics)
     replacements = _replacements(source, plan, sites, statistics, progress)
     predicted = {key: statistics.predicted_rise(sites[key], replacements.get(key)) for key in plan.sites}
-    notes: list[str] = []
     if refit or (refit is None and needs_of(plan) > Needs.NOTHING):
         fitted, note = _fit_again(
             source, plan, sites, statistics, replacements, observer, refit_obstacle, refit or PASSES, is_asked=bool(refit)
@@ -145,7 +158,7 @@ def compress_matrix(
     plan: SitePlan,
     problem: Callable[[], MatrixProblem] | None = None,
     on_fraction: Callable[[float], None] | None = None,
-    moments: Moments | None = None,
+    rounder: Rounder | None = None,
 ) -> Replacement | None:
     """Carry out one site's plan.
 
@@ -154,7 +167,7 @@ def compress_matrix(
         plan: method, amount and storage.
         problem: the matrix with the moments that the method needs; None for methods that need nothing.
         on_fraction: called with the fraction done, by iterative solvers.
-        moments: what calibration saw at the matrix, for rounding to low-bit storages with feedback.
+        rounder: rounds in the metric of the matrix's moments; None rounds to nearest.
 
     Returns:
         The replacement, or None where the plan leaves the matrix as it is.
@@ -174,7 +187,7 @@ def compress_matrix(
     source = sha256_of(matrix)
     if plan.method == DENSE:
         exact = weight if isinstance(weight, Tensor) else weight[0].double() @ weight[1].double()
-        return _stored(Replacement(weight, DENSE, source), exact, plan.storage, moments)
+        return _stored(Replacement(weight, DENSE, source), exact, plan.storage, rounder)
 
     def on_iteration(done: int, most: int) -> None:
         if on_fraction is not None:
@@ -195,7 +208,7 @@ def compress_matrix(
             found.converged,
             found.losses,
         )
-        return _stored(result, matrix, plan.storage, moments)
+        return _stored(result, matrix, plan.storage, rounder)
     masked = matrix * found
     result = Replacement(None, plan.method, source, found, None, relative_error(matrix, masked))
     return (
@@ -203,16 +216,16 @@ def compress_matrix(
     )
 
 
-def _stored(result: Replacement, matrix: Tensor, storage: str | None, moments: Moments | None) -> Replacement:
+def _stored(result: Replacement, matrix: Tensor, storage: str | None, rounder: Rounder | None) -> Replacement:
     """Return the replacement rounded to a storage, and with the error of both steps."""
     if storage is None or result.weight is None:
         return result
-    inputs, gradients = (None, None) if moments is None else (moments.inputs, moments.gradients)
+    rounder = rounder or Rounder()
     if isinstance(result.weight, Tensor):
-        weight: Matrix = round_matrix(result.weight, storage, inputs).clone()
+        weight: Matrix = rounder.matrix(result.weight, storage).clone()
         after = weight
     else:
-        u, v = round_factors(*result.weight, matrix, storage, inputs, gradients)
+        u, v = rounder.factors(*result.weight, matrix, storage)
         weight, after = (u, v), u.double() @ v.double()
     return dataclasses.replace(result, weight=weight, storage=storage, relative_error=relative_error(matrix, after))
 
@@ -235,8 +248,8 @@ def _replacements(
         if shared not in found:
             try:
                 problem = partial(statistics.problem, site, action.method)
-                moments = statistics.known_moments(site)
-                found[shared] = compress_matrix(source.weight(site), action, problem, on_fraction, moments)
+                weight, rounder = source.weight(site), statistics.rounder(site)
+                found[shared] = compress_matrix(weight, action, problem, on_fraction, rounder)
                 source.check(site, action)
             except SlimLSTMError as error:
                 raise SlimLSTMError(f"{key}: {error}") from error
@@ -294,14 +307,14 @@ def _is_calibrated(plan: SitePlan) -> bool:
 def _solver(source: Source, site: Site, plan: SitePlan, statistics: SiteStatistics) -> Solve:
     """Return what solves for another matrix at a site, whose inputs have another moment."""
     gradients = statistics.gradients(site, plan.method)
-    weight = source.weight(site)
+    weight, rounder = source.weight(site), statistics.rounder(site)
     dtype = (weight if isinstance(weight, Tensor) else weight[0]).dtype
 
     def solver(target: Tensor, moment: Tensor) -> Matrix:
         found = METHODS[plan.method].solve(MatrixProblem(target, moment, gradients), plan.rank or 0, None)
         assert isinstance(found, Factors)  # noqa: S101 (only factors are fitted again)
         u, v = found.u.to(dtype), found.v.to(dtype)
-        return (u, v) if plan.storage is None else round_factors(u, v, target, plan.storage, moment, gradients)
+        return (u, v) if plan.storage is None else rounder.at(moment).factors(u, v, target, plan.storage)
 
     return solver
 

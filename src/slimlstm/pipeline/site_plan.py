@@ -66,6 +66,10 @@ class SitePlan:
         after = self.storage or before
         return None if after == "float32" else after
 
+    def bytes_at(self, site: Site) -> int:
+        """Return the bytes of a float32 site afterwards."""
+        return matrix_bytes(site.shape, site.rank if self.rank is None else self.rank, self.storage_of(site), 4)
+
     def fitted_to(self, site: Site) -> SitePlan:
         """Return the plan without steps that would save no bytes at this site, and with a note that says so."""
         after = self.storage_of(site)

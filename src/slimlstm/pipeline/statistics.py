@@ -9,7 +9,8 @@ from torch import Tensor
 
 from slimlstm.calibration.moments import Calibration, Moments
 from slimlstm.errors import SlimLSTMError
-from slimlstm.methods import METHODS, MatrixProblem, Needs, Replacement
+from slimlstm.methods import METHODS, MatrixProblem, Needs, Replacement, Rounder
+from slimlstm.methods.feedback import inverse_factor
 from slimlstm.modules.sites import Site
 from slimlstm.ops.dense import rebuilt
 from slimlstm.pipeline.source import Source
@@ -39,6 +40,9 @@ class SiteStatistics:
                 if moments is not None and not moments.fit(site.shape):
                     raise SlimLSTMError(f"{site.key} had another shape when the model was calibrated; calibrate this model")
         self.problem = cache(self._problem)
+        self.rounder = cache(self._rounder)
+        # Tensors hash by identity; ih and hh of a direction have the same gradients.
+        self._factor_of = cache(inverse_factor)
 
     def identity(self, site: Site) -> Hashable:
         """Return a value that is equal for sites that share one parameter."""
@@ -61,6 +65,15 @@ class SiteStatistics:
         except SlimLSTMError as error:
             raise SlimLSTMError(f"{site.key}: {error}") from error
 
+    @property
+    def predictions(self) -> int:
+        """The number of losses that the calibration saw, at least 1."""
+        return max(1, self._calibration.predictions) if self._calibration is not None else 1
+
+    def for_method(self, method: str) -> SiteStatistics:
+        """Return the statistics of the same source for another method."""
+        return SiteStatistics(self._source, self._calibration, method)
+
     def gradients(self, site: Site, method: str) -> Tensor | None:
         """Return the gradients' moment [m, m] where the method needs it, else None."""
         return self._moments(site, method).gradients if METHODS[method].needs >= Needs.GRADIENTS else None
@@ -70,6 +83,11 @@ class SiteStatistics:
         known = {} if self._calibration is None else self._calibration.sites
         found = [known[key] for key in self._sharing.get(self.identity(site), ()) if key in known]
         return Moments.together(found) if found else None
+
+    def _rounder(self, site: Site) -> Rounder:
+        """Return what rounds the site's matrix or factors, in the metric of its moments where they are known."""
+        moments = self.known_moments(site)
+        return Rounder() if moments is None else Rounder(moments.inputs, moments.gradients, self._factor_of)
 
     def is_shared(self, site: Site) -> bool:
         """Return whether another site has the same parameter."""

@@ -1,0 +1,103 @@
+"""The mean loss of a model with other matrices, on batches that are held out; the model does not change."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimlstm.calibration.collect import NO_BATCH
+from slimlstm.calibration.losses import Loss, costs_of
+from slimlstm.calibration.observe import build_like, forwards_replaced, key_of
+from slimlstm.errors import SlimLSTMError
+from slimlstm.modules.cell import LowRankLSTMCell
+from slimlstm.modules.graphs import detaching
+from slimlstm.modules.host import Host
+from slimlstm.modules.lstm import LowRankLSTM
+from slimlstm.modules.modes import ambient_defaults, evaluation_mode, plain_mode
+from slimlstm.ops.weights import Matrix
+
+
+class ModuleJudge:
+    """Measures the mean loss of a module with certain matrices.
+
+    Where the loss returns a distribution, the cost is the divergence from the uncompressed model's distribution.
+
+    Args:
+        model: the uncompressed model.
+        hosts: its hosts that may hold other matrices.
+        batches: an iterable that can be iterated more than once.
+        loss: as for :func:`slimlstm.calibrate`. A loss that carries a state from batch to batch has ``state_dict`` and
+            ``load_state_dict``; each model keeps its own.
+        held_out: the numbers of the batches that count.
+    """
+
+    def __init__(
+        self, model: nn.Module, hosts: Sequence[Host], batches: Iterable[Any], loss: Loss, held_out: range
+    ) -> None:
+        self._model, self._hosts, self._batches, self._loss = model, hosts, batches, loss
+        self._held_out = held_out
+        self._carries = hasattr(loss, "state_dict") and hasattr(loss, "load_state_dict")
+        self._first_state: Any = None
+        self._is_warm = False
+
+    @plain_mode()
+    def cost(self, weights: Mapping[str, Matrix]) -> float:
+        """Return the mean cost with these matrices, by key; all others stay as they are.
+
+        Raises:
+            SlimLSTMError: no batch was given, or the loss returned no finite losses.
+        """
+        modules = [(host.lstm, made) for host in self._hosts if (made := _replaced(host, weights)) is not None]
+        with torch.random.fork_rng(), torch.no_grad(), detaching(self._model), evaluation_mode(self._model):
+            found = [costs.double().flatten() for costs in self._costs(modules)]
+        if not found:
+            raise SlimLSTMError(NO_BATCH)
+        return float(torch.cat(found).mean())
+
+    def _costs(self, modules: Sequence[tuple[nn.Module, nn.Module]]) -> Iterable[Tensor]:
+        dense = compressed = self._warm_state()
+        for number, batch in enumerate(self._batches):
+            if number not in self._held_out:
+                continue
+            result, compressed = self._run(number, batch, modules, compressed)
+            reference = result
+            if modules and not isinstance(result, Tensor):
+                reference, dense = self._run(number, batch, [], dense)
+            yield costs_of(reference, result)
+
+    def _warm_state(self) -> Any:
+        """Return the loss's state before the first batch that counts, as the uncompressed model leaves it."""
+        if self._carries and not self._is_warm:
+            for number, batch in enumerate(self._batches):
+                if number >= self._held_out.start:
+                    break
+                self._run(number, batch, [], self._first_state, keep=number > 0)
+            self._first_state, self._is_warm = self._state(), True
+        return self._first_state
+
+    def _run(
+        self, number: int, batch: Any, modules: Sequence[tuple[nn.Module, nn.Module]], state: Any, *, keep: bool = False
+    ) -> tuple[object, Any]:
+        """Run one batch from a state of the loss, or from its present state where ``keep``; return its state after."""
+        torch.manual_seed(number)
+        if self._carries and not keep and state is not None:
+            getattr(self._loss, "load_state_dict")(copy.deepcopy(state))
+        with forwards_replaced(modules), ambient_defaults():
+            result = self._loss(self._model, batch)
+        return result, self._state()
+
+    def _state(self) -> Any:
+        # A copy, because the loss may return the very object that the next batch changes.
+        return copy.deepcopy(getattr(self._loss, "state_dict")()) if self._carries else None
+
+
+def _replaced(host: Host, weights: Mapping[str, Matrix]) -> LowRankLSTM | LowRankLSTMCell | None:
+    """Return a module like the host's with these matrices, or None where none of them is the host's."""
+    path = host.paths[0]
+    if not any(site.key in weights for site in host.sites()):
+        return None
+    return build_like(host, LowRankLSTM, LowRankLSTMCell, lambda name: weights.get(key_of(path, name), host.matrix(name)))
