@@ -171,3 +171,20 @@ def test_impossible_storages_are_refused():
         low_rank().store("weight_hh_l0", "int9")
     with pytest.raises(SlimLSTMError, match="no matrix is called 'bias'"):
         low_rank().store("bias", "int8")
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("storage", ["int8", "int6", "int5", "int4", "int3"])
+@pytest.mark.parametrize("hidden", [7, 33, 129])
+@torch.no_grad()
+def test_the_kernel_holds_low_bit_weights_without_loss(hidden, storage):
+    """An input of a single 1 is exact in int8, so only the weights could be inexact."""
+    module = LowRankLSTM(hidden, hidden).eval()
+    module.weight_hh_l0.zero_()
+    for name in module.matrix_shapes:
+        module.store(name, storage)
+    assert module.kernel_format("weight_ih_l0") == "int8"
+    x = torch.eye(hidden)[None]
+    truth = by_reference(module, x.double())["output"]
+    module.backend = "fused"
+    assert (module(x)[0] - truth).norm() <= 1e-6 * truth.norm()

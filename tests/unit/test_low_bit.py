@@ -7,7 +7,7 @@ from torch import nn
 import slimlstm as sl
 from slimlstm.methods import STORAGES, matrix_bytes, round_factors, round_matrix, rounded, svd
 from slimlstm.methods.feedback import round_columns, round_rows
-from slimlstm.methods.low_bit import GROUP, encode_groups, pack, spread, unpack
+from slimlstm.methods.low_bit import GROUP, encode_groups, largest_code, pack, spread, unpack
 
 BITS = range(3, 9)
 LOW_BIT = [name for name, row in STORAGES.items() if row.scales == "group"]
@@ -64,7 +64,25 @@ def test_zeros_and_outliers_survive(storage):
     weight[1, 5], weight[2, 66] = 1e-3, -40.0
     value = rounded(weight, storage)
     assert torch.equal(value != 0, weight != 0)
-    torch.testing.assert_close(value, weight, rtol=1e-3, atol=0)
+    # Half a step of the grid.
+    torch.testing.assert_close(value, weight, rtol=0.52 / largest_code(STORAGES[storage].bits), atol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("size", [1e-5, 1.0, 300.0])
+@pytest.mark.parametrize("bits", BITS)
+def test_every_row_holds_integers_of_eight_bits(bits, size, shape):
+    torch.manual_seed(shape[1])
+    weight = size * torch.randn(shape)
+    for found in (
+        decoded(*encode_groups(weight, bits)),
+        round_columns(weight, moment(shape[1]), bits),
+        round_rows(weight, moment(shape[0]), bits),
+    ):
+        for row in found:
+            integers = [row / (row.abs().max() / code) for code in range(1, 128)] if row.any() else [row]
+            steps = [row.abs().max() / code for code in range(1, 128)] if row.any() else [torch.tensor(1.0)]
+            assert any(torch.equal(i.round() * step, row) for i, step in zip(integers, steps, strict=True))
 
 
 def test_factors_are_rounded_in_the_metric_of_their_moments():
@@ -118,7 +136,9 @@ def test_low_bit_models_are_saved_and_loaded_to_the_bit(config, tmp_path):
     with torch.inference_mode():
         torch.testing.assert_close(loaded(batches[0]), model(batches[0]))
         model.lstm.backend = "reference"
-        torch.testing.assert_close(loaded(batches[0]), model(batches[0]))
+        truth = model(batches[0])
+        # The kernel reads the weights as int8, without loss, and rounds their inputs.
+        assert (loaded(batches[0]) - truth).norm() <= 0.02 * truth.norm()
 
 
 def test_a_file_takes_the_bits_that_the_report_counts(tmp_path):

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 namespace slimlstm {
 namespace {
@@ -30,7 +31,17 @@ uint16_t to_bfloat16(float value) {
     return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
-// The largest magnitude of a row, divided by 127; NaN if an element is not finite.
+// Whether every element of a row is an integer times ``scale``.
+bool fits(const Source& source, ptrdiff_t row, float scale) {
+    for (ptrdiff_t k = 0; k < source.columns; ++k) {
+        float value = *source.at(row, k);
+        if (std::nearbyint(value / scale) * scale != value) return false;
+    }
+    return true;
+}
+
+// A scale at which a row holds integers up to 127, without loss: its largest element is one of them times the
+// scale. Otherwise the largest magnitude, divided by 127; NaN if an element is not finite.
 float scale_of(const Source& source, ptrdiff_t row) {
     float bound = 0;
     for (ptrdiff_t k = 0; k < source.columns; ++k) {
@@ -38,6 +49,8 @@ float scale_of(const Source& source, ptrdiff_t row) {
         if (!std::isfinite(value)) return NAN;
         bound = std::max(bound, value);
     }
+    for (int code = 127; code > 0 && bound / code >= std::numeric_limits<float>::min(); --code)
+        if (fits(source, row, bound / code)) return bound / code;
     return bound / 127;
 }
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.methods.low_bit import GROUP, group_scales, grouped, nearest, spread
+from slimlstm.methods.low_bit import GROUP, group_scales, grouped, nearest, row_scales, spread
 
 DAMPING = 0.01
 """Damping of the moments, as a fraction of their mean diagonal."""
@@ -46,9 +46,10 @@ def _round(weight: Tensor, factor: Tensor, bits: int, *, by_row: bool) -> Tensor
     """Round the columns of ``weight`` [m, n] in turn; ``by_row`` says that groups lie along its columns, not its rows."""
     work = weight.double().clone()
     result = torch.empty_like(work)
+    base = None if by_row else row_scales(weight.float(), bits)
     for start in range(0, weight.shape[1], GROUP):
         stop = min(start + GROUP, weight.shape[1])
-        scale = _block_scales(work[:, start:stop].float(), bits, by_row=by_row)
+        scale = _block_scales(work[:, start:stop].float(), bits, base)
         errors = torch.empty_like(work[:, start:stop])
         for index in range(start, stop):
             column = work[:, index]
@@ -60,12 +61,18 @@ def _round(weight: Tensor, factor: Tensor, bits: int, *, by_row: bool) -> Tensor
     return result.to(weight.dtype)
 
 
-def _block_scales(block: Tensor, bits: int, *, by_row: bool) -> Tensor:
-    """Return the scale of every weight in a block [m, k] of columns."""
-    if by_row:
+def _block_scales(block: Tensor, bits: int, base: Tensor | None) -> Tensor:
+    """Return the scale of every weight in a block [m, k] of columns.
+
+    Args:
+        block: the columns.
+        bits: bits of a code.
+        base: the scales of the rows [m]; None where groups lie along the columns.
+    """
+    if base is None:
         rows = block.T.contiguous()
-        return spread(group_scales(grouped(rows), bits), rows.shape[1]).T
-    return group_scales(block, bits)[:, None].expand_as(block)
+        return spread(group_scales(grouped(rows), bits, row_scales(rows, bits)[:, None]), rows.shape[1]).T
+    return group_scales(block, bits, base)[:, None].expand_as(block)
 
 
 def inverse_factor(moment: Tensor) -> Tensor:

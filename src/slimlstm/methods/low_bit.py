@@ -1,4 +1,8 @@
-"""Low-bit codes with one 16-bit scale for every group of weights in a row, and their packing."""
+"""Low-bit codes with one 16-bit scale for every group of weights in a row, and their packing.
+
+The scales of a row are small multiples of one number, so that every weight is an integer of 8 bits times that number. The
+fused kernel therefore reads such weights as int8, without loss.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ from torch.nn.functional import pad
 
 GROUP = 64
 """Weights of a row that share a scale."""
+_HALF_BITS = 11
+"""Significant bits of float16."""
 _CLIPS = torch.linspace(1.0, 0.6, 9)
 """Fractions of a group's largest magnitude that the highest code may represent."""
 
@@ -24,6 +30,29 @@ def largest_code(bits: int) -> int:
     return 2 ** (bits - 1) - 1
 
 
+def largest_step(bits: int) -> int:
+    """Return the largest multiple of a row's scale that a group's scale may be: products with codes have 8 bits.
+
+    Example:
+        >>> largest_step(4)
+        18
+    """
+    return 127 // largest_code(bits)
+
+
+def row_scales(weight: Tensor, bits: int) -> Tensor:
+    """Return [m], the number whose multiples are the scales of the groups in a row of a weight [m, n].
+
+    It has so few significant bits that the multiples are exact in float16.
+    """
+    significant = _HALF_BITS - largest_step(bits).bit_length()
+    least = weight.abs().amax(dim=1).float() / (largest_code(bits) * largest_step(bits))
+    fraction, exponent = torch.frexp(least)
+    scale = torch.ldexp((fraction * 2**significant).ceil(), exponent - significant)
+    # float16 has no smaller steps.
+    return (scale * 2.0**24).ceil() / 2.0**24
+
+
 def grouped(weight: Tensor) -> Tensor:
     """Return a weight [m, n] as groups [m, g, GROUP], the last one padded with zeros."""
     missing = -weight.shape[1] % GROUP
@@ -35,23 +64,24 @@ def spread(scale: Tensor, columns: int) -> Tensor:
     return scale.repeat_interleave(GROUP, dim=1)[:, :columns]
 
 
-def group_scales(groups: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:
+def group_scales(groups: Tensor, bits: int, base: Tensor) -> Tensor:
     """Return the scales [...] of groups [..., k] whose rounding to nearest has the smallest squared error.
 
     Args:
         groups: float32 weights.
         bits: bits of a code, from 3 to 8.
-        importance: weights [..., k] of the squared errors, broadcast over the groups; None for equal ones.
+        base: :func:`row_scales` of the groups' rows, broadcast over the groups.
     """
     largest = largest_code(bits)
-    top = groups.abs().amax(dim=-1)
-    best, lowest = as_scale(top / largest), torch.full_like(top, torch.inf)
+    wanted = groups.abs().amax(dim=-1) / largest / torch.where(base > 0, base, 1.0)
+    best, lowest = base.expand_as(wanted), torch.full_like(wanted, torch.inf)
     for clip in _CLIPS.tolist():
-        scale = as_scale(clip * top / largest)
-        error = (_nearest(groups, scale[..., None], largest) * scale[..., None] - groups).square()
-        cost = (error if importance is None else error * importance).sum(dim=-1)
-        better = cost < lowest
-        best, lowest = torch.where(better, scale, best), torch.where(better, cost, lowest)
+        # Rounded up without clipping, so that the largest weight fits.
+        step = (clip * wanted).ceil() if clip == 1.0 else (clip * wanted).round()
+        scale = step.clamp(1, largest_step(bits)) * base
+        error = (_nearest(groups, scale[..., None], largest) * scale[..., None] - groups).square().sum(dim=-1)
+        better = error < lowest
+        best, lowest = torch.where(better, scale, best), torch.where(better, error, lowest)
     return best
 
 
@@ -67,7 +97,7 @@ def encode_groups(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """
     groups, largest = grouped(weight), largest_code(bits)
     scale, is_exact = _grid_of(groups, largest)
-    scale = torch.where(is_exact, scale, group_scales(groups, bits))
+    scale = torch.where(is_exact, scale, group_scales(groups, bits, row_scales(weight, bits)[:, None]))
     codes = _nearest(groups, scale[..., None], largest).flatten(1)[:, : weight.shape[1]]
     return codes.to(torch.int8), scale.half()
 

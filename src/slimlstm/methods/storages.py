@@ -100,7 +100,7 @@ def _low_bit(bits: int) -> Storage:
     def encode(weight: Tensor) -> Encoded:
         return Encoded(*low_bit.encode_groups(weight, bits))
 
-    return Storage(encode, torch.int8, "group", bits)
+    return Storage(encode, torch.int8, "group", bits, kernel_format="int8")
 
 
 STORAGES: dict[str, Storage] = {
