@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
@@ -141,16 +142,31 @@ def _calibrated(
         return calibration, mean_loss(model, batches, loss) if loss is not None and is_repeatable else None
     if loss is None and needs == Needs.NOTHING and not rounds_with_feedback(config):
         return None, None
+    if isinstance(config, LowRank) and config.is_auto:
+        return _calibrated_without_judges(model, batches, loss)
     calibration = calibrate(model, batches, loss)
     return calibration, calibration.loss if is_repeatable else None
+
+
+def _calibrated_without_judges(
+    model: nn.Module, batches: Iterable[Any], loss: Loss | None
+) -> tuple[Calibration, float | None]:
+    """Calibrate on the batches that will not judge the result; return the mean loss on all of them."""
+    if isinstance(batches, Iterator) or loss is None:
+        raise SlimLSTMError("storage='auto' measures losses; give loss=, and batches that can be iterated more than once")
+    fitting, _ = split_batches(_count(batches), has_costs=True)
+    return calibrate(model, itertools.islice(batches, len(fitting)), loss), mean_loss(model, batches, loss)
 
 
 def _judge(model: nn.Module, hosts: list[Host], batches: Iterable[Any] | None, loss: Loss | None) -> ModuleJudge | None:
     """Return what measures losses on the last fifth of the batches, or None where nothing can be measured."""
     if batches is None or loss is None:
         return None
-    count = len(batches) if isinstance(batches, Sized) else sum(1 for _ in batches)
-    return ModuleJudge(model, hosts, batches, loss, split_batches(count, has_costs=True)[1])
+    return ModuleJudge(model, hosts, batches, loss, split_batches(_count(batches), has_costs=True)[1])
+
+
+def _count(batches: Iterable[Any]) -> int:
+    return len(batches) if isinstance(batches, Sized) else sum(1 for _ in batches)
 
 
 @plain_mode()
@@ -194,7 +210,7 @@ def measure_sensitivity(
         raise SlimLSTMError("the batches are an iterator, but are needed more than once; give a list")
     config, source = LowRank(method, bytes=1, storage=AUTO, target=target, filter=filter), ModuleSource(model)
     check_config(config, source.sites())
-    calibration = calibration or calibrate(model, batches, loss)
+    calibration = calibration or _calibrated_without_judges(model, batches, loss)[0]
     statistics, judge = (
         SiteStatistics(source, calibration, method),
         _judge(model, source.compressible_hosts(), batches, loss),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,9 @@ from slimlstm.modules.host import Host
 from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.modules.modes import ambient_defaults, evaluation_mode, plain_mode
 from slimlstm.ops.weights import Matrix
+
+_WARM_UP = 2
+"""Batches before the first one that counts, for losses that carry a state."""
 
 
 class ModuleJudge:
@@ -70,21 +74,20 @@ class ModuleJudge:
             yield costs_of(reference, result)
 
     def _warm_state(self) -> Any:
-        """Return the loss's state before the first batch that counts, as the uncompressed model leaves it."""
+        """Return the loss's state before the first batch that counts, after a few batches of the uncompressed model."""
         if self._carries and not self._is_warm:
-            for number, batch in enumerate(self._batches):
-                if number >= self._held_out.start:
-                    break
-                self._run(number, batch, [], self._first_state, keep=number > 0)
+            first = max(0, self._held_out.start - _WARM_UP)
+            for number, batch in enumerate(itertools.islice(self._batches, first, self._held_out.start), first):
+                self._run(number, batch, [], None)
             self._first_state, self._is_warm = self._state(), True
         return self._first_state
 
     def _run(
-        self, number: int, batch: Any, modules: Sequence[tuple[nn.Module, nn.Module]], state: Any, *, keep: bool = False
+        self, number: int, batch: Any, modules: Sequence[tuple[nn.Module, nn.Module]], state: Any
     ) -> tuple[object, Any]:
-        """Run one batch from a state of the loss, or from its present state where ``keep``; return its state after."""
+        """Run one batch from a state of the loss, or from its present state where None; return its state after."""
         torch.manual_seed(number)
-        if self._carries and not keep and state is not None:
+        if self._carries and state is not None:
             getattr(self._loss, "load_state_dict")(copy.deepcopy(state))
         with forwards_replaced(modules), ambient_defaults():
             result = self._loss(self._model, batch)

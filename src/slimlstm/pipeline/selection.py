@@ -63,7 +63,7 @@ def chosen_plan(
     trials |= _simpler_plans(config, sites, statistics)
     costs = {name: judge.cost(_weights(source, sites, replace(plan))) for name, plan in trials.items()}
     best = min(costs, key=lambda name: costs[name])
-    measured = ", ".join(f"{name} {cost:.4f}" for name, cost in sorted(costs.items(), key=lambda item: item[1]))
+    measured = ", ".join(f"{name} {cost:.4g}" for name, cost in sorted(costs.items(), key=lambda item: item[1]))
     return trials[best], f"chosen by the loss on held-out batches: {measured}"
 
 
