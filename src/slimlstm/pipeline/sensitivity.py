@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from slimlstm.errors import SlimLSTMError, reason_of
-from slimlstm.files import write_json
+from slimlstm.files import check_regular, write_json
 from slimlstm.methods import DENSE, Option, choose
 from slimlstm.pipeline.plan import Plan
 from slimlstm.pipeline.site_plan import SitePlan
@@ -132,12 +132,13 @@ class Sensitivity:
             SlimLSTMError: the file is missing, or holds no sensitivity.
         """
         try:
+            check_regular(path)
             with Path(path).open(encoding="utf-8") as file:
                 data: dict[str, Any] = json.load(file)
             if data.get("format") != _FORMAT:
                 raise SlimLSTMError(f"{path} holds no sensitivity that this slimlstm can read; measure it again")
             return cls(data["method"], [_site(entry) for entry in data["sites"]], data["is_measured"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise SlimLSTMError(f"{path} is no intact sensitivity: {reason_of(error)}; measure it again") from error
 
     def __rich__(self) -> Table:
