@@ -1,14 +1,12 @@
 """Trained language models that the repository stores: int8 matrices and a bfloat16 embedding, in small files.
 
-The folder ``models/NAME`` holds what :func:`slimlstm.save` writes, its weights file cut into parts, ``vocab.txt`` and
-``training.json``.
+The folder ``models/NAME`` holds what :func:`slimlstm.save` writes, ``vocab.txt`` and ``training.json``.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import tempfile
 from pathlib import Path
 
 import torch
@@ -17,11 +15,11 @@ import slimlstm as sl
 from slimlstm.demo.awd_lstm import AWDLSTM, config_of, load_awd_lstm
 from slimlstm.demo.corpora import Vocabulary
 from slimlstm.errors import SlimLSTMError
-from slimlstm.files import replacing, write_text
+from slimlstm.files import write_text
 from slimlstm.folders import CONFIG, read_folder
 
 MODELS = Path(__file__).parents[1] / "models"
-PART_BYTES = 11_500_000
+MAX_SHARD_BYTES = 11_500_000
 
 
 def model_folder(name: str) -> Path:
@@ -37,31 +35,22 @@ def model_folder(name: str) -> Path:
     raise argparse.ArgumentTypeError(f"no folder {name}, and no stored model of that name; stored models: {stored}")
 
 
-def save_language_model(model: AWDLSTM, vocabulary: Vocabulary, folder: Path, *, part_bytes: int = PART_BYTES) -> None:
+def save_language_model(
+    model: AWDLSTM, vocabulary: Vocabulary, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
     """Write a dense model, rounded, and its vocabulary.
 
     Args:
         model: stays as it is; its matrices are written as int8 rows, its embedding in bfloat16.
         vocabulary: written to ``vocab.txt``.
         folder: made if missing. A model that was stored there before is replaced.
-        part_bytes: size of the largest file.
+        max_shard_bytes: size of the largest weights file.
     """
     rounded = copy.deepcopy(model).cpu()
     sl.compress_(rounded, sl.Quantize("int8"))
     rounded.embedding.weight.data = rounded.embedding.weight.data.to(torch.bfloat16)
-    with tempfile.TemporaryDirectory() as scratch:
-        sl.save(rounded, scratch)
-        (weights,) = Path(scratch).glob("*.safetensors")
-        content, config = weights.read_bytes(), (Path(scratch) / CONFIG).read_text(encoding="utf-8")
-    parts = [content[start : start + part_bytes] for start in range(0, len(content), part_bytes)]
-    paths = [folder / f"{weights.name}.part{index}" for index in range(len(parts))]
-    for path, part in zip(paths, parts, strict=True):
-        with replacing(path) as draft:
-            draft.write_bytes(part)
     write_text(folder / "vocab.txt", "".join(word + "\n" for word in vocabulary.words))
-    write_text(folder / CONFIG, config)
-    for stale in set(folder.glob("*.safetensors.part*")) - set(paths):
-        stale.unlink()
+    sl.save(rounded, folder, max_shard_bytes=max_shard_bytes)
 
 
 def load_language_model(folder: Path) -> AWDLSTM:
@@ -73,16 +62,12 @@ def load_language_model(folder: Path) -> AWDLSTM:
     Raises:
         SlimLSTMError: a file is missing or damaged, or does not hold an AWD-LSTM.
     """
-    parts = sorted(folder.glob("*.safetensors.part*"), key=lambda path: int(path.suffix.removeprefix(".part")))
-    if not parts:
+    if not (folder / CONFIG).exists():
         return load_awd_lstm(folder)
-    if len({path.stem for path in parts}) > 1:
-        raise SlimLSTMError(f"{folder} has parts of several weights files; delete it and check it out again")
-    with tempfile.TemporaryDirectory() as scratch:
-        whole = Path(scratch)
-        (whole / parts[0].stem).write_bytes(b"".join(path.read_bytes() for path in parts))
-        (whole / CONFIG).write_bytes((folder / CONFIG).read_bytes())
-        _, tensors = read_folder(whole)
+    config, tensors = read_folder(folder)
+    smaller = [key for key, site in config["sites"].items() if "rank" in site or "kept" in site]
+    if smaller:
+        raise SlimLSTMError(f"{folder} holds a compressed model ({smaller[0]} is not dense); give the dense one")
     state = {name: tensor.float() for name, tensor in tensors.items()}
     model = AWDLSTM(config_of(state))
     model.load_state_dict(state)

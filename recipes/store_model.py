@@ -59,7 +59,7 @@ write_json(
         "corpus": arguments.corpus or arguments.text.name,
         "perplexity": found,
         "parameters": sum(parameter.numel() for parameter in dense.parameters()),
-        "bytes": sum(path.stat().st_size for path in folder.glob("*.part*")),
+        "bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         "training": training(),
         "provenance": provenance(),
     },

@@ -1,6 +1,6 @@
 """Save compressed models as folders of safetensors and ``config.json``; :mod:`slimlstm.loading` loads them.
 
-``config.json`` names the weights file and its SHA-256, and is replaced in one step after that file is complete. So at any
+``config.json`` names the weights files and their SHA-256, and is replaced in one step after they are complete. So at any
 moment a folder holds either the old model or the new one.
 """
 
@@ -27,27 +27,34 @@ from slimlstm.modules.hosts import find_hosts
 from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.modules.sites import Site
 from slimlstm.modules.swap import provenance_of
+from slimlstm.shards import join, split
 
 CONFIG = "config.json"
 FORMAT = "slimlstm"
 SCALE = ".scale"
 """The ending that the name of a tensor gets for the scales of its rows."""
-FORMAT_VERSIONS = (1, 2, 3)
-"""Without sites that are stored in less than float32, with such sites, and with codes of less than a byte."""
+FORMAT_VERSIONS = (1, 2, 3, 4)
+"""Without sites that are stored in less than float32; with such sites; with codes of less than a byte; in several files."""
 
 
 @plain_mode()
 @plain_defaults()
-def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+def save(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_bytes: int | None = None) -> None:
     """Write a compressed model to ``folder``, which is made where it is missing.
 
     The folder holds all parameters and persistent buffers; the rank, mask and storage of every compressed site; its origin
     (method, and SHA-256 of the dense matrix); and versions. Quantised weights are written as their codes and scales. A
     model that slimlstm saved there before is replaced; other files stay.
 
+    Args:
+        model: stays as it is.
+        folder: the folder to write.
+        max_shard_bytes: size of the largest weights file; None writes one file. Larger tensors are cut along their rows.
+
     Raises:
         SlimLSTMError: nothing in the model is compressed, its state holds more than tensors, quantised weights have changed
-            since they were rounded, or ``folder`` holds another program's ``config.json``. Nothing is written then.
+            since they were rounded, ``folder`` holds another program's ``config.json``, or a row of a tensor is larger than
+            ``max_shard_bytes``. Nothing is written then.
 
     Examples:
         >>> import tempfile, slimlstm
@@ -66,7 +73,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     }
     if not sites:
         raise SlimLSTMError("nothing in the model is compressed; call compress_ first, or save its state_dict yourself")
-    write_folder(Path(folder), model.state_dict(), sites)
+    write_folder(Path(folder), model.state_dict(), sites, max_shard_bytes)
 
 
 def site_entry(site: Site, provenance: Mapping[str, str], dtype: torch.dtype) -> dict[str, Any]:
@@ -76,12 +83,14 @@ def site_entry(site: Site, provenance: Mapping[str, str], dtype: torch.dtype) ->
     return {"shape": list(site.shape), "dtype": str(dtype).removeprefix("torch."), **known, **provenance}
 
 
-def write_folder(folder: Path, state: Mapping[str, Any], sites: Mapping[str, Mapping[str, Any]]) -> None:
+def write_folder(
+    folder: Path, state: Mapping[str, Any], sites: Mapping[str, Mapping[str, Any]], max_shard_bytes: int | None = None
+) -> None:
     """Write tensors and site entries as a folder that :func:`read_folder` reads; aliases are stored once.
 
     Raises:
-        SlimLSTMError: ``state`` holds more than tensors, or weights that their site's storage cannot hold; or ``folder``
-            holds another program's ``config.json``.
+        SlimLSTMError: ``state`` holds more than tensors, weights that their site's storage cannot hold, or a row larger
+            than ``max_shard_bytes``; or ``folder`` holds another program's ``config.json``.
     """
     others = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if others:
@@ -89,12 +98,14 @@ def write_folder(folder: Path, state: Mapping[str, Any], sites: Mapping[str, Map
     _check_is_ours(folder)
     tensors, aliases = _without_aliases(cast(Mapping[str, Tensor], state))
     tensors, shapes = _packed(tensors, sites)
-    content = tensors_as_bytes(tensors, metadata={"format": "pt"})
-    digest = sha256(content)
+    shards, cut = split(tensors, max_shard_bytes)
+    found = [tensors_as_bytes(shard, metadata={"format": "pt"}) for shard in shards]
+    contents = {f"model-{sha256(content)[:16]}.safetensors": content for content in found}
+    in_files = len(contents) > 1 or bool(cut)
     config: dict[str, Any] = {
         "format": FORMAT,
-        "format_version": 3 if shapes else 2 if any("storage" in entry for entry in sites.values()) else 1,
-        "weights": {"file": f"model-{digest[:16]}.safetensors", "sha256": digest},
+        "format_version": 4 if in_files else 3 if shapes else 2 if any("storage" in site for site in sites.values()) else 1,
+        "weights": _weights_field(contents, cut if in_files else None),
         "sites": sites,
         "aliases": aliases,
         "versions": {"slimlstm": version("slimlstm"), "torch": torch.__version__, "python": platform.python_version()},
@@ -103,20 +114,36 @@ def write_folder(folder: Path, state: Mapping[str, Any], sites: Mapping[str, Map
         config["packed"] = shapes
     config["sha256"] = _config_sha256(config)
     with alone_in(folder):
-        previous = _weights_file(folder)
-        with replacing(folder / config["weights"]["file"]) as draft:
-            draft.write_bytes(content)
+        previous = _previous_files(folder)
+        for name, content in contents.items():
+            with replacing(folder / name) as draft:
+                draft.write_bytes(content)
         write_json(folder / CONFIG, config)
-        if previous is not None and previous.name != config["weights"]["file"]:
-            previous.unlink(missing_ok=True)
+        for name in previous - contents.keys():
+            (folder / name).unlink(missing_ok=True)
 
 
-def _weights_file(folder: Path) -> Path | None:
-    """Return the weights file that the folder's ``config.json`` names, or None."""
+def _weights_field(contents: Mapping[str, bytes], cut: Mapping[str, int] | None) -> dict[str, Any]:
+    """Return ``weights`` of ``config.json``: one file, or several and the number of parts of each tensor that was cut."""
+    digests = {name: sha256(content) for name, content in contents.items()}
+    if cut is not None:
+        return {"files": digests, "cut": cut}
+    ((name, digest),) = digests.items()
+    return {"file": name, "sha256": digest}
+
+
+def weights_files(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the names of the weights files that a checked ``config.json`` names, with their SHA-256."""
+    weights = config["weights"]
+    return weights["files"] if "files" in weights else {weights["file"]: weights["sha256"]}
+
+
+def _previous_files(folder: Path) -> set[str]:
+    """Return the names of the weights files of the model in a folder, if its ``config.json`` is intact."""
     try:
-        return folder / str(read_config(folder)["weights"]["file"])
+        return set(weights_files(read_config(folder)))
     except SlimLSTMError:
-        return None
+        return set()
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -129,15 +156,16 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         config = read_config(folder)
         while True:
             try:
-                content = _weights_of(folder, config)
+                contents = [_content(folder / name, digest) for name, digest in weights_files(config).items()]
                 break
             except SlimLSTMError:
                 # Another process may have saved a new model meanwhile.
                 config, before = read_config(folder), config
                 if config == before:
                     raise
-        # Parse the bytes that were checked; the file itself may change meanwhile.
-        tensors = _unpacked(load_tensors(content), config, folder)
+        # Parse the bytes that were checked; the files themselves may change meanwhile.
+        stored = {name: tensor for content in contents for name, tensor in load_tensors(content).items()}
+        tensors = _unpacked(join(stored, config["weights"].get("cut", {})), config, folder)
         for name, original in config["aliases"].items():
             if original not in tensors:
                 raise SlimLSTMError(
@@ -147,18 +175,17 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return config, tensors
 
 
-def _weights_of(folder: Path, config: Mapping[str, Any]) -> bytes:
-    """Return the content of the weights file, checked against its SHA-256."""
-    path = folder / config["weights"]["file"]
+def _content(path: Path, digest: str) -> bytes:
+    """Return the content of a weights file, checked against its SHA-256."""
     try:
         check_regular(path)
         content = path.read_bytes()
     except (OSError, SlimLSTMError) as error:
         reason = reason_of(error)
         raise SlimLSTMError(
-            f"{folder} is incomplete: {path.name} cannot be read ({reason}); copy the whole folder"
+            f"{path.parent} is incomplete: {path.name} cannot be read ({reason}); copy the whole folder"
         ) from error
-    if sha256(content) != config["weights"]["sha256"]:
+    if sha256(content) != digest:
         raise SlimLSTMError(f"{path} is damaged or altered: its SHA-256 is not the one in {CONFIG}; copy the folder again")
     return content
 
@@ -193,9 +220,7 @@ def _checked(config: Any, folder: Path) -> dict[str, Any]:
     missing = [key for key in ("weights", "sites", "aliases") if not isinstance(config.get(key), dict)]
     if missing:
         raise SlimLSTMError(f"{folder / CONFIG} is damaged: it lacks {', '.join(missing)}; save the model again")
-    weights: Mapping[str, Any] = config["weights"]
-    file, digest = weights.get("file"), weights.get("sha256")
-    if not isinstance(file, str) or not isinstance(digest, str) or Path(file).name != file:
+    if not _names_files(config["weights"]):
         raise SlimLSTMError(f"{folder / CONFIG} is damaged: it names no weights file in its folder; save the model again")
     for key, entry in config["sites"].items():
         if not _is_entry(entry):
@@ -203,6 +228,17 @@ def _checked(config: Any, folder: Path) -> dict[str, Any]:
     if not all(isinstance(original, str) for original in config["aliases"].values()):
         raise SlimLSTMError(f"{folder / CONFIG} is damaged: its aliases are no names; save the model again")
     return config
+
+
+def _names_files(weights: Mapping[str, Any]) -> bool:
+    """Return whether the field ``weights`` has one of its two forms, with names of files in the folder itself."""
+    files, cut = weights.get("files", {weights.get("file"): weights.get("sha256")}), weights.get("cut", {})
+    if not isinstance(files, dict) or not files or not isinstance(cut, dict):
+        return False
+    pairs = cast(dict[Any, Any], files).items()
+    counts = cast(dict[str, Any], cut).values()
+    are_names = all(isinstance(n, str) and n and Path(n).name == n and isinstance(digest, str) for n, digest in pairs)
+    return are_names and all(type(count) is int and count > 1 for count in counts)
 
 
 def _is_entry(entry: Any) -> bool:

@@ -27,7 +27,8 @@ ARROWS = {
     "calibration": {"modules", "methods", "ops", "files", "errors"},
     "pipeline": {"page", "calibration", "modules", "methods", "ops", "tables", "provenance", "files", "errors"},
     "compress": {"pipeline", "calibration", "modules", "methods", "ops", "errors"},
-    "folders": {"modules", "methods", "ops", "files", "errors"},
+    "shards": {"errors"},
+    "folders": {"modules", "methods", "ops", "shards", "files", "errors"},
     "loading": {"folders", "modules", "methods", "errors"},
     "weight_files": {
         "folders",
@@ -47,8 +48,8 @@ ARROWS = {
     "evaluate": {"modules", "errors"},
     "bench": {"onnx", "pipeline", "modules", "ops", "provenance", "tables", "errors"},
     "demo": {
-        *("compress", "bench", "evaluate", "pipeline", "calibration", "modules", "methods", "ops", "provenance", "files"),
-        *("tables", "errors"),
+        *("compress", "bench", "evaluate", "pipeline", "calibration", "modules", "methods", "ops", "provenance", "shards"),
+        *("files", "tables", "errors"),
     },
 }
 """The rooms that each room may import; its own files it always may."""

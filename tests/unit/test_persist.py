@@ -275,6 +275,10 @@ def forge_rank(folder: Path, rank: object) -> None:
     forge(folder, sites=sites)
 
 
+def forge_parts(folder: Path, cut: object) -> None:
+    forge(folder, weights=json.loads((folder / "config.json").read_text())["weights"] | {"cut": cut})
+
+
 DAMAGE = {
     "no folder": (shutil.rmtree, "holds no compressed model: config.json cannot be read"),
     "no config": (
@@ -296,13 +300,24 @@ DAMAGE = {
     ),
     "edited rank": (lambda folder: edit(folder, '"rank": 2', '"rank": 3'), "was altered after it was written"),
     "edited shape": (lambda folder: edit(folder, str(4 * H), "16"), "was altered after it was written"),
-    "later format": (lambda folder: forge(folder, format_version=4), "has format 4, this slimlstm reads 1 and 2 and 3"),
+    "later format": (
+        lambda folder: forge(folder, format_version=5),
+        "has format 5, this slimlstm reads 1 and 2 and 3 and 4",
+    ),
     "forged rank": (lambda folder: forge_rank(folder, 3), "weight_hh_l1"),
     "forged rank 0": (lambda folder: forge_rank(folder, 0), "weight_hh_l1"),
     "forged rank -1": (lambda folder: forge_rank(folder, -1), "weight_hh_l1"),
     "forged rank, too large for memory": (lambda folder: forge_rank(folder, 10**13), "weight_hh_l1"),
     "forged rank, text": (lambda folder: forge_rank(folder, "2"), "weight_hh_l1"),
     "forged, no weights": (lambda folder: forge(folder, weights=None), "config.json"),
+    "forged, no weights files": (lambda folder: forge(folder, weights={"files": {}}), "it names no weights"),
+    "forged, weights files a list": (lambda folder: forge(folder, weights={"files": ["model"]}), "it names no weights"),
+    "forged, weights without a name": (lambda folder: forge(folder, weights={"sha256": "0"}), "it names no weights"),
+    "forged, parts": (lambda folder: forge_parts(folder, {"labels.bias": 2}), "labels.bias has 2 parts, of which only 0"),
+    "forged, many parts": (lambda folder: forge_parts(folder, {"labels.bias": 10**13}), "of which only 0"),
+    "forged, parts a list": (lambda folder: forge_parts(folder, ["labels.bias"]), "it names no weights"),
+    "forged, no parts": (lambda folder: forge_parts(folder, {"labels.bias": 0}), "it names no weights"),
+    "forged, parts a text": (lambda folder: forge_parts(folder, {"labels.bias": "2"}), "it names no weights"),
     "forged, no sites": (lambda folder: forge(folder, sites=None), "config.json"),
     "forged, no aliases": (lambda folder: forge(folder, aliases=None), "config.json"),
     "forged alias": (lambda folder: forge(folder, aliases={"lstm.bias_hh_l0": "nowhere"}), "config.json"),

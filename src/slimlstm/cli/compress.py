@@ -123,13 +123,13 @@ def _check_output(file: Path, output: Path, force: bool) -> None:
 
 def _is_weights_file_of(file: Path, folder: Path) -> bool:
     """Return whether ``file`` holds the weights of a compressed folder."""
-    from slimlstm.folders import CONFIG, read_config
+    from slimlstm.folders import CONFIG, read_config, weights_files
 
     if file.resolve().parent != folder.resolve() or not (folder / CONFIG).exists():
         return False
     try:
-        return read_config(folder)["weights"]["file"] == file.name
-    except (SlimLSTMError, KeyError, TypeError):
+        return file.name in weights_files(read_config(folder))
+    except SlimLSTMError:
         return False
 
 

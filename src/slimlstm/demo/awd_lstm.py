@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,13 +24,12 @@ from torch.nn.functional import dropout, embedding
 
 from slimlstm.errors import SlimLSTMError, reason_of, refusing
 from slimlstm.files import alone_in, check_memory, check_regular, memory_limit_of, replacing, sha256, write_json
+from slimlstm.shards import join, split
 
 LSTMStates = list[tuple[Tensor, Tensor]]
 """One pair (h, c), each [1, B, H], for every layer."""
 
 WEIGHTS, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "model.pt"
-_HEADER = 10_000
-"""Bytes reserved in every shard for the names of its tensors."""
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ def save_awd_lstm(model: AWDLSTM, folder: str | Path, *, shard_bytes: int = 16_0
     for name in (WEIGHTS, PICKLED):
         if (folder / name).exists():
             raise SlimLSTMError(f"{folder / name} exists and would be read instead; name another folder, or remove it")
-    shards = list(_packed(state, shard_bytes - _HEADER))
+    shards, _ = split(state, shard_bytes)
     contents = [tensors_as_bytes(shard) for shard in shards]
     digests = [sha256(content) for content in contents]
     names = [f"model-{at:05d}-of-{len(shards):05d}-{digest[:16]}.safetensors" for at, digest in enumerate(digests, 1)]
@@ -267,22 +267,6 @@ def _own_shards(folder: Path) -> set[str]:
     return set(digests)
 
 
-def _packed(state: Mapping[str, Tensor], most: int) -> Iterator[dict[str, Tensor]]:
-    """Yield the tensors in order, in groups of at most ``most`` bytes."""
-    shard: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        rows = most * len(tensor) // (2 * tensor.numel())
-        if rows < 1:
-            raise SlimLSTMError(f"a row of {name} {list(tensor.shape)} does not fit into a shard; give larger shard_bytes")
-        parts = tensor.split(rows)
-        for index, part in enumerate(parts):
-            if 2 * (part.numel() + sum(held.numel() for held in shard.values())) > most:
-                yield shard
-                shard = {}
-            shard[name if len(parts) == 1 else f"{name}.part{index}"] = part.contiguous()
-    yield shard
-
-
 def _read_shards(path: Path) -> dict[str, Tensor]:
     """Return the tensors of all shards that an index names; join the tensors that were cut."""
     file_of, digests = _read_index(path)
@@ -295,11 +279,7 @@ def _read_shards(path: Path) -> dict[str, Tensor]:
         tensors.update(tensors_in(content))
     if tensors.keys() != file_of.keys():
         raise SlimLSTMError(f"index and shards differ in {', '.join(sorted(tensors.keys() ^ file_of.keys()))}")
-    parts: dict[str, dict[int, Tensor]] = {}
-    for name, tensor in tensors.items():
-        whole, _, index = name.partition(".part")
-        parts.setdefault(whole, {})[int(index or 0)] = tensor
-    return {name: torch.cat([found[index] for index in sorted(found)]) for name, found in parts.items()}
+    return join(tensors, Counter(name.partition(".part")[0] for name in tensors if ".part" in name))
 
 
 def _read_index(path: Path) -> tuple[dict[str, str], dict[str, str]]:
