@@ -68,7 +68,9 @@ void check_sizes(const Call& call) {
     if (rows != call.rows) throw nb::value_error("batch_sizes do not add up to the rows of the input");
 }
 
-bool run(const Layer& layer, uintptr_t x, uintptr_t sizes, ptrdiff_t steps, ptrdiff_t batch, ptrdiff_t rows, uintptr_t h0,
+constexpr int stale = 0, done = 1, not_finite = 2;
+
+int run(const Layer& layer, uintptr_t x, uintptr_t sizes, ptrdiff_t steps, ptrdiff_t batch, ptrdiff_t rows, uintptr_t h0,
          uintptr_t c0, uintptr_t output, uintptr_t h, uintptr_t c, bool thoroughly, int threads) {
     Call call{reinterpret_cast<const float*>(x),
               reinterpret_cast<const int64_t*>(sizes),
@@ -82,14 +84,14 @@ bool run(const Layer& layer, uintptr_t x, uintptr_t sizes, ptrdiff_t steps, ptrd
               reinterpret_cast<float*>(c)};
     if (call.sizes) check_sizes(call);
     if (layer.nanoseconds(rows, batch) < worth_unlocking) {
-        if (!layer.is_current(thoroughly)) return false;
+        if (!layer.is_current(thoroughly)) return stale;
         layer.run(call, threads);
-        return true;
+        return layer.is_finite(call) ? done : not_finite;
     }
     nb::gil_scoped_release unlocked;
-    if (!layer.is_current(thoroughly)) return false;
+    if (!layer.is_current(thoroughly)) return stale;
     layer.run(call, threads);
-    return true;
+    return layer.is_finite(call) ? done : not_finite;
 }
 
 }  // namespace
@@ -101,6 +103,6 @@ NB_MODULE(_kernel, module) {
     nb::class_<Layer>(module, "Layer", "Packed weights of one layer.")
         .def("__init__", &make)
         .def("run", &run,
-             "Run the layer on contiguous float32 memory at the given addresses. Return False, without running it, if the "
-             "weights have changed since they were packed.");
+             "Run the layer on contiguous float32 memory at the given addresses. Return 0, without running it, if the "
+             "weights have changed since they were packed; 1; or 2 if the last hidden states are not finite.");
 }

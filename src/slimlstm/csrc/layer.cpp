@@ -193,6 +193,13 @@ void Layer::run(const Call& call, int threads) const {
     }
 }
 
+bool Layer::is_finite(const Call& call) const {
+    ptrdiff_t count = static_cast<ptrdiff_t>(directions_.size()) * call.batch * directions_[0].weights.output_size;
+    float sum = 0;
+    for (ptrdiff_t k = 0; k < count; ++k) sum += call.h[k] * 0.0f;  // NaN if any is infinite or NaN
+    return sum == 0;
+}
+
 Layer::Shares Layer::share_out(const Call& call, int threads) const {
     constexpr double barrier = 400;  // nanoseconds, measured
     double alone = nanoseconds(call.rows, call.batch);

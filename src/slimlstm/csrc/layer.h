@@ -68,6 +68,9 @@ class Layer {
     // exactly that many threads.
     void run(const Call& call, int threads) const;
 
+    // Whether the last hidden states of a call that ran are finite.
+    bool is_finite(const Call& call) const;
+
     // The estimated time of a call on one thread: ``rows`` rows in all, ``batch`` at a step.
     double nanoseconds(ptrdiff_t rows, ptrdiff_t batch) const;
 

@@ -7,6 +7,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <system_error>
 #include <thread>
 
 namespace slimlstm {
@@ -135,7 +136,11 @@ Crew::Crew(int wanted, double patience) : lock_(pool().users, std::try_to_lock) 
         threads.caller.store(processor(), std::memory_order_relaxed);
         threads.anywhere.store(patience < 0, std::memory_order_relaxed);
         threads.open.store(static_cast<uint64_t>(threads.job) << 32, std::memory_order_release);
-        for (; threads.threads < wanted - 1; ++threads.threads) std::thread([&threads] { threads.serve(); }).detach();
+        try {
+            for (; threads.threads < wanted - 1; ++threads.threads) std::thread([&threads] { threads.serve(); }).detach();
+        } catch (const std::system_error&) {
+            wanted = threads.threads + 1;  // the system allows no more: those that exist do the work
+        }
     }
     threads.woken.notify_all();
     auto now = std::chrono::steady_clock::now;

@@ -53,13 +53,15 @@ class WeightedSVD:
             if moment is not None and not bool(torch.isfinite(moment).all()):
                 raise SlimLSTMError(f"the moments of the {name} hold NaN or infinite numbers; were the batches finite?")
         self.matrix = matrix
-        root, self._unroot = _roots(inputs.to(matrix.device, torch.float64))
+        unit, size = _unit(inputs.to(matrix.device, torch.float64))
+        root, self._unroot = _roots(unit)
         self._weighted = _times(matrix.detach().double(), root)
         outer = self._weighted
         if gradients is not None:
-            outer = _times(outer.T, gradients.to(matrix.device, torch.float64)).T
+            unit, size_of_gradients = _unit(gradients.to(matrix.device, torch.float64))
+            outer, size = _times(outer.T, unit).T, size * size_of_gradients
         values, vectors = torch.linalg.eigh(self._weighted.T @ outer)
-        self.losses = values.flip(0).clamp_min(0.0)[: min(m, n)]
+        self.losses = (values.flip(0).clamp_min(0.0)[: min(m, n)] * size).clamp_max(torch.finfo(torch.float64).max)
         self._directions = vectors.flip(1)
 
     def factors(self, rank: int) -> Factors:
@@ -72,6 +74,12 @@ class WeightedSVD:
         directions = self._directions[:, :rank]
         u, v = self._weighted @ directions, _times(directions.T, self._unroot)
         return replace(as_factors(self.matrix, *balanced(u, v)), losses=self.losses)
+
+
+def _unit(moment: Tensor) -> tuple[Tensor, float]:
+    """Return a moment divided by its largest number, and that number: the factors do not depend on it."""
+    size = float(moment.abs().max())
+    return (moment / size, size) if size > 0.0 else (moment, 1.0)
 
 
 def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:

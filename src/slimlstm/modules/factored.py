@@ -18,6 +18,9 @@ from slimlstm.modules.modes import plain_mode
 from slimlstm.ops.dense import rebuilt
 from slimlstm.ops.weights import CachedLayer, Direction, Matrix, flat
 
+_WIDEST_INT8 = (2**31 - 1) // (127 * 128)
+"""Columns whose products of int8 numbers surely fit into 32 bits."""
+
 Provenance = dict[str, str]
 """The origin of a compressed matrix: the ``method``, and the ``source_sha256`` of the dense matrix."""
 
@@ -127,8 +130,12 @@ class FactoredModule(nn.Module):
         self.storages[name] = storage
 
     def kernel_format(self, name: str) -> str:
-        """Return the format that the fused kernel packs the matrix ``name`` in: "float32", "bfloat16" or "int8"."""
-        return STORAGES[self.storages.get(name, "float32")].kernel_format
+        """Return the format that the fused kernel packs the matrix ``name`` in: "float32", "bfloat16" or "int8".
+
+        Products of very wide matrices in int8 would exceed the kernel's integers, so that these are packed in float32.
+        """
+        found = STORAGES[self.storages.get(name, "float32")].kernel_format
+        return "float32" if found == "int8" and self.matrix_shapes[name][1] > _WIDEST_INT8 else found
 
     def stored_parts(self, name: str) -> list[str]:
         """Return the names of the weights that share the storage of the matrix ``name``.

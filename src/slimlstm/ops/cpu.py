@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError
+from slimlstm.ops import dense
 from slimlstm.ops.packing import FULL_CHECK_ROWS, PackedLayer, packed_layer
 from slimlstm.ops.weights import Direction, LayerOutput, first_states
+
+_NOT_FINITE = 2
+"""What the kernel returns beside infinite inputs: int8 cannot hold them, though an LSTM may saturate and stay finite."""
 
 
 def run(
@@ -31,15 +35,15 @@ def run(
         count, sizes_at = steps * batch, 0
         output = new(steps, batch, number * outputs)
     else:
-        batch_sizes = batch_sizes.contiguous()
+        batch_sizes = batch_sizes.to("cpu", torch.int64).contiguous()
         (count, width), steps, sizes_at = x.shape, batch_sizes.shape[0], batch_sizes.data_ptr()
         batch = h0.shape[1] if h0 is not None else int(batch_sizes[0]) if steps else 0
         output = new(count, number * outputs)
-    x, h0_at, c0_at = x.contiguous(), 0, 0
+    x, h0_at, c0_at = _as_stored(x), 0, 0
     fits = width == inputs
     if h0 is not None and c0 is not None:
         fits = fits and h0.shape == (number, batch, outputs) and c0.shape == (number, batch, hidden)
-        h0, c0 = h0.contiguous(), c0.contiguous()
+        h0, c0 = _as_stored(h0), _as_stored(c0)
         h0_at, c0_at = h0.data_ptr(), c0.data_ptr()
     if not fits:
         raise _misfit(x, h0, c0, packed)
@@ -49,9 +53,17 @@ def run(
     h, c = new(number, batch, outputs), new(number, batch, hidden)
     call = x.data_ptr(), sizes_at, steps, batch, count, h0_at, c0_at, output.data_ptr(), h.data_ptr(), c.data_ptr()
     thoroughly = count >= FULL_CHECK_ROWS or not packed.counted
-    while not packed.layer.run(*call, thoroughly, torch.get_num_threads()):
+    while not (state := packed.layer.run(*call, thoroughly, torch.get_num_threads())):
         packed = packed_layer(directions, anew=True)
+    if state == _NOT_FINITE and packed.rounds_inputs:
+        with torch.no_grad():
+            return dense.layer(x, batch_sizes, *first_states(x, batch_sizes, h0, c0, directions), directions)
     return LayerOutput(output, h, c)
+
+
+def _as_stored(tensor: Tensor) -> Tensor:
+    """Return a tensor whose memory holds its numbers, row by row; negated views do not."""
+    return (tensor.resolve_neg() if tensor.is_neg() else tensor).contiguous()
 
 
 def _misfit(x: Tensor, h0: Tensor | None, c0: Tensor | None, packed: PackedLayer) -> SlimLSTMError:

@@ -50,6 +50,7 @@ class PackedLayer:
         arrays = [aliases[at : at + 7] for at in range(0, len(aliases), 7)]
         weights = directions[0]
         self.sizes = columns(weights.ih), columns(weights.hh), rows(weights.hh) // 4, len(directions)
+        self.rounds_inputs = "int8" in storages_of(directions)
         isa = native.instruction_set()
         self.layer = _kernel.Layer(isa, arrays, storages_of(directions), clips_of(directions), _gains(directions))
 
@@ -112,6 +113,8 @@ def _check_tensors(tensors: Sequence[Tensor]) -> None:
                 f"the fused kernel takes float32 weights on the CPU, not {type(tensor).__name__} of {tensor.dtype} on "
                 f"{tensor.device}; convert the module, or use backend='dense'"
             )
+        if tensor.is_neg():
+            raise SlimLSTMError("a weight is a negated view, whose memory holds other numbers; assign its clone()")
 
 
 def _check_shapes(directions: Sequence[Direction]) -> None:
