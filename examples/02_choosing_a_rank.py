@@ -7,7 +7,6 @@ from torch.nn.functional import cross_entropy
 import slimlstm as sl
 from slimlstm.demo.model import embedded_model, held_out_tokens
 from slimlstm.evaluate import perplexity
-from slimlstm.search import find_keep
 
 model, tokens = embedded_model(), held_out_tokens()
 text, held_out = tokens[:2800].view(4, 10, 70), tokens[6000:7000]
@@ -34,10 +33,17 @@ report = sl.compress_(
 print("ranks in 3 MB:", {site.key: site.rank for site in report.sites})
 print(report.loss_note)
 
-# The smallest size that keeps your metric within 5%: a bisection, which compresses and measures a copy in every step.
-before = metric(model)
-config = sl.LowRank("fisher", keep=1, storage="int8")
-found = find_keep(model, config, metric, 1.05 * before, smallest_keep=0.1, evaluations=3, calibration=calibration)
-sl.compress_(model, found, calibration=calibration)
-print(f"perplexity {before:.1f}, at most 5% worse at keep={found.keep:.2f}: {metric(model):.1f}")
-assert metric(model) <= 1.05 * before
+# The smallest model whose metric is at most 5% worse, found with at most five evaluations of the metric.
+found = sl.find_smallest(
+    model,
+    metric,
+    better="lower",
+    at_most="5%",
+    batches=batches,
+    loss=losses,
+    calibration=calibration,
+    evaluations=5,
+    metric_name="perplexity",
+)
+print(found)
+assert found.best.metric <= 1.05 * found.dense.metric

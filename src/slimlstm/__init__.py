@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slimlstm import bench, evaluate, methods, search, tuning
+    from slimlstm import bench, evaluate, methods, tuning
     from slimlstm.calibration.collect import calibrate
     from slimlstm.calibration.moments import Calibration
     from slimlstm.compress import compress_, measure_sensitivity
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from slimlstm.pipeline.report import Report
     from slimlstm.pipeline.sensitivity import Sensitivity
     from slimlstm.pipeline.site_plan import SitePlan
+    from slimlstm.search import find_smallest
     from slimlstm.tuning import finetune
     from slimlstm.weight_files import compress_file
 
@@ -57,6 +58,7 @@ __all__ = [
     "evaluate",
     "export_onnx",
     "find_sites",
+    "find_smallest",
     "finetune",
     "load",
     "measure_sensitivity",
@@ -64,7 +66,6 @@ __all__ = [
     "register_method",
     "register_storage",
     "save",
-    "search",
     "tuning",
 ]
 
@@ -97,6 +98,7 @@ _HOME = {
     "Report": "pipeline.report",
     "Sensitivity": "pipeline.sensitivity",
     "SitePlan": "pipeline.site_plan",
+    "find_smallest": "search",
     "finetune": "tuning",
     "compress_file": "weight_files",
 }

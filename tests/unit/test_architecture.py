@@ -43,7 +43,9 @@ ARROWS = {
         "errors",
     },
     "onnx": {"compress", "pipeline", "calibration", "modules", "methods", "ops", "files", "errors"},
-    "search": {"compress", "calibration", "pipeline", "modules", "errors"},
+    "search": {
+        *("compress", "onnx", "bench", "calibration", "pipeline", "modules", "methods", "files", "tables", "errors"),
+    },
     "tuning": {"modules", "files", "errors"},
     "evaluate": {"modules", "errors"},
     "bench": {"onnx", "pipeline", "modules", "ops", "provenance", "tables", "errors"},

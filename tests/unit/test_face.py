@@ -34,7 +34,7 @@ def test_star_imports_give_every_name():
 
 @pytest.mark.parametrize(
     "path",
-    ["tuning.distillation", "evaluate.perplexity", "bench.compare", "search.find_keep", "methods.METHODS"],
+    ["tuning.distillation", "evaluate.perplexity", "bench.compare", "search.find_best", "methods.METHODS"],
 )
 def test_the_submodules_that_users_need_come_along(path):
     value = sl

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import slimlstm
 from slimlstm import LowRank, LowRankLSTM, Prune, Quantize, SlimLSTMError, calibrate, compress_, find_sites, load, save
 from slimlstm.modules.graphs import copy_model
-from slimlstm.search import find_keep
+from slimlstm.search import find_smallest
 
 IN, H, T, B = 6, 16, 5, 2
 
@@ -520,10 +520,11 @@ def calibrated(model, folder):
 
 
 def searched(model, folder):
-    def size(model):
-        return sum(parameter.numel() for parameter in model.parameters())
+    def changes(model):
+        return float(sum(parameter.detach().double().abs().sum() for parameter in model.parameters()))
 
-    return [], [find_keep(model, LowRank(keep=1.0), size, 900, largest=True, evaluations=3).keep]
+    found = find_smallest(model, changes, better="lower", at_most="50%", evaluations=4)
+    return tensors_of(found.model), [trial.metric for trial in found.trials]
 
 
 def loaded(model, folder):
@@ -549,7 +550,7 @@ VERBS = {
     "fisher": compressed(LowRank("fisher", keep=0.3), batches=[BATCH, 2 * BATCH], loss=squares),
     "activation": compressed(LowRank("activation", rank=2), batches=[(BATCH,)]),
     "calibrate": calibrated,
-    "find_keep": searched,
+    "find_smallest": searched,
     "save and load": loaded,
     "to_dense": densified,
 }
@@ -599,7 +600,7 @@ HELD = {
     "compress_": lambda folder: compress_(used(), LowRank(rank=2)),
     "calibrate": lambda folder: calibrate(used(), [x()], squares),
     "fisher": lambda folder: compress_(used(), LowRank("fisher", keep=0.3), batches=[x(), x()], loss=squares),
-    "find_keep": lambda folder: find_keep(used(), LowRank(keep=1.0), lambda model: 0.0, 1.0, evaluations=2),
+    "find_smallest": lambda folder: find_smallest(used(), lambda model: 1.0, better="lower", evaluations=2),
     "copy_model": lambda folder: copy_model(used()),
     "save and load": lambda folder: (
         compress_(model := used(), LowRank(rank=2)),

@@ -1,75 +1,217 @@
-"""The smallest or largest keep that a metric allows."""
+"""Searches: the smallest model that a metric allows, the best within bytes or a latency; limits, interrupts, files."""
 
 import copy
+import json
+import math
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 import slimlstm as sl
-from slimlstm.search import find_keep
+from slimlstm.search import find_best, find_smallest, limit_of
+
+WORDS, SIZE = 12, 24
 
 
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.lstm = nn.LSTM(24, 24)
+        self.embedding, self.lstm = nn.Embedding(WORDS, SIZE), nn.LSTM(SIZE, SIZE)
+        self.decoder = nn.Linear(SIZE, WORDS)
+
+    def forward(self, tokens):
+        return self.decoder(self.lstm(self.embedding(tokens))[0])
 
 
-def parameters(model):
-    return sum(parameter.numel() for parameter in model.parameters())
+def losses(model, batch):
+    return cross_entropy(model(batch[:-1]).flatten(0, 1), batch[1:].flatten(), reduction="none")
 
 
-def distance(model, dense):
-    """How far the recurrent matrices are from the dense ones, which falls as more is kept."""
-    lstm = model.lstm if isinstance(model.lstm, nn.LSTM) else model.lstm.to_dense()
-    return sum(float((a - b).detach().norm()) for a, b in zip(lstm.parameters(), dense.lstm.parameters(), strict=True))
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def net():
+    """A model that has learnt to count, with eight batches for calibration and one more to measure on."""
     torch.manual_seed(0)
-    return Net()
+    model = Net()
+    optimiser = torch.optim.Adam(model.parameters(), 0.02)
+    for _ in range(60):
+        optimiser.zero_grad()
+        losses(model, counting(16)).mean().backward()
+        optimiser.step()
+    return model.eval()
 
 
-@pytest.mark.parametrize("evaluations", [3, 6, 9])
-def test_the_smallest_keep_that_is_good_enough(net, evaluations):
-    before, tried = copy.deepcopy(net.state_dict()), []
-    limit = 0.5 * distance(_compressed(net, 0.01), net)
-    config = find_keep(
-        net,
-        sl.LowRank(rank=3),
-        lambda model: distance(model, net),
-        limit,
-        evaluations=evaluations,
-        progress=lambda keep, value: tried.append((keep, value)),
-    )
-    assert len(tried) == evaluations
-    assert (config.keep, config.rank) == (min(keep for keep, value in tried if value <= limit), None)
-    # Between this keep and the largest that was refused lies where the limit is met, within the promised factor.
-    refused = max(keep for keep, value in tried if value > limit)
-    assert refused < config.keep <= refused * 100 ** (2.0 ** -(evaluations - 1)) * (1 + 1e-9)
+def counting(streams):
+    start, step = torch.randint(0, WORDS, (1, streams)), torch.randint(1, 4, (1, streams))
+    return (start + step * torch.arange(20)[:, None]) % WORDS
+
+
+BATCHES = [counting(4) for _ in range(5)]
+HELD_OUT = counting(8)
+
+
+def loss_of(model):
+    with torch.no_grad():
+        return float(losses(model, HELD_OUT).mean())
+
+
+def accuracy_of(model):
+    with torch.no_grad():
+        return float((model(HELD_OUT[:-1]).argmax(-1) == HELD_OUT[1:]).float().mean())
+
+
+DATA = {
+    "nothing": {},
+    "batches": {"batches": [(batch[:-1],) for batch in BATCHES]},
+    "batches and a loss": {"batches": BATCHES, "loss": losses},
+}
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize(("metric", "better"), [(loss_of, "lower"), (accuracy_of, "higher")], ids=["loss", "accuracy"])
+def test_the_smallest_model_that_a_metric_allows(net, data, metric, better):
+    before, calls = copy.deepcopy(net.state_dict()), []
+
+    def counted(model):
+        calls.append(model)
+        return metric(model)
+
+    found = find_smallest(net, counted, better=better, at_most="5%", evaluations=7, **DATA[data])
+    limit = limit_of(metric(net), "5%", better)
+    assert len(calls) == 1 + len(found.trials) <= 7
+    # The model in hand is the one that was measured, and no trial that meets the limit is smaller.
+    assert metric(found.model) == pytest.approx(found.best.metric, rel=1e-6)
+    accepted = [trial for trial in found.trials if trial.accepted]
+    assert all((t.metric <= limit if better == "lower" else t.metric >= limit) == t.accepted for t in found.trials)
+    assert found.best.bytes == min(trial.bytes for trial in accepted) < found.dense.bytes
+    assert found.report.model.bytes_after == found.best.bytes
+    # Nothing has happened to the model that was given, and the plan makes the same model from it.
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+    again = copy.deepcopy(net)
+    calibration = sl.calibrate(net, **DATA[data]) if DATA[data] else None
+    sl.compress_(again, found.plan, calibration=calibration)
+    assert metric(again) == pytest.approx(found.best.metric, rel=1e-4)
 
 
-def test_the_largest_keep_within_a_budget(net):
-    config = find_keep(net, sl.LowRank(keep=1.0), parameters, 0.4 * parameters(net), largest=True, evaluations=8)
-    assert (
-        parameters(_compressed(net, config.keep)) <= 0.4 * parameters(net) < parameters(_compressed(net, 1.3 * config.keep))
-    )
+def test_a_frontier_has_no_trial_that_another_one_beats(net):
+    found = find_smallest(net, loss_of, better="lower", at_most="5%", evaluations=6, **DATA["batches and a loss"])
+    sizes = [trial.bytes for trial in found.frontier]
+    metrics = [trial.metric for trial in found.frontier]
+    assert sizes == sorted(set(sizes), reverse=True)
+    assert metrics == sorted(set(metrics))
+    text = str(found)
+    assert all(trial.label in text for trial in found.trials)
+    assert "chosen" in text
 
 
-def test_what_cannot_be_found(net):
-    for limit, largest, seen in ((-1.0, False, "keep=1.0"), (0.0, True, "keep=0.01")):
-        with pytest.raises(sl.SlimLSTMError, match=f"even {seen} does not bring the metric to"):
-            find_keep(net, sl.LowRank(keep=1.0), parameters, limit, largest=largest)
-    with pytest.raises(sl.SlimLSTMError, match="two evaluations"):
-        find_keep(net, sl.LowRank(keep=1.0), parameters, 1.0, evaluations=1)
-    with pytest.raises(sl.SlimLSTMError, match="two evaluations"):
-        find_keep(net, sl.LowRank(keep=1.0), parameters, 1.0, smallest_keep=0.0)
+def test_nothing_smaller_is_said_plainly(net):
+    dense = loss_of(net)
+    with pytest.raises(sl.SlimLSTMError, match=r"nothing smaller meets the limit .*Tried: int8: .*bfloat16: "):
+        find_smallest(net, lambda model: loss_of(model) if isinstance(model.lstm, nn.LSTM) else dense + 1.0, better="lower")
 
 
-def _compressed(net, keep):
-    model = copy.deepcopy(net)
-    sl.compress_(model, sl.LowRank(keep=keep))
-    return model
+@pytest.mark.parametrize("after", [1, 2, 4])
+def test_an_interrupt_leaves_the_best_so_far(net, tmp_path, after):
+    count, before = 0, copy.deepcopy(net.state_dict())
+
+    def interrupted(model):
+        nonlocal count
+        count += 1
+        if count > after:
+            raise KeyboardInterrupt
+        return loss_of(model)
+
+    arguments = {"better": "lower", "at_most": "20%", "output": tmp_path / "search.json"}
+    if after == 1:
+        with pytest.raises(KeyboardInterrupt):
+            find_smallest(net, interrupted, **arguments)
+        assert not (tmp_path / "search.json").exists()
+    else:
+        found = find_smallest(net, interrupted, **arguments)
+        assert found.interrupted
+        assert len(found.trials) == after - 1
+        stored = json.loads((tmp_path / "search.json").read_text())
+        assert sl.Plan.from_dict(stored["best"]["plan"]) == found.plan
+        assert stored["interrupted"]
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+    assert not net.training
+
+
+def test_the_file_is_written_after_every_trial(net, tmp_path):
+    path, sizes = tmp_path / "search.json", []
+
+    def progress(trial, seconds_left):
+        assert seconds_left >= 0.0
+        sizes.append(len(json.loads(path.read_text())["trials"]))
+
+    found = find_smallest(net, loss_of, better="lower", at_most="20%", evaluations=4, output=path, progress=progress)
+    assert sizes == [1, 2, 3] == list(range(1, len(found.trials) + 1))
+
+
+@pytest.mark.parametrize("data", ["nothing", "batches and a loss"])
+def test_the_best_within_bytes(net, data):
+    budget = int(0.2 * 4 * sum(site.shape[0] * site.shape[1] for site in sl.find_sites(net)))
+    found = find_best(net, loss_of, better="lower", bytes=budget, evaluations=6, **DATA[data])
+    assert all(sum(plan.bytes_at(site) for site, plan in planned(net, trial)) <= budget for trial in found.trials)
+    assert found.best.metric == min(trial.metric for trial in found.trials)
+
+
+def planned(net, trial):
+    return [(site, trial.plan.sites[site.key]) for site in sl.find_sites(net)]
+
+
+def test_the_best_within_a_latency(net):
+    found = find_best(net, loss_of, better="lower", latency=10.0, inputs=(HELD_OUT[:-1],), evaluations=3)
+    assert found.best.metric == min(trial.metric for trial in found.trials)
+    assert all(trial.latency > 0.0 and trial.faster > 0.0 for trial in found.trials)
+    assert "speed" in str(found)
+    with pytest.raises(sl.SlimLSTMError, match="nothing smaller meets the limit"):
+        find_best(net, loss_of, better="lower", latency=1e-12, inputs=(HELD_OUT[:-1],), evaluations=3)
+
+
+def test_a_metric_that_is_not_a_number_is_never_accepted(net):
+    def broken(model):
+        return loss_of(model) if isinstance(model.lstm, nn.LSTM) else math.nan
+
+    with pytest.raises(sl.SlimLSTMError, match="nothing smaller"):
+        find_smallest(net, broken, better="lower")
+
+
+WRONG = {
+    "direction": ({"better": "smaller"}, "better is 'lower' or 'higher'"),
+    "limit in words": ({"at_most": "little"}, "at_most is a share such as '1%'"),
+    "share without a sign": ({"at_most": "0.01"}, "at_most is a share such as '1%'"),
+    "negative": ({"at_most": -0.1}, "at least 0"),
+    "not a number": ({"at_most": math.nan}, "at least 0"),
+    "one evaluation": ({"evaluations": 1}, "at least two evaluations"),
+    "iterator": ({"batches": iter(BATCHES)}, "the batches are an iterator"),
+    "loss alone": ({"loss": losses}, "a loss takes batches"),
+    "metric": ({"metric": lambda model: math.inf}, "it has to be a finite number"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_bad_arguments_are_refused_before_anything_is_tried(net, name):
+    changed, message = WRONG[name]
+    tried = []
+    arguments = {"metric": loss_of, "better": "lower", "progress": lambda *trial: tried.append(trial)} | changed
+    with pytest.raises(sl.SlimLSTMError, match=message):
+        find_smallest(net, **arguments)
+    assert tried == []
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [({}, "give either bytes or latency"), ({"bytes": 9, "latency": 1.0}, "either"), ({"latency": 1.0}, "takes inputs")],
+)
+def test_one_limit_is_given(net, limits, message):
+    with pytest.raises(sl.SlimLSTMError, match=message):
+        find_best(net, loss_of, better="lower", **limits)
+
+
+def test_a_share_of_zero_is_no_limit():
+    with pytest.raises(sl.SlimLSTMError, match="give at_most as a number"):
+        limit_of(0.0, "1%", "lower")
+    assert limit_of(0.0, 0.25, "lower") == 0.25
+    assert limit_of(-2.0, "50%", "lower") == -1.0

@@ -1,0 +1,161 @@
+"""Try configurations one after the other, and hold the best so far."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from slimlstm.errors import SlimLSTMError
+from slimlstm.methods import STORAGES
+from slimlstm.pipeline.config import Quantize
+from slimlstm.pipeline.plan import Config, Plan
+from slimlstm.pipeline.report import Report
+from slimlstm.search.result import Trial
+
+Made = TypeVar("Made")
+BITS = ("bfloat16", "int8", "int6", "int5", "int4", "int3")
+"""Storages of whole matrices that a search tries, from the largest to the smallest."""
+FIRST = "int8"
+"""The storage to try first: it rarely changes a metric."""
+SMALLEST_SHARE = 0.2
+"""The search goes down to this share of the bytes of the smallest whole matrices that were accepted."""
+NEAR = 1.04
+"""The search ends where the smallest accepted size is within this ratio of the largest refused one."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Median seconds of a call, and the dense model's over them."""
+
+    latency: float
+    faster: float
+
+
+@dataclass
+class Engine(Generic[Made]):
+    """Tries configurations and remembers the outcomes.
+
+    Attributes:
+        make: returns a compressed model and its report; raises SlimLSTMError where a configuration is impossible.
+        measure: returns a compressed model's metric.
+        accepts: says whether a metric and a speed meet the limit.
+        is_better: says whether the first trial is preferred to the second.
+        evaluations: how many more times to compute the metric.
+        speed_of: times a compressed model; returns None where no latency is wanted.
+        on_trial: called after each trial with the trial and the seconds left at most.
+        trials: the outcomes, in order.
+        refusals: configurations that were impossible, and why.
+        best: the preferred accepted trial, with its model and report.
+        interrupted: whether Ctrl-C ended the search.
+    """
+
+    make: Callable[[Config], tuple[Made, Report]]
+    measure: Callable[[Made], float]
+    accepts: Callable[[float, Speed | None], bool]
+    is_better: Callable[[Trial, Trial], bool]
+    evaluations: int
+    speed_of: Callable[[Made], Speed | None] = lambda made: None
+    on_trial: Callable[[Trial, float], None] = lambda trial, left: None
+    trials: list[Trial] = field(default_factory=list[Trial])
+    refusals: list[str] = field(default_factory=list[str])
+    best: tuple[Trial, Made, Report] | None = None
+    interrupted: bool = False
+    _started: float = field(default_factory=time.monotonic)
+
+    def run(self, strategy: Callable[[], None]) -> None:
+        """Run a strategy; Ctrl-C ends it, with the best so far, if one was found."""
+        try:
+            strategy()
+        except KeyboardInterrupt:
+            if self.best is None:
+                raise
+            self.interrupted = True
+
+    def attempt(self, label: str, config: Config) -> Trial | None:
+        """Try one configuration, and return the trial.
+
+        Returns:
+            None where the configuration is impossible, makes nothing smaller or repeats an earlier plan, or where no
+            evaluation is left.
+        """
+        if self.evaluations < 1:
+            return None
+        try:
+            made, report = self.make(config)
+        except SlimLSTMError as error:
+            self.refusals.append(f"{label}: {error}")
+            return None
+        if report.model.bytes_after >= report.model.bytes_before or self._is_known(report.plan):
+            return None
+        self.evaluations -= 1
+        speed = self.speed_of(made)
+        metric = float(self.measure(made))
+        accepted = not math.isnan(metric) and self.accepts(metric, speed)
+        latency, faster = (None, None) if speed is None else (speed.latency, speed.faster)
+        trial = Trial(label, report.plan, report.model.bytes_after, metric, accepted, latency, faster)
+        self.trials.append(trial)
+        if accepted and (self.best is None or self.is_better(trial, self.best[0])):
+            self.best = trial, made, report
+        self.on_trial(trial, self._seconds_left())
+        return trial
+
+    def _is_known(self, plan: Plan) -> bool:
+        return any(trial.plan == plan for trial in self.trials)
+
+    def _seconds_left(self) -> float:
+        return (time.monotonic() - self._started) / len(self.trials) * self.evaluations
+
+
+def smallest(engine: Engine[Made], whole: Callable[[str], Quantize], within: Callable[[int, str], Config | None]) -> None:
+    """Look for the smallest model that is accepted: fewer bits of whole matrices first, then rank and bits together.
+
+    Args:
+        whole: returns the configuration of whole matrices in a storage.
+        within: returns a configuration for a number of bytes, whose factors bear the given storage; None if there is none.
+    """
+    bits = [name for name in BITS if name in STORAGES]
+    lowest = _fewest_bits(engine, whole, bits)
+    if engine.best is None:
+        return
+    # Low rank and the fewest bits together lose too much: factors get one storage more than whole matrices bear.
+    storage = bits[max(lowest - 1, bits.index(FIRST))]
+    high = float(_matrix_bytes(engine.best[2]))
+    low = high * SMALLEST_SHARE
+    while engine.evaluations > 0 and high > NEAR * low:
+        middle = math.sqrt(high * low)
+        config = within(int(middle), storage)
+        if config is None:
+            return
+        trial = engine.attempt(f"rank and bits for {int(middle):,} bytes", config)
+        high, low = (middle, low) if trial is not None and trial.accepted else (high, middle)
+
+
+def _fewest_bits(engine: Engine[Made], whole: Callable[[str], Quantize], bits: list[str]) -> int:
+    """Return the index of the smallest storage that is accepted, found by bisection; 0 if int8 is not."""
+
+    def accepts(index: int) -> bool:
+        trial = engine.attempt(bits[index], whole(bits[index]))
+        return trial is not None and trial.accepted
+
+    good, bad = bits.index(FIRST), len(bits)
+    if not accepts(good):
+        accepts(0)
+        return 0
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if accepts(middle) else (good, middle)
+    return good
+
+
+def try_all(engine: Engine[Made], candidates: Iterable[tuple[str, Config | None]]) -> None:
+    """Try labelled configurations in order, as long as evaluations are left."""
+    for label, config in candidates:
+        if config is not None:
+            engine.attempt(label, config)
+
+
+def _matrix_bytes(report: Report) -> int:
+    return sum(site.bytes_after for site in report.sites)

@@ -1,0 +1,291 @@
+"""Searches on modules: the smallest model that a metric allows, or the best one that bytes or a latency allow."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from slimlstm.bench import compare
+from slimlstm.calibration.collect import calibrate
+from slimlstm.calibration.losses import Loss
+from slimlstm.calibration.moments import Calibration
+from slimlstm.compress import compress_, measure_sensitivity
+from slimlstm.errors import SlimLSTMError
+from slimlstm.files import write_json
+from slimlstm.modules.graphs import copy_model
+from slimlstm.modules.modes import evaluation_mode
+from slimlstm.pipeline.config import Filter, LowRank, Quantize, Target
+from slimlstm.pipeline.plan import Config
+from slimlstm.pipeline.report import Report
+from slimlstm.pipeline.sensitivity import Sensitivity
+from slimlstm.search.engine import BITS, Engine, Speed, smallest, try_all
+from slimlstm.search.progress import Progress, shown
+from slimlstm.search.result import Better, Metric, Search, SmallerModel, Trial, limit_of, nothing_found
+
+_SHARES = (0.5, 0.35, 0.25, 0.15, 0.1)
+"""Shares of the dense matrices' bytes that a search for a latency tries."""
+
+
+def find_smallest(
+    model: nn.Module,
+    metric: Metric,
+    *,
+    better: Better,
+    at_most: str | float = "1%",
+    batches: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    calibration: Calibration | None = None,
+    target: Target = "both",
+    filter: Filter | None = None,
+    evaluations: int = 10,
+    inputs: Sequence[Any] | None = None,
+    output: str | os.PathLike[str] | None = None,
+    metric_name: str = "metric",
+    progress: Progress | None = None,
+) -> SmallerModel:
+    """Return the smallest compressed copy of ``model`` whose metric is at most so much worse; the model does not change.
+
+    Tries int8 first, then fewer bits of whole matrices, then rank and bits together for fewer and fewer bytes. Batches
+    improve every step after int8, and a loss beside them lets the search weigh matrices against each other. Ctrl-C ends the
+    search with the best model so far.
+
+    Args:
+        model: any module that :func:`slimlstm.compress_` can compress.
+        metric: takes a compressed copy in evaluation mode, and returns a number. Measure it on data that ``batches`` do
+            not contain.
+        better: ``"lower"`` for a perplexity or an error, ``"higher"`` for an accuracy.
+        at_most: how much worse the metric may get: a share of the uncompressed model's metric such as ``"1%"``, or a number
+            in the metric's units.
+        batches, loss, calibration: see :func:`slimlstm.compress_`; batches have to be iterable more than once.
+        target, filter: see :class:`slimlstm.LowRank`.
+        evaluations: how often to compute the metric at most, once of it for the uncompressed model.
+        inputs: arguments of one call of the model, to time every copy beside the uncompressed model.
+        output: a JSON file for the search so far, written after every trial; it holds the best plan.
+        metric_name: what to call the metric in tables.
+        progress: called after each trial with the trial and the seconds left at most; None prints a line for each on a
+            terminal.
+
+    Raises:
+        SlimLSTMError: nothing smaller meets the limit, the metric of the uncompressed model is not finite, an argument is
+            out of range, or see :func:`slimlstm.compress_`.
+
+    Examples:
+        >>> import torch
+        >>> model, x = nn.Sequential(nn.LSTM(8, 16)), torch.randn(20, 4, 8)
+        >>> expected = model(x)[0].detach()
+        >>> def error(model):
+        ...     return float((model(x)[0] - expected).norm() / expected.norm())
+        >>> found = find_smallest(model, error, better="lower", at_most=0.02)
+        >>> found.best.metric <= 0.02, found.best.bytes < 0.4 * found.dense.bytes
+        (True, True)
+    """
+    subject = _Subject(model, metric, batches, loss, calibration, target, filter, inputs)
+    dense = subject.dense_trial(evaluations)
+    limit = limit_of(dense.metric, at_most, better)
+    sign = 1.0 if better == "lower" else -1.0
+    engine = Engine(
+        subject.make,
+        subject.measure,
+        lambda metric, _: sign * metric <= sign * limit,
+        lambda new, old: new.bytes < old.bytes,
+        evaluations - 1,
+        subject.speed_of,
+    )
+    words = f"{metric_name} at {'most' if better == 'lower' else 'least'} {limit:.5g} (uncompressed: {dense.metric:.5g})"
+    return _searched(
+        engine, lambda: smallest(engine, subject.whole, subject.within), dense, words, better, metric_name, output, progress
+    )
+
+
+def find_best(
+    model: nn.Module,
+    metric: Metric,
+    *,
+    better: Better,
+    bytes: int | None = None,
+    latency: float | None = None,
+    inputs: Sequence[Any] | None = None,
+    batches: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    calibration: Calibration | None = None,
+    target: Target = "both",
+    filter: Filter | None = None,
+    evaluations: int = 10,
+    output: str | os.PathLike[str] | None = None,
+    metric_name: str = "metric",
+    progress: Progress | None = None,
+) -> SmallerModel:
+    """Return the compressed copy of ``model`` with the best metric within a number of bytes or a latency.
+
+    Args:
+        bytes: the most that all selected matrices together may take when saved. Give this or ``latency``.
+        latency: the most seconds that ``model(*inputs)`` may take, as a median on PyTorch's current threads.
+        inputs: arguments of one call; needed for a latency.
+        model, metric, better, batches, loss, calibration, target, filter, evaluations, output, metric_name, progress: see
+            :func:`find_smallest`.
+
+    Raises:
+        SlimLSTMError: nothing that was tried meets the limit, not exactly one limit is given, or see
+            :func:`find_smallest`.
+
+    Examples:
+        >>> import torch
+        >>> model, x = nn.Sequential(nn.LSTM(8, 16)), torch.randn(20, 4, 8)
+        >>> expected = model(x)[0].detach()
+        >>> def error(model):
+        ...     return float((model(x)[0] - expected).norm() / expected.norm())
+        >>> found = find_best(model, error, better="lower", bytes=1700)
+        >>> sum(site.bytes_after for site in found.report.sites) <= 1700
+        True
+    """
+    if (bytes is None) == (latency is None):
+        raise SlimLSTMError(f"give either bytes or latency, not bytes={bytes} and latency={latency}")
+    if latency is not None and inputs is None:
+        raise SlimLSTMError("a latency takes inputs=, the arguments of one call to time")
+    subject = _Subject(model, metric, batches, loss, calibration, target, filter, inputs)
+    dense = subject.dense_trial(evaluations)
+    limit_of(dense.metric, 0.0, better)
+    sign = 1.0 if better == "lower" else -1.0
+    engine = Engine(
+        subject.make_within(bytes) if bytes is not None else subject.make,
+        subject.measure,
+        lambda _, speed: latency is None or (speed is not None and speed.latency <= latency),
+        lambda new, old: sign * new.metric < sign * old.metric,
+        evaluations - 1,
+        subject.speed_of,
+    )
+    budgets = [bytes] if bytes is not None else [int(share * subject.dense_bytes) for share in _SHARES]
+    words = f"{bytes:,} bytes of matrices" if bytes is not None else f"a latency of at most {1e6 * (latency or 0):,.0f} us"
+    candidates = subject.candidates(budgets)
+    return _searched(
+        engine, lambda: try_all(engine, candidates), dense, f"best {metric_name} within {words}", better, metric_name,
+        output, progress,
+    )  # fmt: skip
+
+
+@dataclass
+class _Subject:
+    """A module to compress, and everything that a search asks about it."""
+
+    model: nn.Module
+    metric: Metric
+    batches: Iterable[Any] | None
+    loss: Loss | None
+    calibration: Calibration | None
+    target: Target
+    filter: Filter | None
+    inputs: Sequence[Any] | None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.batches, Iterator):
+            raise SlimLSTMError("the batches are an iterator, but a search needs them more than once; give a list")
+        if self.loss is not None and self.batches is None:
+            raise SlimLSTMError("a loss takes batches beside it")
+
+    def dense_trial(self, evaluations: int) -> Trial:
+        """Return the trial of the uncompressed model, measured on a copy."""
+        if type(evaluations) is not int or evaluations < 2:
+            raise SlimLSTMError(f"a search takes at least two evaluations of the metric, not {evaluations!r}")
+        report = compress_(copy_model(self.model), Quantize("int8", self.target, self.filter))
+        value = self.measure(copy_model(self.model))
+        if not math.isfinite(value):
+            raise SlimLSTMError(f"the metric of the uncompressed model is {value}; it has to be a finite number")
+        self.dense_bytes = sum(site.bytes_before for site in report.sites)
+        return Trial("uncompressed", None, report.model.bytes_before, value, accepted=True)
+
+    def measure(self, model: nn.Module) -> float:
+        with evaluation_mode(model):
+            return float(self.metric(model))
+
+    def make(self, config: Config) -> tuple[nn.Module, Report]:
+        trial = copy_model(self.model)
+        return trial, compress_(trial, config, calibration=self.moments)
+
+    def make_within(self, budget: int) -> Callable[[Config], tuple[nn.Module, Report]]:
+        """Return :meth:`make`, but refusing results of more bytes."""
+
+        def make(config: Config) -> tuple[nn.Module, Report]:
+            made, report = self.make(config)
+            size = sum(site.bytes_after for site in report.sites)
+            if size > budget:
+                raise SlimLSTMError(f"{size:,} bytes are over {budget:,}")
+            return made, report
+
+        return make
+
+    def speed_of(self, model: nn.Module) -> Speed | None:
+        if self.inputs is None:
+            return None
+        found = compare(copy_model(self.model), model, *self.inputs)
+        return Speed(found.compressed[1], found.faster)
+
+    def whole(self, storage: str) -> Quantize:
+        return Quantize(storage, self.target, self.filter)
+
+    def within(self, budget: int, storage: str) -> Config | None:
+        """Return the plan for a number of bytes, or without a loss factors in one storage."""
+        if self.sensitivity is not None:
+            return self.sensitivity.plan(budget) if budget >= self.sensitivity.smallest_bytes else None
+        method = "svd" if self.moments is None else "activation"
+        return LowRank(method, bytes=budget, storage=storage, target=self.target, filter=self.filter)
+
+    def candidates(self, budgets: Sequence[int]) -> list[tuple[str, Config | None]]:
+        """Return configurations for a budget, or several: the largest whole matrices, and factors in several storages."""
+        found: list[tuple[str, Config | None]] = [(name, self.whole(name)) for name in BITS]
+        for budget in budgets:
+            storages = ("int8", "int5") if self.sensitivity is None else ("int8",)
+            found += [(f"{storage} factors, {budget:,} bytes", self.within(budget, storage)) for storage in storages]
+        return found
+
+    @cached_property
+    def moments(self) -> Calibration | None:
+        if self.calibration is None and self.batches is not None:
+            return calibrate(self.model, self.batches, self.loss)
+        return self.calibration
+
+    @cached_property
+    def sensitivity(self) -> Sensitivity | None:
+        if self.batches is None or self.loss is None:
+            return None
+        return measure_sensitivity(
+            self.model, self.batches, self.loss, calibration=self.moments, target=self.target, filter=self.filter
+        )
+
+
+def _searched(
+    engine: Engine[nn.Module],
+    strategy: Callable[[], None],
+    dense: Trial,
+    limit: str,
+    better: Better,
+    metric_name: str,
+    output: str | os.PathLike[str] | None,
+    progress: Progress | None,
+) -> SmallerModel:
+    """Run a strategy, and return its result; the search so far stays on disk whatever happens."""
+    report_trial = shown(metric_name) if progress is None else progress
+
+    def on_trial(trial: Trial, left: float) -> None:
+        if output is not None and engine.best is not None:
+            write_json(output, result().to_dict())
+        report_trial(trial, left)
+
+    def result() -> Search:
+        assert engine.best is not None  # noqa: S101 (checked by the callers)
+        best, _, report = engine.best
+        return Search(dense, engine.trials, best, report, limit, better, metric_name, engine.interrupted, engine.refusals)
+
+    engine.on_trial = on_trial
+    engine.run(strategy)
+    if engine.best is None:
+        raise nothing_found(engine.trials, engine.refusals, limit)
+    found = result()
+    if output is not None:
+        write_json(output, found.to_dict())
+    return SmallerModel(**{field.name: getattr(found, field.name) for field in fields(found)}, model=engine.best[1])
