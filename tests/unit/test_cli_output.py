@@ -25,6 +25,10 @@ VERBS = {
         ("compress", "{}/model.safetensors", "-o", "{}/out", "--rank", "2"),
         "slimlstm.weight_files.compress_file",
     ),
+    "shrink": (
+        ("shrink", "{}/small.onnx", "-o", "{}/smaller.onnx", "--inputs", "{}/../runs.npz"),
+        "slimlstm.search.onnx_file.shrink_onnx",
+    ),
     "bench": (("bench", "{}/model.safetensors", "--rank", "2", "--steps", "2"), "slimlstm.bench.bench_layers"),
     "eval": (("eval", "{}", "--text", "{}/../text.txt"), "slimlstm.evaluate.perplexity"),
     "export": (("export", "{}", "-o", "{}/small.onnx"), "slimlstm.onnx.export.export_onnx"),

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from slimlstm.cli import bench, compress, demo, evaluate, export, inspect
+from slimlstm.cli import bench, compress, demo, evaluate, export, inspect, shrink
 from slimlstm.cli.output import print_error, tolerate_encodings
 from slimlstm.errors import SlimLSTMError
 
@@ -40,6 +40,7 @@ VERBS = {
     "demo": demo.command,
     "inspect": inspect.command,
     "compress": compress.command,
+    "shrink": shrink.command,
     "bench": bench.command,
     "eval": evaluate.command,
     "export": export.command,

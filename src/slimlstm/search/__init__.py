@@ -7,6 +7,7 @@ Examples:
 """
 
 from slimlstm.search.module import find_best, find_smallest
+from slimlstm.search.onnx_file import shrink_onnx
 from slimlstm.search.result import Search, SmallerModel, Trial, limit_of
 
-__all__ = ["Search", "SmallerModel", "Trial", "find_best", "find_smallest", "limit_of"]
+__all__ = ["Search", "SmallerModel", "Trial", "find_best", "find_smallest", "limit_of", "shrink_onnx"]

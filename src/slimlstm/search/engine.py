@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -109,14 +109,20 @@ class Engine(Generic[Made]):
         return (time.monotonic() - self._started) / len(self.trials) * self.evaluations
 
 
-def smallest(engine: Engine[Made], whole: Callable[[str], Quantize], within: Callable[[int, str], Config | None]) -> None:
+def smallest(
+    engine: Engine[Made],
+    whole: Callable[[str], Quantize],
+    within: Callable[[int, str], Config | None],
+    storages: Sequence[str] = BITS,
+) -> None:
     """Look for the smallest model that is accepted: fewer bits of whole matrices first, then rank and bits together.
 
     Args:
         whole: returns the configuration of whole matrices in a storage.
         within: returns a configuration for a number of bytes, whose factors bear the given storage; None if there is none.
+        storages: of whole matrices, from the largest to the smallest; the largest is tried only where int8 is refused.
     """
-    bits = [name for name in BITS if name in STORAGES]
+    bits = [name for name in storages if name in STORAGES]
     lowest = _fewest_bits(engine, whole, bits)
     if engine.best is None:
         return

@@ -1,0 +1,68 @@
+"""``slimlstm shrink``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slimlstm.cli.options import Force, Json
+from slimlstm.cli.output import progress_bar, show
+from slimlstm.errors import SlimLSTMError
+
+
+def command(
+    file: Annotated[Path, typer.Argument(help="An .onnx file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")],
+    inputs: Annotated[
+        list[Path],
+        typer.Option(
+            metavar="<path>", help="An .npz file of the file's inputs, by name, the first axis for runs; may be repeated."
+        ),
+    ],
+    at_most: Annotated[
+        str, typer.Option(help="How much the outputs may disagree with the file's, such as 1%, or a number from 0 to 1.")
+    ] = "1%",
+    measure: Annotated[
+        str,
+        typer.Option(help="argmax, cosine or noise (squared difference over squared output); auto chooses by the outputs."),
+    ] = "auto",
+    evaluations: Annotated[int, typer.Option(help="How many files to measure at most.")] = 10,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Find the smallest version of an ONNX file whose outputs hardly change.
+
+    The last third of the runs measures, the others calibrate.
+    """
+    from slimlstm.onnx.calibrate import read_batches
+    from slimlstm.search.onnx_file import shrink_onnx
+
+    if output.suffix.lower() != ".onnx":
+        raise SlimLSTMError(f"{output} is no name of an ONNX file; name one that ends in .onnx")
+    if output.exists() and file.exists() and output.samefile(file):
+        raise SlimLSTMError(f"{output} is the input, which would be lost; name another output")
+    if output.exists() and not force:
+        raise SlimLSTMError(f"{output} exists; add --force to replace it, or name another output")
+    runs = [run for path in inputs for run in read_batches(path)]
+    limit = at_most if at_most.strip().endswith("%") else _number(at_most)
+    with progress_bar("searching") as progress:
+        found = shrink_onnx(
+            file,
+            output,
+            runs,
+            at_most=limit,
+            measure=measure,
+            evaluations=evaluations,
+            progress=lambda trial, left: progress(f"{trial.label}, at most {left:,.0f} s left", 0.0),
+        )
+    ending = "Interrupted; the best so far is" if found.interrupted else "Written to"
+    show(found.to_dict(), as_json, str(found), f"{ending} {output}; it has the inputs and outputs of {file.name}.")
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise SlimLSTMError(f"--at-most is a share such as 1%, or a number from 0 to 1, not {text!r}") from None

@@ -1,0 +1,131 @@
+"""Search for the smallest ONNX file whose outputs stay nearly as they are."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from slimlstm.calibration.moments import Calibration
+from slimlstm.errors import SlimLSTMError
+from slimlstm.files import replacing
+from slimlstm.onnx.calibrate import RunInputs, calibrate_graph
+from slimlstm.onnx.compress import compress_onnx
+from slimlstm.onnx.find import find_lstms
+from slimlstm.onnx.graph import read_model
+from slimlstm.onnx.runtime import Session
+from slimlstm.onnx.source import GraphSource
+from slimlstm.pipeline.config import LowRank, Quantize
+from slimlstm.pipeline.plan import Config
+from slimlstm.pipeline.report import Report
+from slimlstm.search.agreement import Outputs, disagreement, measures_of
+from slimlstm.search.engine import Engine, smallest
+from slimlstm.search.progress import Progress, shown
+from slimlstm.search.result import Search, Trial, limit_of, nothing_found
+
+_STORAGES = ("bfloat16", "int8")
+"""Storages that ONNX files can hold."""
+_METRIC = "disagreement"
+
+
+def shrink_onnx(
+    path: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    runs: Sequence[RunInputs],
+    *,
+    at_most: str | float = "1%",
+    measure: str = "auto",
+    evaluations: int = 10,
+    progress: Progress | None = None,
+) -> Search:
+    """Write the smallest version of an ONNX file whose outputs disagree with the file's by so little.
+
+    The last third of the runs measures, the others calibrate. The output file is written at the first trial that meets the
+    limit and replaced by every smaller one, so an interrupted search leaves the best so far.
+
+    Args:
+        path: the file.
+        output: the file to write.
+        runs: inputs by name, one mapping a run.
+        at_most: the most disagreement, from 0 to 1, or as a percentage.
+        measure: ``"argmax"`` is the share of rows whose largest entry moves, ``"cosine"`` is 1 minus the cosine, and
+            ``"noise"`` the squared difference over the squared output. ``"auto"`` chooses one for each output by its kind;
+            the worst output counts.
+        evaluations: how many files to measure at most, the uncompressed one included.
+        progress: see :func:`slimlstm.find_smallest`.
+
+    Raises:
+        SlimLSTMError: no runs are given, nothing smaller meets the limit, or see :func:`slimlstm.compress_onnx`.
+    """
+    path, output = Path(path), Path(output)
+    if not runs:
+        raise SlimLSTMError("no runs are given; a search measures the outputs on inputs")
+    if type(evaluations) is not int or evaluations < 2:
+        raise SlimLSTMError(f"a search takes at least two evaluations, not {evaluations!r}")
+    limit = limit_of(1.0, at_most, "lower") - 1.0
+    held_out, calibrating = _split(runs)
+    model = read_model(path)
+    names = [value.name for value in model.graph.output]
+    expected = _outputs(model, names, held_out)
+    measures = measures_of(expected, names, measure)
+    calibration = _calibration(path, calibrating)
+    dense = Trial("uncompressed", None, path.stat().st_size, 0.0, accepted=True)
+    with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=".slimlstm-") as folder:
+        engine = Engine(
+            lambda config: _made(path, config, Path(folder), calibration),
+            lambda made: disagreement(expected, _outputs(read_model(made), names, held_out), list(measures.values())),
+            lambda metric, _: metric <= limit,
+            lambda new, old: new.bytes < old.bytes,
+            evaluations - 1,
+        )
+        report_trial = shown(_METRIC) if progress is None else progress
+
+        def on_trial(trial: Trial, left: float) -> None:
+            if engine.best is not None and engine.best[0] is trial:
+                with replacing(output) as draft:
+                    shutil.copyfile(engine.best[1], draft)
+            report_trial(trial, left)
+
+        engine.on_trial = on_trial
+        engine.run(
+            lambda: smallest(
+                engine,
+                Quantize,
+                lambda budget, storage: LowRank("fisher", bytes=budget, storage=storage),
+                _STORAGES,
+            )
+        )
+    words = f"{_METRIC} of at most {limit:.3g} ({', '.join(f'{name} by {kind}' for name, kind in measures.items())})"
+    if engine.best is None:
+        raise nothing_found(engine.trials, engine.refusals, words)
+    best, _, report = engine.best
+    notes = [*engine.refusals, *([] if len(runs) > 1 else ["the one run both calibrated and measured; give more runs"])]
+    return Search(dense, engine.trials, best, report, words, "lower", _METRIC, engine.interrupted, notes)
+
+
+def _split(runs: Sequence[RunInputs]) -> tuple[list[RunInputs], list[RunInputs]]:
+    """Return the runs that measure and those that calibrate; a single run does both."""
+    if len(runs) == 1:
+        return list(runs), list(runs)
+    count = max(1, len(runs) // 3)
+    return list(runs[-count:]), list(runs[:-count])
+
+
+def _outputs(model: object, names: Sequence[str], runs: Sequence[RunInputs]) -> Outputs:
+    session = Session(model)
+    return [session.run(names, inputs, number) for number, inputs in enumerate(runs)]
+
+
+def _calibration(path: Path, runs: Sequence[RunInputs]) -> Calibration:
+    model = read_model(path)
+    source = GraphSource(model, [lstm for lstm in find_lstms(model, path) if lstm.locations])
+    observed = [lstm for group in source.groups for lstm in group]
+    return source.calibration(calibrate_graph(model, observed, runs, with_gradients=True))
+
+
+def _made(path: Path, config: Config, folder: Path, calibration: Calibration) -> tuple[Path, Report]:
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".onnx", delete=False) as file:
+        made = Path(file.name)
+    return made, compress_onnx(path, config, made, calibration=calibration)
