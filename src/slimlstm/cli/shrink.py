@@ -32,7 +32,7 @@ def command(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Find the smallest version of an ONNX file whose outputs hardly change.
+    """Make an ONNX file as small as its outputs allow.
 
     The last third of the runs measures, the others calibrate.
     """
