@@ -4,6 +4,7 @@ import itertools
 import json
 import statistics
 import sys
+import time
 from copy import deepcopy
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from slimlstm import LowRank, LowRankLSTM, Prune, Quantize, SlimLSTMError, bench, cli, compress_, save
 from slimlstm.bench import engines, interleaved_seconds, median_ratios, timing
+from slimlstm.bench import layers as bench_of_layers
 from slimlstm.bench.candidates import Candidate, measure
 from slimlstm.demo import model as embedded
 from slimlstm.demo import plots
@@ -428,3 +430,24 @@ def test_pictures_are_written_in_the_format_of_their_suffix(tmp_path):
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SlimLSTMError, match="a picture can have"):
         plots.predictions({}, tmp_path / "p.txt")
+
+
+def test_no_speed_is_told_without_the_large_difference_before_it():
+    one = {"ours": True, "precision": "float32", "microseconds": 1.0, "model": "compressed"}
+    candidates = {"slimlstm compressed": one, "rival": one | {"ours": False, "model": "dense", "microseconds": 2.0}}
+
+    def verdicts(difference):
+        layer = bench_of_layers.LayerTimes("lstm", {}, {}, {}, difference, candidates, {})
+        return list(bench_of_layers.LayerBench([layer], 1, 1, 1)._verdicts())
+
+    warned, speed = verdicts(0.98)
+    assert "differ from the dense ones by up to 98%" in warned
+    assert "2.00x as fast" in speed
+    assert verdicts(0.01) == [speed]
+
+
+def test_timing_ends_in_a_bounded_time(monkeypatch):
+    monkeypatch.setattr(timing, "PATIENCE", 2)
+    slow = iter([0.0, 0.0] + [0.05] * 1000)
+    times = timing.interleaved_seconds({"slow": lambda: time.sleep(next(slow))}, seconds=0.02)
+    assert 2 <= len(times["slow"]) < timing.MIN_TURNS

@@ -5,6 +5,7 @@ import math
 import re
 import sys
 
+import numpy as np
 import pytest
 import torch
 from command import CONFIG, TEXT, WORDS, ids
@@ -300,3 +301,62 @@ def test_a_missing_package_is_named_with_its_remedy(package, arguments, extra, f
     assert (status, out) == (1, "")
     assert err.startswith("slimlstm: ")
     assert err.endswith(f"pip install 'slimlstm[{extra}]'\n")
+
+
+@pytest.fixture
+def onnx_file(tmp_path):
+    """An ONNX file with an LSTM and a matrix outside it."""
+    pytest.importorskip("onnxruntime")
+    from onnx import TensorProto, helper, numpy_helper
+
+    hidden, features = 8, 6
+    generator = np.random.default_rng(0)
+
+    def constant(name, *shape):
+        return numpy_helper.from_array(generator.standard_normal(shape).astype(np.float32), name)
+
+    weights = [constant("w", 1, 4 * hidden, features), constant("r", 1, 4 * hidden, hidden), constant("head", hidden, 5)]
+    nodes = [
+        helper.make_node("LSTM", ["x", "w", "r"], ["y", "h"], hidden_size=hidden, name="lstm"),
+        helper.make_node("MatMul", ["h", "head"], ["z"]),
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["T", "B", features])
+    z = helper.make_tensor_value_info("z", TensorProto.FLOAT, None)
+    model = helper.make_model(helper.make_graph(nodes, "g", [x], [z], weights), opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 8
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_compress_of_an_onnx_file_says_how_much_its_outputs_differ(onnx_file, tmp_path, run, run_json):
+    import onnxruntime
+
+    small, runs = tmp_path / "small.onnx", np.random.default_rng(1).standard_normal((2, 3, 4, 6)).astype(np.float32)
+    np.savez(tmp_path / "runs.npz", x=runs)
+    found = run_json("compress", onnx_file, "-o", small, "--rank", 2, "--inputs", tmp_path / "runs.npz")
+    before, after = (
+        [onnxruntime.InferenceSession(str(path)).run(None, {"x": one})[0] for one in runs] for path in (onnx_file, small)
+    )
+    expected = max(np.linalg.norm(a - b) / np.linalg.norm(a) for a, b in zip(before, after, strict=True))
+    assert found["output_difference"] == pytest.approx(expected, rel=1e-4)
+    assert expected > 0.01
+    status, out, _ = run("compress", onnx_file, "-o", small, "--rank", 2, "--force")
+    assert status == 0
+    assert re.search(
+        r"On one run of random inputs, its outputs differ from the outputs of .* by \d+\.\d\d% of", " ".join(out.split())
+    )
+
+
+def test_inspect_counts_all_numbers_of_an_onnx_file(onnx_file, run_json):
+    found = run_json("inspect", onnx_file)
+    assert (found["parameters"], found["total"]) == (32 * 6 + 32 * 8, 32 * 6 + 32 * 8 + 8 * 5)
+    assert found["bytes"] == onnx_file.stat().st_size
+
+
+def test_inspect_counts_shared_matrices_once(tmp_path, run_json):
+    lstm = nn.LSTM(3, 4)
+    torch.save(nn.ModuleDict({"left": lstm, "right": lstm}).state_dict(), tmp_path / "shared.pt")
+    found = run_json("inspect", tmp_path / "shared.pt")
+    assert len(found["sites"]) == 4
+    assert (found["parameters"], found["total"]) == (16 * 3 + 16 * 4, 16 * 3 + 16 * 4 + 2 * 16)

@@ -20,6 +20,9 @@ from slimlstm.ops import native
 from slimlstm.provenance import provenance
 from slimlstm.tables import new_table
 
+LARGE_DIFFERENCE = 0.1
+"""The relative difference of outputs above which no speed is reported without a warning before it."""
+
 
 @dataclass(frozen=True)
 class LayerTimes:
@@ -90,7 +93,12 @@ class LayerBench:
         return table
 
     def _verdicts(self) -> Iterator[str]:
+        largest = max((layer.difference for layer in self.layers), default=0.0)
         for name, ratios in self.faster().items():
+            if largest > LARGE_DIFFERENCE and self.layers[0].candidates[name]["model"] != "dense":
+                yield (
+                    f"The outputs of {name} differ from the dense ones by up to {largest:.0%}: measure quality before speed"
+                )
             against = " and ".join(
                 f"{entry['ratio']:.2f}x as fast as the best {precision} rival, {entry['than']}"
                 for precision, entry in ratios.items()
@@ -162,7 +170,7 @@ def bench_layers(
     x = torch.empty(0)
     for index, (name, layer) in enumerate(dense.items()):
         if progress is not None:
-            progress(name, index / len(dense))
+            progress(f"{name}: every engine in turn", index / len(dense))
         if x.shape[-1] != layer.input_size:
             x = torch.randn(steps, batch, layer.input_size)
         layers.append(_bench_layer(name, layer, compressed[name], x, threads, seconds))

@@ -52,7 +52,8 @@ def command(
 ) -> None:
     """Time LSTM layers in slimlstm and in other engines.
 
-    Dense layers run in every engine, compressed ones in slimlstm and in the engines that can, by turns.
+    Dense layers run in every engine, compressed ones in slimlstm and in engines that support them. Calls of
+    all engines interleave.
     """
     from slimlstm.bench import bench_layers
     from slimlstm.weight_files import layers_of

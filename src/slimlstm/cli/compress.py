@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -61,6 +61,13 @@ def command(
             help="An .npz file of an ONNX file's inputs, by name, the first axis for runs; may be repeated.",
         ),
     ] = None,
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="<path>",
+            help="As --batches, to compare the outputs of both ONNX files on; by default, random inputs.",
+        ),
+    ] = None,
     page: ReportPage = None,
     force: Force = False,
     as_json: Json = False,
@@ -75,9 +82,11 @@ def command(
     to_onnx = output.suffix.lower() == ".onnx"
     if batches and not to_onnx:
         raise SlimLSTMError("--batches are inputs of an ONNX file; compress an ONNX file into another, with -o small.onnx")
+    if inputs and not to_onnx:
+        raise SlimLSTMError("--inputs compares two ONNX files; a weight file has no outputs")
     if part is not None and to_onnx:
         raise SlimLSTMError("--part names a state dict of a PyTorch checkpoint; an ONNX file has no parts")
-    config = request.configuration()
+    config, difference = request.configuration(), dict[str, Any]()
     with progress_bar("compressing") as progress:
         if to_onnx:
             from slimlstm.onnx.calibrate import read_batches
@@ -88,8 +97,10 @@ def command(
                     "of an ONNX file, prune takes no --storage; compress the result again, with --storage alone"
                 )
             runs = [run for path in batches for run in read_batches(path)] if batches else None
+            compared = [run for path in inputs for run in read_batches(path)] if inputs else None
             report = compress_onnx(file, config, output, batches=runs, progress=progress)
-            use = "it has the inputs and outputs of the file before, and any ONNX runtime reads it."
+            difference = _difference(file, output, compared)
+            use = f"any ONNX runtime reads it. {difference['difference_note']}"
         else:
             from slimlstm.weight_files import compress_file
 
@@ -99,7 +110,21 @@ def command(
         usage = _USE_OF_ONNX if to_onnx else _USE_OF_FOLDER
         report.to_html(page, title=f"{file.name}, compressed", usage=usage.format(str(output)), files=(file, output))
         use += f" The report is in {page}."
-    show(report.to_dict(), as_json, report, f"Written to {output}; {use}")
+    show(report.to_dict() | difference, as_json, report, f"Written to {output}; {use}")
+
+
+def _difference(file: Path, output: Path, runs: list[Any] | None) -> dict[str, Any]:
+    """Return how much the outputs of both files differ, as a number and in words."""
+    from slimlstm.onnx.difference import output_difference
+
+    try:
+        found = output_difference(file, output, runs)
+    except SlimLSTMError as error:
+        return {"output_difference": None, "difference_note": f"Its outputs were not compared: {error}."}
+    given = f"On {len(runs)} given runs" if runs else "On one run of random inputs"
+    advice = "" if runs else "; --inputs compares on your own"
+    note = f"{given}, its outputs differ from the outputs of {file} by {found:.2%} of their norm at most{advice}."
+    return {"output_difference": found, "difference_note": note}
 
 
 def _check_output(file: Path, output: Path, force: bool) -> None:
@@ -138,7 +163,7 @@ def _check_that_nothing_is_lost(file: Path, output: Path) -> None:
     from slimlstm.weight_files import read_tensors
 
     in_lstms = sum(tensor.numel() for tensor in read_tensors(file).values())
-    others = _weights_in(file) - in_lstms
+    others = weights_in(file) - in_lstms
     if others > 0:
         raise SlimLSTMError(
             f"{file} has {others:,} weights outside its LSTMs, which a folder would not hold; name an ONNX file to write, "
@@ -146,7 +171,7 @@ def _check_that_nothing_is_lost(file: Path, output: Path) -> None:
         )
 
 
-def _weights_in(file: Path) -> int:
+def weights_in(file: Path) -> int:
     """Return the number of floating-point numbers among an ONNX file's initializers, nested graphs included."""
     from onnx import TensorProto
 

@@ -39,14 +39,45 @@ def command(
         for index, (site, names) in enumerate(matrices.items()):
             progress(site.key, index / len(matrices))
             entries.append(_entry(site, names, tensors))
-    in_matrices, total = sum(entry["parameters"] for entry in entries), sum(tensor.numel() for tensor in tensors.values())
+    in_matrices, total = _counts(file, matrices, entries, tensors)
     notes = (
         "Factors of a rank below break-even are smaller than the matrix. The ranks under 50%, 90% and 99% preserve that "
         "part of the energy, the sum of squared singular values. "
         f"These matrices hold {in_matrices:,} of the file's {total:,} numbers ({in_matrices / total:.0%})."
     )
-    result = {"file": str(file), "sites": entries, "parameters": in_matrices, "total": total, "notes": readings}
+    size = file.stat().st_size if file.is_file() else sum(path.stat().st_size for path in file.glob("*.safetensors"))
+    notes += f" The file has {size:,} bytes."
+    result = {
+        "file": str(file),
+        "sites": entries,
+        "parameters": in_matrices,
+        "total": total,
+        "bytes": size,
+        "notes": readings,
+    }
     show(result, as_json, _table(entries), notes, *readings)
+
+
+def _counts(file: Path, matrices: Any, entries: list[dict[str, Any]], tensors: Any) -> tuple[int, int]:
+    """Return the numbers in recurrent matrices, and in the whole file; of shared ones, once."""
+    by_content = {
+        _contents(names, tensors): entry["parameters"] for names, entry in zip(matrices.values(), entries, strict=True)
+    }
+    if file.suffix.lower() == ".onnx":
+        from slimlstm.cli.compress import weights_in
+
+        # Reading an ONNX file returns every LSTM's own copy of weights that the file holds once.
+        return sum(by_content.values()), weights_in(file)
+    shared = {(tensor.data_ptr(), tuple(tensor.shape)): tensor.numel() for tensor in tensors.values()}
+    places = {tuple(tensors[name].data_ptr() for name in names): _contents(names, tensors) for names in matrices.values()}
+    in_matrices = sum(by_content[content] for content in places.values())
+    return in_matrices, sum(shared.values())
+
+
+def _contents(names: tuple[str, ...], tensors: Any) -> tuple[str, ...]:
+    from slimlstm.methods import sha256_of
+
+    return tuple(sha256_of(tensors[name]) for name in names)
 
 
 def _entry(site: Any, names: tuple[str, ...], tensors: Any) -> dict[str, Any]:

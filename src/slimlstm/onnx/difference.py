@@ -1,0 +1,71 @@
+"""How much the outputs of two ONNX files differ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slimlstm.errors import SlimLSTMError, reason_of
+from slimlstm.onnx.runtime import RunInputs
+
+OPEN_SIZE = 4
+"""The size of open axes of random inputs."""
+
+
+def output_difference(one: Path, other: Path, runs: Sequence[RunInputs] | None = None) -> float:
+    """Return the norm of the difference of the files' outputs over the norm of the first file's, the largest of all.
+
+    Args:
+        one, other: ONNX files with the same inputs.
+        runs: inputs by name, one mapping a run; by default one run of random numbers, zeros for integers, with
+            :data:`OPEN_SIZE` for every open axis.
+
+    Raises:
+        SlimLSTMError: ONNX Runtime is not installed or cannot run a file on the inputs.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise SlimLSTMError(
+            "outputs are compared in onnxruntime, which is not installed: pip install onnxruntime"
+        ) from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        sessions = [
+            onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]) for path in (one, other)
+        ]
+        given = [_random_inputs(sessions[0])] if runs is None else runs
+        outputs = [[session.run(None, dict(inputs)) for inputs in given] for session in sessions]
+    except Exception as error:  # ONNX Runtime raises classes of its own
+        raise SlimLSTMError(
+            f"ONNX Runtime cannot run the files on {'random' if runs is None else 'these'} inputs: {reason_of(error)}; "
+            "give inputs that fit, with --inputs"
+        ) from error
+    pairs = [pair for run in zip(*outputs, strict=True) for pair in zip(*run, strict=True)]
+    return max((_relative(*pair) for pair in pairs), default=0.0)
+
+
+def _random_inputs(session: Any) -> dict[str, Any]:
+    generator, inputs = np.random.default_rng(0), dict[str, Any]()
+    for entry in session.get_inputs():
+        shape = [size if isinstance(size, int) and size > 0 else OPEN_SIZE for size in entry.shape]
+        kind = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}.get(entry.type)
+        if kind is not None:
+            inputs[entry.name] = generator.standard_normal(shape).astype(kind)
+        else:
+            whole = {"tensor(int32)": np.int32, "tensor(int64)": np.int64, "tensor(bool)": np.bool_}
+            inputs[entry.name] = np.zeros(shape, whole.get(entry.type, np.int64))
+    return inputs
+
+
+def _relative(before: Any, after: Any) -> float:
+    """Return the relative difference; infinity where only one of two numbers is finite."""
+    exact, found = np.asarray(before, np.float64), np.asarray(after, np.float64)
+    with np.errstate(invalid="ignore"):
+        change = np.where((exact == found) | (np.isnan(exact) & np.isnan(found)), 0.0, exact - found)
+    change = np.nan_to_num(change, nan=np.inf)
+    return float(np.linalg.norm(change) / max(float(np.linalg.norm(np.nan_to_num(exact, posinf=0.0, neginf=0.0))), 1e-30))
