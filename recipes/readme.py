@@ -55,8 +55,8 @@ made_with = tour["provenance"]
 
 def variant_name(row):
     """Return the method, the storage unless it is float32, and the target."""
-    words = [row["method"]] if row["method"] != "dense" or row["storage"] == "float32" else []
-    words += [row["storage"]] if row["storage"] != "float32" else []
+    words = [row["method"]] if row["method"] != "dense" or row.get("storage", "float32") == "float32" else []
+    words += [row.get("storage", "float32")] if row.get("storage", "float32") != "float32" else []
     return " ".join(words) + (f", {row['target']}" if row["target"] else "")
 
 
@@ -65,7 +65,7 @@ demo_rows = [
         variant_name(row),
         f"{row['parameters'] / 1e6:.2f} M",
         f"{row['bytes'] / 1e6:.1f} MB",
-        f"{row['perplexity']:.1f}",
+        marked(f"{row['perplexity']:.1f}", tour),
         f"{row['change']:+.1%}",
         f"{row['latency_ratio']:.1f}x",
     ]
