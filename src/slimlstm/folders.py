@@ -71,6 +71,9 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_bytes: i
         for site in host.sites()
         if site.rank is not None or site.nonzeros is not None or site.storage is not None
     }
+    problem = next((site.problem for host in hosts for site in host.sites() if site.key in sites and site.problem), None)
+    if problem is not None:
+        raise SlimLSTMError(f"the model cannot be saved: {problem}")
     if not sites:
         raise SlimLSTMError("nothing in the model is compressed; call compress_ first, or save its state_dict yourself")
     write_folder(Path(folder), model.state_dict(), sites, max_shard_bytes)

@@ -539,9 +539,15 @@ def densified(model, folder):
     return tensors_of(model.lstm.to_dense()), []
 
 
+def finetuned(model, folder):
+    history = slimlstm.finetune(model, BATCHES, squares, steps=3)
+    return tensors_of(model), history.losses
+
+
 COPIES = []
 """Models for verbs that take two."""
 BATCH = x()
+BATCHES = [BATCH, 2 * BATCH]
 VERBS = {
     "svd": compressed(LowRank(rank=2)),
     "semi-nmf": compressed(LowRank("semi-nmf", rank=2)),
@@ -553,6 +559,7 @@ VERBS = {
     "find_smallest": searched,
     "save and load": loaded,
     "to_dense": densified,
+    "finetune": finetuned,
 }
 
 
@@ -570,6 +577,30 @@ def test_verbs_give_the_same_result_in_every_mode(verb, mode, tmp_path):
         assert ours.dtype == theirs.dtype
         assert torch.equal(ours, theirs)
     assert numbers == expected[1]
+
+
+@pytest.mark.parametrize("make", [pruned_factor, normed_factor])
+def test_factors_that_are_computed_are_not_saved(make, tmp_path):
+    with pytest.raises(SlimLSTMError, match=r"the model cannot be saved: weight_hh_l0_[uv] of 'lstm'"):
+        save(make(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_were_built_in_inference_mode():
+    """Their parameters can never have gradients: calibration works or refuses in words, and changes nothing."""
+    with torch.inference_mode():
+        model = Model()
+    for verb in (calibrate, lambda model, batches: calibrate(model, batches, squares)):
+        before = snapshot_of_inference(model)
+        try:
+            verb(model, [BATCH])
+        except SlimLSTMError as error:
+            assert "inference" in str(error)
+        assert snapshot_of_inference(model) == before
+
+
+def snapshot_of_inference(model):
+    return [(id(value), value.tolist()) for value in model.parameters()], model.training
 
 
 # E. Models in use.

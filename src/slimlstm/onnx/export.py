@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree  # pyright: ignore[reportPrivateUsage]
 from slimlstm.errors import SlimLSTMError, reason_of
 from slimlstm.files import replacing
 from slimlstm.modules.hosts import find_hosts
-from slimlstm.modules.modes import evaluation_mode
+from slimlstm.modules.modes import evaluation_mode, plain_mode
 from slimlstm.onnx.builder import GraphBuilder
 from slimlstm.onnx.layers import Ports, add_layer
 from slimlstm.onnx.opsets import check_opset, converted, opset_of, traced_opset
@@ -48,6 +48,7 @@ class Exported:
     opset: int
 
 
+@plain_mode()
 def export_onnx(
     model: nn.Module,
     example_inputs: Any,

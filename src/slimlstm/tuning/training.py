@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from slimlstm.errors import SlimLSTMError
+from slimlstm.modules.modes import plain_mode
 from slimlstm.tuning.history import History
 from slimlstm.tuning.losses import Loss
 from slimlstm.tuning.processes import current_processes
@@ -18,6 +19,7 @@ from slimlstm.tuning.run import Run, Settings
 from slimlstm.tuning.sampling import Batches, check_batches
 
 
+@plain_mode()
 def finetune(
     model: nn.Module,
     batches: Batches,
