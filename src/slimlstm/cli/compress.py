@@ -89,17 +89,7 @@ def command(
     config, difference = request.configuration(), dict[str, Any]()
     with progress_bar("compressing") as progress:
         if to_onnx:
-            from slimlstm.onnx.calibrate import read_batches
-            from slimlstm.onnx.compress import compress_onnx
-
-            if request.storage_of_masked():
-                raise SlimLSTMError(
-                    "of an ONNX file, prune takes no --storage; compress the result again, with --storage alone"
-                )
-            runs = [run for path in batches for run in read_batches(path)] if batches else None
-            compared = [run for path in inputs for run in read_batches(path)] if inputs else None
-            report = compress_onnx(file, config, output, batches=runs, progress=progress)
-            difference = _difference(file, output, compared)
+            report, difference = _to_onnx(file, output, request, batches, inputs, progress)
             use = f"any ONNX runtime reads it. {difference['difference_note']}"
         else:
             from slimlstm.weight_files import compress_file
@@ -111,6 +101,21 @@ def command(
         report.to_html(page, title=f"{file.name}, compressed", usage=usage.format(str(output)), files=(file, output))
         use += f" The report is in {page}."
     show(report.to_dict() | difference, as_json, report, f"Written to {output}; {use}")
+
+
+def _to_onnx(
+    file: Path, output: Path, request: Request, batches: list[Path] | None, inputs: list[Path] | None, progress: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Compress an ONNX file; return the report, and how much the outputs of both files differ."""
+    from slimlstm.onnx.calibrate import read_batches
+    from slimlstm.onnx.compress import compress_onnx
+
+    if request.storage_of_masked():
+        raise SlimLSTMError("of an ONNX file, prune takes no --storage; compress the result again, with --storage alone")
+    runs = [run for path in batches for run in read_batches(path)] if batches else None
+    compared = [run for path in inputs for run in read_batches(path)] if inputs else None
+    report = compress_onnx(file, request.configuration(), output, batches=runs, progress=progress)
+    return report, _difference(file, output, compared)
 
 
 def _difference(file: Path, output: Path, runs: list[Any] | None) -> dict[str, Any]:
