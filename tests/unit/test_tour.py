@@ -102,6 +102,16 @@ def test_a_picture_that_cannot_be_written_is_known_before_measuring(plot, no_mea
     assert err.count("\n") == 1
 
 
+def test_without_matplotlib_the_demo_prints_its_table(tiny_demo, tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plots, "is_available", lambda: False)
+    status, out, _ = run("demo")
+    assert status == 0
+    assert "fisher int8" in out
+    assert "Without matplotlib no curves were drawn: pip install 'slimlstm[plots]'." in " ".join(out.split())
+    assert list(tmp_path.glob("*.png")) == []
+
+
 def test_missing_matplotlib_is_known_before_measuring(no_measuring, tmp_path, monkeypatch, run):
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"] + ["matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)

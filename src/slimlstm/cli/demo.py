@@ -36,11 +36,15 @@ def command(
         raise SlimLSTMError(f"{plot} exists; add --force to replace it, or name another file")
     picture = plot or _PICTURE
     began = time.monotonic()
-    plots.check_drawable(picture)
+    is_drawn = plot is not None or plots.is_available()
+    if is_drawn:
+        plots.check_drawable(picture)
     with progress_bar("compressing") as progress:
         found = tour.run(progress)
-    tour.draw(found, picture)
-    note = f"The curves are in {picture}."
-    show({**found.to_dict(), "plot": str(picture)}, as_json, _HEADING, found, found.summary(), note)
+    note = "Without matplotlib no curves were drawn: pip install 'slimlstm[plots]'."
+    if is_drawn:
+        tour.draw(found, picture)
+        note = f"The curves are in {picture}."
+    show({**found.to_dict(), "plot": str(picture) if is_drawn else None}, as_json, _HEADING, found, found.summary(), note)
     if not as_json:
         print_note(f"{time.monotonic() - began:.0f} s")

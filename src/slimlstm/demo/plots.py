@@ -180,9 +180,17 @@ def save_figure(figure: Any, path: Path, **options: Any) -> None:
         figure.savefig(draft, metadata={"CreationDate": None} if path.suffix == ".pdf" else None, **options)
 
 
+def is_available() -> bool:
+    """Return whether matplotlib is installed."""
+    try:
+        return find_spec("matplotlib") is not None
+    except ValueError:  # a module without a specification
+        return False
+
+
 def check_available() -> None:
     """Raise :class:`SlimLSTMError` if matplotlib is not installed."""
-    if find_spec("matplotlib") is None:
+    if not is_available():
         raise SlimLSTMError("matplotlib, which draws, is not installed: pip install 'slimlstm[plots]'")
 
 
