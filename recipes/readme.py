@@ -76,8 +76,8 @@ demo_part = "\n\n".join(
         markdown(["rank 50", "LSTM parameters", "stored", "perplexity", "change"], demo_rows),
         tour["summary"],
         f"From [`docs/demo.json`](docs/demo.json): perplexity per byte-pair token on held-out WikiText-2 text, with "
-        f"PyTorch {made_with['torch']}. The speeds in that file are left out, since other programs ran beside it and shared "
-        "its cores; see [Speed of one layer](#speed-of-one-layer).",
+        f"PyTorch {made_with['torch']}. The speeds in that file are left out, since other programs ran beside it and "
+        "shared its cores; see [Speed of one layer](#speed-of-one-layer).",
     ]
 )
 
