@@ -199,7 +199,7 @@ def measure_sensitivity(
     Raises:
         SlimLSTMError: the batches are an iterator, a matrix is compressed already, or see :func:`slimlstm.calibrate`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model, batches = nn.Sequential(nn.LSTM(8, 16)), [torch.randn(5, 2, 8) for _ in range(2)]
         >>> found = measure_sensitivity(model, batches, lambda model, batch: model(batch)[0].square())

@@ -22,7 +22,7 @@ class SlimLSTMError(ValueError):
 def printable(text: str, longest: int) -> str:
     """Return ``text`` with ``?`` for unprintable characters other than line breaks, its middle cut if it is longer.
 
-    Example:
+    Examples:
         >>> printable("a red \\x1b[31mname", 100)
         'a red ?[31mname'
         >>> printable("0123456789" * 9, 11)
@@ -56,7 +56,7 @@ def refusing(problem: str) -> Generator[None]:
     Args:
         problem: the beginning of the message, such as ``"model.pt is no intact checkpoint"``.
 
-    Example:
+    Examples:
         >>> with refusing("numbers.txt is damaged"):
         ...     int("seven")
         Traceback (most recent call last):

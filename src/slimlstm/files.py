@@ -25,7 +25,7 @@ def memory_limit(path: str | os.PathLike[str]) -> int:
 
     Small files can declare huge contents. Readers compare the declared sizes with this limit before they make anything.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> memory_limit(tempfile.mkdtemp()) // 2**20
         64
@@ -38,7 +38,7 @@ def memory_limit(path: str | os.PathLike[str]) -> int:
 def memory_limit_of(size: int) -> int:
     """Return the bytes that a content of this many bytes on disk may take in memory; see :func:`memory_limit`.
 
-    Example:
+    Examples:
         >>> memory_limit_of(0) // 2**20
         64
     """
@@ -48,7 +48,7 @@ def memory_limit_of(size: int) -> int:
 def check_memory(needed: int, limit: int, what: str) -> None:
     """Raise :class:`SlimLSTMError` if ``what`` needs more bytes than ``limit``.
 
-    Example:
+    Examples:
         >>> check_memory(10, 100, "this table")
     """
     if needed > limit:
@@ -61,7 +61,7 @@ def check_memory(needed: int, limit: int, what: str) -> None:
 def check_regular(path: str | os.PathLike[str]) -> None:
     """Raise :class:`SlimLSTMError` unless ``path`` is a regular file: pipes and devices may never end.
 
-    Example:
+    Examples:
         >>> check_regular(__file__)
     """
     path = Path(path)
@@ -112,7 +112,7 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Path]:
 def alone_in(folder: str | os.PathLike[str]) -> Generator[None]:
     """Make a folder, and wait until no other block of this kind holds it, on systems that can lock folders.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> with alone_in(tempfile.mkdtemp()):
         ...     pass
@@ -135,7 +135,7 @@ def alone_in(folder: str | os.PathLike[str]) -> Generator[None]:
 def sha256(content: bytes) -> str:
     """Return the SHA-256 of some bytes as hexadecimal digits.
 
-    Example:
+    Examples:
         >>> sha256(b"")[:8]
         'e3b0c442'
     """

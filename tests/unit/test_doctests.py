@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,13 @@ def test_examples_run(name, quiet):
     module = importlib.import_module(name)
     failed, _ = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL, verbose=False)
     assert failed == 0
+
+
+def test_sections_are_named_as_the_site_renders_them():
+    """A section "Example:" would be a paragraph, whose brackets read as links."""
+
+    files = [path for folder in ("src", "paper") for path in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 100
+    assert [
+        path.name for path in files if re.search(r"^\s+Example:$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    ] == []

@@ -28,7 +28,7 @@ class Option:
 def efficient(options: Sequence[Option]) -> list[Option]:
     """Return the options that no other beats in both bytes and loss, by increasing bytes.
 
-    Example:
+    Examples:
         >>> options = [Option(1, "int8", 10, 5.0), Option(2, "int8", 20, 6.0), Option(None, "int8", 30, 1.0)]
         >>> [option.bytes for option in efficient(options)]
         [10, 30]
@@ -50,7 +50,7 @@ def choose(matrices: Mapping[str, Sequence[Option]], budget: int) -> dict[str, O
     Raises:
         SlimLSTMError: the smallest option of every matrix is more than the budget.
 
-    Example:
+    Examples:
         >>> small, large = Option(1, "int4", 10, 5.0), Option(2, "int4", 20, 1.0)
         >>> found = choose({"a": [small, large], "b": [small, Option(2, "int4", 20, 4.0)]}, budget=30)
         >>> found["a"].rank, found["b"].rank

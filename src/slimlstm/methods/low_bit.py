@@ -33,7 +33,7 @@ def largest_code(bits: int) -> int:
 def largest_step(bits: int) -> int:
     """Return the largest multiple of a row's scale that a group's scale may be: products with codes have 8 bits.
 
-    Example:
+    Examples:
         >>> largest_step(4)
         18
     """

@@ -22,7 +22,7 @@ class Rounder:
         factor_of: :func:`slimlstm.methods.feedback.inverse_factor`, or a function that remembers its results; several
             matrices may have the same gradients.
 
-    Example:
+    Examples:
         >>> rounder = Rounder(torch.eye(2))
         >>> rounder.matrix(torch.tensor([[0.5, 0.25]]), "int4").shape
         torch.Size([1, 2])

@@ -69,7 +69,7 @@ class Sensitivity:
         sites: one entry for every matrix.
         is_measured: whether probes corrected the predictions.
 
-    Example:
+    Examples:
         >>> options = (Option(None, "int3", 400, 0.2), Option(None, "int4", 520, 0.05))
         >>> sensitivity = Sensitivity("fisher", [SiteSensitivity(("lstm.weight_hh_l0",), (40, 25), options)], True)
         >>> print(sensitivity.plan(600))

@@ -40,7 +40,7 @@ class Part(NamedTuple):
 def part_of(name: str) -> Part | None:
     """Return the parts of the name of a tensor of a recurrent weight or bias; None for other tensors.
 
-    Example:
+    Examples:
         >>> part_of("lstm.weight_hh_l0_orig")
         Part(place='lstm.weight_hh_l0', part='_orig')
         >>> part_of("lstm.parametrizations.weight_hh_l0.original0")
