@@ -12,9 +12,9 @@ from pathlib import Path
 from torch import nn
 
 from slimlstm.errors import SlimLSTMError, reason_of
-from slimlstm.methods import METHODS, calibrated_methods, svd
+from slimlstm.methods import DENSE, METHODS, STORAGES, calibrated_methods, svd
 from slimlstm.modules.lstm import LowRankLSTM
-from slimlstm.pipeline.config import LowRank, Prune, configuration
+from slimlstm.pipeline.config import AUTO, LowRank, Prune, Quantize, configuration
 
 PAPER = ("svd", "semi-nmf", "prune")
 """The methods that the paper compares, in its order."""
@@ -37,12 +37,14 @@ def all_methods() -> list[str]:
     return [*PAPER, *beyond_paper()]
 
 
-def configuration_called(name: str, keep: float, dense_bytes: int) -> LowRank | Prune:
+def configuration_called(name: str, keep: float, dense_bytes: int) -> LowRank | Prune | Quantize:
     """Return the configuration of a method, or of a variant of one, at a fraction of the dense matrices' bytes.
 
     Args:
-        name: a method; ``METHOD-global`` chooses the ranks of all matrices together; ``METHOD-int8`` stores factors in
-            int8, so that they have four times as many weights in the same bytes.
+        name: a method; ``METHOD-global`` chooses the ranks of all matrices together; ``METHOD-STORAGE``, such as
+            ``fisher-int8``, stores factors in fewer bits, so that they have more weights in the same bytes;
+            ``METHOD-auto`` chooses rank and bits together; ``dense-STORAGE`` keeps the matrices whole, whatever the
+            fraction.
         keep: the fraction.
         dense_bytes: of all matrices.
 
@@ -50,16 +52,21 @@ def configuration_called(name: str, keep: float, dense_bytes: int) -> LowRank | 
         >>> configuration_called("svd-int8", 0.25, 4000).bytes
         1000
     """
-    if name.endswith("-int8"):
-        return configuration(name.removesuffix("-int8"), bytes=int(keep * dense_bytes), storage="int8")
-    if name.endswith("-global"):
-        return configuration(name.removesuffix("-global"), keep=keep, allocation="global")
+    method, _, variant = name.rpartition("-")
+    if method == DENSE:
+        return Quantize(variant)
+    if variant == AUTO or (method in METHODS and variant in STORAGES):
+        return configuration(method, bytes=int(keep * dense_bytes), storage=variant)
+    if variant == "global":
+        return configuration(method, keep=keep, allocation="global")
     return configuration(name, keep=keep)
 
 
 def is_calibrated(name: str) -> bool:
     """Return whether a method, or the method of a variant, needs calibration."""
-    return name.removesuffix("-int8").removesuffix("-global") in calibrated_methods()
+    method, _, variant = name.rpartition("-")
+    is_variant = variant in (AUTO, "global") or variant in STORAGES
+    return (method if is_variant else name) in (*calibrated_methods(), DENSE)
 
 
 def factors_by_svd_(lstms: Iterable[nn.Module]) -> None:

@@ -6,6 +6,7 @@
 Calibrated methods see ``--tokens`` of the training text only. Every run compresses all recurrent matrices to ``--keep``
 of their bytes and writes one JSON file with its provenance; runs whose file exists are skipped. Methods ending in -global
 choose all ranks together; those ending in -int8 have the same bytes as the others, and so four times as many weights.
+Those ending in -auto choose rank and bits together; dense-int4 keeps the matrices whole, in 4 bits.
 """
 
 import argparse
@@ -40,7 +41,9 @@ parser.add_argument("--model", required=True, help="folder of an AWD-LSTM, name 
 parser.add_argument("--corpus", choices=CORPORA, required=True)
 parser.add_argument("--split", default="test", help="the text to evaluate on")
 parser.add_argument("--output", type=Path, required=True, help="folder")
-parser.add_argument("--methods", nargs="+", default=VARIANTS, help="methods, or variants ending in -global or -int8")
+parser.add_argument(
+    "--methods", nargs="+", default=VARIANTS, help="methods, or variants ending in -global, a storage or -auto"
+)
 parser.add_argument("--keep", nargs="+", type=float, default=[0.25, 0.15, 0.08], help="fractions of the bytes")
 parser.add_argument("--tokens", type=int, default=60_000, help="training text to calibrate on")
 parser.add_argument("--evaluate", type=int, help="evaluate on this many tokens of the split; default: all")

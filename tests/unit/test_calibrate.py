@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from slimlstm import LowRank, LowRankLSTM, Prune, Quantize, SlimLSTMError, compress_, find_sites
 from slimlstm.calibration import moments as moments_file
 from slimlstm.calibration.collect import calibrate, mean_loss
+from slimlstm.calibration.losses import observed_losses
 from slimlstm.calibration.moments import Calibration, Moments
 
 NEAR = {"rtol": 1e-9, "atol": 1e-12}
@@ -643,3 +644,25 @@ def test_moments_of_every_dtype_are_float64(dtype):
         for name in ("inputs", "gradients"):
             ours, theirs = getattr(found.sites[key], name), getattr(moments, name)
             assert float((ours - theirs).norm() / theirs.norm()) < allowed, (key, name)
+
+
+@pytest.mark.parametrize("scale", [1.0, 12.0], ids=["unsure", "confident"])
+def test_gradients_of_predicted_classes_have_the_fisher_information_as_their_moment(scale: float):
+    torch.manual_seed(0)
+    logits = (scale * torch.randn(4, dtype=torch.float64)).expand(20_000, 4).clone().requires_grad_()
+    losses, is_scaled = observed_losses(Categorical(logits=logits))
+    (gradients,) = torch.autograd.grad(losses.sum(), logits)
+    p = torch.softmax(logits[0].detach(), 0)
+    wanted = torch.diag(p) - torch.outer(p, p)
+    assert is_scaled
+    torch.testing.assert_close(gradients.T @ gradients / len(gradients), wanted, rtol=0.05, atol=0.03 * float(wanted.max()))
+    torch.testing.assert_close(losses.detach(), Categorical(logits=logits.detach()).entropy())
+
+
+def test_classes_without_probability_take_no_part():
+    logits = torch.tensor([[0.0, 1.0, -torch.inf]], requires_grad=True)
+    losses, _ = observed_losses(Categorical(logits=logits))
+    (gradients,) = torch.autograd.grad(losses.sum(), logits)
+    assert torch.isfinite(losses).all()
+    assert torch.isfinite(gradients).all()
+    assert gradients[0, 2] == 0

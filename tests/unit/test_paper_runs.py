@@ -168,6 +168,8 @@ def test_variants_of_methods():
     assert methods.configuration_called("svd-global", 0.25, 4000).allocation == "global"
     assert methods.configuration_called("semi-nmf", 0.25, 4000).method == "semi-nmf"
     assert methods.configuration_called("prune", 0.25, 4000).keep == 0.25
+    assert methods.configuration_called("fisher-auto", 0.25, 4000).is_auto
+    assert methods.configuration_called("dense-int4", 0.25, 4000).storage == "int4"
     assert [methods.is_calibrated(name) for name in ("svd-int8", "fisher-int8", "semi-nmf")] == [False, True, False]
 
 

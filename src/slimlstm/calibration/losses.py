@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, kl_divergence
+from torch.distributions import Categorical, Distribution, kl_divergence
 from torch.nn.utils.rnn import PackedSequence
 
 from slimlstm.errors import SlimLSTMError
@@ -25,7 +25,8 @@ Loss = Callable[[nn.Module, Any], Tensor | Distribution]
 def observed_losses(result: object) -> tuple[Tensor, bool]:
     """Return the losses in the result of a :data:`Loss`, and whether they are one a prediction rather than a mean.
 
-    Labels are drawn from a distribution, and their negative log-probabilities are the losses.
+    Labels are drawn from a distribution, and their negative log-probabilities are the losses. For classes, the losses are
+    the entropies, and their gradients are those of :func:`_classes`.
 
     Raises:
         SlimLSTMError: the result is neither a tensor nor a distribution, or a loss is not finite.
@@ -35,10 +36,25 @@ def observed_losses(result: object) -> tuple[Tensor, bool]:
         (tensor([0.5000, 0.2500]), True)
     """
     is_drawn = isinstance(result, Distribution)
-    if isinstance(result, Distribution):
+    if isinstance(result, Categorical):
+        result = _classes(result)
+    elif isinstance(result, Distribution):
         result = -result.log_prob(result.sample())
     losses = checked_losses(result)
     return losses, is_drawn or losses.ndim > 0
+
+
+def _classes(predicted: Categorical) -> Tensor:
+    """Return the entropies of predicted classes, with random gradients whose second moment is the Fisher information.
+
+    The gradient of a drawn label's loss has the covariance S Sᵀ = diag(p) - p pᵀ at the logits, where
+    S = diag(√p) - p √pᵀ. So has S v for a standard normal v. A confident prediction sends back a label's large gradient
+    once in thousands of draws and almost nothing otherwise; S v is of the same size at every draw.
+    """
+    log_p, p = predicted.logits, predicted.probs.detach()
+    # A probability of zero has no share, and its logarithm may be infinite.
+    drawn = torch.where(p > 0, p.sqrt() * torch.randn_like(p) * log_p.clamp_min(torch.finfo(p.dtype).min), 0.0).sum(-1)
+    return predicted.entropy().detach() + drawn - drawn.detach()
 
 
 def checked_losses(result: object) -> Tensor:
