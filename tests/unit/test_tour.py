@@ -57,6 +57,17 @@ def test_the_tour(tiny_demo, tmp_path, run_json):
 
 
 @pytest.mark.slow
+def test_the_tour_as_a_page(tiny_demo, tmp_path, run):
+    page = tmp_path / "report.html"
+    status, out, err = run("demo", "--plot", tmp_path / "curves.png", "--report", page)
+    assert status == 0, err
+    assert f"The report is in {page}." in out
+    text = page.read_text(encoding="utf-8")
+    for method in demo.METHODS:
+        assert f"{method} of hh, rank 2" in text
+    assert "this report" in text
+
+
 def test_the_tour_on_paper(tiny_demo, tmp_path, run):
     status, out, err = run("demo", "--plot", tmp_path / "curves.png")
     assert status == 0

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from slimlstm.cli.options import Force, Json
+from slimlstm.cli.options import Force, Json, ReportPage, check_report
 from slimlstm.cli.output import print_note, progress_bar, show
 from slimlstm.errors import SlimLSTMError
 
@@ -23,6 +23,7 @@ def command(
     plot: Annotated[
         Path | None, typer.Option(help=f"File for the curves, PNG or PDF; by default {_PICTURE}, replaced if it exists.")
     ] = None,
+    page: ReportPage = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -34,6 +35,7 @@ def command(
 
     if plot is not None and plot.is_file() and not force:
         raise SlimLSTMError(f"{plot} exists; add --force to replace it, or name another file")
+    check_report(page, force)
     picture = plot or _PICTURE
     began = time.monotonic()
     is_drawn = plot is not None or plots.is_available()
@@ -45,6 +47,9 @@ def command(
     if is_drawn:
         tour.draw(found, picture)
         note = f"The curves are in {picture}."
+    if page is not None:
+        found.report.to_html(page, title="The embedded language model, compressed by every method", trials=found)
+        note += f" The report is in {page}."
     show({**found.to_dict(), "plot": str(picture) if is_drawn else None}, as_json, _HEADING, found, found.summary(), note)
     if not as_json:
         print_note(f"{time.monotonic() - began:.0f} s")

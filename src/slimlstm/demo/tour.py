@@ -27,6 +27,7 @@ from slimlstm.evaluate import perplexity
 from slimlstm.methods import sha256_of
 from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.pipeline.config import LowRank, Prune, Quantize, Target
+from slimlstm.pipeline.report import Report
 from slimlstm.provenance import provenance
 from slimlstm.tables import new_table
 
@@ -65,6 +66,18 @@ class Row:
     perplexity: float
     change: float
     latency_ratio: float
+    latency = None
+    accepted = True
+
+    @property
+    def label(self) -> str:
+        """The method, target and rank in words."""
+        return self.name if self.rank is None else f"{self.name} of {self.target}, rank {self.rank}"
+
+    @property
+    def metric(self) -> float:
+        """The perplexity."""
+        return self.perplexity
 
     @property
     def name(self) -> str:
@@ -75,14 +88,34 @@ class Row:
 
 @dataclass(frozen=True)
 class Tour:
-    """All rows; the first is the dense model."""
+    """All rows; the first is the dense model.
+
+    Attributes:
+        rows: the models.
+        report: of Fisher-weighted factors of every matrix, at the second highest of the ranks.
+    """
 
     rows: list[Row]
+    report: Report
+    limit = ""
+    worst = None
+    metric_name = "perplexity"
+    higher_is_better = False
 
     @property
     def dense(self) -> Row:
         """Return the row of the dense model."""
         return self.rows[0]
+
+    @property
+    def best(self) -> Row:
+        """The row that the report is of."""
+        return self.row("fisher", "both", RANKS[-2])
+
+    @property
+    def trials(self) -> list[Row]:
+        """The rows of compressed models."""
+        return self.rows[1:]
 
     def row(self, method: str, target: str, rank: int) -> Row:
         """Return the float32 row of one method, target and rank."""
@@ -151,6 +184,7 @@ def run(progress: Callable[[str, float], None] | None = None) -> Tour:
     size = sum(parameter.numel() for parameter in dense.lstms.parameters())
     rows = [Row("dense", "", "float32", None, size, 4 * size, dense_loss.perplexity, 0.0, 1.0)]
     budgets: dict[tuple[Any, ...], int] = {}
+    shown: Report | None = None
     for index, (method, target, rank, storage) in enumerate(combinations):
         if progress is not None:
             progress(f"{method} {target} {storage} rank {rank or 'full'}", index / len(combinations))
@@ -160,6 +194,8 @@ def run(progress: Callable[[str, float], None] | None = None) -> Tour:
         if method == "svd":
             budgets[target, rank, storage] = sum(site.bytes_after for site in report.sites)
         found = perplexity(model, tokens, streams=_STREAMS).perplexity
+        if (method, target, rank, storage) == ("fisher", "both", RANKS[-2], "float32"):
+            shown = report
         rows.append(
             Row(
                 *(method, target, storage, rank),
@@ -172,7 +208,8 @@ def run(progress: Callable[[str, float], None] | None = None) -> Tour:
         )
     if progress is not None:
         progress("done", 1.0)
-    return Tour(rows)
+    assert shown is not None  # noqa: S101 (one of the combinations)
+    return Tour(rows, shown)
 
 
 def _combinations() -> list[tuple[str, Target, int | None, str]]:

@@ -127,7 +127,7 @@ def _tried(trials: Trials) -> list[str]:
     parts.append(_frontier(trials, every, is_time=False))
     if all(one.latency is not None for one in every):
         parts.append(_frontier(trials, every, is_time=True))
-    header = ["plan", "", trials.metric_name, "bytes", "of the model as it was", "latency"]
+    header = ["plan", "", trials.metric_name, "bytes", "left", "latency"]
     rows = [
         [
             one.label,
@@ -158,13 +158,15 @@ def _frontier(trials: Trials, every: Sequence[Tried], *, is_time: bool) -> Marku
         for index, one in enumerate(every)
         if math.isfinite(one.metric)
     ]
-    what, unit = ("time for one call", "s") if is_time else ("bytes of the model", "B")
+    what, unit = ("time for one call", "s") if is_time else ("bytes", "B")
     better = "Lower and further left is better." if lower else "Higher and further left is better."
     best = "".join(f" Chosen: {mark.text}." for mark in marks if mark.kind == "best")
     caption = f"{_capital(name)} against the {what}. {better} The line joins the plans that no other betters in both."
     charts = [scatter(marks, what, name, width, limit=trials.worst, lower=lower, x_format=unit) for width in (WIDE, NARROW)]
     seen = dict.fromkeys(mark.kind for mark in marks)
-    words = _LEGEND if trials.limit else _LEGEND | {"within": ("tried", _LEGEND["within"][1])}
+    words = _LEGEND
+    if not trials.limit:
+        words = words | {"within": ("tried", _LEGEND["within"][1]), "best": ("this report", _LEGEND["best"][1])}
     legend = [
         element("li", Markup(f'<svg width="12" height="12" aria-hidden="true">{words[kind][1]}</svg>'), words[kind][0])
         for kind in words

@@ -16,7 +16,7 @@ class Tried(Protocol):
 
     @property
     def bytes(self) -> int:
-        """The bytes of the model."""
+        """The bytes of the model, or of its LSTMs."""
         ...
 
     @property
