@@ -9,14 +9,16 @@ import sys
 from importlib import import_module
 from importlib.metadata import version
 
+import numpy as np
 import pytest
 from safetensors.torch import save_file
 from torch import nn
 
-from slimlstm import bench, cli
+from slimlstm import Plan, Quantize, bench, cli, compress_
 from slimlstm.methods import METHODS, STORAGES
 from slimlstm.onnx import export as onnx_export
 from slimlstm.onnx.export import Exported
+from slimlstm.search import Search, Trial, onnx_file
 
 VERBS = {
     "demo": (("demo", "--plot", "{}/curves.png"), "slimlstm.demo.tour.run"),
@@ -45,6 +47,12 @@ def arguments(folder, tiny_demo, monkeypatch):
         {"tokens": ["T", "B"]}, {"logits": ["T", "B", 11]}, 9_999, [{"T": 5, "B": 3}], 1e-7, "ONNX Runtime", 17
     )
     monkeypatch.setattr(onnx_export, "export_onnx", lambda *_, **__: exported)
+    np.savez(folder.parent / "runs.npz", x=np.zeros((2, 5, 1, 3), np.float32))
+    dense = Trial("uncompressed", None, 99_999, 0.0, accepted=True)
+    small = Trial("int8", Plan(), 33_333, 0.001, accepted=True)
+    report = compress_(nn.Sequential(nn.LSTM(8, 16)), Quantize("int8"))
+    search = Search(dense, [small], small, report, "disagreement of at most 0.01", "lower", "disagreement", False, [])
+    monkeypatch.setattr(onnx_file, "shrink_onnx", lambda *_, **__: search)
 
     def arguments(verb):
         return [argument.format(folder) for argument in VERBS[verb][0]]
