@@ -46,7 +46,7 @@ ARROWS = {
     "search": {
         *("compress", "onnx", "bench", "calibration", "pipeline", "modules", "methods", "files", "tables", "errors"),
     },
-    "tuning": {"modules", "files", "errors"},
+    "tuning": {"methods", "modules", "files", "errors"},
     "evaluate": {"modules", "errors"},
     "bench": {"onnx", "pipeline", "modules", "ops", "provenance", "tables", "errors"},
     "demo": {

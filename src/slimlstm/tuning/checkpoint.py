@@ -14,7 +14,7 @@ from torch import Tensor
 from slimlstm.errors import SlimLSTMError, refusing
 from slimlstm.files import check_regular, replacing, sha256
 
-_FORMAT = "slimlstm.tuning 2"
+_FORMAT = "slimlstm.tuning 3"
 _DIGITS = 64
 """Bytes at the end of the file: the SHA-256 of everything before."""
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from slimlstm.errors import SlimLSTMError
 from slimlstm.modules.modes import evaluation_mode
 from slimlstm.tuning.checkpoint import check_model, check_settings, read_checkpoint, write_checkpoint
+from slimlstm.tuning.grid import Grid
 from slimlstm.tuning.history import History, RunRecord
 from slimlstm.tuning.losses import Loss, StatefulLoss, check_losses
 from slimlstm.tuning.processes import Processes
@@ -77,6 +78,7 @@ class Run:
         self.validate, self.checkpoint, self.progress = validate, checkpoint, progress
         dtype = settings.dtype
         self.autocast = nullcontext() if dtype is None else torch.autocast(processes.device.type, dtype)
+        self.grid = Grid(model, trained)
         self.optimizer = torch.optim.AdamW(trained.values(), lr=settings.lr, weight_decay=0.0)
         self.record = RunRecord()
         self.norms = {name: float(tensor.detach().double().norm()) for name, tensor in self._tensors().items()}
@@ -172,7 +174,9 @@ class Run:
             )
         for group in self.optimizer.param_groups:
             group["lr"] = lr * _schedule(fraction)
+        self.grid.leave()
         self.optimizer.step()
+        self.grid.enter()
         record.losses.append(mean)
         if self.progress is not None and self.processes.rank == 0:
             best = "" if self.validate is None else f", best {record.best_value:.4f}"
@@ -194,6 +198,7 @@ class Run:
             "place": asdict(self.record),
             "tensors": {name: tensor.detach() for name, tensor in self._tensors().items()},
             "best": self.best,
+            "exact": self.grid.exact,
             "optimizer": self.optimizer.state_dict(),
             "carried": loss_states,
         }
@@ -216,6 +221,7 @@ class Run:
             )
         _fill(self._tensors(), content["tensors"])
         _fill(self.best, content["best"])
+        _fill(self.grid.exact, content["exact"])
         self.optimizer.load_state_dict(content["optimizer"])
         if isinstance(self.loss, StatefulLoss):
             self.loss.load_state_dict(loss_state)

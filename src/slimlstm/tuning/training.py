@@ -47,8 +47,8 @@ def finetune(
     with the last weights. After an error or an interrupt it has the best weights found, or without ``validate`` the
     weights from before the run. Training modes, ``requires_grad`` and PyTorch's random numbers are restored.
 
-    Weights stored in int8 or bfloat16 train as float32 parameters. Round them again afterwards:
-    ``compress_(model, Quantize(...))``.
+    Weights with a storage such as int8 keep it: the model computes with rounded weights at every step and ends with them,
+    while the optimizer changes exact copies (:mod:`slimlstm.tuning.grid`). So :func:`slimlstm.save` works afterwards.
 
     Processes that ``torchrun`` launched, or that are in a process group of yours, train together. Every process passes the
     same model, on a device of its own, and the same ``batches``. Process k of n takes the batches k, k + n, k + 2n and so
