@@ -224,6 +224,33 @@ def test_a_search_that_found_nothing(report, tmp_path, higher, latency):
     assert [text.split(". ")[1].split(" ")[0] for text in captions] == directions
 
 
+def test_the_result_of_a_search_has_a_page(tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.LSTM(8, 16)), torch.randn(20, 4, 8)
+    expected = model(x)[0].detach()
+
+    def error(model):
+        return float((model(x)[0].detach() - expected).norm() / expected.norm())
+
+    found = sl.find_smallest(
+        model, error, better="lower", at_most=0.02, evaluations=3, metric_name="error", output=tmp_path / "search.json"
+    )
+    assert found.worst == pytest.approx(0.02)
+    page = page_of(found.report, tmp_path, trials=found)
+    assert rows(page, 0)[0][:2] == [found.dense.label, "as it was"]
+    assert [row[0] for row in rows(page, 0) if row[1] == "chosen"] == [found.best.label]
+    assert "limit 0.02" in "".join(page.texts("text"))
+
+
+def test_plans_without_a_time_are_not_in_its_picture(report, tmp_path):
+    dense = Tried("dense", 100, 0.5, True, None)
+    best = Tried("a", 50, 0.5, True, 2e-3)
+    found = trials(dense=dense, trials=[best, Tried("b", 40, 0.7, False, 1e-3)], best=best)
+    page = page_of(report, tmp_path, trials=found)
+    labels = [one["attributes"]["aria-label"] for one in page.all("svg", role="img")[:4]]
+    assert ["as it was" in label for label in labels] == [True, True, False, False]
+
+
 def test_names_are_escaped(tmp_path):
     report = sl.compress_(nn.Sequential(nn.LSTM(8, 16)), sl.LowRank(rank=2))
     name = """a<b>&"c'</title>.weight_hh_l0"""

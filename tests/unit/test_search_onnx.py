@@ -82,8 +82,10 @@ def test_the_command(made, tmp_path, run):
     path, runs = made
     np.savez(tmp_path / "runs.npz", x=np.stack([values["x"] for values in runs]))
     words = ("shrink", str(path), "-o", str(tmp_path / "small.onnx"), "--inputs", str(tmp_path / "runs.npz"))
-    status, out, err = run(*words, "--at-most", "5%", "--evaluations", "4")
+    page = tmp_path / "report.html"
+    status, out, err = run(*words, "--at-most", "5%", "--evaluations", "4", "--report", str(page))
     assert (status, err) == (0, "")
+    assert "What was tried" in page.read_text(encoding="utf-8")
     assert "chosen" in out
     assert (tmp_path / "small.onnx").exists()
     for extra, message in (

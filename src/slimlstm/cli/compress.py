@@ -27,12 +27,12 @@ from slimlstm.cli.options import (
 from slimlstm.cli.output import progress_bar, show
 from slimlstm.errors import SlimLSTMError
 
-_USE_OF_ONNX = """import onnxruntime
+USE_OF_ONNX = """import onnxruntime
 
 session = onnxruntime.InferenceSession({!r})
 outputs = session.run(None, inputs)  # the same inputs and outputs as before
 """
-_USE_OF_FOLDER = """import slimlstm as sl
+USE_OF_FOLDER = """import slimlstm as sl
 
 model = sl.load({!r}, MyModel())  # into a fresh, dense model
 """
@@ -97,7 +97,7 @@ def command(
             report = compress_file(file, config, output, progress, request.storage_of_masked(), part=part)
             use = f"slimlstm.load({str(output)!r}, model) loads it into the model."
     if page is not None:
-        usage = _USE_OF_ONNX if to_onnx else _USE_OF_FOLDER
+        usage = USE_OF_ONNX if to_onnx else USE_OF_FOLDER
         report.to_html(page, title=f"{file.name}, compressed", usage=usage.format(str(output)), files=(file, output))
         use += f" The report is in {page}."
     show(report.to_dict() | difference, as_json, report, f"Written to {output}; {use}")

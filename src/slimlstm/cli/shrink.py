@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from slimlstm.cli.options import Force, Json
+from slimlstm.cli.compress import USE_OF_ONNX
+from slimlstm.cli.options import Force, Json, ReportPage, check_report
 from slimlstm.cli.output import progress_bar, show
 from slimlstm.errors import SlimLSTMError
 
@@ -29,6 +30,7 @@ def command(
         typer.Option(help="argmax, cosine or noise (squared difference over squared output); auto chooses by the outputs."),
     ] = "auto",
     evaluations: Annotated[int, typer.Option(help="How many files to measure at most.")] = 10,
+    page: ReportPage = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -45,6 +47,7 @@ def command(
         raise SlimLSTMError(f"{output} is the input, which would be lost; name another output")
     if output.exists() and not force:
         raise SlimLSTMError(f"{output} exists; add --force to replace it, or name another output")
+    check_report(page, force)
     runs = [run for path in inputs for run in read_batches(path)]
     limit = at_most if at_most.strip().endswith("%") else _number(at_most)
     with progress_bar("searching") as progress:
@@ -58,7 +61,12 @@ def command(
             progress=lambda trial, left: progress(f"{trial.label}, at most {left:,.0f} s left", 0.0),
         )
     ending = "Interrupted; the best so far is" if found.interrupted else "Written to"
-    show(found.to_dict(), as_json, str(found), f"{ending} {output}; it has the inputs and outputs of {file.name}.")
+    note = f"{ending} {output}; it has the inputs and outputs of {file.name}."
+    if page is not None:
+        usage = USE_OF_ONNX.format(str(output))
+        found.report.to_html(page, title=f"{file.name}, compressed", trials=found, usage=usage, files=(file, output))
+        note += f" The report is in {page}."
+    show(found.to_dict(), as_json, str(found), note)
 
 
 def _number(text: str) -> float:

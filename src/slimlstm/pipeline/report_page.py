@@ -125,7 +125,7 @@ def _tried(trials: Trials) -> list[str]:
     every = [trials.dense, *(one for one in trials.trials if one is not trials.dense)]
     parts: list[str] = [element("p", f"Limit: {trials.limit}.")] if trials.limit else []
     parts.append(_frontier(trials, every, is_time=False))
-    if all(one.latency is not None for one in every):
+    if sum(one.latency is not None and math.isfinite(one.metric) for one in every) > 1:
         parts.append(_frontier(trials, every, is_time=True))
     header = ["plan", "", trials.metric_name, "bytes", "left", "latency"]
     rows = [
@@ -156,10 +156,11 @@ def _frontier(trials: Trials, every: Sequence[Tried], *, is_time: bool) -> Marku
             one.label if one is trials.best else "",
         )
         for index, one in enumerate(every)
-        if math.isfinite(one.metric)
+        if math.isfinite(one.metric) and (one.latency is not None or not is_time)
     ]
     what, unit = ("time for one call", "s") if is_time else ("bytes", "B")
     better = "Lower and further left is better." if lower else "Higher and further left is better."
+    dense = "".join(f"as it was: {mark.text}." for mark in marks if mark.kind == "dense")
     best = "".join(f" Chosen: {mark.text}." for mark in marks if mark.kind == "best")
     caption = f"{_capital(name)} against the {what}. {better} The line joins the plans that no other betters in both."
     charts = [scatter(marks, what, name, width, limit=trials.worst, lower=lower, x_format=unit) for width in (WIDE, NARROW)]
@@ -172,7 +173,7 @@ def _frontier(trials: Trials, every: Sequence[Tried], *, is_time: bool) -> Marku
         for kind in words
         if kind in seen
     ]
-    alternative = f"{len(every)} plans as points; as it was: {marks[0].text}.{best} The table below has every number."
+    alternative = f"{len(every)} plans as points; {dense}{best} The table below has every number."
     return figure(caption, alternative, charts, element("ul", *legend, class_="legend"))
 
 

@@ -99,7 +99,15 @@ def find_smallest(
     )
     words = f"{metric_name} at {'most' if better == 'lower' else 'least'} {limit:.5g} (uncompressed: {dense.metric:.5g})"
     return _searched(
-        engine, lambda: smallest(engine, subject.whole, subject.within), dense, words, better, metric_name, output, progress
+        engine,
+        lambda: smallest(engine, subject.whole, subject.within),
+        dense,
+        words,
+        limit,
+        better,
+        metric_name,
+        output,
+        progress,
     )
 
 
@@ -164,7 +172,7 @@ def find_best(
     words = f"{bytes:,} bytes of matrices" if bytes is not None else f"a latency of at most {1e6 * (latency or 0):,.0f} us"
     candidates = subject.candidates(budgets)
     return _searched(
-        engine, lambda: try_all(engine, candidates), dense, f"best {metric_name} within {words}", better, metric_name,
+        engine, lambda: try_all(engine, candidates), dense, f"best {metric_name} within {words}", None, better, metric_name,
         output, progress,
     )  # fmt: skip
 
@@ -263,6 +271,7 @@ def _searched(
     strategy: Callable[[], None],
     dense: Trial,
     limit: str,
+    worst: float | None,
     better: Better,
     metric_name: str,
     output: str | os.PathLike[str] | None,
@@ -279,7 +288,8 @@ def _searched(
     def result() -> Search:
         assert engine.best is not None  # noqa: S101 (checked by the callers)
         best, _, report = engine.best
-        return Search(dense, engine.trials, best, report, limit, better, metric_name, engine.interrupted, engine.refusals)
+        ended, notes = engine.interrupted, engine.refusals
+        return Search(dense, engine.trials, best, report, limit, better, metric_name, ended, notes, worst)
 
     engine.on_trial = on_trial
     engine.run(strategy)

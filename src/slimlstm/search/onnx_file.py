@@ -102,7 +102,7 @@ def shrink_onnx(
         raise nothing_found(engine.trials, engine.refusals, words)
     best, _, report = engine.best
     notes = [*engine.refusals, *([] if len(runs) > 1 else ["the one run both calibrated and measured; give more runs"])]
-    return Search(dense, engine.trials, best, report, words, "lower", _METRIC, engine.interrupted, notes)
+    return Search(dense, engine.trials, best, report, words, "lower", _METRIC, engine.interrupted, notes, limit)
 
 
 def _split(runs: Sequence[RunInputs]) -> tuple[list[RunInputs], list[RunInputs]]:

@@ -60,6 +60,7 @@ class Search:
         metric_name: how to call the metric in tables.
         interrupted: whether Ctrl-C ended the search, so that ``best`` is the best so far.
         notes: what else to know, such as candidates that could not be made.
+        worst: the worst metric that meets the limit; None where the limit is on bytes or a latency.
     """
 
     dense: Trial
@@ -71,6 +72,7 @@ class Search:
     metric_name: str
     interrupted: bool
     notes: list[str]
+    worst: float | None
 
     @property
     def plan(self) -> Plan:
@@ -98,6 +100,7 @@ class Search:
         """Return the search as JSON types."""
         return {
             "limit": self.limit,
+            "worst": self.worst,
             "better": self.better,
             "metric": self.metric_name,
             "dense": self.dense.to_dict(),
