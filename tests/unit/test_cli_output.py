@@ -51,7 +51,7 @@ def arguments(folder, tiny_demo, monkeypatch):
     dense = Trial("uncompressed", None, 99_999, 0.0, accepted=True)
     small = Trial("int8", Plan(), 33_333, 0.001, accepted=True)
     report = compress_(nn.Sequential(nn.LSTM(8, 16)), Quantize("int8"))
-    search = Search(dense, [small], small, report, "disagreement of at most 0.01", "lower", "disagreement", False, [])
+    search = Search(dense, [small], small, report, "disagreement of at most 0.01", "lower", "disagreement", False, [], 0.01)
     monkeypatch.setattr(onnx_file, "shrink_onnx", lambda *_, **__: search)
 
     def arguments(verb):

@@ -66,7 +66,7 @@ def command(
         usage = USE_OF_ONNX.format(str(output))
         found.report.to_html(page, title=f"{file.name}, compressed", trials=found, usage=usage, files=(file, output))
         note += f" The report is in {page}."
-    show(found.to_dict(), as_json, str(found), note)
+    show(found.to_dict(), as_json, found, note)
 
 
 def _number(text: str) -> float:

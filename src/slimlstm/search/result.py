@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from rich.table import Table
 from torch import nn
 
 from slimlstm.errors import SlimLSTMError
@@ -112,6 +113,9 @@ class Search:
         }
 
     def __str__(self) -> str:
+        return as_text(self.__rich__())
+
+    def __rich__(self) -> Table:
         has_latency = self.best.faster is not None
         table = new_table([""], ["bytes", "left", self.metric_name, *(["speed"] if has_latency else []), "meets the limit"])
         for trial in (self.dense, *self.trials):
@@ -120,7 +124,7 @@ class Search:
             mark = "chosen" if trial is self.best else "yes" if trial.accepted else "no"
             table.add_row(trial.label, f"{trial.bytes:,}", left, f"{trial.metric:.5g}", *speed, mark)
         table.caption = "\n".join([self.limit, *self.notes])
-        return as_text(table)
+        return table
 
 
 @dataclass(frozen=True)
