@@ -1,6 +1,7 @@
 """Runs of recipes/language_model.py on a tiny text, and what they leave behind."""
 
 import json
+import re
 import os
 import signal
 import subprocess
@@ -35,7 +36,13 @@ def log_of(output):
 def outcome(output):
     """Everything that a run leaves behind, without times."""
     result = json.loads((output / "result.json").read_text(encoding="utf-8"))
-    weights = {path.relative_to(output): load_file(path) for path in output.rglob("*.safetensors")}
+    # A file that replaces another one has part of its digest in its name.
+    names = {
+        path: Path(re.sub(r"-[0-9a-f]{16}(?=\.)", "", str(path.relative_to(output))))
+        for path in output.rglob("*.safetensors")
+    }
+    weights = {name: load_file(path) for path, name in names.items()}
+    assert len(weights) == len(names)
     return weights, log_of(output), result["perplexity"], (output / "vocab.txt").read_text(encoding="utf-8")
 
 

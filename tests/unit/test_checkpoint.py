@@ -425,7 +425,6 @@ def dequantized(tensor):
 
 
 COMPUTED = {
-    "quantised": dequantized,
     "dynamic": lambda tensor: ([helper.make_node("Identity", ["x"], [tensor.name])], []),
     "cut from the input": lambda tensor: ([helper.make_node("Concat", ["x", "x"], [tensor.name], axis=0)], []),
     "an unknown operator": lambda tensor: ([helper.make_node("Mystery", [], [tensor.name], domain="my.own")], []),

@@ -61,7 +61,7 @@ def test_the_tour_as_a_page(tiny_demo, tmp_path, run):
     page = tmp_path / "report.html"
     status, out, err = run("demo", "--plot", tmp_path / "curves.png", "--report", page)
     assert status == 0, err
-    assert f"The report is in {page}." in out
+    assert f"Thereportisin{page}." in "".join(out.split())
     text = page.read_text(encoding="utf-8")
     for method in demo.METHODS:
         assert f"{method} of hh, rank 2" in text

@@ -149,7 +149,7 @@ UNKNOWN = {
     ),
     "a pruned factor": (
         changed(weight_hh_l0=None, weight_hh_l0_u_orig=HH, weight_hh_l0_u_mask=HH, weight_hh_l0_v=torch.ones(H, H)),
-        r"lstm\.weight_hh_l0_u_orig, lstm\.weight_hh_l0_u_mask",
+        r"lstm\.weight_hh_l0_u_mask",
     ),
     "no weight norm": (
         changed(weight_hh_l0=None, weight_hh_l0_g=torch.ones(3), weight_hh_l0_v=HH),

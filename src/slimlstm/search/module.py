@@ -19,7 +19,7 @@ from slimlstm.compress import compress_, measure_sensitivity
 from slimlstm.errors import SlimLSTMError
 from slimlstm.files import write_json
 from slimlstm.modules.graphs import copy_model
-from slimlstm.modules.modes import evaluation_mode
+from slimlstm.modules.modes import evaluation_mode, plain_mode
 from slimlstm.pipeline.config import Filter, LowRank, Quantize, Target
 from slimlstm.pipeline.plan import Config
 from slimlstm.pipeline.report import Report
@@ -32,6 +32,7 @@ _SHARES = (0.5, 0.35, 0.25, 0.15, 0.1)
 """Shares of the dense matrices' bytes that a search for a latency tries."""
 
 
+@plain_mode()
 def find_smallest(
     model: nn.Module,
     metric: Metric,
@@ -111,6 +112,7 @@ def find_smallest(
     )
 
 
+@plain_mode()
 def find_best(
     model: nn.Module,
     metric: Metric,
