@@ -1,8 +1,8 @@
 """Runs of recipes/language_model.py on a tiny text, and what they leave behind."""
 
 import json
-import re
 import os
+import re
 import signal
 import subprocess
 import sys

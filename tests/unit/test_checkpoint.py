@@ -418,12 +418,6 @@ def test_onnx_weights_in_constant_nodes(tmp_path):
     assert equal(read_tensors(write_onnx(tmp_path / "model.onnx", [*constants, node], [])), under("lstm", lstm))
 
 
-def dequantized(tensor):
-    scale, zero = constant("scale", torch.tensor(0.1)), constant("zero", torch.tensor(0, dtype=torch.int8))
-    packed = constant("packed", torch.ones(list(tensor.dims), dtype=torch.int8))
-    return [helper.make_node("DequantizeLinear", ["packed", "scale", "zero"], [tensor.name])], [scale, zero, packed]
-
-
 COMPUTED = {
     "dynamic": lambda tensor: ([helper.make_node("Identity", ["x"], [tensor.name])], []),
     "cut from the input": lambda tensor: ([helper.make_node("Concat", ["x", "x"], [tensor.name], axis=0)], []),
