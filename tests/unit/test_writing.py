@@ -122,7 +122,7 @@ READ_BACK = {
 
 @pytest.mark.parametrize(("write", "read"), READ_BACK.values(), ids=READ_BACK)
 def test_no_flipped_bit_is_read_back(write, read, tmp_path):
-    """Bits of weights; those of headers and indices may be without meaning, such as spaces."""
+    """Bits of weights; a bit of a header or an index may be without meaning, as in a space."""
     write(tmp_path / "output")
     read(tmp_path / "output")
     files = [tmp_path / "output"] if (tmp_path / "output").is_file() else (tmp_path / "output").glob("*.safetensors")

@@ -26,7 +26,7 @@ def observed_losses(result: object) -> tuple[Tensor, bool]:
     """Return the losses in the result of a :data:`Loss`, and whether they are one a prediction rather than a mean.
 
     Labels are drawn from a distribution, and their negative log-probabilities are the losses. For classes, the losses are
-    the entropies, and their gradients are those of :func:`_classes`.
+    the entropies, and their gradients come from :func:`_classes`.
 
     Raises:
         SlimLSTMError: the result is neither a tensor nor a distribution, or a loss is not finite.

@@ -13,7 +13,7 @@ from slimlstm.ops.packing import FULL_CHECK_ROWS, PackedLayer, packed_layer
 from slimlstm.ops.weights import Direction, LayerOutput, first_states
 
 _NOT_FINITE = 2
-"""What the kernel returns beside infinite inputs: int8 cannot hold them, though an LSTM may saturate and stay finite."""
+"""Status of a kernel call with infinite inputs: int8 cannot hold them, though an LSTM may saturate and stay finite."""
 
 
 def run(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-"""What a browser may load for a page: nothing that is not in the file."""
+"""Content security policy of a page: a browser loads nothing that is not in the file."""
 
 
 class Markup(str):

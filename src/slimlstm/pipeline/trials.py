@@ -1,4 +1,4 @@
-"""What a search tried, as a report shows it."""
+"""Trials of a search, as a report shows them."""
 
 from __future__ import annotations
 

@@ -174,9 +174,16 @@ def find_best(
     words = f"{bytes:,} bytes of matrices" if bytes is not None else f"a latency of at most {1e6 * (latency or 0):,.0f} us"
     candidates = subject.candidates(budgets)
     return _searched(
-        engine, lambda: try_all(engine, candidates), dense, f"best {metric_name} within {words}", None, better, metric_name,
-        output, progress,
-    )  # fmt: skip
+        engine,
+        lambda: try_all(engine, candidates),
+        dense,
+        f"best {metric_name} within {words}",
+        None,
+        better,
+        metric_name,
+        output,
+        progress,
+    )
 
 
 @dataclass

@@ -15,7 +15,7 @@ from slimlstm.pipeline.report import Report, as_text
 from slimlstm.tables import new_table
 
 Better = Literal["lower", "higher"]
-"""Which direction of a metric is better."""
+"""Direction in which a metric improves."""
 Metric = Callable[[nn.Module], float]
 """Takes a model and returns a number, such as a perplexity or an accuracy on held-out data."""
 
