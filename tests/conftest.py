@@ -14,7 +14,7 @@ from hypothesis import settings
 from slimlstm.methods.semi_nmf import semi_nmf
 
 settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)
-settings.register_profile("quick", settings.get_profile("default"), max_examples=10)
+settings.register_profile("quick", settings.get_profile("default"), max_examples=5)
 settings.load_profile("default")
 
 ITERATIONS = {"test_factorize": 100} | dict.fromkeys(("test_doctests", "test_real_data", "test_language_model"), 500)

@@ -270,6 +270,7 @@ def run_json(monkeypatch, capsys):
 
 
 @pytest.mark.usefixtures("brief")
+@pytest.mark.slow
 def test_the_command(tmp_path, run_json):
     file, small = tmp_path / "w.safetensors", tmp_path / "small"
     save_file(Stack().state_dict(), file)
@@ -386,6 +387,7 @@ def drawn(monkeypatch):
     return figures
 
 
+@pytest.mark.slow
 def test_the_picture_of_ratios(tmp_path, drawn):
     rows = []
     for threads, batch, steps, hidden in itertools.product((1, 2), (1, 4), (1, 35), (64, 1024, 1150)):

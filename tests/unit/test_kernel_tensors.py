@@ -152,6 +152,7 @@ with torch.no_grad():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of Linux")
+@pytest.mark.slow
 def test_without_more_threads_the_present_ones_do_the_work():
     """A thread needs room for its stack, which the limit on memory denies."""
     subprocess.run([sys.executable, "-c", NO_THREADS], check=True, timeout=60)

@@ -229,6 +229,7 @@ def test_shards_hold_the_model_in_half_precision(shard_bytes, tmp_path):
     assert all(torch.equal(found[name], tensor.float()) for name, tensor in state.items())
 
 
+@pytest.mark.slow
 def test_shards_of_a_model_as_large_as_the_published_ones_are_small(tmp_path):
     save_awd_lstm(AWDLSTM(AWDLSTMConfig(33_278, num_layers=2)), tmp_path)
     shards = list(tmp_path.glob("*.safetensors"))

@@ -736,6 +736,7 @@ def run_compression(model):
     compress_(model, LowRank("fisher", keep=0.3, storage="int8"), batches=[BATCH, 2 * BATCH], loss=interrupted_loss)
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_everything_as_it_was():
     with Interrupter(None) as counted:
         run_compression(interrupted_model())

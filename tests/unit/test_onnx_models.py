@@ -391,6 +391,7 @@ def damage(contents, folder, count, seed):
     return refused
 
 
+@pytest.mark.slow
 def test_damaged_files_are_refused_or_read(tmp_path):
     contents = [path.read_bytes() for path in originals(tmp_path)]
     refused = damage(contents, tmp_path, 400, seed=0)

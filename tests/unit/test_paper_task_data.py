@@ -51,6 +51,7 @@ def test_tokens_stand_where_their_spans_say():
     assert tokens_of(" ") == [""]
 
 
+@pytest.mark.slow
 def test_answers_are_mapped_to_the_tokens_that_hold_them():
     text = "In 1999. The 12th-century  church fell."
     questions = [

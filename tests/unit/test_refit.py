@@ -119,6 +119,7 @@ def states_before(model, x):
     return torch.cat([torch.zeros_like(outputs[:1]), outputs[:-1]]).flatten(0, 1)
 
 
+@pytest.mark.slow
 def test_outputs_come_closer_to_those_of_the_dense_model():
     stranger = STRANGERS["CRNN"]
     dense, batches = stranger.make(), batches_of(stranger, 40)

@@ -17,6 +17,7 @@ from slimlstm.demo.awd_lstm import AWDLSTM
 from slimlstm.evaluate import perplexity
 
 
+@pytest.mark.slow
 def test_the_tour(tiny_demo, tmp_path, run_json):
     dense, tokens = tiny_demo
     found = run_json("demo", "--plot", tmp_path / "curves.pdf")
@@ -68,6 +69,7 @@ def test_the_tour_as_a_page(tiny_demo, tmp_path, run):
     assert "this report" in text
 
 
+@pytest.mark.slow
 def test_the_tour_on_paper(tiny_demo, tmp_path, run):
     status, out, err = run("demo", "--plot", tmp_path / "curves.png")
     assert status == 0
@@ -113,6 +115,7 @@ def test_a_picture_that_cannot_be_written_is_known_before_measuring(plot, no_mea
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_without_matplotlib_the_demo_prints_its_table(tiny_demo, tmp_path, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plots, "is_available", lambda: False)
