@@ -13,7 +13,7 @@ from hypothesis import settings
 
 from slimlstm.methods.semi_nmf import semi_nmf
 
-settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)
+settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
 settings.register_profile("quick", settings.get_profile("default"), max_examples=5)
 settings.load_profile("default")
 

@@ -4,7 +4,7 @@ import re
 import sys
 
 import torch
-from registry import package, study
+from registry import arguments, package, study
 from torch import nn
 from torch.distributions import Categorical
 
@@ -46,7 +46,8 @@ def agreement(model):
 
 dense = Transliterator().eval()
 found = sorted(set(re.findall(r"[a-z]{3,12}", held_out_text().lower())))
-words = [found[index] for index in torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[:360]]
+words = [found[index] for index in torch.randperm(len(found), generator=torch.Generator().manual_seed(0))]
+words = words[: 160 if arguments().brief else 360]
 answers = {word: says(dense, word) for word in words}
 seen, held_out = [(word, answers[word]) for word in words[:60] if answers[word]], words[60:]
 configs = {

@@ -66,6 +66,7 @@ def arguments():
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=Path, help="a folder for the result")
     parser.add_argument("--seconds", type=float, default=1.0, help="how long every model is timed")
+    parser.add_argument("--brief", action="store_true", help="measure on less data, and do not fit factors again")
     return parser.parse_args()
 
 
@@ -79,7 +80,8 @@ def study(name, measure, dense, configs, quality, *inputs, batches, loss):
     models = {"PyTorch int8": (torch.ao.quantization.quantize_dynamic(dense, {nn.LSTM, nn.LSTMCell}), size // 4)}
     for label, config in configs.items():
         model = copy.deepcopy(dense)
-        report = sl.compress_(model, config, batches=batches, loss=loss, calibration=calibration)
+        refit = 0 if arguments().brief else None
+        report = sl.compress_(model, config, batches=batches, loss=loss, calibration=calibration, refit=refit)
         models[label] = model, size - sum(site.bytes_before - site.bytes_after for site in report.sites)
     rows = []
     for label, (model, left) in models.items():

@@ -41,7 +41,7 @@ def test_the_documentation_shows_it(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", REAL, ids=lambda path: path.stem)
 def test_real_models_keep_their_quality_in_half_the_bytes(path, monkeypatch, tmp_path):
-    run(path, monkeypatch, "--seconds", 0.05, "--output", tmp_path)
+    run(path, monkeypatch, "--seconds", 0.05, "--brief", "--output", tmp_path)
     (written,) = tmp_path.glob("*.json")
     result = json.loads(written.read_text(encoding="utf-8"))
     ours = [row for row in result["rows"] if "PyTorch" not in row["variant"]]

@@ -69,5 +69,5 @@ def tiny_demo(monkeypatch):
     monkeypatch.setattr(demo, "held_out_tokens", lambda: tokens)
     monkeypatch.setattr(demo, "_TOKENS", 400)
     monkeypatch.setattr(demo, "_STEPS", 8)
-    monkeypatch.setitem(demo.interleaved_seconds.__kwdefaults__, "seconds", 0.005)
+    monkeypatch.setattr(demo, "_LATENCY_SECONDS", 0.005)
     return model, tokens[:400]

@@ -36,11 +36,12 @@ TARGETS: tuple[Target, ...] = ("hh", "ih", "both")
 RANKS = (10, 25, 50, 100)
 STORED = ("svd", "fisher")
 """The methods whose factors of all matrices are measured in int8 too."""
-# Half of the held-out text, so that the whole tour takes about a minute.
+# Half of the held-out text, so that the whole tour takes a minute or two.
 _TOKENS = 12_000
 _STREAMS = 20
 _STEPS = 70
 _LATENCY_STEPS = 35
+_LATENCY_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -262,7 +263,7 @@ def _losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def _latency_ratio(dense: AWDLSTM, compressed: AWDLSTM, sample: Tensor, tolerance: float) -> float:
     _check_outputs(compressed, sample, tolerance)
     calls = {"dense": lambda: dense.features(sample), "compressed": lambda: compressed.features(sample)}
-    return median_ratios(interleaved_seconds(calls, threads=1), "dense")["compressed"]
+    return median_ratios(interleaved_seconds(calls, seconds=_LATENCY_SECONDS, threads=1), "dense")["compressed"]
 
 
 def _check_outputs(model: AWDLSTM, sample: Tensor, tolerance: float) -> None:
