@@ -7,9 +7,8 @@ activation,
 δ(i, f, g, o) = (δc ⊙ g ⊙ i', δc ⊙ c_{t-1} ⊙ f', δc ⊙ i ⊙ g', δh ⊙ tanh c_t ⊙ o')
 δc_{t-1} = δc_t ⊙ f,  δh_{t-1} = W_hhᵀ δ(i, f, g, o)
 
-Each step computes only the terms that depend on its neighbour. The gradients of weights and inputs are products over all
-steps at once, and hh is never rebuilt from its factors. Products have the precision of the weights or of autocast, states
-and gradients at least float32.
+The gradients of weights and inputs are products over all steps at once, and hh is never rebuilt from its factors. Products
+and h have the precision of the weights or of autocast. c and all sums between two products have at least float32.
 """
 
 from __future__ import annotations
@@ -24,6 +23,8 @@ from torch.autograd.function import once_differentiable
 from slimlstm.errors import SlimLSTMError
 from slimlstm.ops.reference import product
 from slimlstm.ops.weights import Direction, LayerOutput, is_clipped
+
+sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
 
 
 def obstacle(batch_sizes: Tensor | None, directions: Sequence[Direction]) -> str | None:
@@ -60,27 +61,30 @@ def _direction(x: Tensor, h0: Tensor, c0: Tensor, weights: Direction, *, reverse
         factors = tuple(factor.to(torch.get_autocast_dtype(device)) for factor in factors)
     gates = gates.flip(0) if reverse else gates
     with torch.autocast(device, enabled=False):
-        output, c = _Recurrence.apply(gates.to(wide), h0.to(wide), c0.to(wide), *factors)
+        output, c = _Recurrence.apply(gates, h0.to(dtype), c0.to(wide), *factors)
     h, output = output[-1], output.flip(0) if reverse else output
-    return output.to(dtype), h.to(dtype), c.to(dtype)
+    return output, h, c.to(dtype)
 
 
 class _Recurrence(torch.autograd.Function):
-    """The recurrence from W_ih x + b [T, B, 4H], h0 and c0 [B, H], and hh or its factors, to all h and the last c."""
+    """The recurrence from W_ih x + b [T, B, 4H], h0 and c0 [B, H], and hh or its factors, to all h and the last c.
+
+    Everything between two products is computed in at least float32, on tensors of one step, which fit into the cache.
+    """
 
     @staticmethod
     def forward(ctx: Any, gates: Tensor, h0: Tensor, c0: Tensor, *factors: Tensor) -> tuple[Tensor, Tensor]:
         steps, batch, width = gates.shape
-        size, low = width // 4, factors[0].dtype
-        active = torch.empty_like(gates)
-        h, c = (gates.new_empty(steps + 1, batch, size) for _ in "hc")
+        size = width // 4
+        active, h = gates.new_empty(gates.shape, dtype=c0.dtype), gates.new_empty(steps + 1, batch, size)
+        c = c0.new_empty(steps + 1, batch, size)
         h[0], c[0] = h0, c0
         transposed = [factor.t() for factor in reversed(factors)]
         for step in range(steps):
-            recurrent = h[step].to(low)
+            recurrent = h[step]
             for factor in transposed:
                 recurrent = recurrent @ factor
-            here = torch.add(gates[step], recurrent, out=active[step])
+            here = active[step].copy_(gates[step]).add_(recurrent)
             here[:, : 2 * size].sigmoid_()
             here[:, 2 * size : 3 * size].tanh_()
             here[:, 3 * size :].sigmoid_()
@@ -94,27 +98,26 @@ class _Recurrence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_output: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         active, h, c, *factors = ctx.saved_tensors
-        steps, batch, width = active.shape
-        size, low = width // 4, factors[0].dtype
         with torch.autocast(active.device.type, enabled=False):
-            i, f, g, o = active.chunk(4, dim=2)
-            tanh_c = c[1:].tanh()
-            slope = o * (1 - tanh_c * tanh_c)
-            # Derivatives of c by i, f and g, and of h by o; the loop multiplies them by the gradients of c and h.
-            d_gates = torch.cat([g * i * (1 - i), c[:-1] * f * (1 - f), i * (1 - g * g), tanh_c * o * (1 - o)], dim=2)
-            d_h, d_c = torch.zeros_like(h[0]), d_last.clone()
-            for step in reversed(range(steps)):
-                d_h = d_h + d_output[step]
-                d_c.addcmul_(d_h, slope[step])
-                here = d_gates[step].view(batch, 4, size)
-                here[:, :3].mul_(d_c[:, None])
-                here[:, 3].mul_(d_h)
-                d_c.mul_(f[step])
-                back = d_gates[step].to(low)
+            d_gates = h.new_empty(active.shape)
+            d_h, d_c = torch.zeros_like(c[0]), d_last.clone()
+            for step in reversed(range(len(active))):
+                d_h += d_output[step]
+                i, f, g, o = active[step].chunk(4, dim=1)
+                tanh_c = c[step + 1].tanh()
+                d_c += tanh_backward(d_h * o, tanh_c)
+                parts = (
+                    sigmoid_backward(d_c * g, i),
+                    sigmoid_backward(d_c * c[step], f),
+                    tanh_backward(d_c * i, g),
+                    sigmoid_backward(d_h * tanh_c, o),
+                )
+                back = torch.cat(parts, dim=1, out=d_gates[step])
+                d_c *= f
                 for factor in factors:
                     back = back @ factor
-                d_h = back.to(h.dtype)
-            flat, before = d_gates.flatten(0, 1).to(low), h[:-1].flatten(0, 1).to(low)
+                d_h.copy_(back)
+            flat, before = d_gates.flatten(0, 1), h[:-1].flatten(0, 1)
             wanted = ctx.needs_input_grad[3:]
             if len(factors) == 1:
                 d_factors = [flat.t() @ before if wanted[0] else None]
