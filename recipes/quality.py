@@ -67,7 +67,7 @@ stored = arguments.output / "calibration.safetensors"  # large, and ignored by g
 seconds = 0.0
 if not stored.exists():
     began = time.monotonic()
-    sl.calibrate(dense, batches, loss, progress=lambda done: console.print(f"calibrated on {done} batches")).save(stored)
+    sl.calibrate(dense, batches, loss, progress=lambda label, _: console.print(f"calibrated on {label}")).save(stored)
     seconds = time.monotonic() - began
 calibration = Calibration.load(stored)
 common = {

@@ -22,7 +22,6 @@ import time
 import warnings
 from contextlib import ExitStack
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -103,14 +102,18 @@ def batches():
     return pieces(encoded(read("train"))[: arguments.calibrate], streams=CALIBRATION_STREAMS, steps=CALIBRATION_STEPS)
 
 
+def quiet(*_):
+    """Draw no bar: workers run side by side on one terminal."""
+
+
 def compress(model, method, target, rank):
     """Compress the model of one cell, and return the report."""
     if method == "int8":
-        return sl.compress_(model, sl.Quantize("int8"))
+        return sl.compress_(model, sl.Quantize("int8"), progress=quiet)
     data = {}
     if method in calibrated_methods():
         data = {"calibration": Calibration.load(calibration), "batches": batches(), "loss": NextTokens()}
-    return sl.compress_(model, configuration(method, rank=rank, target=target), **data)
+    return sl.compress_(model, configuration(method, rank=rank, target=target), **data, progress=quiet)
 
 
 def measure(method, target, rank):
@@ -176,8 +179,12 @@ ranked = [method for method in arguments.methods if method not in QUANTIZED]
 runs = [("dense", "none", 0), *whole, *itertools.product(ranked, arguments.targets, arguments.ranks)]
 left = [cell for cell in runs if not path_of(*cell).exists()]
 if not calibration.exists() and any(method in calibrated_methods() for method, *_ in left):
-    tell = partial(console.print, "batches of calibration:")
-    sl.calibrate(load_language_model(arguments.model), batches(), NextTokens(), progress=tell).save(calibration)
+    sl.calibrate(
+        load_language_model(arguments.model),
+        batches(),
+        NextTokens(),
+        progress=lambda label, _: console.print(f"calibrated on {label}"),
+    ).save(calibration)
 workers = -1 if arguments.scheduler else arguments.jobs
 with ExitStack() as stack:
     if arguments.scheduler:

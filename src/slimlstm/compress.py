@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,11 +27,12 @@ from slimlstm.pipeline.config import AUTO, Filter, LowRank, Target
 from slimlstm.pipeline.plan import Config, Plan, check_config, selected_sites
 from slimlstm.pipeline.probing import measure
 from slimlstm.pipeline.report import Report
-from slimlstm.pipeline.run import Progress, apply, needs_of, rounds_with_feedback, solve
+from slimlstm.pipeline.run import apply, needs_of, rounds_with_feedback, solve
 from slimlstm.pipeline.sensitivity import Sensitivity
 from slimlstm.pipeline.site_plan import SitePlan
 from slimlstm.pipeline.source import Size, Sizes
 from slimlstm.pipeline.statistics import SiteStatistics
+from slimlstm.progress import Progress, length_of, shown
 
 
 def compress_(
@@ -62,7 +63,7 @@ def compress_(
             :mod:`slimlstm.calibration.refit`. Each pass runs both models on all batches. The last fifth of the batches is
             held out, and decides which factors stay. None means twice, where the batches can be iterated again and both
             models call their LSTMs equally often; 0 means never.
-        progress: called with a site's key and the fraction done.
+        progress: called with a site's key and the fraction done; None draws a bar on a terminal.
         sensitivity: a result of :func:`slimlstm.measure_sensitivity` for this model, for ``storage="auto"``; None measures
             it.
 
@@ -84,7 +85,8 @@ def compress_(
     """
     source = ModuleSource(model)
     try:
-        return _compress(source, model, config, batches, loss, calibration, refit, progress, sensitivity)
+        with shown("compressing", progress) as report_progress:
+            return _compress(source, model, config, batches, loss, calibration, refit, report_progress, sensitivity)
     except BaseException:
         source.undo()
         raise
@@ -100,7 +102,7 @@ def _compress(
     loss: Loss | None,
     calibration: Calibration | None,
     refit: int | None,
-    progress: Progress | None,
+    progress: Progress,
     sensitivity: Sensitivity | None,
 ) -> Report:
     check_config(config, source.sites())
@@ -166,7 +168,8 @@ def _judge(model: nn.Module, hosts: list[Host], batches: Iterable[Any] | None, l
 
 
 def _count(batches: Iterable[Any]) -> int:
-    return len(batches) if isinstance(batches, Sized) else sum(1 for _ in batches)
+    count = length_of(batches)
+    return sum(1 for _ in batches) if count is None else count
 
 
 @plain_mode()
@@ -194,7 +197,7 @@ def measure_sensitivity(
         method: finds the factors, and needs gradients.
         calibration: a result of :func:`slimlstm.calibrate` for this model, used instead of calibrating anew.
         target, filter: see :class:`LowRank`.
-        progress: called with a site's key and the fraction done.
+        progress: called with a site's key and the fraction done; None draws a bar on a terminal.
 
     Raises:
         SlimLSTMError: the batches are an iterator, a matrix is compressed already, or see :func:`slimlstm.calibrate`.
@@ -211,12 +214,11 @@ def measure_sensitivity(
         raise SlimLSTMError("the batches are an iterator, but are needed more than once; give a list")
     config, source = LowRank(method, bytes=1, storage=AUTO, target=target, filter=filter), ModuleSource(model)
     check_config(config, source.sites())
-    calibration = calibration or _calibrated_without_judges(model, batches, loss)[0]
-    statistics, judge = (
-        SiteStatistics(source, calibration, method),
-        _judge(model, source.compressible_hosts(), batches, loss),
-    )
-    return measure(source, selected_sites(config, source.sites()), statistics, method, judge, progress)
+    with shown("measuring sensitivity", progress) as report_progress:
+        calibration = calibration or _calibrated_without_judges(model, batches, loss)[0]
+        statistics = SiteStatistics(source, calibration, method)
+        judge = _judge(model, source.compressible_hosts(), batches, loss)
+        return measure(source, selected_sites(config, source.sites()), statistics, method, judge, report_progress)
 
 
 def methods_of(config: Config) -> list[str]:

@@ -453,3 +453,11 @@ def test_timing_ends_in_a_bounded_time(monkeypatch):
     slow = iter([0.0, 0.0] + [0.05] * 1000)
     times = timing.interleaved_seconds({"slow": lambda: time.sleep(next(slow))}, seconds=0.02)
     assert 2 <= len(times["slow"]) < timing.MIN_TURNS
+
+
+@pytest.mark.parametrize(("seconds", "ends_early"), [(1e-4, True), (0.05, False)])
+def test_an_early_end_is_said(seconds, ends_early, monkeypatch):
+    monkeypatch.setattr(timing, "PATIENCE", -1.0 if ends_early else 1e9)
+    layers = {"lstm": LowRankLSTM(3, 4).eval()}
+    caption = str(bench.bench_layers(layers, layers, steps=2, seconds=seconds).__rich__().caption)
+    assert ("Timing ended early, of lstm after 2 turns of an engine" in caption) == ends_early

@@ -412,9 +412,9 @@ def test_a_calibration_takes_no_more_memory_for_more_batches(loss):
             if index in (2, 38):
                 tensors[index] = sum(issubclass(type(one), Tensor) for one in gc.get_objects())
 
-    seen: list[int] = []
-    calibrate(small_model(), stream(), loss, progress=seen.append)
-    assert seen == list(range(1, 41))
+    seen: list[str] = []
+    calibrate(small_model(), stream(), loss, progress=lambda label, _: seen.append(label))
+    assert seen == [f"batch {number}" for number in range(1, 41)]
     assert tensors[38] <= tensors[2]
     assert not any(one() is not None for one in batches)
 

@@ -12,7 +12,7 @@ from command import CONFIG, TEXT, WORDS, ids
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from slimlstm import LowRank, Prune, Quantize, compress_, load
+from slimlstm import LowRank, Prune, Quantize, compress_, load, save
 from slimlstm.demo import corpora as data
 from slimlstm.demo import model as embedded
 from slimlstm.demo.awd_lstm import AWDLSTM, load_awd_lstm
@@ -253,7 +253,7 @@ REFUSED = {
         ("compress", FILE, "-o", "{}", "--rank", "1", "--force"),
         "config.json of something else",
     ),
-    "eval: no model": (nothing, ("eval", "{}/none"), "no model.safetensors"),
+    "eval: no model": (nothing, ("eval", "{}/none"), "none is no folder"),
     "eval: a tensor too few": (without_tensor, ("eval", "{}"), "does not hold an AWD-LSTM: .*lstms.1.weight_hh_l0"),
     "eval: another model": (of_another_model, ("eval", "{}/other"), "not the tensors of an AWD-LSTM"),
     "eval: no text": (nothing, ("eval", "{}", "--text", "{}/none.txt"), "none.txt' is neither 'held-out', 'ptb'"),
@@ -360,3 +360,41 @@ def test_inspect_counts_shared_matrices_once(tmp_path, run_json):
     found = run_json("inspect", tmp_path / "shared.pt")
     assert len(found["sites"]) == 4
     assert (found["parameters"], found["total"]) == (16 * 3 + 16 * 4, 16 * 3 + 16 * 4 + 2 * 16)
+
+
+OTHERS = {
+    "module:function": lambda folder: "package.module:function",
+    "a misspelt name": lambda folder: "embeded",
+    "a weight file": lambda folder: folder / "model.safetensors",
+    "a folder without weights": lambda folder: folder.parent,
+    "a folder of another model": lambda folder: saved(nn.LSTM(4, 8), folder.parent / "other"),
+    "a compressed folder of another model": lambda folder: compressed_stranger(folder.parent / "small"),
+}
+"""Names of models that ``eval`` and ``export`` do not take."""
+
+
+def saved(model, folder):
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return folder
+
+
+def compressed_stranger(folder):
+    model = nn.Sequential(nn.LSTM(4, 8))
+    compress_(model, Quantize("int8"))
+    save(model, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    ("verb", "advice"), [("eval", "slimlstm.load"), ("export", "slimlstm.export_onnx(model, inputs, 'small.onnx')")]
+)
+def test_other_models_are_refused_with_advice(verb, advice, name, folder, tmp_path, run):
+    more = ["-o", tmp_path / "written.onnx"] * (verb == "export")
+    status, out, err = run(verb, OTHERS[name](folder), *more)
+    assert (status, out) == (1, "")
+    assert "AWD-LSTM" in err
+    assert advice in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "written.onnx").exists()

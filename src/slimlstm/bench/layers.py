@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,10 +13,11 @@ from torch import Tensor
 from slimlstm.bench.candidates import Candidate, measure
 from slimlstm.bench.comparison import relative_difference
 from slimlstm.bench.engines import dense_rivals, exact_output, low_rank_rivals
-from slimlstm.bench.timing import SECONDS, using_threads
+from slimlstm.bench.timing import MIN_TURNS, SECONDS, using_threads
 from slimlstm.errors import SlimLSTMError
 from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.ops import native
+from slimlstm.progress import Progress, shown
 from slimlstm.provenance import provenance
 from slimlstm.tables import new_table
 
@@ -93,6 +94,13 @@ class LayerBench:
         return table
 
     def _verdicts(self) -> Iterator[str]:
+        turns = {layer.name: min(one["turns"] for one in layer.candidates.values()) for layer in self.layers}
+        early = [f"{name} after {count} turns" for name, count in turns.items() if count < MIN_TURNS]
+        if early:
+            yield (
+                f"Timing ended early, of {', '.join(early)} of an engine: waiting threads or other programs held the "
+                "cores; use fewer threads, or a quiet machine"
+            )
         largest = max((layer.difference for layer in self.layers), default=0.0)
         for name, ratios in self.faster().items():
             if largest > LARGE_DIFFERENCE and self.layers[0].candidates[name]["model"] != "dense":
@@ -134,7 +142,7 @@ def bench_layers(
     batch: int = 1,
     threads: int = 1,
     seconds: float = SECONDS,
-    progress: Callable[[str, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> LayerBench:
     """Time every layer: the dense one in all engines, the compressed one in ours and as an ONNX Scan.
 
@@ -146,7 +154,7 @@ def bench_layers(
         steps, batch: T and B of the inputs [T, B, I].
         threads: the number of PyTorch's threads.
         seconds: about how long each engine is timed.
-        progress: called with a layer's name and the fraction done.
+        progress: called with a layer's name and the fraction done; None draws a bar on a terminal.
 
     Raises:
         SlimLSTMError: the mapping is empty, layers do not correspond, or a number is below 1.
@@ -168,13 +176,13 @@ def bench_layers(
     layers: list[LayerTimes] = []
     torch.manual_seed(0)
     x = torch.empty(0)
-    for index, (name, layer) in enumerate(dense.items()):
-        if progress is not None:
-            progress(f"{name}: every engine in turn", index / len(dense))
-        if x.shape[-1] != layer.input_size:
-            x = torch.randn(steps, batch, layer.input_size)
-        layers.append(_bench_layer(name, layer, compressed[name], x, threads, seconds))
-        x = exact_output(layer, x).float()
+    with shown("layers", progress) as report_progress:
+        for index, (name, layer) in enumerate(dense.items()):
+            report_progress(name, index / len(dense))
+            if x.shape[-1] != layer.input_size:
+                x = torch.randn(steps, batch, layer.input_size)
+            layers.append(_bench_layer(name, layer, compressed[name], x, threads, seconds))
+            x = exact_output(layer, x).float()
     return LayerBench(layers, steps, batch, threads)
 
 

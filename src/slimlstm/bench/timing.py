@@ -11,17 +11,22 @@ import torch
 from torch.nn.utils import parametrize
 
 from slimlstm.errors import SlimLSTMError
+from slimlstm.progress import Progress, shown
 
 SECONDS = 0.3
 """The default of how long each call is timed in all, in seconds."""
 MIN_TURNS, MAX_TURNS = 5, 200
 """The fewest and the most times that each call is timed."""
-PATIENCE = 20
+PATIENCE = 10
 """A run ends early, with two times of each call, after this many times the seconds that it should take."""
 
 
 def interleaved_seconds(
-    calls: Mapping[str, Callable[[], object]], *, seconds: float = SECONDS, threads: int | None = None
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float = SECONDS,
+    threads: int | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, list[float]]:
     """Return the wall-clock seconds of each call, timed in turns that are spread evenly over the run.
 
@@ -33,6 +38,7 @@ def interleaved_seconds(
         calls: functions without arguments, by name.
         seconds: about how long each is timed in all.
         threads: the number of PyTorch's threads meanwhile, unchanged if None.
+        progress: called before every turn with the name of its call and the fraction done; None draws a bar on a terminal.
 
     Raises:
         SlimLSTMError: ``calls`` is empty, or ``seconds`` is not above zero.
@@ -46,7 +52,12 @@ def interleaved_seconds(
         raise SlimLSTMError(
             f"{len(calls)} calls cannot be timed for {seconds} seconds; give at least one, and a time above 0"
         )
-    with using_threads(threads or torch.get_num_threads()), torch.no_grad(), parametrize.cached():
+    with (
+        shown("timing", progress) as before_turn,
+        using_threads(threads or torch.get_num_threads()),
+        torch.no_grad(),
+        parametrize.cached(),
+    ):
         turns = {name: _turns(call, seconds) for name, call in calls.items()}
         times: dict[str, list[float]] = {name: [] for name in calls}
         rounds, deadline = max(turns.values()), time.perf_counter() + PATIENCE * seconds * len(calls)
@@ -56,6 +67,7 @@ def interleaved_seconds(
                 break
             for name, call in calls.items():
                 if (index + 1) * turns[name] // rounds > index * turns[name] // rounds:
+                    before_turn(name, index / rounds)
                     call()
                     times[name].append(_timed(call))
     return times

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from slimlstm.calibration.observe import observable_hosts, observing
 from slimlstm.calibration.recorder import Keys, Recorder, Rows
 from slimlstm.errors import SlimLSTMError
 from slimlstm.modules.modes import ambient_defaults, evaluation_mode, plain_mode
+from slimlstm.progress import Progress, counted, shown
 
 NO_BATCH = "no batch was given; if the batches came from an iterator, it may have been used up before"
 
@@ -26,7 +27,7 @@ def calibrate(
     loss: Loss | None = None,
     *,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Calibration:
     """Run ``batches`` through the model in evaluation mode and collect the moments of all its sites.
 
@@ -41,7 +42,8 @@ def calibrate(
             each batch (a tuple or list gives its arguments, a mapping its named arguments), and only inputs are recorded;
             they suffice for ``"activation"``.
         seed: of the labels that are drawn.
-        progress: called with the number of batches done.
+        progress: called after every batch with its number in words and the fraction done, NaN where the number of batches
+            is unknown; None draws a bar on a terminal.
 
     Raises:
         SlimLSTMError: the model holds no LSTM that can be observed, no batch was given, the loss returned no finite losses
@@ -56,19 +58,23 @@ def calibrate(
         40
     """
     recorder, sums = Recorder(loss is not None), dict[Keys, MomentSums]()
-    total, predictions, is_scaled, done = 0.0, 0, True, 0
-    with observing(model, observable_hosts(model), recorder), torch.random.fork_rng(), ambient_defaults():
+    total, predictions, is_scaled, has_batches = 0.0, 0, True, False
+    with (
+        shown("calibrating", progress) as report_progress,
+        observing(model, observable_hosts(model), recorder),
+        torch.random.fork_rng(),
+        ambient_defaults(),
+    ):
         torch.manual_seed(seed)
-        for done, batch in enumerate(batches, 1):
+        for batch in counted(batches, report_progress):
+            has_batches = True
             seen, losses, scaled = _run(model, batch, loss, recorder)
             if losses is not None:
                 total, predictions = total + float(losses.detach().double().sum()), predictions + losses.numel()
             is_scaled = is_scaled and scaled
             for keys, rows in seen.items():
                 sums.setdefault(keys, MomentSums()).add(rows)
-            if progress is not None:
-                progress(done)
-    if not done:
+    if not has_batches:
         raise SlimLSTMError(NO_BATCH)
     mean = total / predictions if predictions else None
     return Calibration(moments_of(sums), mean, predictions, is_scaled)
@@ -102,8 +108,8 @@ def mean_loss(model: nn.Module, batches: Iterable[Any], loss: Loss) -> float | N
         3.0
     """
     total, count = 0.0, 0
-    with evaluation_mode(model), torch.no_grad(), ambient_defaults():
-        for batch in batches:
+    with shown("measuring the loss") as report, evaluation_mode(model), torch.no_grad(), ambient_defaults():
+        for batch in counted(batches, report):
             result = loss(model, batch)
             if isinstance(result, Distribution):
                 return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterable, Mapping, Sequence, Sized
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from slimlstm.calibration.refit import Observation
 from slimlstm.modules.host import Host
 from slimlstm.modules.modes import ambient_defaults
 from slimlstm.ops.weights import Matrix
+from slimlstm.progress import length_of
 
 
 class ModuleObserver:
@@ -36,7 +37,8 @@ class ModuleObserver:
     @property
     def batch_count(self) -> int:
         """The number of batches in one pass."""
-        return len(self._batches) if isinstance(self._batches, Sized) else sum(1 for _ in self._batches)
+        count = length_of(self._batches)
+        return sum(1 for _ in self._batches) if count is None else count
 
     @property
     def has_costs(self) -> bool:

@@ -27,6 +27,7 @@ from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import DAMPING
 from slimlstm.ops.dense import rebuilt
 from slimlstm.ops.weights import Matrix
+from slimlstm.progress import Progress, shown
 
 Solve = Callable[[Tensor, Tensor], Matrix]
 """Compresses a matrix B [m, n], given the moment A [n, n] of its inputs. Returns factors, or a rounded matrix [m, n]."""
@@ -115,7 +116,8 @@ def refit(
         is_last = number == passes
         if is_last and not observer.has_costs:
             return number, now
-        moments, cost = _one_pass(observer, now, range(0) if is_last else fitting, judging)
+        with shown(f"fitting again, pass {number + 1} of {passes + 1}") as progress:
+            moments, cost = _one_pass(observer, now, range(0) if is_last else fitting, judging, progress)
         if cost < lowest:
             lowest, best = cost, (number, now)
         if not is_last:
@@ -137,7 +139,7 @@ def split_batches(count: int, has_costs: bool) -> tuple[range, range]:
 
 
 def _one_pass(
-    observer: Observer, weights: Mapping[str, Matrix], fitting: range, judging: range
+    observer: Observer, weights: Mapping[str, Matrix], fitting: range, judging: range, progress: Progress
 ) -> tuple[dict[Keys, PairedMoments], float]:
     """Return the moments of every group over the fitting batches, and the mean cost of the judging batches."""
     found: dict[Keys, PairedMoments] = {}
@@ -153,6 +155,7 @@ def _one_pass(
                 found[keys].add(rows, seen.compressed[keys])
             if seen.costs is not None and seen.number in judging:
                 costs.append(seen.costs.detach().double().flatten())
+            progress(f"batch {seen.number + 1}", (seen.number + 1) / max(observer.batch_count, 1))
     cost = float(torch.cat(costs).mean()) if costs else 0.0
     return {keys: moments for keys, moments in found.items() if moments.rows}, cost
 

@@ -22,7 +22,7 @@ from slimlstm.cli.options import (
     Targets,
     check_report,
 )
-from slimlstm.cli.output import progress_bar, show
+from slimlstm.cli.output import show
 from slimlstm.errors import SlimLSTMError
 
 if TYPE_CHECKING:
@@ -68,8 +68,7 @@ def command(
     changed = layers if compressed is None else layers_of(*_tensors_and_sites(compressed))
     if request.has_size_or_storage():
         changed, report = _compressed_copy(layers, request)
-    with progress_bar("timing") as progress:
-        found = bench_layers(layers, changed, steps=steps, batch=batch, threads=threads, progress=progress)
+    found = bench_layers(layers, changed, steps=steps, batch=batch, threads=threads)
     if page is not None and report is not None:
         latencies = {name: 1e-6 * total for name, total in found.totals().items()}
         report.to_html(page, title=f"{Path(file).name}, compressed", latencies=latencies)

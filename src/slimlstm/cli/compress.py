@@ -24,7 +24,7 @@ from slimlstm.cli.options import (
     Targets,
     check_report,
 )
-from slimlstm.cli.output import progress_bar, show
+from slimlstm.cli.output import show
 from slimlstm.errors import SlimLSTMError
 
 USE_OF_ONNX = """import onnxruntime
@@ -87,15 +87,14 @@ def command(
     if part is not None and to_onnx:
         raise SlimLSTMError("--part names a state dict of a PyTorch checkpoint; an ONNX file has no parts")
     config, difference = request.configuration(), dict[str, Any]()
-    with progress_bar("compressing") as progress:
-        if to_onnx:
-            report, difference = _to_onnx(file, output, request, batches, inputs, progress)
-            use = f"any ONNX runtime reads it. {difference['difference_note']}"
-        else:
-            from slimlstm.weight_files import compress_file
+    if to_onnx:
+        report, difference = _to_onnx(file, output, request, batches, inputs)
+        use = f"any ONNX runtime reads it. {difference['difference_note']}"
+    else:
+        from slimlstm.weight_files import compress_file
 
-            report = compress_file(file, config, output, progress, request.storage_of_masked(), part=part)
-            use = f"slimlstm.load({str(output)!r}, model) loads it into the model."
+        report = compress_file(file, config, output, storage=request.storage_of_masked(), part=part)
+        use = f"slimlstm.load({str(output)!r}, model) loads it into the model."
     if page is not None:
         usage = USE_OF_ONNX if to_onnx else USE_OF_FOLDER
         report.to_html(page, title=f"{file.name}, compressed", usage=usage.format(str(output)), files=(file, output))
@@ -104,7 +103,7 @@ def command(
 
 
 def _to_onnx(
-    file: Path, output: Path, request: Request, batches: list[Path] | None, inputs: list[Path] | None, progress: Any
+    file: Path, output: Path, request: Request, batches: list[Path] | None, inputs: list[Path] | None
 ) -> tuple[Any, dict[str, Any]]:
     """Compress an ONNX file; return the report, and how much the outputs of both files differ."""
     from slimlstm.onnx.calibrate import read_batches
@@ -114,7 +113,7 @@ def _to_onnx(
         raise SlimLSTMError("of an ONNX file, prune takes no --storage; compress the result again, with --storage alone")
     runs = [run for path in batches for run in read_batches(path)] if batches else None
     compared = [run for path in inputs for run in read_batches(path)] if inputs else None
-    report = compress_onnx(file, request.configuration(), output, batches=runs, progress=progress)
+    report = compress_onnx(file, request.configuration(), output, batches=runs)
     return report, _difference(file, output, compared)
 
 

@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from slimlstm.cli.options import Force, Json, ReportPage, check_report
-from slimlstm.cli.output import print_note, progress_bar, show
+from slimlstm.cli.output import print_note, show
 from slimlstm.errors import SlimLSTMError
+from slimlstm.progress import shown
 
 _PICTURE = Path("slimlstm-demo.png")
 _HEADING = (
@@ -41,7 +42,7 @@ def command(
     is_drawn = plot is not None or plots.is_available()
     if is_drawn:
         plots.check_drawable(picture)
-    with progress_bar("compressing") as progress:
+    with shown("compressing") as progress:
         found = tour.run(progress)
     note = "Without matplotlib no curves were drawn: pip install 'slimlstm[plots]'."
     if is_drawn:

@@ -10,12 +10,16 @@ import typer
 
 from slimlstm.cli.models import Model, language_model
 from slimlstm.cli.options import Json
-from slimlstm.cli.output import progress_bar, show
+from slimlstm.cli.output import show
 from slimlstm.errors import SlimLSTMError, reason_of
+from slimlstm.progress import shown
 
 if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor
+
+
+_INSTEAD = "For a model of yours, load it in Python with slimlstm.load, and measure it as you measure the dense one"
 
 
 def command(
@@ -38,13 +42,13 @@ def command(
     from slimlstm.evaluate import perplexity
     from slimlstm.modules.hosts import find_hosts
 
-    network = language_model(model)
+    network = language_model(model, _INSTEAD)
     tokens, words = _tokens_and_words(text, split, _vocabulary(model, vocab))
     if len(tokens) and int(tokens.max()) >= network.config.vocab_size:
         raise SlimLSTMError(
             f"the text has ids up to {int(tokens.max())}, the model has {network.config.vocab_size} words; check --vocab"
         )
-    with progress_bar("reading") as progress:
+    with shown("reading") as progress:
         found = perplexity(network, tokens, streams=streams, progress=lambda fraction: progress(text, fraction))
     result = {
         "model": model,

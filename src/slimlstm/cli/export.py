@@ -13,6 +13,8 @@ from slimlstm.cli.options import Force, Json
 from slimlstm.cli.output import show
 from slimlstm.errors import SlimLSTMError
 
+_INSTEAD = "For a model of yours, call slimlstm.export_onnx(model, inputs, 'small.onnx') in Python"
+
 
 def command(
     model: Model,
@@ -31,7 +33,7 @@ def command(
 
     if output.is_file() and not force:
         raise SlimLSTMError(f"{output} exists; add --force to replace it, or name another file")
-    network = language_model(model)
+    network = language_model(model, _INSTEAD)
     lstms: list[Any] = list(network.lstms)
     states = [(torch.zeros(1, 2, lstm.hidden_size), torch.zeros(1, 2, lstm.hidden_size)) for lstm in lstms]
     tokens = torch.randint(network.config.vocab_size, (3, 2))

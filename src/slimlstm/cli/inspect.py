@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slimlstm.cli.options import Json, Part
-from slimlstm.cli.output import progress_bar, show, sketch
+from slimlstm.cli.output import show, sketch
 from slimlstm.errors import SlimLSTMError
+from slimlstm.progress import shown
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,7 +36,7 @@ def command(
             f"{file} holds no weights of an LSTM: no names such as weight_hh_l0 with shapes [4H, H]; give a file that does"
         )
     entries: list[dict[str, Any]] = []
-    with progress_bar("singular values") as progress:
+    with shown("singular values") as progress:
         for index, (site, names) in enumerate(matrices.items()):
             progress(site.key, index / len(matrices))
             entries.append(_entry(site, names, tensors))

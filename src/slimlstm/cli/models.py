@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from slimlstm.errors import SlimLSTMError
+
 if TYPE_CHECKING:
     from slimlstm.demo.awd_lstm import AWDLSTM
 
@@ -15,11 +17,15 @@ Model = Annotated[
 ]
 
 
-def language_model(name: str) -> AWDLSTM:
+def language_model(name: str, instead: str) -> AWDLSTM:
     """Return the AWD-LSTM of a folder, dense or compressed, or the embedded one.
 
+    Args:
+        name: ``"embedded"`` or a folder.
+        instead: what to do with another model, as a clause.
+
     Raises:
-        SlimLSTMError: the folder holds no AWD-LSTM.
+        SlimLSTMError: the name is no folder, or the folder holds no AWD-LSTM.
     """
     from slimlstm.demo import model as embedded
     from slimlstm.demo.awd_lstm import AWDLSTM, config_of, load_awd_lstm
@@ -28,8 +34,19 @@ def language_model(name: str) -> AWDLSTM:
 
     if name == "embedded":
         return embedded.embedded_model()
+    if not Path(name).is_dir():
+        what = "a file" if Path(name).is_file() else "no folder"
+        raise SlimLSTMError(f"{name} is {what}; this verb takes the folder of an AWD-LSTM, or 'embedded'. {instead}")
     if (Path(name) / CONFIG).exists():
-        model = AWDLSTM(config_of(read_folder(Path(name))[1]))
+        state = read_folder(Path(name))[1]
+        try:
+            config = config_of(state)
+        except SlimLSTMError as error:
+            raise SlimLSTMError(f"{name} does not hold an AWD-LSTM: {error}. {instead}") from error
+        model = AWDLSTM(config)
         load(name, model)
         return model.float()
-    return load_awd_lstm(name)
+    try:
+        return load_awd_lstm(name)
+    except SlimLSTMError as error:
+        raise SlimLSTMError(f"{error}. {instead}") from error

@@ -1,12 +1,10 @@
-"""Print results and progress: tables on a terminal, plain text in a pipe, JSON on request."""
+"""Print results: tables on a terminal, plain text in a pipe, JSON on request."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -45,18 +43,6 @@ def print_error(text: str) -> None:
 def print_note(text: str) -> None:
     """Print one line to standard error, dim on a terminal."""
     _console(to_errors=True).print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
-
-
-@contextmanager
-def progress_bar(title: str) -> Generator[Callable[[str, float], None]]:
-    """Show a progress bar on a terminal's standard error; yield its update, called with a label and the fraction done."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    console = _console(to_errors=True)
-    columns = (TextColumn(title), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=1.0)
-        yield lambda label, fraction: bar.update(task, description=label, completed=fraction)
 
 
 def sketch(values: list[float], width: int = 12) -> str:

@@ -9,7 +9,7 @@ import typer
 
 from slimlstm.cli.compress import USE_OF_ONNX
 from slimlstm.cli.options import Force, Json, ReportPage, check_report
-from slimlstm.cli.output import progress_bar, show
+from slimlstm.cli.output import show
 from slimlstm.errors import SlimLSTMError
 
 
@@ -50,16 +50,7 @@ def command(
     check_report(page, force)
     runs = [run for path in inputs for run in read_batches(path)]
     limit = at_most if at_most.strip().endswith("%") else _number(at_most)
-    with progress_bar("searching") as progress:
-        found = shrink_onnx(
-            file,
-            output,
-            runs,
-            at_most=limit,
-            measure=measure,
-            evaluations=evaluations,
-            progress=lambda trial, left: progress(f"{trial.label}, at most {left:,.0f} s left", 0.0),
-        )
+    found = shrink_onnx(file, output, runs, at_most=limit, measure=measure, evaluations=evaluations)
     ending = "Interrupted; the best so far is" if found.interrupted else "Written to"
     note = f"{ending} {output}; it has the inputs and outputs of {file.name}."
     if page is not None:

@@ -26,7 +26,8 @@ from slimlstm.onnx.source import GraphSource
 from slimlstm.ops.dense import rebuilt
 from slimlstm.pipeline.plan import Config, check_config
 from slimlstm.pipeline.report import Report
-from slimlstm.pipeline.run import Progress, apply, check_smaller, needs_of, solve
+from slimlstm.pipeline.run import apply, check_smaller, needs_of, solve
+from slimlstm.progress import Progress, shown
 
 _LARGEST_FILE = 2**31 - 1
 """Bytes that one ONNX file can hold."""
@@ -54,7 +55,7 @@ def compress_onnx(
         batches: inputs by name, NumPy arrays, one mapping a run. Calibrated methods need them, and ONNX Runtime.
         calibration: moments by site key, used instead of batches.
         refit: see :func:`slimlstm.compress_`; the mean squared change of the file's outputs decides which factors stay.
-        progress: called with a site's key and the fraction done.
+        progress: called with a site's key and the fraction done; None draws a bar on a terminal.
 
     Returns:
         The report; the model's bytes are the bytes of the file, with its weights in other files.
@@ -81,15 +82,16 @@ def compress_onnx(
     observer = None
     if batches is not None and not isinstance(batches, Iterator) and needs > Needs.NOTHING and refit != 0:
         observer = GraphObserver(model, source.groups, batches)
-    solution = solve(
-        source,
-        config,
-        calibration=calibration,
-        observer=observer,
-        refit_obstacle="it takes batches that can be iterated more than once",
-        refit=refit,
-        progress=progress,
-    )
+    with shown("compressing", progress) as report_progress:
+        solution = solve(
+            source,
+            config,
+            calibration=calibration,
+            observer=observer,
+            refit_obstacle="it takes batches that can be iterated more than once",
+            refit=refit,
+            progress=report_progress,
+        )
     check_smaller(solution)
     solution.notes += problems
     report = apply(source, solution)

@@ -41,9 +41,7 @@ from slimlstm.pipeline.sensitivity import Sensitivity
 from slimlstm.pipeline.site_plan import SitePlan
 from slimlstm.pipeline.source import Source
 from slimlstm.pipeline.statistics import SiteStatistics
-
-Progress = Callable[[str, float], None]
-"""A callback ``(key of a site, fraction of all work done)``."""
+from slimlstm.progress import Progress
 
 PASSES = 2
 """How often factors are fitted again by default; a third pass gains nothing more."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from slimlstm.progress import on_terminal
 from slimlstm.search.result import Trial
 
 Progress = Callable[[Trial, float], None]
@@ -19,7 +20,7 @@ def shown(metric_name: str) -> Progress:
     """
 
     def show(trial: Trial, left: float) -> None:
-        if sys.stderr.isatty():
+        if on_terminal():
             verdict = "accepted" if trial.accepted else "refused"
             print(
                 f"{trial.label}: {trial.bytes:,} bytes, {metric_name} {trial.metric:.5g}, {verdict}; "

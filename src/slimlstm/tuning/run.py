@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.modules.modes import evaluation_mode
+from slimlstm.progress import Progress
 from slimlstm.tuning.checkpoint import check_model, check_settings, read_checkpoint, write_checkpoint
 from slimlstm.tuning.grid import Grid
 from slimlstm.tuning.history import History, RunRecord
@@ -71,7 +72,7 @@ class Run:
         processes: Processes,
         validate: Callable[[nn.Module], float] | None,
         checkpoint: Path | None,
-        progress: Callable[[str, float], None] | None,
+        progress: Progress,
     ) -> None:
         self.model, self.batches, self.loss, self.trained = model, batches, loss, trained
         self.settings, self.processes = settings, processes
@@ -178,7 +179,7 @@ class Run:
         self.optimizer.step()
         self.grid.enter()
         record.losses.append(mean)
-        if self.progress is not None and self.processes.rank == 0:
+        if self.processes.rank == 0:
             best = "" if self.validate is None else f", best {record.best_value:.4f}"
             self.progress(f"step {record.step}: loss {mean:.4f}{best}", self._fraction())
 

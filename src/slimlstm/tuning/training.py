@@ -12,6 +12,7 @@ from torch import nn
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.modules.modes import plain_mode
+from slimlstm.progress import Progress, shown
 from slimlstm.tuning.history import History
 from slimlstm.tuning.losses import Loss
 from slimlstm.tuning.processes import current_processes
@@ -35,7 +36,7 @@ def finetune(
     dtype: torch.dtype | None = None,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
-    progress: Callable[[str, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> History:
     """Train a compressed ``model`` in place for a number of steps or minutes; factors stay factors, masks stay masks.
 
@@ -74,7 +75,8 @@ def finetune(
         seed: seed of dropout and of all other use of PyTorch's random numbers, drawing ``batches`` included.
         checkpoint: a file to write at every validation and every minute. If the file exists, the same call with the same
             model continues from it, and after the same number of steps has the same weights.
-        progress: called after every step with a line of text and the fraction of the budget used.
+        progress: called after every step with a line of text and the fraction of the budget used; None draws a bar on a
+            terminal.
 
     Returns:
         Losses, validations, and the reason why the run ended.
@@ -97,8 +99,8 @@ def finetune(
     device = next(iter(trained.values())).device
     processes = current_processes(device)
     path = None if checkpoint is None else Path(checkpoint)
-    with _prepared(model, trained), _random_numbers_restored(device):
-        run = Run(model, batches, loss, trained, settings, processes, validate, path, progress)
+    with _prepared(model, trained), _random_numbers_restored(device), shown("fine-tuning", progress) as report_progress:
+        run = Run(model, batches, loss, trained, settings, processes, validate, path, report_progress)
         try:
             return run.go()
         except BaseException:

@@ -18,9 +18,10 @@ from slimlstm.modules.sites import Site
 from slimlstm.ops.weights import Matrix
 from slimlstm.pipeline.plan import Config, with_storage
 from slimlstm.pipeline.report import Report
-from slimlstm.pipeline.run import Progress, apply, check_smaller, solve
+from slimlstm.pipeline.run import apply, check_smaller, solve
 from slimlstm.pipeline.site_plan import SitePlan
 from slimlstm.pipeline.source import Size, Sizes, replaced_site
+from slimlstm.progress import Progress, shown
 from slimlstm.weight_files.matrices import find_matrices, stored_matrix
 from slimlstm.weight_files.read import Tensors, read_weights
 
@@ -43,7 +44,7 @@ def compress_file(
         path: a weight file or a folder; see :func:`slimlstm.weight_files.read_tensors`.
         config: see :func:`slimlstm.compress_`.
         folder: the folder to write.
-        progress: called with a site's key and the fraction done.
+        progress: called with a site's key and the fraction done; None draws a bar on a terminal.
         storage: also round every selected site to this storage.
         part: which state dict of a checkpoint with several; see :func:`slimlstm.weight_files.read_tensors`.
         calibration: moments from :func:`slimlstm.calibrate` on the model that these weights belong to, for the calibrated
@@ -66,13 +67,14 @@ def compress_file(
         raise SlimLSTMError(f"{path} holds no weights of an LSTM, by names (weight_hh_l0) and shapes ([4H, H])")
     if storage is not None:
         config = with_storage(config, storage, source.sites())
-    solution = solve(
-        source,
-        config,
-        calibration=calibration,
-        refit_obstacle="a weight file has no model to run batches through",
-        progress=progress,
-    )
+    with shown("compressing", progress) as report_progress:
+        solution = solve(
+            source,
+            config,
+            calibration=calibration,
+            refit_obstacle="a weight file has no model to run batches through",
+            progress=report_progress,
+        )
     check_smaller(solution)
     solution.notes += notes
     report = apply(source, solution)
