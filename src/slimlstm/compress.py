@@ -54,7 +54,7 @@ def compress_(
     whose factors would be no smaller stays dense. An optimiser made before does not know the new parameters: make it anew.
 
     Args:
-        model: any module. Wrap a bare ``nn.LSTM`` by :meth:`LowRankLSTM.from_dense` first.
+        model: any module. A bare ``nn.LSTM`` becomes a :class:`slimlstm.LowRankLSTM` itself.
         config: a rule (``LowRank``, ``Prune``, ``Quantize``), or a ``Plan`` that names every site, such as a report's.
         batches, loss: data for calibration; see :func:`slimlstm.calibrate`. ``"activation"`` needs batches, ``"fisher"``
             needs both. With a loss, and batches that can be iterated again, the mean loss is measured before and after.

@@ -126,9 +126,14 @@ def test_tables_fit_80_columns_and_are_plain_in_a_pipe(verb, arguments, run, mon
     assert "Traceback" not in err
 
 
-def written_in(encoding, words, monkeypatch):
-    """Status, standard output and standard error of the command where output has this encoding."""
-    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+class Terminal(io.TextIOWrapper):
+    def isatty(self):
+        return True
+
+
+def written_in(encoding, words, monkeypatch, kind=io.TextIOWrapper):
+    """Status, standard output and standard error of the command whose streams have this encoding and kind."""
+    streams = [kind(io.BytesIO(), encoding=encoding) for _ in range(2)]
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", streams[0])
         patch.setattr(sys, "stderr", streams[1])
@@ -149,6 +154,25 @@ def test_output_in_a_small_encoding(verb, encoding, arguments, monkeypatch):
     assert (status, "Traceback" in err) == (0, False), err
     assert out
     assert "?" not in out
+
+
+@every_verb
+@pytest.mark.parametrize(
+    ("environment", "allowed"),
+    # Bold and dim stay; styles 30 to 49 and 90 to 107 are colours.
+    [({"NO_COLOR": "1", "TERM": "xterm-256color"}, {"0", "1", "2", "3"}), ({"TERM": "dumb"}, set())],
+    ids=["NO_COLOR", "dumb"],
+)
+def test_a_terminal_without_colour(environment, allowed, verb, arguments, monkeypatch):
+    for name in ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    status, out, err = written_in("utf-8", arguments(verb), monkeypatch, Terminal)
+    assert status == 0, err
+    styles = {style for group in re.findall("\x1b\\[([0-9;]*)m", out + err) for style in group.split(";")}
+    assert styles <= allowed
+    assert ("\x1b" in out + err) <= bool(allowed)
 
 
 def test_names_outside_the_encoding_are_replaced(tmp_path, monkeypatch):
