@@ -35,7 +35,9 @@ RESULTS = ResultFolder(ROOT / "results", allow_dirty=arguments.allow_dirty)
 
 
 def markdown(header, rows):
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    # Numbers align right, and words left.
+    is_number = [all(not cell or cell[0] in "+-0123456789" for cell in column) for column in zip(*rows, strict=True)]
+    lines = [header, ["---"] + ["---:" if number else "---" for number in is_number[1:]], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -18,7 +18,7 @@ COMMANDS = (
     ("recipes/speed.py", ("ptb_speed.json",)),
 )
 """Each command, and the files that it writes."""
-HEADER = ("command", "files", "hours", "processors")
+HEADER = ("command", "processors", "files", "hours")
 
 
 def commands_section(results: ResultFolder) -> str:
@@ -26,7 +26,7 @@ def commands_section(results: ResultFolder) -> str:
     rows = [row for command, patterns in COMMANDS if (row := _row_of(command, patterns, results))]
     return f"""## Commands, hours and hardware
 
-{markdown(HEADER, rows, left=1)}
+{markdown(HEADER, rows, left=2)}
 
 Hours are the sum of the seconds that the files record; a dash where they record none. Then `python recipes/heatmaps.py`
 draws the heatmaps, and `python recipes/reproduction.py` writes this page. Each recipe's `--help` lists its options."""
@@ -38,7 +38,7 @@ def _row_of(command: str, patterns: tuple[str, ...], results: ResultFolder) -> R
     if not found:
         return None
     hours = sum(_seconds(result.get("seconds")) for result in found) / 3600
-    return (f"`{command}`", len(found), f"{hours:.1f}" if hours else "-", ", ".join(sorted(set(_processors(found)))))
+    return (f"`{command}`", "; ".join(sorted(set(_processors(found)))), len(found), f"{hours:.1f}" if hours else "-")
 
 
 def _seconds(recorded: Any) -> float:
