@@ -4,6 +4,7 @@ Dimensions: T time steps, B sequences, I input size, H hidden size, D directions
 """
 
 import math
+import os
 
 import pytest
 import torch
@@ -188,3 +189,72 @@ def test_the_kernel_holds_low_bit_weights_without_loss(hidden, storage):
     truth = by_reference(module, x.double())["output"]
     module.backend = "fused"
     assert (module(x)[0] - truth).norm() <= 1e-6 * truth.norm()
+
+
+def in_bits(monkeypatch, bits: int) -> None:
+    """Make the kernel pack int8 weights in so many bits, where they fit."""
+    monkeypatch.setattr(packing, "_least_in_four_bits", lambda _: 0 if bits == 4 else math.inf)
+    packing.forget()
+
+
+def packed_bytes(module: LowRankLSTM) -> int:
+    return packing.packed_layer(module.layers()[0]).layer.bytes()
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("threads", [1, -3])
+@pytest.mark.parametrize(("steps", "batch"), [(5, 1), (5, 2), (3, 7), (2, 30)])
+@pytest.mark.parametrize(("storage", "hidden"), [("int4", 40), ("int4", 129), ("int3", 65)])
+@pytest.mark.parametrize("how", ["dense", "factored", "projected"])
+@torch.no_grad()
+def test_four_bits_give_the_same_results_as_eight(how, storage, hidden, steps, batch, threads, monkeypatch):
+    """Inputs of wide ranges, in one of two calls, take remainders too."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    module, ranges = of_a_wide_range(how, hidden)
+    for name in module.matrix_shapes:
+        module.store(name, storage)
+    x = torch.randn(steps, batch, hidden)
+    found = {}
+    for bits in (8, 4):
+        in_bits(monkeypatch, bits)
+        found[bits] = [*module(x * 1e-3)[1], module(x * ranges)[0]]
+    assert all(map(torch.equal, found[8], found[4]))
+
+
+@pytest.mark.usefixtures("isa")
+@torch.no_grad()
+def test_four_bits_take_half_the_memory_where_they_hold_the_weights(monkeypatch):
+    module = LowRankLSTM(128, 64).eval()
+    for storage, fits in (("int4", True), ("int3", True), ("int5", False), ("int8", False)):
+        for name in module.matrix_shapes:
+            nn.init.normal_(getattr(module, name))
+            module.store(name, storage)
+        sizes = []
+        for bits in (8, 4):
+            in_bits(monkeypatch, bits)
+            sizes.append(packed_bytes(module))
+        assert sizes == [256 * 192, 256 * 99 if fits else 256 * 192]
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0, 1e-42])
+@torch.no_grad()
+def test_unusual_weights_in_four_bits(value, monkeypatch):
+    module = LowRankLSTM(64, 64, backend="fused").eval()
+    for name in module.matrix_shapes:
+        module.store(name, "int4")
+    module.weight_hh_l0[3] = value
+    module.weight_ih_l0[:] = value if value == 0 else module.weight_ih_l0
+    found = []
+    for bits in (8, 4):
+        in_bits(monkeypatch, bits)
+        found.append(module(torch.ones(2, 2, 64))[0])
+    torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("cache", "least"), [(1 << 21, 1 << 20), (0, 1 << 19), (-1, 1 << 19), (None, 1 << 19)])
+def test_vnni_reads_four_bits_only_of_layers_beyond_the_cache(cache, least, monkeypatch):
+    monkeypatch.setattr(os, "sysconf_names", {} if cache is None else {"SC_LEVEL2_CACHE_SIZE": 0}, raising=False)
+    monkeypatch.setattr(os, "sysconf", lambda name: cache, raising=False)
+    assert packing._least_in_four_bits("avx512_vnni") == packing._least_in_four_bits("portable") == least
+    assert packing._least_in_four_bits("avx2") == packing._least_in_four_bits("avx512") == 0

@@ -34,7 +34,8 @@ Storage storage_of(const std::string& name) {
     if (name == "float32") return Storage::float32;
     if (name == "bfloat16") return Storage::bfloat16;
     if (name == "int8") return Storage::int8;
-    throw nb::value_error("unknown storage; use float32, bfloat16 or int8");
+    if (name == "int4") return Storage::int4;
+    throw nb::value_error("unknown storage; use float32, bfloat16, int8 or int4");
 }
 
 // Each direction has seven arrays, in the order of Sources; two storages, of ih and hh; two clips, of cells and
@@ -102,6 +103,7 @@ NB_MODULE(_kernel, module) {
     module.def("names", &kernel_names, "Return the kernels that this machine can run, fastest first.");
     nb::class_<Layer>(module, "Layer", "Packed weights of one layer.")
         .def("__init__", &make)
+        .def("bytes", &Layer::bytes, "Return the bytes of all packed matrices, without the scales of rows.")
         .def("run", &run,
              "Run the layer on contiguous float32 memory at the given addresses. Return 0, without running it, if the "
              "weights have changed since they were packed; 1; or 2 if the last hidden states are not finite.");

@@ -8,19 +8,27 @@
 
 namespace slimlstm {
 
-// Number format of packed weights. In int8 every row of weights has its own scale. The inputs of int8 weights are rounded
-// to int8 at run time, also with one scale a row; where that error could show in the gates, the remainder is rounded to
-// int8 and multiplied as well. Sums are accumulated in float32, or in int32 for int8.
-enum class Storage : int { float32, bfloat16, int8 };
+// Number format of packed weights. In int8 every row of weights has its own scale. int4 holds the same integers as int8, as
+// codes from -7 to 7 times one multiplier for a group of inputs. The inputs of both are rounded to int8 at run time, also
+// with one scale a row; where that error could show in the gates, the remainder is rounded to int8 and multiplied as well.
+// Sums are accumulated in float32, or in int32 for int8 and int4.
+enum class Storage : int { float32, bfloat16, int8, int4 };
+
+// Inputs that share a multiplier in int4.
+constexpr ptrdiff_t group_inputs = 64;
 
 // Packed W [outputs, inputs]. Each lane of a vector holds one row, and four vectors form a panel; the last panel may have
-// fewer. A panel stores one 32-bit word per lane for each input (float32), pair of inputs (bfloat16) or four inputs (int8).
-// Lanes without a row and inputs that pad the last word are zero. In matrices that compute gates, a panel holds L hidden
-// units by the four gates i, f, g, o. int8 weights are stored unsigned, plus 128, as the dot-product instruction needs.
+// fewer. A panel stores one 32-bit word per lane for each input (float32), pair of inputs (bfloat16), four inputs (int8) or
+// eight inputs (int4). Lanes without a row and inputs that pad the last word, or the last group of int4, are zero. In
+// matrices that compute gates, a panel holds L hidden units by the four gates i, f, g, o. int8 weights are stored unsigned,
+// plus 128, as the dot-product instruction needs; int4 codes plus 8, the first four of a word in the lower halves of its
+// bytes and the other four in the upper halves.
 struct Panels {
     const float* data = nullptr;    // 32-bit words of any format
-    const float* scales = nullptr;  // int8 only: [vectors * L]
-    // int8 only: the largest row norm of the map from these inputs to the gates, which is W, or U V where this is V. It
+    const float* scales = nullptr;  // int8 and int4: [vectors * L]
+    // int4 only: of each group of inputs in each panel, one a lane; up to 127
+    const uint8_t* multipliers = nullptr;
+    // int8 and int4: the largest row norm of the map from these inputs to the gates, which is W, or U V where this is V. It
     // bounds how far rounded inputs can move a gate. 0 if the inputs never need the remainder.
     float gain = 0;
     ptrdiff_t vectors = 0;

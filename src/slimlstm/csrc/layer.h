@@ -24,7 +24,7 @@ struct Sources {
     Source ih_v, ih, hh_v, hh, bias_ih, bias_hh, hr;
     Storage ih_storage = Storage::float32, hh_storage = Storage::float32;  // hr has the storage of hh
     float cell_clip = 0, proj_clip = 0;                                    // infinite: no clipping
-    // The gains of Panels, for int8.
+    // The gains of Panels, for int8 and int4.
     float ih_v_gain = 0, ih_gain = 0, hh_v_gain = 0, hh_gain = 0;
 };
 
@@ -74,6 +74,9 @@ class Layer {
     // The estimated time of a call on one thread: ``rows`` rows in all, ``batch`` at a step.
     double nanoseconds(ptrdiff_t rows, ptrdiff_t batch) const;
 
+    // The bytes of all packed matrices, without the scales of rows.
+    size_t bytes() const;
+
   private:
     // How a call is shared out: over ``threads`` in all and ``each`` for a direction, which take a part of the batch, or
     // all of it and a part of the hidden units.
@@ -83,7 +86,6 @@ class Layer {
     };
     Task task(const Call& call, ptrdiff_t direction) const;
     Shares share_out(const Call& call, int threads) const;
-    double bytes() const;  // of all packed weights
     void run_together(const Call& call, const Shares& shares, Crew& crew) const;
 
     struct Sample {

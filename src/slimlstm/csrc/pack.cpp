@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 
 namespace slimlstm {
 namespace {
@@ -81,6 +82,69 @@ ptrdiff_t inputs_per_word(Storage storage) {
     }
 }
 
+ptrdiff_t groups_of(ptrdiff_t inputs) { return (inputs + group_inputs - 1) / group_inputs; }
+
+// The codes of one row, padded to whole groups, with a multiplier for each group.
+struct Codes {
+    std::vector<int> codes;
+    std::vector<uint8_t> multipliers;
+};
+
+// Whether every integer of a row of int8 is a multiplier of its group times a code from -7 to 7. The largest multiplier
+// that divides a group is their greatest common divisor.
+bool find_codes(const Source& source, ptrdiff_t row, float scale, Codes& found) {
+    found.codes.assign(found.codes.size(), 0);
+    if (!std::isfinite(scale)) return false;
+    for (ptrdiff_t k = 0; k < source.columns; ++k)
+        found.codes[static_cast<size_t>(k)] = to_uint8(*source.at(row, k), scale) - 128;
+    for (size_t group = 0; group < found.multipliers.size(); ++group) {
+        int *codes = &found.codes[group * group_inputs], largest = 0, divisor = 0;
+        for (ptrdiff_t k = 0; k < group_inputs; ++k) {
+            largest = std::max(largest, std::abs(codes[k]));
+            divisor = std::gcd(divisor, codes[k]);
+        }
+        found.multipliers[group] = static_cast<uint8_t>(divisor);
+        if (divisor == 0) continue;
+        if (largest > 7 * divisor) return false;
+        for (ptrdiff_t k = 0; k < group_inputs; ++k) codes[k] /= divisor;
+    }
+    return true;
+}
+
+// Packs a matrix in int4; returns whether it can be held exactly.
+bool pack_codes(const Source& source, ptrdiff_t hidden, ptrdiff_t lanes, Panels& panels, std::vector<Floats>& memory) {
+    ptrdiff_t groups = groups_of(source.columns), words = panels.words = groups * group_inputs / 8;
+    Floats data(static_cast<size_t>(panels.vectors * lanes * words)), scales(static_cast<size_t>(panels.vectors * lanes));
+    Floats multipliers(static_cast<size_t>(panels.vectors * lanes * groups + 3) / 4);
+    uint8_t* bytes = reinterpret_cast<uint8_t*>(multipliers.get());
+    Codes none{std::vector<int>(static_cast<size_t>(groups * group_inputs)),
+               std::vector<uint8_t>(static_cast<size_t>(groups))};
+    Codes found = none;
+    for (ptrdiff_t vector = 0; vector < panels.vectors; ++vector) {
+        ptrdiff_t first = vector / panel_vectors * panel_vectors;
+        ptrdiff_t width = std::min(panel_vectors, panels.vectors - first) * lanes;
+        for (ptrdiff_t lane = 0; lane < lanes; ++lane) {
+            ptrdiff_t row = row_of(vector, lane, source.rows, hidden, lanes), at = (vector - first) * lanes + lane;
+            float scale = row >= 0 ? scale_of(source, row) : 0.0f;
+            scales.get()[vector * lanes + lane] = scale;
+            if (row >= 0 && !find_codes(source, row, scale, found)) return false;
+            const Codes& of_row = row >= 0 ? found : none;
+            for (ptrdiff_t group = 0; group < groups; ++group)
+                bytes[first * lanes * groups + group * width + at] = of_row.multipliers[static_cast<size_t>(group)];
+            for (ptrdiff_t word = 0; word < words; ++word) {
+                const int* codes = &of_row.codes[static_cast<size_t>(8 * word)];
+                uint8_t halves[4];
+                for (ptrdiff_t k = 0; k < 4; ++k)
+                    halves[k] = static_cast<uint8_t>((codes[k] + 8) | (codes[k + 4] + 8) << 4);
+                std::memcpy(data.get() + first * lanes * words + word * width + at, halves, sizeof halves);
+            }
+        }
+    }
+    panels.data = data.get(), panels.scales = scales.get(), panels.multipliers = bytes;
+    for (Floats* one : {&data, &scales, &multipliers}) memory.push_back(std::move(*one));
+    return true;
+}
+
 }  // namespace
 
 Panels pack(const Source& source, Storage storage, ptrdiff_t hidden, ptrdiff_t lanes, std::vector<Floats>& memory) {
@@ -88,6 +152,11 @@ Panels pack(const Source& source, Storage storage, ptrdiff_t hidden, ptrdiff_t l
     panels.storage = storage;
     panels.vectors = vectors_of(source.rows, hidden, lanes);
     panels.inputs = source.columns;
+    if (storage == Storage::int4) {
+        bool is_smaller = groups_of(source.columns) * group_inputs < 2 * source.columns;
+        if (is_smaller && pack_codes(source, hidden, lanes, panels, memory)) return panels;
+        panels.storage = storage = Storage::int8;
+    }
     ptrdiff_t per_word = inputs_per_word(storage);
     ptrdiff_t words = panels.words = (source.columns + per_word - 1) / per_word;
     memory.emplace_back(static_cast<size_t>(panels.vectors * lanes * words));

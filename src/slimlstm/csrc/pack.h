@@ -8,7 +8,7 @@
 namespace slimlstm {
 
 // Rounds a matrix to a storage and packs it for vectors of ``lanes`` lanes. With ``hidden`` > 0 its rows are the gates of
-// that many hidden units.
+// that many hidden units. A matrix that int4 cannot hold exactly, or would not make smaller, becomes int8.
 Panels pack(const Source& source, Storage storage, ptrdiff_t hidden, ptrdiff_t lanes, std::vector<Floats>& memory);
 
 // The sum of the biases that are present, in the order of packed gates; null if neither is.

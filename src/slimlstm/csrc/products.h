@@ -1,6 +1,9 @@
 // Products of inputs with the packed weights of each storage. Each instruction set includes this file after its ``Simd``.
 #pragma once
 
+#include <cstdint>
+#include <type_traits>
+
 #include "elementwise.h"
 #include "kernel.h"
 
@@ -104,6 +107,22 @@ struct FineInt8 {
     }
 };
 
+// int4 weights have the same sums as the same weights in int8, bit by bit. A ``Simd`` says how to multiply a group:
+//     low, high           the unsigned codes of a word that belong to its first and its last four inputs
+//     begin               a sum that begins with an offset: codes are stored plus 8, which adds 8 times the inputs' sum
+//     add_low, add_high   add products
+//     finish              multiplies the sum of a group and adds it to that of a row
+//     offset_group        the offsets, which follow from the group's inputs
+//     rows_to_widen       where inputs have so many rows, it is faster to widen a panel to int8 first
+struct Int4 : Int8 {};
+
+struct FineInt4 : FineInt8 {};
+
+constexpr ptrdiff_t group_words = slimlstm::group_inputs / 4;
+static_assert(group_words == 16, "offset_group adds up so many words");
+// A group of rounded inputs, with the offsets of its sums.
+constexpr ptrdiff_t group_stride = group_words + Simd::offsets_of_group;
+
 // The number of independent sums for each of ``sums`` results. One multiply-add must wait for the previous one in its sum;
 // eight sums in flight hide that latency.
 constexpr int partial_sums(int sums) {
@@ -142,6 +161,63 @@ SLIMLSTM_INLINE void products(const float* panel, const Words& a, ptrdiff_t row,
         }
 }
 
+// Computes sums[m][w], the products of row m of ``a``, or of its remainders, with vector w of a panel in int4.
+template <int W, int M>
+SLIMLSTM_INLINE void group_products(const Panels& matrix, ptrdiff_t first, const Words& a, ptrdiff_t row,
+                                    ptrdiff_t remainders, I (&sums)[M][W]) {
+    using Group = Simd::Group<M>;
+    ptrdiff_t from = a.from / group_words, to = a.to / group_words, half = group_words / 2;
+    const float* codes = matrix.data + first * L * matrix.words + from * half * W * L;
+    const uint8_t* multipliers = matrix.multipliers + first * L * (matrix.words / half) + from * W * L;
+    const float *inputs[M], *offsets[M];
+    SLIMLSTM_UNROLL(m, M) {
+        inputs[m] = a.rows[row + m] + remainders + a.from;
+        offsets[m] = a.rows[row + m] + remainders + a.to;
+        SLIMLSTM_UNROLL(w, W) sums[m][w] = Simd::no_words();
+    }
+    for (ptrdiff_t group = from; group < to; ++group) {
+        typename Group::Sum parts[M][W];
+        SLIMLSTM_UNROLL(m, M)
+            SLIMLSTM_UNROLL(w, W) parts[m][w] = Group::begin(offsets[m]);
+        SLIMLSTM_UNROLL(k, group_words / 2) {
+            I words[W];
+            SLIMLSTM_UNROLL(w, W) words[w] = Group::low(Simd::load_words(codes + (k * W + w) * L));
+            SLIMLSTM_UNROLL(m, M) {
+                I input = Simd::all_words(bits_of(inputs[m][2 * k]));
+                SLIMLSTM_UNROLL(w, W) Group::add_low(words[w], input, parts[m][w]);
+            }
+            SLIMLSTM_UNROLL(w, W) words[w] = Group::high(Simd::load_words(codes + (k * W + w) * L));
+            SLIMLSTM_UNROLL(m, M) {
+                I input = Simd::all_words(bits_of(inputs[m][2 * k + 1]));
+                SLIMLSTM_UNROLL(w, W) Group::add_high(words[w], input, parts[m][w]);
+            }
+        }
+        SLIMLSTM_UNROLL(w, W) {
+            I multiplier = Simd::load_multipliers(multipliers + w * L);
+            SLIMLSTM_UNROLL(m, M) sums[m][w] = Group::finish(parts[m][w], multiplier, sums[m][w]);
+        }
+        codes += half * W * L, multipliers += W * L;
+        SLIMLSTM_UNROLL(m, M) inputs[m] += group_words, offsets[m] += Simd::offsets_of_group;
+    }
+}
+
+// Computes sums[m][w] in any storage.
+template <class Format, int W, int M>
+SLIMLSTM_INLINE void products_of(const Panels& matrix, ptrdiff_t first, const Words& a, ptrdiff_t row,
+                                 typename Format::Sum (&sums)[M][W]) {
+    if constexpr (std::is_same_v<Format, Int4>) {
+        group_products<W, M>(matrix, first, a, row, 0, sums);
+    } else if constexpr (std::is_same_v<Format, FineInt4>) {
+        I whole[M][W], remainder[M][W];
+        group_products<W, M>(matrix, first, a, row, 0, whole);
+        group_products<W, M>(matrix, first, a, row, a.remainders, remainder);
+        SLIMLSTM_UNROLL(m, M)
+            SLIMLSTM_UNROLL(w, W) sums[m][w] = FineInt8::Sum{whole[m][w], remainder[m][w]};
+    } else {
+        products<Format, W, M>(matrix.data + first * L * matrix.words, a, row, sums);
+    }
+}
+
 // Multiplies P panels by M rows and passes the results to ``take``.
 template <class Format, int P, int W, int M, class Take>
 void block(const Panels& matrix, ptrdiff_t vector, const Words& a, ptrdiff_t row, const Take& take) {
@@ -149,7 +225,7 @@ void block(const Panels& matrix, ptrdiff_t vector, const Words& a, ptrdiff_t row
     SLIMLSTM_UNROLL(p, P) {
         typename Format::Sum sums[M][W];
         ptrdiff_t first = vector + p * W;
-        products<Format, W, M>(matrix.data + first * L * matrix.words, a, row, sums);
+        products_of<Format, W, M>(matrix, first, a, row, sums);
         SLIMLSTM_UNROLL(m, M)
             SLIMLSTM_UNROLL(w, W)
                 values[p * M + m][w] = Format::value(sums[m][w], a, row + m, matrix.scales + (first + w) * L);
@@ -197,6 +273,7 @@ struct Scratch {
     const float** rows;
     float* scales;
     int32_t *offsets, *remainder_offsets;
+    float* panel;  // a panel of int8 weights
 };
 
 // Rounding inputs to multiples of a scale moves a gate by scale * gain / sqrt(12) in the root mean square. This limit on
@@ -226,29 +303,32 @@ struct Operand {
         return words;
     }
 
-    // Rounded to int8, followed by the remainders if rounding alone is too coarse for one of the rows.
-    Words in_int8(float gain) const {
-        ptrdiff_t begin = from / 4, end = larger(begin, ceiling(to, 4)), width = end - begin;
+    // Rounded to int8, followed by the remainders if rounding alone is too coarse for one of the rows. If ``grouped``, rows
+    // hold whole groups, padded with zeros, and then the offsets of the groups, so that sums need no other offset.
+    Words in_int8(float gain, bool grouped) const {
+        ptrdiff_t unit = grouped ? group_words : 1, begin = from / 4 / unit * unit;
+        ptrdiff_t end = larger(begin, ceiling(to, 4 * unit) * unit), width = end - begin;
+        ptrdiff_t stride = grouped ? width / unit * group_stride : width;
         Words words{scratch.rows, scratch.scales, scratch.offsets, begin, end};
         for (ptrdiff_t row = 0; row < count; ++row) {
-            float* integers = scratch.words + row * width;
+            float* integers = scratch.words + row * stride;
             float bound = largest_magnitude(rows[row] + from, to - from);
             scratch.scales[row] = bound / 127.0f;
-            scratch.offsets[row] = round_row<false>(row, bound, integers, width, nullptr);
+            scratch.offsets[row] = round_row<false>(row, bound, integers, begin, width, grouped, nullptr);
             scratch.rows[row] = integers - begin;
-            if (is_coarse(row, gain)) words.remainders = count * width;
+            if (is_coarse(row, gain)) words.remainders = count * stride;
         }
         if (words.remainders == 0) return words;
         words.remainder_offsets = scratch.remainder_offsets;
         for (ptrdiff_t row = 0; row < count; ++row) {
-            float* remainders = scratch.words + words.remainders + row * width;
+            float* remainders = scratch.words + words.remainders + row * stride;
             if (is_coarse(row, gain)) {
                 float bound = largest_magnitude(rows[row] + from, to - from);
-                const float* integers = scratch.words + row * width;
-                scratch.remainder_offsets[row] = round_row<true>(row, bound, remainders, width, integers);
+                const float* integers = scratch.words + row * stride;
+                scratch.remainder_offsets[row] = round_row<true>(row, bound, remainders, begin, width, grouped, integers);
             } else {
                 // Zero remainders, so that the result of a row does not depend on the rows beside it.
-                copy_or_clear(remainders, nullptr, width);
+                copy_or_clear(remainders, nullptr, stride);
                 scratch.remainder_offsets[row] = 0;
             }
         }
@@ -257,13 +337,62 @@ struct Operand {
 
     bool is_coarse(ptrdiff_t row, float gain) const { return scratch.scales[row] * gain > largest_rounding; }
 
+    // Rounds a row to ``width`` words, of which the first is word ``begin`` of the row; returns the offset of its sums.
     template <bool Remainder>
-    int32_t round_row(ptrdiff_t row, float bound, float* words, ptrdiff_t width, const float* integers) const {
-        if (width > 0) words[width - 1] = 0.0f;
-        return round_to_int8<Remainder>(rows[row] + from, to - from, bound, reinterpret_cast<int8_t*>(words),
-                                        reinterpret_cast<const int8_t*>(integers));
+    int32_t round_row(ptrdiff_t row, float bound, float* words, ptrdiff_t begin, ptrdiff_t width, bool grouped,
+                      const float* integers) const {
+        ptrdiff_t padded = grouped ? group_words : 1, before = from - 4 * begin;
+        if (width > 0) copy_or_clear(words + width - padded, nullptr, padded);
+        if (before > 0) copy_or_clear(words, nullptr, padded);
+        const int8_t* rounded = integers ? reinterpret_cast<const int8_t*>(integers) + before : nullptr;
+        int32_t offset = round_to_int8<Remainder>(rows[row] + from, to - from, bound,
+                                                  reinterpret_cast<int8_t*>(words) + before, rounded);
+        if (!grouped) return offset;
+        for (ptrdiff_t k = 0; k < width / group_words; ++k)
+            Simd::offset_group(words + k * group_words, words + width + k * Simd::offsets_of_group);
+        return 0;
     }
 };
+
+template <class Take>
+void multiply_int8(const Panels& matrix, ptrdiff_t first, ptrdiff_t last, const Words& words, ptrdiff_t count,
+                   const Take& take) {
+    if (words.remainders) return multiply_as<FineInt8>(matrix, first, last, words, count, take);
+    return multiply_as<Int8>(matrix, first, last, words, count, take);
+}
+
+// Widens W vectors of int4 weights, a panel that begins with vector ``first``, to int8.
+template <class Isa, int W>
+void widen(const Panels& matrix, ptrdiff_t first, ptrdiff_t from, ptrdiff_t to, float* panel) {
+    constexpr ptrdiff_t half = group_words / 2;
+    const float* codes = matrix.data + first * L * matrix.words;
+    const uint8_t* multipliers = matrix.multipliers + first * L * (matrix.words / half);
+    for (ptrdiff_t group = from / group_words; group < ceiling(to, group_words); ++group)
+        SLIMLSTM_UNROLL(w, W) {
+            I multiplier = Isa::load_multipliers(multipliers + (group * W + w) * L);
+            for (ptrdiff_t k = group * half; k < (group + 1) * half; ++k)
+                Isa::widen_codes(Isa::load_words(codes + (k * W + w) * L), multiplier, panel + (2 * k * W + w) * L,
+                                 panel + ((2 * k + 1) * W + w) * L);
+        }
+}
+
+// Multiplies int4 weights by inputs of many rows: widens the weights to int8, panel by panel.
+template <class Take>
+void multiply_widened(const Panels& matrix, ptrdiff_t first, ptrdiff_t last, const Operand& a, const Take& take) {
+    Words words = a.in_int8(matrix.gain, false);
+    Panels widened = matrix;
+    widened.storage = Storage::int8, widened.words = 2 * matrix.words;
+    for (ptrdiff_t v = first; v < last; v += panel_vectors) {
+        switch (matrix.vectors - v) {
+            case 1: widen<Simd, 1>(matrix, v, words.from, words.to, a.scratch.panel); break;
+            case 2: widen<Simd, 2>(matrix, v, words.from, words.to, a.scratch.panel); break;
+            case 3: widen<Simd, 3>(matrix, v, words.from, words.to, a.scratch.panel); break;
+            default: widen<Simd, 4>(matrix, v, words.from, words.to, a.scratch.panel); break;
+        }
+        widened.data = a.scratch.panel - v * L * widened.words;
+        multiply_int8(widened, v, smaller(last, v + panel_vectors), words, a.count, take);
+    }
+}
 
 // Multiplies ``a`` by the vectors [first, last) of a matrix and passes the results to ``take``; ``first`` begins a panel.
 template <class Take>
@@ -271,10 +400,13 @@ void multiply(const Panels& matrix, ptrdiff_t first, ptrdiff_t last, const Opera
     switch (matrix.storage) {
         case Storage::float32: return multiply_as<Float32>(matrix, first, last, a.as_they_are(), a.count, take);
         case Storage::bfloat16: return multiply_as<BFloat16>(matrix, first, last, a.in_pairs(), a.count, take);
-        case Storage::int8: {
-            Words words = a.in_int8(matrix.gain);
-            if (words.remainders) return multiply_as<FineInt8>(matrix, first, last, words, a.count, take);
-            return multiply_as<Int8>(matrix, first, last, words, a.count, take);
+        case Storage::int8: return multiply_int8(matrix, first, last, a.in_int8(matrix.gain, false), a.count, take);
+        case Storage::int4: {
+            if constexpr (Simd::rows_to_widen < PTRDIFF_MAX)
+                if (a.count >= Simd::rows_to_widen) return multiply_widened(matrix, first, last, a, take);
+            Words words = a.in_int8(matrix.gain, true);
+            if (words.remainders) return multiply_as<FineInt4>(matrix, first, last, words, a.count, take);
+            return multiply_as<Int4>(matrix, first, last, words, a.count, take);
         }
     }
 }

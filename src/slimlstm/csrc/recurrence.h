@@ -140,15 +140,24 @@ struct Buffers {
         rows = reinterpret_cast<const float**>(take(chunk * floats, team, member));
         ptrdiff_t words = 0;
         const Panels* matrices[] = {&w.ih_v, &w.ih, &w.hh_v, &w.hh, &w.hr};
-        for (const Panels* matrix : matrices)
-            if (matrix->storage != Storage::float32)
-                words =
-                    larger(words, matrix->storage == Storage::int8 ? 2 * ceiling(matrix->inputs, 4) : matrix->inputs + 1);
+        ptrdiff_t panel = 0;
+        for (const Panels* matrix : matrices) {
+            ptrdiff_t inputs = matrix->inputs;
+            switch (matrix->storage) {
+                case Storage::float32: break;
+                case Storage::bfloat16: words = larger(words, inputs + 1); break;
+                case Storage::int8: words = larger(words, 2 * ceiling(inputs, 4)); break;
+                case Storage::int4:
+                    words = larger(words, 2 * ceiling(inputs, 4 * group_words) * group_stride);
+                    if (chunk >= Simd::rows_to_widen) panel = larger(panel, 2 * matrix->words * panel_vectors * L);
+            }
+        }
         scratch.words = take(chunk * words, team, member);
         scratch.rows = reinterpret_cast<const float**>(take(words ? chunk * floats : 0, team, member));
         scratch.scales = take(words ? chunk : 0, team, member);
         scratch.offsets = reinterpret_cast<int32_t*>(take(words ? chunk : 0, team, member));
         scratch.remainder_offsets = reinterpret_cast<int32_t*>(take(words ? chunk : 0, team, member));
+        scratch.panel = take(panel, team, member);
         size = used;
     }
 };

@@ -76,6 +76,41 @@ struct Simd {
         I odd = _mm256_madd_epi16(_mm256_srli_epi16(weights, 8), _mm256_srai_epi16(inputs, 8));
         return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
     }
+
+    // Products with int4 weights; see products.h.
+    static constexpr ptrdiff_t rows_to_widen = PTRDIFF_MAX;
+    static constexpr ptrdiff_t offsets_of_group = 1;
+    static I load_multipliers(const uint8_t* from) {
+        return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+    }
+    // Sums in 16 bits, one of the first two inputs of every word and one of the last two; with their offset they fit.
+    struct AnyRows {
+        using Sum = I;
+        static Sum begin(const float* offsets) { return _mm256_castps_si256(all(offsets[0])); }
+        static I low(I words) { return _mm256_and_si256(words, all_words(0x0F0F0F0F)); }
+        static I high(I words) { return low(_mm256_srli_epi16(words, 4)); }
+        static void add_low(I codes, I input, Sum& sum) {
+            sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, input));
+        }
+        static void add_high(I codes, I input, Sum& sum) { add_low(codes, input, sum); }
+        static I finish(Sum group, I multipliers, I sum) {
+            I both = _mm256_or_si256(multipliers, _mm256_slli_epi32(multipliers, 16));
+            return _mm256_add_epi32(sum, _mm256_madd_epi16(group, both));
+        }
+    };
+    template <int>
+    using Group = AnyRows;
+
+    static void offset_group(const float* inputs, float* to) {
+        const I ones = _mm256_set1_epi8(1);
+        I sums = _mm256_add_epi16(_mm256_maddubs_epi16(ones, load_words(inputs)),
+                                  _mm256_maddubs_epi16(ones, load_words(inputs + lanes)));
+        __m128i quarter = _mm_add_epi16(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+        quarter = _mm_add_epi16(quarter, _mm_unpackhi_epi64(quarter, quarter));
+        quarter = _mm_add_epi16(quarter, _mm_srli_epi64(quarter, 32));
+        quarter = _mm_sub_epi16(_mm_setzero_si128(), _mm_slli_epi16(quarter, 3));
+        _mm_store_ss(to, _mm_castsi128_ps(quarter));
+    }
 };
 
 }  // namespace

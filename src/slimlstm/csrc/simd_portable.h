@@ -92,6 +92,35 @@ struct Simd {
         return sum + ((weights >> 16) & 255) * (up(inputs, 8) >> 24) + ((weights >> 24) & 255) * (inputs >> 24);
     }
 
+    // Products with int4 weights; see products.h.
+    static constexpr ptrdiff_t rows_to_widen = PTRDIFF_MAX;
+    static constexpr ptrdiff_t offsets_of_group = 1;
+    static I load_multipliers(const uint8_t* from) { return I{from[0], from[1], from[2], from[3]}; }
+    struct AnyRows {
+        using Sum = I;
+        static Sum begin(const float* offsets) {
+            int32_t offset;
+            std::memcpy(&offset, offsets, sizeof offset);
+            return all_words(offset);
+        }
+        static I low(I words) { return words & all_words(0x0F0F0F0F); }
+        static I high(I words) { return low(words >> 4); }
+        static void add_low(I codes, I input, Sum& sum) { sum = dot_int8(codes, input, sum); }
+        static void add_high(I codes, I input, Sum& sum) { sum = dot_int8(codes, input, sum); }
+        static I finish(Sum group, I multipliers, I sum) { return add_words(sum, group * multipliers); }
+    };
+    template <int>
+    using Group = AnyRows;
+
+    static void offset_group(const float* inputs, float* to) {
+        int8_t integers[64];
+        std::memcpy(integers, inputs, sizeof integers);
+        int32_t sum = 0;
+        for (int8_t integer : integers) sum += integer;
+        sum *= -8;
+        std::memcpy(to, &sum, sizeof sum);
+    }
+
   private:
     static I up(I words, int bits) {
         return reinterpret_cast<I>(reinterpret_cast<U>(words) << static_cast<uint32_t>(bits));

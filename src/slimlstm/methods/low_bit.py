@@ -1,7 +1,7 @@
 """Low-bit codes with one 16-bit scale for every group of weights in a row, and their packing.
 
 The scales of a row are small multiples of one number, so that every weight is an integer of 8 bits times that number. The
-fused kernel therefore reads such weights as int8, without loss.
+fused kernel therefore packs such weights as int8, without loss, or codes of 3 and 4 bits as they are.
 """
 
 from __future__ import annotations

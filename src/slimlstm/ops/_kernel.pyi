@@ -11,7 +11,8 @@ class Layer:
     Args:
         isa: one of :func:`names`.
         directions: for each direction seven arrays, in the order of :func:`slimlstm.ops.weights.flat`.
-        storages: for each direction the storage of ih, and of hh and hr.
+        storages: for each direction the storage of ih, and of hh and hr; "int4" means int8 weights, packed in four bits
+            where these hold them exactly.
         clips: for each direction the bounds of cells and of projections; infinity for no bound.
         gains: for each direction four row norms, for V and for U (or the dense matrix) of ih and then of hh.
     """
@@ -25,6 +26,9 @@ class Layer:
         gains: Sequence[float],
         /,
     ) -> None: ...
+    def bytes(self) -> int:
+        """Return the bytes of all packed matrices, without the scales of rows."""
+
     def run(
         self,
         x: int,
