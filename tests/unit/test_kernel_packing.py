@@ -5,7 +5,7 @@ Dimensions: T time steps, B sequences, I input size, H hidden size, D directions
 
 import gc
 import pickle
-from copy import deepcopy
+from copy import copy, deepcopy
 
 import pytest
 import torch
@@ -118,7 +118,7 @@ def to_vector_and_back(module):
     ],
     ids=lambda change: change.__name__,
 )
-@pytest.mark.parametrize("steps", [1, packing.FULL_CHECK_ROWS], ids=["short", "long"])
+@pytest.mark.parametrize("steps", [1, 256], ids=["short", "long"])
 @torch.no_grad()
 def test_changed_weights_are_packed_again(change, steps):
     module, x = low_rank(), torch.randn(steps, 1, 5)
@@ -139,22 +139,150 @@ def test_changed_weights_are_packed_again(change, steps):
         assert_current(module, x)
 
 
-@torch.no_grad()
-def test_long_calls_detect_any_change_of_data():
-    module, x = low_rank(), torch.randn(packing.FULL_CHECK_ROWS, 1, 5)
+def by_data(module, index):
+    module.weight_hh_l0_u.data.view(-1)[index] += 0.5
+
+
+def by_loop(module, index):
     for parameter in module.parameters():
-        for index in (0, parameter.numel() // 2, parameter.numel() - 1):
+        parameter.data.view(-1)[index % parameter.numel()] += 0.5
+
+
+def by_numpy(module, index):
+    module.weight_hh_l0_u.detach().numpy().reshape(-1)[index] += 0.5
+
+
+def by_dlpack(module, index):
+    torch.from_dlpack(module.weight_hh_l0_u.detach()).view(-1)[index] += 0.5
+
+
+def by_dictionary(module, index):
+    module._parameters["bias_ih_l0"].data[index % 132] += 0.5
+
+
+def by_state_dict(module, index):
+    module.state_dict()["weight_hh_l0_u"].numpy().reshape(-1)[index] += 0.5
+
+
+def by_apply(module, index):
+    module.apply(lambda inner: by_data(inner, index))
+
+
+def by_getattr(module, index):
+    getattr(module, "bias_ih_l0").data[index % 132] += 0.5
+
+
+def by_shallow_copy(module, index):
+    by_data(copy(module), index)
+
+
+def begun(generator):
+    next(generator)
+    return generator
+
+
+# Each returns something that can be edited at any later time, and how.
+HELD = {
+    "parameter": lambda module: module.weight_hh_l0_u,
+    "data": lambda module: module.weight_hh_l0_u.data,
+    "view": lambda module: module.weight_hh_l0_u.detach()[1:].T,
+    "NumPy": lambda module: torch.from_numpy(module.weight_hh_l0_u.detach().numpy()),
+    "DLPack": lambda module: torch.from_dlpack(module.weight_hh_l0_u.detach()),
+    "list": lambda module: list(module.parameters()),
+    "optimizer": lambda module: torch.optim.SGD(module.parameters()).param_groups[0]["params"],
+    "generator": lambda module: [begun(module.parameters())],
+    "state_dict": lambda module: list(module.state_dict().values()),
+    "dictionary": lambda module: module._parameters,
+    "shallow copy": lambda module: copy(module).weight_hh_l0_u,
+    "direction": lambda module: module.direction("_l0"),
+    "layers": lambda module: module.layers()[0],
+}
+
+
+def tensor_in(held):
+    while not isinstance(held, torch.Tensor):
+        held = next(iter(held.values() if isinstance(held, dict) else held))
+    return held
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [by_data, by_loop, by_numpy, by_dlpack, by_dictionary, by_state_dict, by_apply, by_getattr, by_shallow_copy],
+    ids=lambda edit: edit.__name__,
+)
+@pytest.mark.parametrize("grad", [False, True])
+def test_every_edit_of_one_element_is_seen(edit, grad):
+    module, x = low_rank(), torch.randn(2, 1, 5)
+    with torch.set_grad_enabled(grad):
+        for index in (0, 17, 131 * 4 + 3):
+            for _ in range(3):
+                module(x)
+            edit(module, index)
             assert_current(module, x)
-            parameter.data.view(-1)[index] += 0.5
-            assert_current(module, x)
+
+
+@pytest.mark.parametrize("hold", HELD.values(), ids=HELD)
+@torch.no_grad()
+def test_edits_through_what_was_taken_long_ago_are_seen(hold):
+    module, x = low_rank(), torch.randn(2, 1, 5)
+    module(x)
+    held = hold(module)
+    for _ in range(3):
+        module(x)
+    tensor = tensor_in(held).data.view(-1) if tensor_in(held).is_contiguous() else tensor_in(held).data[0]
+    for _ in range(2):
+        tensor[3] += 0.5
+        assert_current(module, x)
+
+
+FOREIGN = {
+    "NumPy": torch.from_numpy,
+    "DLPack": torch.from_dlpack,
+    "buffer": lambda numbers: torch.frombuffer(numbers.data, dtype=torch.float32).view(numbers.shape),
+}
+
+
+@pytest.mark.parametrize("wrap", FOREIGN.values(), ids=FOREIGN)
+@torch.no_grad()
+def test_edits_of_memory_that_was_never_pytorchs_are_seen(wrap):
+    module, x = low_rank(), torch.randn(2, 1, 5)
+    numbers = module.weight_hh_l0_u.numpy().copy()
+    module.weight_hh_l0_u = nn.Parameter(wrap(numbers))
+    for _ in range(3):
+        module(x)
+    numbers[7, 1] += 0.5
+    assert_current(module, x)
+
+
+@torch.no_grad()
+def test_edits_of_memory_that_processes_share_are_seen():
+    module, x = low_rank().share_memory(), torch.randn(2, 1, 5)
+    for _ in range(3):
+        module(x)
+    assert module._is_exposed
+
+
+@pytest.mark.parametrize("take", HELD.values(), ids=HELD)
+@pytest.mark.parametrize("grad", [False, True])
+def test_weights_are_not_compared_where_nobody_can_have_edited_them(take, grad):
+    module, x = low_rank(), torch.randn(2, 1, 5)
+    with torch.set_grad_enabled(grad):
+        module(x)
+        held = take(module)
+        kept = module(x)
+        assert module._is_exposed
+        del held
+        gc.collect()
+        for _ in range(2):
+            kept = module(x)
+            assert not module._is_exposed
+    del kept
 
 
 @torch.no_grad()
 def test_forget():
     module, x = low_rank(), torch.randn(1, 1, 5)
     assert_current(module, x)
-    for index in range(20):
-        module.weight_hh_l0_u.data.view(-1)[index * 7 + 3] += 0.5
     packing.forget()
     assert_current(module, x)
 
@@ -198,7 +326,7 @@ def test_packed_weights_are_freed_with_the_module():
 def test_copies_pack_their_own_weights():
     module, x = low_rank(), torch.randn(2, 1, 5)
     assert_current(module, x)
-    for copy in (deepcopy(module), pickle.loads(pickle.dumps(module))):  # noqa: S301
-        copy.weight_hh_l0_u.mul_(2.0)
-        assert_current(copy, x)
+    for other in (deepcopy(module), pickle.loads(pickle.dumps(module))):  # noqa: S301
+        other.weight_hh_l0_u.mul_(2.0)
+        assert_current(other, x)
         assert_current(module, x)

@@ -85,12 +85,12 @@ int run(const Layer& layer, uintptr_t x, uintptr_t sizes, ptrdiff_t steps, ptrdi
               reinterpret_cast<float*>(c)};
     if (call.sizes) check_sizes(call);
     if (layer.nanoseconds(rows, batch) < worth_unlocking) {
-        if (!layer.is_current(thoroughly)) return stale;
+        if (thoroughly && !layer.is_current()) return stale;
         layer.run(call, threads);
         return layer.is_finite(call) ? done : not_finite;
     }
     nb::gil_scoped_release unlocked;
-    if (!layer.is_current(thoroughly)) return stale;
+    if (thoroughly && !layer.is_current()) return stale;
     layer.run(call, threads);
     return layer.is_finite(call) ? done : not_finite;
 }
@@ -105,6 +105,6 @@ NB_MODULE(_kernel, module) {
         .def("__init__", &make)
         .def("bytes", &Layer::bytes, "Return the bytes of all packed matrices, without the scales of rows.")
         .def("run", &run,
-             "Run the layer on contiguous float32 memory at the given addresses. Return 0, without running it, if the "
-             "weights have changed since they were packed; 1; or 2 if the last hidden states are not finite.");
+             "Run the layer on contiguous float32 memory at the given addresses. Return 0, without running it, if it is told "
+             "to compare the weights with those that were packed and they differ; 1; or 2 if the last hidden states are not finite.");
 }

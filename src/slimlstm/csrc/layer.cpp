@@ -12,7 +12,6 @@ namespace slimlstm {
 namespace {
 
 constexpr size_t alignment = 64;
-constexpr ptrdiff_t samples_per_weight = 64;
 constexpr double wake_up = 2e4;  // nanoseconds to wake a thread, measured
 
 std::vector<const Kernel*> kernels() {
@@ -61,12 +60,6 @@ uint64_t digest(const Kernel& kernel, const Source& source) {
     return so_far;
 }
 
-// The k-th of a sequence of indices below ``count`` that covers all rows and all columns evenly.
-ptrdiff_t golden_section(ptrdiff_t k, ptrdiff_t count) {
-    double fraction = 0.6180339887 * static_cast<double>(k) - std::floor(0.6180339887 * static_cast<double>(k));
-    return static_cast<ptrdiff_t>(static_cast<double>(count) * fraction);
-}
-
 }  // namespace
 
 Floats::Floats(size_t count)
@@ -103,31 +96,14 @@ Layer::Layer(const std::string& isa, const std::vector<Sources>& directions) : k
             if (!source.data) continue;
             to.sources.push_back(source);
             to.digests.push_back(digest(*kernel_, source));
-            ptrdiff_t count = source.rows * source.columns, wanted = std::min(count, samples_per_weight);
-            for (ptrdiff_t k = 0; k < wanted; ++k) {
-                ptrdiff_t at = count == wanted ? k : golden_section(k, count);
-                Sample sample{source.at(at / source.columns, at % source.columns), 0};
-                std::memcpy(&sample.bits, sample.where, sizeof sample.bits);
-                to.samples.push_back(sample);
-            }
         }
     }
 }
 
-bool Layer::is_current(bool thoroughly) const {
-    for (const Direction& direction : directions_) {
-        if (thoroughly) {
-            for (size_t k = 0; k < direction.sources.size(); ++k)
-                if (digest(*kernel_, direction.sources[k]) != direction.digests[k]) return false;
-        } else {
-            uint32_t differing = 0, bits;
-            for (const Sample& sample : direction.samples) {
-                std::memcpy(&bits, sample.where, sizeof bits);
-                differing |= bits ^ sample.bits;
-            }
-            if (differing) return false;
-        }
-    }
+bool Layer::is_current() const {
+    for (const Direction& direction : directions_)
+        for (size_t k = 0; k < direction.sources.size(); ++k)
+            if (digest(*kernel_, direction.sources[k]) != direction.digests[k]) return false;
     return true;
 }
 

@@ -61,8 +61,8 @@ class Layer {
     Layer(const Layer&) = delete;
     Layer& operator=(const Layer&) = delete;
 
-    // Whether the weights are unchanged since they were packed: all of them if ``thoroughly``, else a sample.
-    bool is_current(bool thoroughly) const;
+    // Whether the weights are unchanged since they were packed. Reads all of them.
+    bool is_current() const;
 
     // Uses up to ``threads`` threads, fewer where that is faster. A negative number, for tests, makes each direction use
     // exactly that many threads.
@@ -88,15 +88,10 @@ class Layer {
     Shares share_out(const Call& call, int threads) const;
     void run_together(const Call& call, const Shares& shares, Crew& crew) const;
 
-    struct Sample {
-        const float* where;
-        uint32_t bits;
-    };
     struct Direction {
         Weights weights;
         std::vector<Floats> memory;
         std::vector<Source> sources;
-        std::vector<Sample> samples;
         std::vector<uint64_t> digests;
     };
     const Kernel* kernel_;

@@ -104,7 +104,7 @@ class LowRankLSTMCell(FactoredModule):
         for name, state in zip("hc", hx, strict=True):
             if state.shape != shape:
                 raise SlimLSTMError(f"{name} has to be {list(shape)} for this input, not {list(state.shape)}")
-        weights = self.layers()[0]
+        weights = self._current_layers()[0]
         if input.ndim == 2:
             return self._step(input, *hx, weights)
         h, c = self._step(input[None], hx[0][None], hx[1][None], weights)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import is_
+from sys import getrefcount
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from slimlstm.methods import STORAGES, rounded
 from slimlstm.modules.masks import drop_parametrizations
 from slimlstm.modules.modes import plain_mode
 from slimlstm.ops.dense import rebuilt
+from slimlstm.ops.packing import is_foreign, is_private
 from slimlstm.ops.weights import CachedLayer, Direction, Matrix, flat
 
 _WIDEST_INT8 = (2**31 - 1) // (127 * 128)
@@ -33,6 +35,7 @@ class _LayerCache:
     storages: dict[str, str]
     bounds: tuple[float | None, float | None]
     layers: list[CachedLayer]
+    is_foreign: bool
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
@@ -67,6 +70,8 @@ class FactoredModule(nn.Module):
     proj_clip: float | None = None
     hidden_size: int
     _layer_cache: _LayerCache | None = None
+    _is_exposed: bool = True
+    """Whether someone may hold a parameter, or may have held one since the last call."""
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -76,9 +81,10 @@ class FactoredModule(nn.Module):
 
     def matrix(self, name: str) -> Matrix:
         """Return the matrix ``name``: W [m, n], or its factors (U, V). Masks and other parametrizations are applied."""
-        if name in self._parameters:
+        own = self._own_parameters
+        if name in own:
             return self._weight(name)
-        if f"{name}_v" in self._parameters or name in self.ranks:
+        if f"{name}_v" in own or name in self.ranks:
             return self._weight(f"{name}_u"), self._weight(f"{name}_v")
         return getattr(self, name)
 
@@ -158,23 +164,48 @@ class FactoredModule(nn.Module):
             raise SlimLSTMError(f"{name} is computed from several parameters; remove its parametrization first") from error
 
     def layers(self) -> Sequence[Sequence[Direction]]:
-        """Return the weights of all layers: the same objects as long as parameters, storages and clips are the same."""
-        cache, parameters = self._layer_cache, self._parameters
-        if cache is not None and not torch.compiler.is_compiling():
+        """Return the weights of all layers."""
+        return self._make_layers()
+
+    def _current_layers(self) -> Sequence[Sequence[Direction]]:
+        """Return :meth:`layers`: the same objects as long as parameters, storages and clips are the same."""
+        if torch.compiler.is_compiling():
+            return self._make_layers()
+        cache, parameters = self._layer_cache, self._own_parameters
+        if cache is not None:
             same = len(cache.parameters) == len(parameters) and all(map(is_, cache.parameters, parameters.values()))
             if same and cache.storages == self.storages and cache.bounds == (self.cell_clip, self.proj_clip):
+                if self._is_exposed:
+                    self._note_exposure(cache)
                 return cache.layers
         made, present = self._make_layers(), set(map(id, parameters.values()))
         # Weights that are computed from parameters, such as masked ones, may differ at the next call.
-        if torch.compiler.is_compiling() or any(
-            id(weight) not in present for one in made for weight in flat(one) if weight is not None
-        ):
+        if any(id(weight) not in present for one in made for weight in flat(one) if weight is not None):
             return made
         layers = [CachedLayer(one) for one in made]
-        self._layer_cache = _LayerCache(
-            list(parameters.values()), dict(self.storages), (self.cell_clip, self.proj_clip), layers
-        )
+        held = list(parameters.values())
+        bounds, is_foreign_memory = (self.cell_clip, self.proj_clip), is_foreign([one for one in held if one is not None])
+        self._layer_cache = _LayerCache(held, dict(self.storages), bounds, layers, is_foreign_memory)
+        self.__dict__["_is_exposed"] = True
         return layers
+
+    def _note_exposure(self, cache: _LayerCache) -> None:
+        """Make this call compare all weights, and the next one too if someone holds a parameter."""
+        for layer in cache.layers:
+            layer.exposures += 1
+        self.__dict__["_is_exposed"] = False
+        for layer in cache.layers:  # again, because other threads may have edited parameters meanwhile
+            layer.exposures += 1
+        # This module, the method that calls this one and getrefcount hold the dictionary.
+        is_held = self.training or cache.is_foreign or getrefcount(self.__dict__["_parameters"]) > 3
+        present = [parameter for parameter in cache.parameters if parameter is not None]
+        if is_held or not is_private(present, cache.layers, outside=2):
+            self.__dict__["_is_exposed"] = True
+
+    @property
+    def _own_parameters(self) -> dict[str, nn.Parameter | None]:
+        """The parameters by name, for use within this class: unlike ``_parameters``, reading it exposes nothing."""
+        return self.__dict__["_parameters"]
 
     def reset_parameters(self) -> None:
         """Draw all weights anew: dense ones as in ``nn.LSTM``, factors such that their product has the same variance."""
@@ -188,9 +219,22 @@ class FactoredModule(nn.Module):
             if name not in factor_names:
                 nn.init.uniform_(parameter, -bound, bound)
 
+    @property
+    def _parameters(self) -> dict[str, nn.Parameter | None]:  # pyright: ignore
+        """PyTorch's dictionary of parameters. Whoever reads it may edit them through ``.data`` or NumPy."""
+        if not torch.compiler.is_compiling():
+            self.__dict__["_is_exposed"] = True
+        return self.__dict__["_parameters"]
+
+    @_parameters.setter
+    def _parameters(self, value: dict[str, nn.Parameter | None]) -> None:  # pyright: ignore
+        self.__dict__["_parameters"] = value
+
     def __getattr__(self, name: str) -> Any:
         parameters: Mapping[str, nn.Parameter | None] = self.__dict__.get("_parameters", {})
         if name in parameters:
+            if not torch.compiler.is_compiling():
+                self.__dict__["_is_exposed"] = True
             return parameters[name]
         if name in self.__dict__.get("matrix_shapes", ()) and name in self.ranks:
             return self.product(name)
@@ -204,8 +248,10 @@ class FactoredModule(nn.Module):
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
+        self.__dict__["_is_exposed"] = True  # a shallow copy shares the parameters
         state = self.__dict__.copy()
         state.pop("_layer_cache", None)
+        state.pop("_is_exposed", None)
         return state
 
     def _make_layers(self) -> list[list[Direction]]:
@@ -213,7 +259,7 @@ class FactoredModule(nn.Module):
 
     def _weight(self, name: str) -> Tensor:
         # Every streamed step reads every weight, and PyTorch's getattr is slow for parameters.
-        parameter = self._parameters.get(name)
+        parameter = self._own_parameters.get(name)
         return getattr(self, name) if parameter is None else parameter
 
     def _allocate(self, name: str, shape: tuple[int, ...], rank: int | None, **factory: Any) -> None:

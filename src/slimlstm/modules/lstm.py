@@ -227,7 +227,7 @@ class LowRankLSTM(FactoredModule):
         return PackedSequence(data, packed.batch_sizes, order, inverse), state
 
     def _run(self, x: Tensor, batch_sizes: Tensor | None, hx: LSTMState | None) -> tuple[Tensor, LSTMState]:
-        layers = self.layers()
+        layers = self._current_layers()
         check_dtypes(layers[0][0], x, *(hx or ()))
         if len(layers) == 1:
             h0, c0 = (None, None) if hx is None else hx

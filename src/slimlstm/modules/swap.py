@@ -224,7 +224,7 @@ def _carry_over(old: nn.Module, module: nn.Module) -> None:
 def _copy(module: Any) -> Any:
     """Return a copy that shares all tensors and hooks with ``module``, but whose registrations can change alone."""
     kind: Any = type(module)
-    content = dict(vars(module))
+    content = module.__getstate__() if isinstance(module, FactoredModule) else dict(vars(module))
     if parametrize.is_parametrized(module):
         # The class was made for this module alone, and has a property for every parametrized tensor.
         members = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
@@ -232,7 +232,6 @@ def _copy(module: Any) -> Any:
     for name in (*_COPIED, "storages", "provenance"):
         if name in content:
             content[name] = content[name].copy()
-    content.pop("_layer_cache", None)
     content["_modules"] = dict(content["_modules"])
     stacks = content["_modules"].get("parametrizations")
     if stacks is not None:

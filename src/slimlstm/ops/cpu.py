@@ -9,8 +9,8 @@ from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.ops import dense
-from slimlstm.ops.packing import FULL_CHECK_ROWS, PackedLayer, packed_layer
-from slimlstm.ops.weights import Direction, LayerOutput, first_states
+from slimlstm.ops.packing import PackedLayer, packed_layer
+from slimlstm.ops.weights import CachedLayer, Direction, LayerOutput, first_states
 
 _NOT_FINITE = 2
 """Status of a kernel call with infinite inputs: int8 cannot hold them, though an LSTM may saturate and stay finite."""
@@ -52,9 +52,13 @@ def run(
         return LayerOutput(output, h0.clone(), c0.clone())
     h, c = new(number, batch, outputs), new(number, batch, hidden)
     call = x.data_ptr(), sizes_at, steps, batch, count, h0_at, c0_at, output.data_ptr(), h.data_ptr(), c.data_ptr()
-    thoroughly = count >= FULL_CHECK_ROWS or not packed.counted
+    cached = directions if type(directions) is CachedLayer else None
+    exposures = 0 if cached is None else cached.exposures
+    thoroughly = cached is None or exposures != cached.checked or not packed.counted
     while not (state := packed.layer.run(*call, thoroughly, torch.get_num_threads())):
         packed = packed_layer(directions, anew=True)
+    if cached is not None:
+        cached.checked = exposures
     if state == _NOT_FINITE and packed.rounds_inputs:
         with torch.no_grad():
             return dense.layer(x, batch_sizes, *first_states(x, batch_sizes, h0, c0, directions), directions)

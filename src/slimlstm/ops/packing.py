@@ -5,9 +5,9 @@ Before every call these are compared with the packed weights:
 - the identity, memory address and size of each tensor, and PyTorch's counter of in-place changes. This detects optimiser
   steps, ``load_state_dict``, in-place edits and assignments to ``.data``. The old memory stays alive until the weights are
   packed again, so that a new tensor cannot have its address;
-- the contents, because edits through ``.data``, NumPy or DLPack are not counted: all elements in calls of
-  :data:`FULL_CHECK_ROWS` rows or more, where that costs little, and 64 elements of each matrix in shorter calls. A short
-  call may therefore miss an uncounted edit of a few elements; call :func:`forget` after such an edit.
+- the contents of all weights, because edits through ``.data``, NumPy or DLPack are not counted. That costs as much as a
+  step or several, and is left out where nobody can have edited: the module has given none of its parameters away since the
+  last comparison, and nobody held them, a view of their memory or their dictionary then (:func:`is_private`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from __future__ import annotations
 import math
 import os
 import weakref
+from collections import Counter
 from collections.abc import Sequence
+from operator import gt
+from sys import getrefcount
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +27,6 @@ from torch import Tensor, nn
 from slimlstm.errors import SlimLSTMError
 from slimlstm.ops import native
 from slimlstm.ops.weights import CachedLayer, Direction, columns, flat, rows, shape_of
-
-FULL_CHECK_ROWS = 256
-"""Calls of this many rows (steps times sequences) or more compare all weights with the packed ones."""
 
 PLAIN_TYPES: tuple[type, ...] = (Tensor, nn.Parameter)
 """Types whose memory the kernel may read; subclasses may hold something else."""
@@ -89,6 +90,68 @@ def forget() -> None:
     for packed in _alive:
         packed.state = []  # never equal to the state of tensors, so that cached layers are packed again too
     _cache.clear()
+
+
+_users_of: Any = getattr(torch._C, "_storage_Use_Count", None)  # pyright: ignore[reportPrivateUsage]
+_references_of: Any = getattr(Tensor, "_use_count", None)
+
+
+def _place_of(tensor: Tensor) -> int:
+    """Return the address of PyTorch's record of a tensor's memory."""
+    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _counts_of_one() -> tuple[int, int, int]:
+    """Return what Python and PyTorch add to their counts of who holds a tensor or its memory.
+
+    They count the call that asks, and PyTorch adds a reference to tensors while its graphs hold them, since version 2.10.
+    """
+    tensor = torch.zeros(1, device="cpu", requires_grad=True)
+    users = _users_of(_place_of(tensor)) - 1 if _users_of else 0
+    before = getrefcount(tensor)
+    graph = tensor * tensor
+    in_graph = getrefcount(tensor) - before
+    del graph
+    return next(map(getrefcount, [object()])) - 1, in_graph if _references_of else 0, users
+
+
+_asking, _in_graph, _asking_users = _counts_of_one()
+
+
+def is_foreign(parameters: Sequence[Tensor]) -> bool:
+    """Return whether some of the memory is not PyTorch's alone, but a file's, another process's or a NumPy array's.
+
+    PyTorch says the same of memory that a NumPy array has ever shared, so ask before anyone could make such an array.
+    """
+    try:
+        storages = [parameter.untyped_storage() for parameter in parameters]
+    except NotImplementedError:  # tensors without memory, as within torch.func
+        return True
+    return not all(storage.resizable() and not storage.is_shared() for storage in storages)
+
+
+def is_private(parameters: Sequence[Tensor], layers: Sequence[CachedLayer], outside: int) -> bool:
+    """Return whether nobody holds these parameters or views of their memory, except a module and its layers.
+
+    Args:
+        parameters: all parameters of a module, in a list that nobody else holds.
+        layers: the module's layers, whose weights are these parameters.
+        outside: how often the module holds each parameter elsewhere, as in its dictionary.
+    """
+    if _users_of is None or not all(type(parameter) in PLAIN_TYPES for parameter in parameters):
+        return False
+    held = Counter(id(tensor) for layer in layers for tensor in (*flat(layer), *layer.tensors))
+    places = list(map(_place_of, parameters))
+    users = Counter(places)
+    users.update(_place_of(tensor) for layer in layers for tensor in getattr(layer.packed, "memory", ()))
+    found = list(map(getrefcount, parameters))
+    expected = [
+        _asking + 1 + outside + held[id(tensor)] + (_in_graph if _in_graph and _references_of(tensor) > 1 else 0)
+        for tensor in parameters
+    ]
+    return not any(map(gt, found, expected)) and all(_users_of(place) <= _asking_users + users[place] for place in places)
 
 
 _version_of = Tensor._version.__get__  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]

@@ -84,6 +84,10 @@ class CachedLayer(tuple[Direction, ...]):
     """The :class:`slimlstm.ops.packing.PackedLayer` of these weights, None before the first call."""
     tensors: Sequence[Tensor] = ()
     """The weights that were packed."""
+    exposures: int = 1
+    """How often the weights may have been edited in a way that PyTorch does not count."""
+    checked: int = 0
+    """The value of ``exposures`` when all weights were last compared with the packed ones."""
 
 
 class LayerOutput(NamedTuple):
