@@ -59,3 +59,50 @@ def test_outside_data_in_a_pipe_is_refused(tmp_path):
     write(tmp_path / "model.onnx", [helper.make_node("Identity", ["a"], ["b"])], [tensor])
     with pytest.raises(SlimLSTMError, match="a pipe or device"):
         read_tensors(tmp_path / "model.onnx")
+
+
+def calling(count, depth, inside_itself=False):
+    """A file whose functions each call the one below ``count`` times; the lowest holds a Split."""
+    functions = []
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
+    for level in range(depth):
+        called = level if inside_itself else level - 1
+        node = ["Identity", ""] if called < 0 else [f"f{called}", "own"]
+        names = ["x", *(f"v{index}" for index in range(count))]
+        nodes = [helper.make_node(node[0], [one], [two], domain=node[1]) for one, two in itertools.pairwise(names)]
+        if level == 0:
+            nodes.append(helper.make_node("Split", ["x"], ["a", "b"], axis=0))
+        nodes.append(helper.make_node("Identity", [names[-1]], ["y"]))
+        functions.append(helper.make_function("own", f"f{level}", ["x"], ["y"], nodes, opsets))
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node(f"f{depth - 1}", ["x"], ["y"], domain="own")],
+        "graph",
+        [value("x", TensorProto.FLOAT, [4])],
+        [value("y", TensorProto.FLOAT, [4])],
+        [],
+    )
+    return helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=8)
+
+
+CALLS = {
+    "2 calls, 40 levels": (calling(2, 40), "would take"),
+    "40 calls, 8 levels": (calling(40, 8), "would take"),
+    "itself": (calling(1, 1, inside_itself=True), "calls itself"),
+}
+
+
+@pytest.mark.parametrize(("model", "message"), CALLS.values(), ids=CALLS)
+def test_functions_that_call_each_other_are_refused_before_they_are_inlined(model, message, tmp_path):
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(SlimLSTMError, match=message):
+        read_tensors(tmp_path / "model.onnx")
+
+
+def test_functions_of_an_honest_size_are_inlined(tmp_path):
+    from slimlstm.onnx.graph import read_model
+
+    (tmp_path / "model.onnx").write_bytes(calling(2, 6).SerializeToString())
+    model = read_model(tmp_path / "model.onnx")
+    assert not model.functions
+    assert [node.op_type for node in model.graph.node].count("Split") == 32

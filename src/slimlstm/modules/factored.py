@@ -247,6 +247,12 @@ class FactoredModule(nn.Module):
             )
         super().__setattr__(name, value)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise SlimLSTMError(
+            f"a {type(self).__name__} cannot be scripted; trace the model by torch.jit.trace, export it by torch.export or "
+            "slimlstm.export_onnx, or script to_dense(), which has the same weights multiplied"
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         self.__dict__["_is_exposed"] = True  # a shallow copy shares the parameters
         state = self.__dict__.copy()

@@ -131,6 +131,8 @@ def _bound(traced: Traced, tolerance: float | None) -> Bound:
 
 
 def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments by position and by name, without gradients, which PyTorch's exporter cannot trace."""
+    example_inputs = pytree.tree_map_only(Tensor, Tensor.detach, example_inputs)
     if isinstance(example_inputs, Mapping):
         return (), dict(cast(Mapping[str, Any], example_inputs))
     return (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)), {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -190,7 +190,30 @@ def _with_lstms_inlined(model: Any) -> Any:
         return model
     from onnx import inliner
 
+    bodies = {(function.domain, function.name): function for function in model.functions}
+    nodes = (node for graph in graphs_of(model.graph) for node in graph.node)
+    needed = _inlined_bytes(nodes, {key: bodies[key] for key in holding})
+    limit = memory_limit_of(model.ByteSize())
+    check_memory(needed, limit, "the bodies of the file's functions, put in the place of their calls,")
     return inliner.inline_selected_functions(model, sorted(holding))
+
+
+def _inlined_bytes(nodes: Iterable[Any], bodies: Mapping[tuple[str, str], Any]) -> int:
+    """Return the bytes of the bodies that replace the calls among some nodes, calls in these bodies included."""
+    sizes: dict[tuple[str, str], int] = {}
+
+    def size(key: tuple[str, str], callers: frozenset[tuple[str, str]]) -> int:
+        if key in callers:
+            raise SlimLSTMError(f"the function {key[1]} of the file calls itself")
+        if key not in sizes:
+            inside = [node for top in bodies[key].node for node in (top, *_inner_nodes(top))]
+            sizes[key] = bodies[key].ByteSize() + sum(size(call, callers | {key}) for call in calls(inside))
+        return sizes[key]
+
+    def calls(nodes: Iterable[Any]) -> Iterator[tuple[str, str]]:
+        return (key for node in nodes if (key := (node.domain, node.op_type)) in bodies)
+
+    return sum(size(key, frozenset()) for key in calls(nodes))
 
 
 def _inner_nodes(node: Any) -> Iterator[Any]:

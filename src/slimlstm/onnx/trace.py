@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree  # pyright: ignore[reportPrivateUsage]  # the public name is of newer versions
 
 from slimlstm.calibration.observe import build_like, forwards_replaced
@@ -106,9 +107,10 @@ def trace(
 class _PlaceholderLSTM(LowRankLSTM):
     numbers: list[int]
 
+    def _forward_packed(self, packed: PackedSequence, hx: LSTMState | None) -> tuple[PackedSequence, LSTMState]:
+        raise SlimLSTMError("packed sequences cannot be written to ONNX; export the model for padded ones")
+
     def _run(self, x: Tensor, batch_sizes: Tensor | None, hx: LSTMState | None) -> tuple[Tensor, LSTMState]:
-        if batch_sizes is not None:
-            raise SlimLSTMError("packed sequences cannot be written to ONNX; export the model for padded ones")
         count = self._directions
         if hx is None:
             shape = self.num_layers * count, x.shape[1]

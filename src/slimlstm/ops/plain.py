@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from slimlstm.errors import SlimLSTMError
 from slimlstm.ops import dense, reference, training
 from slimlstm.ops.weights import Direction, LayerOutput, Matrix, columns, is_clipped, rows, wants_gradients
 
@@ -39,6 +40,13 @@ def choose(x: Tensor, batch_sizes: Tensor | None, directions: Sequence[Direction
 
     A loop over time runs if rebuilding hh would cost more than it saves, and PyTorch's LSTM if not.
     """
+    if torch._C._get_tracing_state() is not None and not torch.compiler.is_compiling():  # pyright: ignore
+        if is_clipped(directions):
+            raise SlimLSTMError(
+                "a layer that clips cannot be traced: its loop would keep this input's number of steps and sequences; use "
+                "torch.export or slimlstm.export_onnx"
+            )
+        return Choice("dense", f"{reason}; a loop would keep this input's number of steps")
     if is_clipped(directions):
         return Choice("reference", f"{reason}; PyTorch's LSTM does not clip")
     if forward_ad._current_level >= 0:  # pyright: ignore[reportPrivateUsage]

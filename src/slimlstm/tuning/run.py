@@ -21,7 +21,7 @@ from slimlstm.tuning.grid import Grid
 from slimlstm.tuning.history import History, RunRecord
 from slimlstm.tuning.losses import Loss, StatefulLoss, check_losses
 from slimlstm.tuning.processes import Processes
-from slimlstm.tuning.sampling import Batches, own_batches, seed_with
+from slimlstm.tuning.sampling import Batches, check_not_of_inference, own_batches, seed_with
 
 _WARM_UP = 0.05
 _LARGEST_NORM = 1.0
@@ -159,6 +159,7 @@ class Run:
 
     def _step(self, batch: Any) -> None:
         record, fraction, lr = self.record, self._fraction(), self.settings.lr
+        check_not_of_inference(batch, "a batch holds tensors")
         seed_with(self.settings.seed, "step", record.step, self.processes.rank)
         self.optimizer.zero_grad()
         with self.autocast:

@@ -8,6 +8,8 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree  # pyright: ignore[reportPrivateUsage]  # the public name is of newer versions
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.tuning.history import RunRecord
@@ -28,6 +30,14 @@ def check_batches(batches: Batches) -> None:
         raise SlimLSTMError(
             f"batches is a {type(batches).__name__}, which can be read only once; give a list, a DataLoader, or a function "
             "from the number of the epoch to its batches"
+        )
+
+
+def check_not_of_inference(tensors: Any, what: str) -> None:
+    """Raise SlimLSTMError if ``tensors``, nested in lists, tuples or mappings, hold one that inference mode made."""
+    if any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in pytree.tree_leaves(tensors)):
+        raise SlimLSTMError(
+            f"{what} from torch.inference_mode(), which nothing can train; make them outside of it, or clone them outside"
         )
 
 

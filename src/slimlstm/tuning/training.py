@@ -17,7 +17,7 @@ from slimlstm.tuning.history import History
 from slimlstm.tuning.losses import Loss
 from slimlstm.tuning.processes import current_processes
 from slimlstm.tuning.run import Run, Settings
-from slimlstm.tuning.sampling import Batches, check_batches
+from slimlstm.tuning.sampling import Batches, check_batches, check_not_of_inference
 
 
 @plain_mode()
@@ -122,6 +122,7 @@ def _parameters_to_train(model: nn.Module, parameters: Iterable[nn.Parameter] | 
             )
     if not trained:
         raise SlimLSTMError("the model has no parameter to train; pass some in parameters, or let some require gradients")
+    check_not_of_inference(list(trained.values()), "the model has parameters")
     return trained
 
 
