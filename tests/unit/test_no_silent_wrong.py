@@ -9,16 +9,20 @@ import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import slimlstm
 from slimlstm import LowRank, LowRankLSTM, Prune, Quantize, SlimLSTMError, calibrate, compress_, find_sites, load, save
+from slimlstm.folders import read_folder
 from slimlstm.modules.graphs import copy_model
 from slimlstm.search import find_smallest
+from slimlstm.weight_files import read_tensors
 
 IN, H, T, B = 6, 16, 5, 2
 
@@ -544,6 +548,59 @@ def finetuned(model, folder):
     return tensors_of(model), history.losses
 
 
+@torch.inference_mode(False)
+def by_name(tensors):
+    """The tensors in the order of their names, as they would be if the file had been read outside of the mode."""
+    return [tensors[name].clone() for name in sorted(tensors)]
+
+
+def file_compressed(model, folder):
+    folder.mkdir()
+    save_file(dict(zip(model.state_dict(), tensors_of(model), strict=True)), folder / "in.safetensors")
+    report = slimlstm.compress_file(folder / "in.safetensors", LowRank(rank=2, storage="int8"), folder / "out")
+    return by_name(read_folder(folder / "out")[1]), [site.relative_error for site in report.sites]
+
+
+def onnx_compressed(config, **data):
+    def verb(model, folder):
+        onnx_files = pytest.importorskip("onnx_files")
+        folder.mkdir()
+        node, weights = onnx_files.lstm_parts(np.random.default_rng(0))
+        onnx_files.save(folder / "in.onnx", [node], weights, ["lstm_y"])
+        report = slimlstm.compress_onnx(folder / "in.onnx", config, folder / "out.onnx", **data)
+        return by_name(read_tensors(folder / "out.onnx")), [site.relative_error for site in report.sites]
+
+    return verb
+
+
+def exported(model, folder):
+    pytest.importorskip("onnxscript")
+    folder.mkdir()
+    compress_(model, LowRank(rank=2))
+    found = slimlstm.export_onnx(model, BATCH, folder / "model.onnx")
+    sizes = [list(found.inputs.values()), list(found.outputs.values())]
+    return by_name(read_tensors(folder / "model.onnx")), [*sizes, found.opset]
+
+
+def sensitivity_measured(model, folder):
+    found = slimlstm.measure_sensitivity(model, BATCHES, squares)
+    return tensors_of(model), [str(found), str(found.plan(2000))]
+
+
+def calibration_kept(model, folder):
+    calibrate(model, BATCHES, squares).save(folder)
+    found = slimlstm.Calibration.load(folder)
+    return [value for one in found.sites.values() for value in (one.inputs, one.gradients)], [found.loss]
+
+
+def from_dense(model, folder):
+    return tensors_of(LowRankLSTM.from_dense(model.lstm)), [model.lstm.weight_hh_l0.requires_grad]
+
+
+def sites_found(model, folder):
+    return tensors_of(model), [(site.name, site.shape, site.problem) for site in find_sites(model)]
+
+
 COPIES = []
 """Models for verbs that take two."""
 BATCH = x()
@@ -560,6 +617,16 @@ VERBS = {
     "save and load": loaded,
     "to_dense": densified,
     "finetune": finetuned,
+    "compress_file": file_compressed,
+    "compress_onnx": onnx_compressed(LowRank(rank=2)),
+    "compress_onnx activation": onnx_compressed(
+        LowRank("activation", rank=2), batches=[{"x": np.ones((5, 3, 10), np.float32)}]
+    ),
+    "measure_sensitivity": sensitivity_measured,
+    "calibration file": calibration_kept,
+    "from_dense": from_dense,
+    "find_sites": sites_found,
+    "export_onnx": pytest.param(exported, marks=[pytest.mark.slow, pytest.mark.filterwarnings("ignore")]),
 }
 
 
@@ -584,6 +651,19 @@ def test_factors_that_are_computed_are_not_saved(make, tmp_path):
     with pytest.raises(SlimLSTMError, match=r"the model cannot be saved: weight_hh_l0_[uv] of 'lstm'"):
         save(make(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_training_on_tensors_of_inference_mode_is_refused_in_words():
+    with torch.inference_mode():
+        batch, built = x(), Model()
+    model = Model()
+    before = snapshot(model)
+    for one in (batch, (batch, batch), {"x": batch}):
+        with pytest.raises(SlimLSTMError, match=r"a batch holds tensors from torch\.inference_mode"):
+            slimlstm.finetune(model, [one], squares, steps=1)
+    assert snapshot(model) == before
+    with pytest.raises(SlimLSTMError, match=r"the model has parameters from torch\.inference_mode"):
+        slimlstm.finetune(built, [x()], squares, steps=1)
 
 
 def test_models_that_were_built_in_inference_mode():

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError, refusing
 from slimlstm.files import check_regular, replacing, sha256
+from slimlstm.modules.modes import plain_mode
 
 _FORMAT = "calibration 2"
 
@@ -116,6 +117,7 @@ class Calibration:
             save_file(tensors, draft, {"slimlstm": _FORMAT, "header": text, "sha256": _digest(text, tensors)})
 
     @classmethod
+    @plain_mode()
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
         """Read a file that :meth:`save` wrote.
 

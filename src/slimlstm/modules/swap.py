@@ -224,7 +224,7 @@ def _carry_over(old: nn.Module, module: nn.Module) -> None:
 def _copy(module: Any) -> Any:
     """Return a copy that shares all tensors and hooks with ``module``, but whose registrations can change alone."""
     kind: Any = type(module)
-    content = module.__getstate__() if isinstance(module, FactoredModule) else dict(vars(module))
+    content = FactoredModule.__getstate__(module) if isinstance(module, FactoredModule) else dict(vars(module))
     if parametrize.is_parametrized(module):
         # The class was made for this module alone, and has a property for every parametrized tensor.
         members = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}

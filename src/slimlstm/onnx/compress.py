@@ -18,6 +18,7 @@ from slimlstm.calibration.moments import Calibration
 from slimlstm.errors import SlimLSTMError, reason_of
 from slimlstm.files import replacing
 from slimlstm.methods import Needs, Replacement
+from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.onnx.calibrate import RunInputs, calibrate_graph
 from slimlstm.onnx.find import find_lstms
 from slimlstm.onnx.graph import OnnxLSTM, graphs_of, read_model
@@ -33,6 +34,8 @@ _LARGEST_FILE = 2**31 - 1
 """Bytes that one ONNX file can hold."""
 
 
+@plain_mode()
+@plain_defaults()
 def compress_onnx(
     path: str | os.PathLike[str],
     config: Config,

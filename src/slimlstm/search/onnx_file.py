@@ -11,6 +11,7 @@ from pathlib import Path
 from slimlstm.calibration.moments import Calibration
 from slimlstm.errors import SlimLSTMError
 from slimlstm.files import replacing
+from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.onnx.calibrate import RunInputs, calibrate_graph
 from slimlstm.onnx.compress import compress_onnx
 from slimlstm.onnx.find import find_lstms
@@ -30,6 +31,8 @@ _STORAGES = ("bfloat16", "int8")
 _METRIC = "disagreement"
 
 
+@plain_mode()
+@plain_defaults()
 def shrink_onnx(
     path: str | os.PathLike[str],
     output: str | os.PathLike[str],

@@ -14,6 +14,7 @@ from slimlstm.calibration.moments import Calibration
 from slimlstm.errors import SlimLSTMError
 from slimlstm.folders import read_config, site_entry, stored_names, write_folder
 from slimlstm.methods import DENSE, Replacement, check_matrix, rounded, stored_bytes
+from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.modules.sites import Site
 from slimlstm.ops.weights import Matrix
 from slimlstm.pipeline.plan import Config, with_storage
@@ -28,6 +29,8 @@ from slimlstm.weight_files.read import Tensors, read_weights
 _LSTM_PART = re.compile(r"(parametrizations\.)?(weight|bias)_(ih|hh|hr)[^.]*(\.original)?")
 
 
+@plain_mode()
+@plain_defaults()
 def compress_file(
     path: Path,
     config: Config,
