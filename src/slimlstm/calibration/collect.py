@@ -17,6 +17,8 @@ from slimlstm.errors import SlimLSTMError
 from slimlstm.modules.modes import ambient_defaults, evaluation_mode, plain_mode
 from slimlstm.progress import Progress, counted, shown
 
+_BLOCK = 512
+"""Columns in a block of a moment."""
 NO_BATCH = "no batch was given; if the batches came from an iterator, it may have been used up before"
 
 
@@ -131,7 +133,7 @@ class MomentSums:
     def add(self, rows: Rows) -> None:
         """Add the rows that receive a gradient, or all rows where no gradients are known."""
         inputs, gradients, reached = list(rows.inputs), rows.gradients, rows.reached
-        if gradients is not None and reached is not None:
+        if gradients is not None and reached is not None and not bool(reached.all()):
             inputs, gradients = [values[reached] for values in inputs], gradients[reached]
         self.rows += len(inputs[0])
         sums = [_square(values) for values in inputs]
@@ -165,4 +167,12 @@ def _square(rows: Tensor) -> Tensor:
     The products of one batch are summed in float32, unless the rows are in float64.
     """
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    return (rows.T @ rows).double()
+    if rows.shape[1] < 2 * _BLOCK:
+        return (rows.T @ rows).double()
+    # The result is symmetric: one triangle of blocks is enough.
+    found = rows.new_empty(rows.shape[1], rows.shape[1], dtype=torch.float64)
+    for start in range(0, rows.shape[1], _BLOCK):
+        own = slice(start, start + _BLOCK)
+        found[own, start:] = rows[:, own].T @ rows[:, start:]
+        found[start:, own] = found[own, start:].T
+    return found

@@ -1,6 +1,6 @@
 """Observe the inputs of recurrent matrices, and the gradients at their gates, while any model runs.
 
-The model needs no changes. While it is observed, every LSTM computes by the reference recurrence, and a zero probe that is
+The model needs no changes. While it is observed, every LSTM computes by a plain recurrence, and a zero probe that is
 added to its gates captures their gradients.
 """
 
@@ -23,8 +23,9 @@ from slimlstm.modules.hosts import find_hosts
 from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.modules.modes import evaluation_mode, surely
 from slimlstm.modules.shapes import LSTMState, clips, lstm_arguments
+from slimlstm.ops import training
 from slimlstm.ops.reference import product, recurrence, step
-from slimlstm.ops.weights import Direction, Matrix
+from slimlstm.ops.weights import Direction, Matrix, is_clipped
 
 AnyLSTM = TypeVar("AnyLSTM", bound=LowRankLSTM)
 AnyCell = TypeVar("AnyCell", bound=LowRankLSTMCell)
@@ -108,11 +109,18 @@ class _ObservedLSTM(LowRankLSTM):
         """Run one layer and direction over packed rows [N, I], and record what its matrices see."""
         weights, reverse = self.direction(suffix), suffix.endswith("_reverse")
         probe = self.recorder.probe(rows, 4 * self.hidden_size)
-        gates = product(rows, weights.ih, weights.bias_ih) + probe
-        output, h, c = recurrence(gates, sizes, *state, weights, reverse)
+        gates, first = product(rows, weights.ih, weights.bias_ih) + probe, state[0].detach()
+        if weights.hr is None and not is_clipped([weights]) and len(set(sizes)) == 1:
+            gates = gates if weights.bias_hh is None else gates + weights.bias_hh
+            output, h, c = training.recurrence(gates.unflatten(0, (len(sizes), -1)), *state, weights.hh, reverse=reverse)
+            lengths = torch.full((sizes[0],), len(sizes), device=output.device)
+            before = states_before(output.detach(), first, lengths, reverse).flatten(0, 1)
+            output = output.flatten(0, 1)
+        else:
+            output, h, c = recurrence(gates, sizes, *state, weights, reverse)
+            before = _packed_states_before(output.detach(), sizes, first, reverse)
         # A copy, because the model may overwrite its inputs before they are counted.
-        inputs = rows.detach().clone(), _packed_states_before(output.detach(), sizes, state[0].detach(), reverse)
-        self.recorder.add(_keys(self.path, suffix), inputs, probe)
+        self.recorder.add(_keys(self.path, suffix), (rows.detach().clone(), before), probe)
         return output, (h, c)
 
 

@@ -71,11 +71,15 @@ class Recorder:
             grouped.setdefault(keys, []).append((inputs, torch.zeros_like(probe) if gradient is None else gradient))
         return {
             keys: Rows(
-                tuple(torch.cat(parts) for parts in zip(*(inputs for inputs, _ in calls), strict=True)),
-                None if total is None else torch.cat([gradient for _, gradient in calls]),
+                tuple(_joined(parts) for parts in zip(*(inputs for inputs, _ in calls), strict=True)),
+                None if total is None else _joined([gradient for _, gradient in calls]),
             )
             for keys, calls in grouped.items()
         }
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _gradients(total: Tensor, probes: Sequence[Tensor]) -> Sequence[Tensor | None]:

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.ops.reference import product
-from slimlstm.ops.weights import Direction, LayerOutput, is_clipped
+from slimlstm.ops.weights import Direction, LayerOutput, Matrix, is_clipped
 
 sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
 
@@ -53,10 +53,17 @@ def layer(x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, directi
 def _direction(x: Tensor, h0: Tensor, c0: Tensor, weights: Direction, *, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return output [T, B, H] and the last h and c [B, H] of one direction."""
     bias = weights.bias_ih if weights.bias_ih is None or weights.bias_hh is None else weights.bias_ih + weights.bias_hh
-    gates = product(x, weights.ih, bias)
+    return recurrence(product(x, weights.ih, bias), h0, c0, weights.hh, reverse=reverse)
+
+
+def recurrence(gates: Tensor, h0: Tensor, c0: Tensor, hh: Matrix, *, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Run one direction on ``gates`` = W_ih x + b_ih + b_hh [T, B, 4H]; return output [T, B, H] and the last h, c [B, H].
+
+    Second derivatives are not available.
+    """
     dtype, device = gates.dtype, gates.device.type
     wide = torch.promote_types(dtype, torch.float32)
-    factors = weights.hh if isinstance(weights.hh, tuple) else (weights.hh,)
+    factors = hh if isinstance(hh, tuple) else (hh,)
     if torch.is_autocast_enabled(device):
         factors = tuple(factor.to(torch.get_autocast_dtype(device)) for factor in factors)
     gates = gates.flip(0) if reverse else gates
