@@ -1,78 +1,108 @@
-"""Round weights column by column, and correct later columns for the errors of earlier ones.
+"""Round weights one by one, and correct later weights for the errors of earlier ones.
 
-Source: GPTQ (Frantar et al. 2022, arXiv 2210.17323). The loss of an error Δ [m, n] is tr(Δ H Δᵀ), where H is the second
-moment of the matrix's inputs.
+The loss of an error Δ [m, n] is tr(Δᵀ G Δ A), where A [n, n] is the second moment of the matrix's inputs, and G [m, m] the
+second moment of the gradients at its outputs. The columns of a row are rounded in turn, and the rest of the row is corrected
+in the metric A (GPTQ; Frantar et al. 2022, arXiv 2210.17323). Then the rows below are corrected for the error of the whole
+row in the metric G, as in YAQA (Tseng et al. 2025, arXiv 2505.22988).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.methods.low_bit import GROUP, group_scales, grouped, nearest, row_scales, spread
+from slimlstm.methods.low_bit import GROUP, group_scales, nearest, row_scales
 
 DAMPING = 0.01
 """Damping of the moments, as a fraction of their mean diagonal."""
+_CHUNKS = 128
+"""At most so many chunks of rows are rounded in turn; the rows of a chunk do not correct each other."""
+_SMALLEST_CHUNK = 4
 
 
-def round_columns(weight: Tensor, moment: Tensor, bits: int, factor: Tensor | None = None) -> Tensor:
+def round_with_feedback(weight: Tensor, across: Tensor, down: Tensor | None, bits: int) -> Tensor:
     """Return a weight [m, n] on the grid of ``bits`` bits, rounded with feedback.
 
     Args:
         weight: float32 [m, n]; every group of a row has its own scale.
-        moment: H [n, n], or [n] for a diagonal one.
+        across: :func:`inverse_factor` [n, n] of the moment of the inputs.
+        down: :func:`inverse_factor` [m, m] of the moment of the gradients; None for gradients that are all alike and
+            independent, where rows do not correct each other.
         bits: bits of a code.
-        factor: :func:`inverse_factor` of the moment, if it is known already.
 
     Examples:
-        >>> weight = torch.tensor([[0.30, 0.10, -0.20]])
-        >>> rounded = round_columns(weight, torch.eye(3), bits=4)
-        >>> bool((rounded - weight).abs().max() < 0.03)
+        >>> weight, factor = torch.tensor([[0.30, 0.10, -0.20]]), inverse_factor(torch.eye(3))
+        >>> bool((round_with_feedback(weight, factor, None, bits=4) - weight).abs().max() < 0.03)
         True
     """
-    return _round(weight, inverse_factor(moment) if factor is None else factor, bits, by_row=False)
+    return _Rounding(weight, across, down, bits).run()
 
 
-def round_rows(weight: Tensor, moment: Tensor, bits: int, factor: Tensor | None = None) -> Tensor:
-    """Return a weight [m, n] on the grid of ``bits`` bits, rounded row by row with feedback to later rows.
+class _Rounding:
+    """One weight as chunks of rows [k, rows, n], and the blocks of columns that share scales.
 
-    The loss of an error Δ is tr(Δᵀ H Δ), where H [m, m] is the second moment of the gradients at the matrix's outputs.
+    A chunk is one block behind the chunk above it, so that all chunks move on together.
     """
-    return _round(weight.T, inverse_factor(moment) if factor is None else factor, bits, by_row=True).T.contiguous()
+
+    def __init__(self, weight: Tensor, across: Tensor, down: Tensor | None, bits: int) -> None:
+        m, n = weight.shape
+        self.shape, self.bits, self.dtype = (m, n), bits, weight.dtype
+        self.rows = m if down is None else max(_SMALLEST_CHUNK, -(-m // _CHUNKS))
+        self.chunks, self.blocks = -(-m // self.rows), -(-n // GROUP)
+        missing = self.chunks * self.rows - m, self.blocks * GROUP - n
+        padded = pad(weight.double(), (0, missing[1], 0, missing[0]))
+        self.base = row_scales(padded.float(), bits).view(self.chunks, self.rows)
+        # Wanted values [chunk, block, row, column]: as the rows above leave them, and corrections by the columns before.
+        self.wanted = padded.view(self.chunks, self.rows, self.blocks, GROUP).transpose(1, 2).contiguous()
+        self.corrections, self.result = torch.zeros_like(self.wanted), torch.zeros_like(self.wanted)
+        self.across, self.down = _padded(across, missing[1]), None if down is None else _padded(down, missing[0])
+        self.diagonal = torch.stack([self.across[own, own] for own in map(self._columns, range(self.blocks))])
+
+    def run(self) -> Tensor:
+        for step in range(self.chunks + self.blocks - 1):
+            first = max(0, step - self.blocks + 1)
+            chunks = torch.arange(first, min(step + 1, self.chunks), device=self.wanted.device)
+            errors = self._round(chunks, step - chunks)
+            for index, chunk in enumerate(chunks.tolist()):
+                self._correct(chunk, step - chunk, errors[index])
+        m, n = self.shape
+        return self.result.transpose(1, 2).reshape(self.chunks * self.rows, -1)[:m, :n].to(self.dtype)
+
+    def _round(self, chunks: Tensor, blocks: Tensor) -> Tensor:
+        """Round one block of each of these chunks; return the errors [k, rows, GROUP] over the factor's diagonal."""
+        work = self.wanted[chunks, blocks] + self.corrections[chunks, blocks]
+        factor = self.diagonal[blocks]
+        scale = group_scales(work.float(), self.bits, self.base[chunks])
+        errors, rounded = torch.empty_like(work), torch.empty_like(work)
+        for index in range(GROUP):
+            column = work[..., index]
+            rounded[..., index] = nearest(column.float(), scale, self.bits)
+            error = torch.sub(column, rounded[..., index], out=errors[..., index]).div_(factor[:, None, index, index])
+            work[..., index + 1 :] -= error[..., None] * factor[:, None, index, index + 1 :]
+        self.result[chunks, blocks] = rounded
+        return errors
+
+    def _correct(self, chunk: int, block: int, errors: Tensor) -> None:
+        """Correct the blocks to the right of one that was rounded, and the chunks below it."""
+        if block + 1 < self.blocks:
+            later = errors @ self.across[self._columns(block), GROUP * (block + 1) :]
+            self.corrections[chunk, block + 1 :] -= later.unflatten(1, (-1, GROUP)).transpose(0, 1)
+        if self.down is not None and chunk + 1 < self.chunks:
+            own, below = slice(chunk * self.rows, (chunk + 1) * self.rows), slice((chunk + 1) * self.rows, None)
+            error = self.wanted[chunk, block] - self.result[chunk, block]
+            solved = torch.linalg.solve_triangular(self.down[own, own], error, upper=True)
+            self.wanted[chunk + 1 :, block] -= (self.down[own, below].T @ solved).unflatten(0, (-1, self.rows))
+
+    @staticmethod
+    def _columns(block: int) -> slice:
+        return slice(GROUP * block, GROUP * (block + 1))
 
 
-def _round(weight: Tensor, factor: Tensor, bits: int, *, by_row: bool) -> Tensor:
-    """Round the columns of ``weight`` [m, n] in turn; ``by_row`` says that groups lie along its columns, not its rows."""
-    work = weight.double().clone()
-    result = torch.empty_like(work)
-    base = None if by_row else row_scales(weight.float(), bits)
-    for start in range(0, weight.shape[1], GROUP):
-        stop = min(start + GROUP, weight.shape[1])
-        scale = _block_scales(work[:, start:stop].float(), bits, base)
-        errors = torch.empty_like(work[:, start:stop])
-        for index in range(start, stop):
-            column = work[:, index]
-            result[:, index] = nearest(column.float(), scale[:, index - start], bits)
-            errors[:, index - start] = (column - result[:, index]) / factor[index, index]
-            # Correct the rest of the block now, and the columns behind it once for the whole block.
-            work[:, index + 1 : stop] -= errors[:, index - start, None] * factor[index, index + 1 : stop]
-        work[:, stop:] -= errors @ factor[start:stop, stop:]
-    return result.to(weight.dtype)
-
-
-def _block_scales(block: Tensor, bits: int, base: Tensor | None) -> Tensor:
-    """Return the scale of every weight in a block [m, k] of columns.
-
-    Args:
-        block: the columns.
-        bits: bits of a code.
-        base: the scales of the rows [m]; None where groups lie along the columns.
-    """
-    if base is None:
-        rows = block.T.contiguous()
-        return spread(group_scales(grouped(rows), bits, row_scales(rows, bits)[:, None]), rows.shape[1]).T
-    return group_scales(block, bits, base)[:, None].expand_as(block)
+def _padded(factor: Tensor, missing: int) -> Tensor:
+    """Return a factor with ones for ``missing`` more rows and columns."""
+    return torch.block_diag(factor, torch.eye(missing, dtype=factor.dtype, device=factor.device)) if missing else factor
 
 
 def inverse_factor(moment: Tensor) -> Tensor:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
 
-from slimlstm.methods.feedback import DAMPING, inverse_factor, round_columns, round_rows
+from slimlstm.methods.feedback import DAMPING, inverse_factor, round_with_feedback
 from slimlstm.methods.storages import Storage, rounded, storage_called
 
 
@@ -56,30 +56,62 @@ class Rounder:
         nearest, bits = rounded(weight, storage), self._feedback_bits(storage)
         if bits is None or self._inputs is None:
             return nearest
-        inputs = self._inputs.to(weight.device)
-        return _better(weight, nearest, round_columns(weight, inputs, bits, self._input_factor.to(weight.device)), inputs)
+        found = round_with_feedback(weight, self._input_factor.to(weight.device), self._down(weight), bits)
+        return min(nearest, found, key=lambda after: self._loss(weight - after))
 
     def factors(self, u: Tensor, v: Tensor, matrix: Tensor, storage: str) -> tuple[Tensor, Tensor]:
         """Return factors U [m, r] and V [r, n] of W ``matrix`` with the numbers that ``storage`` can hold.
 
-        For low-bit storages: V is rounded column by column with A as Hessian, U is solved again for the rounded V by least
-        squares in the same metric, and then rounded row by row with G as Hessian, or without G column by column with the
-        moment of its own inputs, V A Vᵀ.
+        For low-bit storages, :func:`_mixed` chooses the factors' basis. V is rounded with A and UᵀGU as moments, U is solved
+        again for the rounded V by least squares in the metric A, and then rounded with V A Vᵀ and G.
         """
         bits = self._feedback_bits(storage)
         if bits is None or self._inputs is None:
             return rounded(u, storage), rounded(v, storage)
         moment = (torch.diag(self._inputs) if self._inputs.ndim == 1 else self._inputs).to(u.device, torch.float64)
-        v = round_columns(v, moment, bits, self._input_factor.to(u.device))
+        u, v = self._mixed(u, v, moment)
+        down = inverse_factor(self._by_gradients(u.double()))
+        v = round_with_feedback(v, self._input_factor.to(u.device), down, bits)
         wide = v.double()
         own = wide @ moment @ wide.T
         damped = own + DAMPING * float(own.diagonal().mean()) * torch.eye(len(own), dtype=own.dtype, device=own.device)
         # Pull towards the given U where V's rows are nearly dependent.
         pull = damped - own
         solved = torch.linalg.solve(damped, (matrix.double() @ moment @ wide.T + u.double() @ pull).T).T.to(u.dtype)
+        return round_with_feedback(solved, inverse_factor(own), self._down(u), bits), v
+
+    def _mixed(self, u: Tensor, v: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+        """Return factors with the same product U V, in a basis in which rounding loses little.
+
+        Every column of U and row of V get equal norms in the metrics G and A, so that neither side's errors weigh more. Then
+        a rotation spreads large and small columns evenly, since the weights of a group share one scale, and all rows of V
+        have equally many bits.
+        """
+        left, right = self._by_gradients(u.double()).diagonal(), ((v.double() @ moment) * v.double()).sum(dim=1)
+        scale = torch.where((left > 0) & (right > 0), (right / left) ** 0.25, 1.0)
+        rotation = _rotation(len(v)).to(u.device)
+        return (u * scale @ rotation).to(u.dtype), (rotation.T @ (v / scale[:, None])).to(v.dtype)
+
+    def _by_gradients(self, u: Tensor) -> Tensor:
+        """Return UᵀGU for U [m, r]."""
+        return u.T @ self._weighed(u)
+
+    def _weighed(self, u: Tensor) -> Tensor:
+        """Return G U for U [m, r]."""
         if self._gradients is None:
-            return round_columns(solved, own, bits), v
-        return round_rows(solved, self._gradients, bits, self._gradient_factor.to(u.device)), v
+            return u
+        gradients = self._gradients.to(u)
+        return gradients[:, None] * u if gradients.ndim == 1 else gradients @ u
+
+    def _loss(self, difference: Tensor) -> float:
+        """Return tr(Δᵀ G Δ A) for Δ [m, n]."""
+        assert self._inputs is not None  # noqa: S101 (checked by the caller)
+        wide = difference.double()
+        inputs = self._inputs.to(wide)
+        return float(((wide @ inputs if inputs.ndim == 2 else wide * inputs) * self._weighed(wide)).sum())
+
+    def _down(self, weight: Tensor) -> Tensor | None:
+        return None if self._gradients is None else self._gradient_factor.to(weight.device)
 
     def _feedback_bits(self, storage: str) -> int | None:
         """Return the bits of a storage whose rounding uses the moments, or None."""
@@ -114,13 +146,7 @@ def round_factors(
     return Rounder(inputs, gradients).factors(u, v, matrix, storage)
 
 
-def _better(weight: Tensor, first: Tensor, second: Tensor, inputs: Tensor) -> Tensor:
-    """Return the one of two roundings with the smaller loss tr(Δ A Δᵀ)."""
-    moment = inputs.to(torch.float64)
-
-    def loss(rounding: Tensor) -> float:
-        difference = (weight - rounding).double()
-        weighted = difference * moment if moment.ndim == 1 else difference @ moment
-        return float((weighted * difference).sum())
-
-    return first if loss(first) < loss(second) else second
+@cache
+def _rotation(size: int) -> Tensor:
+    """Return an orthogonal matrix [r, r] in float64, always the same."""
+    return torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
