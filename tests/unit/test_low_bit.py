@@ -7,7 +7,17 @@ from torch import nn
 import slimlstm as sl
 from slimlstm.methods import STORAGES, matrix_bytes, round_factors, round_matrix, rounded, svd
 from slimlstm.methods.feedback import inverse_factor, round_with_feedback
-from slimlstm.methods.low_bit import GROUP, encode_groups, group_scales, largest_step, nearest, pack, row_scales, spread, unpack
+from slimlstm.methods.low_bit import (
+    GROUP,
+    encode_groups,
+    group_scales,
+    largest_step,
+    nearest,
+    pack,
+    row_scales,
+    spread,
+    unpack,
+)
 
 BITS = range(3, 9)
 LOW_BIT = [name for name, row in STORAGES.items() if row.scales == "group"]

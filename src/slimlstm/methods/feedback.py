@@ -1,9 +1,9 @@
 """Round weights one by one, and correct later weights for the errors of earlier ones.
 
 The loss of an error Δ [m, n] is tr(Δᵀ G Δ A), where A [n, n] is the second moment of the matrix's inputs, and G [m, m] the
-second moment of the gradients at its outputs. The columns of a row are rounded in turn, and the rest of the row is corrected
-in the metric A (GPTQ; Frantar et al. 2022, arXiv 2210.17323). Then the rows below are corrected for the error of the whole
-row in the metric G, as in YAQA (Tseng et al. 2025, arXiv 2505.22988).
+second moment of the gradients at its outputs. The columns of a row are rounded in turn, and the rest of the row is
+corrected in the metric A (GPTQ; Frantar et al. 2022, arXiv 2210.17323). Then the rows below are corrected for the error of
+the whole row in the metric G, as in YAQA (Tseng et al. 2025, arXiv 2505.22988).
 """
 
 from __future__ import annotations

@@ -62,8 +62,8 @@ class Rounder:
     def factors(self, u: Tensor, v: Tensor, matrix: Tensor, storage: str) -> tuple[Tensor, Tensor]:
         """Return factors U [m, r] and V [r, n] of W ``matrix`` with the numbers that ``storage`` can hold.
 
-        For low-bit storages, :func:`_mixed` chooses the factors' basis. V is rounded with A and UᵀGU as moments, U is solved
-        again for the rounded V by least squares in the metric A, and then rounded with V A Vᵀ and G.
+        For low-bit storages, a change of basis comes first. V is rounded with A and UᵀGU as moments, U is solved again for
+        the rounded V by least squares in the metric A, and then rounded with V A Vᵀ and G.
         """
         bits = self._feedback_bits(storage)
         if bits is None or self._inputs is None:
@@ -83,9 +83,9 @@ class Rounder:
     def _mixed(self, u: Tensor, v: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
         """Return factors with the same product U V, in a basis in which rounding loses little.
 
-        Every column of U and row of V get equal norms in the metrics G and A, so that neither side's errors weigh more. Then
-        a rotation spreads large and small columns evenly, since the weights of a group share one scale, and all rows of V
-        have equally many bits.
+        Every column of U and its row of V get equal norms in the metrics G and A, so that neither side's errors weigh more.
+        Then a rotation spreads large and small columns evenly, since the weights of a group share one scale, and all rows
+        of V have equally many bits.
         """
         left, right = self._by_gradients(u.double()).diagonal(), ((v.double() @ moment) * v.double()).sum(dim=1)
         scale = torch.where((left > 0) & (right > 0), (right / left) ** 0.25, 1.0)
