@@ -6,7 +6,8 @@
 Calibrated methods see ``--tokens`` of the training text only. Every run compresses all recurrent matrices to ``--keep``
 of their bytes and writes one JSON file with its provenance; runs whose file exists are skipped. Methods ending in -global
 choose all ranks together; those ending in -int8 have the same bytes as the others, and so four times as many weights.
-Those ending in -auto choose rank and bits together; dense-int4 keeps the matrices whole, in 4 bits.
+Those ending in -auto choose rank and bits together, from ``sensitivity.json`` in the output folder, which is measured
+where it is missing; dense-int4 keeps the matrices whole, in 4 bits.
 """
 
 import argparse
@@ -47,6 +48,8 @@ parser.add_argument(
 parser.add_argument("--keep", nargs="+", type=float, default=[0.25, 0.15, 0.08], help="fractions of the bytes")
 parser.add_argument("--tokens", type=int, default=60_000, help="training text to calibrate on")
 parser.add_argument("--evaluate", type=int, help="evaluate on this many tokens of the split; default: all")
+parser.add_argument("--streams", type=int, default=10, help="parts of the text that are evaluated side by side")
+parser.add_argument("--refit", type=int, help="how often to fit factors again; default: as compress_ does")
 arguments = parser.parse_args()
 console = Console()
 arguments.output.mkdir(parents=True, exist_ok=True)
@@ -70,6 +73,9 @@ if not stored.exists():
     sl.calibrate(dense, batches, loss, progress=lambda label, _: console.print(f"calibrated on {label}")).save(stored)
     seconds = time.monotonic() - began
 calibration = Calibration.load(stored)
+measured = arguments.output / "sensitivity.json"
+if any(method.endswith("-auto") for method in arguments.methods) and not measured.exists():
+    sl.measure_sensitivity(dense, batches, loss, calibration=calibration).save(measured)
 common = {
     "config": {
         "model": Path(arguments.model).name,
@@ -79,17 +85,20 @@ common = {
         "evaluated_tokens": len(tokens),
         "calibration_tokens": arguments.tokens,
         "threads": torch.get_num_threads(),
+        "refit": arguments.refit,
     },
     "provenance": provenance(),
 }
 if not (arguments.output / "dense.json").exists():
-    found = perplexity(dense, tokens, steps=350)
+    found = perplexity(dense, tokens, streams=arguments.streams, steps=350)
     write_json(
         arguments.output / "dense.json",
         {"method": "dense", **asdict(found), "calibration_seconds": round(seconds, 1), **common},
     )
 reference = read_json(arguments.output / "dense.json")
-unlike = {key for key, value in common["config"].items() if key != "threads" and reference["config"][key] != value}
+unlike = {
+    key for key, value in common["config"].items() if key not in ("threads", "refit") and reference["config"][key] != value
+}
 if unlike:
     sys.exit(
         f"{arguments.output / 'dense.json'} was made with other {', '.join(unlike)}; repeat that, or name another folder"
@@ -101,9 +110,12 @@ for keep, method in itertools.product(arguments.keep, arguments.methods):
         continue
     began, model = time.monotonic(), copy.deepcopy(dense)
     data = {"batches": batches, "loss": loss} if is_calibrated(method) else {}
-    report = sl.compress_(model, configuration_called(method, keep, size), calibration=calibration, **data)
+    if method.endswith("-auto"):
+        data["sensitivity"] = sl.Sensitivity.load(measured)
+    config = configuration_called(method, keep, size)
+    report = sl.compress_(model, config, calibration=calibration, refit=arguments.refit, **data)
     solved = time.monotonic()
-    found = perplexity(model, tokens, steps=350)
+    found = perplexity(model, tokens, streams=arguments.streams, steps=350)
     lstm_before, lstm_after = sum(s.bytes_before for s in report.sites), sum(s.bytes_after for s in report.sites)
     result = {
         "method": method,
@@ -115,6 +127,7 @@ for keep, method in itertools.product(arguments.keep, arguments.methods):
         "rise": found.loss - baseline,
         "predicted_rise": report.predicted_rise,
         "plan": report.plan.to_dict(),
+        "notes": report.notes,
         "seconds": {"compress": round(solved - began, 1), "evaluate": round(time.monotonic() - solved, 1)},
         **common,
     }
