@@ -29,7 +29,7 @@ def ran(monkeypatch):
         else:
             monkeypatch.setattr(owner, name, watched)
 
-    for name in ("dense", "reference"):
+    for name in ("dense", "reference", "training"):
         watch(None, name, name, ops.BACKENDS)
     watch(cpu, "run", "fused")
     watch(ops.reference, "cell", "reference")

@@ -19,12 +19,14 @@ from helpers import (
     replaced,
     with_gradients,
 )
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
+from kernels import needs_kernel
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from slimlstm import ops
 from slimlstm.errors import SlimLSTMError
 from slimlstm.modules.lstm import LowRankLSTM
+from slimlstm.ops import elementwise, native
 from slimlstm.ops.weights import Direction
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -90,10 +92,31 @@ def test_the_training_backend_is_an_lstm_with_the_product_of_the_factors(problem
     assert_same(with_gradients(low_rank(problem, "training"), inputs, problem.call), expected, **EXACT)
 
 
+@pytest.fixture
+def training_by(request, monkeypatch):
+    """Train by one of the implementations of a step."""
+    if request.param == "PyTorch":
+        monkeypatch.setattr(native, "missing", "the test says so")
+        return
+    isa, _, per_step = request.param.partition(", ")
+    monkeypatch.setenv("SLIMLSTM_ISA", isa)
+    if per_step:
+        monkeypatch.setattr(elementwise, "LARGEST_SMALL", 0)
+
+
+every_step = pytest.mark.parametrize(
+    "training_by",
+    ["PyTorch", *(isa + way for isa in native.instruction_sets() for way in ("", ", by steps"))],
+    indirect=True,
+)
+
+
+@every_step
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(problem=problems(full_rank=False, plain=True))
-def test_the_training_backend_is_right_to_the_precision_of_the_dtype(dtype, autocast, problem):
+def test_the_training_backend_is_right_to_the_precision_of_the_dtype(training_by, dtype, autocast, problem):
     inputs = problem.inputs(dtype)
     exact = low_rank(problem, "reference", dtype).double()
     truth = with_gradients(exact, {name: value.double() for name, value in inputs.items()}, problem.call)
@@ -102,6 +125,31 @@ def test_the_training_backend_is_right_to_the_precision_of_the_dtype(dtype, auto
     values = {name: value for name, value in results.items() if name in ("output", "h_n", "c_n")}
     assert {value.dtype for value in values.values()} == {torch.bfloat16 if autocast else dtype}
     assert_near({name: value.bfloat16() if autocast else value for name, value in results.items()}, truth)
+
+
+@every_step
+@pytest.mark.parametrize("hidden", [1, 7, 33, 129])
+@pytest.mark.parametrize("batch", [1, 7])
+def test_the_training_backend_at_awkward_sizes(training_by, hidden, batch):
+    ranks = {"weight_hh_l0": 3, "weight_ih_l0_reverse": 2} if hidden > 3 else {}
+    module, x = LowRankLSTM(5, hidden, bidirectional=True, ranks=ranks, backend="training"), torch.randn(4, batch, 5)
+    found, exact = [], deepcopy(module).double()
+    exact.backend = "reference"
+    for one, inputs in ((module, x), (exact, x.double())):
+        output, (h, c) = one(inputs.requires_grad_())
+        loss = output.sin().sum() + h.cos().sum() + c.square().sum()
+        found.append([output, h, c, *torch.autograd.grad(loss, [inputs, *one.parameters()])])
+    for ours, truth in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-5)
+
+
+def test_the_training_backend_has_gradients_of_gradients():
+    module, x = LowRankLSTM(5, 8, ranks={"weight_hh_l0": 2}, bidirectional=True), torch.randn(4, 2, 5, requires_grad=True)
+    found = []
+    for module.backend in ("training", "reference"):
+        (d_x,) = torch.autograd.grad(module(x)[0].pow(3).sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(d_x.sin().sum(), [x, *module.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
 
 def test_the_training_backend_passes_gradients_on_from_frozen_weights_and_last_states():
@@ -184,14 +232,13 @@ def chosen(steps: int, batch: int, hidden: int, rank: int | None, grad: bool = F
     ("case", "backend", "reason"),
     [
         ({"steps": 1, "batch": 1, "hidden": 256, "rank": None}, "dense", "hh is dense"),
-        ({"steps": 1, "batch": 1, "hidden": 256, "rank": 32, "grad": True}, "dense", "gradients"),
         ({"steps": 1, "batch": 1, "hidden": 256, "rank": 32}, "reference", "rebuilding hh would cost more"),
         ({"steps": 1000, "batch": 1, "hidden": 256, "rank": 32}, "dense", "rebuilt once for 1000 steps"),
         # The activations of a large batch cost the loop more than its thin products save.
         ({"steps": 50, "batch": 256, "hidden": 256, "rank": 64}, "dense", "rebuilt once for 50 steps"),
         ({"steps": 200, "batch": 64, "hidden": 64, "rank": 16}, "dense", "rebuilt once for 200 steps"),
     ],
-    ids=["dense hh", "training", "one step", "long", "large batch", "long, large batch, small H"],
+    ids=["dense hh", "one step", "long", "large batch", "long, large batch, small H"],
 )
 def test_choice(case, backend, reason, packed):
     choice = chosen(**case, packed=packed)
@@ -215,9 +262,19 @@ def test_gradients_count_only_where_they_are_recorded():
     ],
     ids=["large", "hardly thinner", "small", "dense hh", "dense hh below float32", "smaller dense hh below float32"],
 )
-def test_choice_in_training(hidden, rank, low, backend):
+def test_choice_in_training_without_the_kernel(hidden, rank, low, backend, monkeypatch):
+    monkeypatch.setattr(native, "missing", "the test says so")
     with torch.autocast("cpu", torch.bfloat16, enabled=low):
         assert chosen(7, 2, hidden, rank, grad=True).backend == backend
+        assert chosen(7, 2, hidden, rank, grad=True, packed=True).backend == "dense"
+
+
+@needs_kernel
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize(("hidden", "rank"), [(16, None), (16, 2), (1150, None), (1150, 64)])
+def test_choice_in_training(hidden, rank, low):
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        assert chosen(7, 2, hidden, rank, grad=True).backend == "training"
         assert chosen(7, 2, hidden, rank, grad=True, packed=True).backend == "dense"
 
 

@@ -68,6 +68,13 @@ def command(
             help="As --batches, to compare the outputs of both ONNX files on; by default, random inputs.",
         ),
     ] = None,
+    also: Annotated[
+        str | None,
+        typer.Option(
+            metavar="<kinds>",
+            help="Also store an ONNX file's other weights in int8: linear, conv, embedding, or several with commas.",
+        ),
+    ] = None,
     page: ReportPage = None,
     force: Force = False,
     as_json: Json = False,
@@ -86,9 +93,12 @@ def command(
         raise SlimLSTMError("--inputs compares two ONNX files; a weight file has no outputs")
     if part is not None and to_onnx:
         raise SlimLSTMError("--part names a state dict of a PyTorch checkpoint; an ONNX file has no parts")
+    if also and not to_onnx:
+        raise SlimLSTMError("--also is for ONNX files; in a PyTorch model, quantise other layers after slimlstm.load")
     config, difference = request.configuration(), dict[str, Any]()
+    kinds = [kind.strip() for kind in also.split(",")] if also else []
     if to_onnx:
-        report, difference = _to_onnx(file, output, request, batches, inputs)
+        report, difference = _to_onnx(file, output, request, batches, inputs, kinds)
         use = f"any ONNX runtime reads it. {difference['difference_note']}"
     else:
         from slimlstm.weight_files import compress_file
@@ -103,7 +113,12 @@ def command(
 
 
 def _to_onnx(
-    file: Path, output: Path, request: Request, batches: list[Path] | None, inputs: list[Path] | None
+    file: Path,
+    output: Path,
+    request: Request,
+    batches: list[Path] | None,
+    inputs: list[Path] | None,
+    also: list[str],
 ) -> tuple[Any, dict[str, Any]]:
     """Compress an ONNX file; return the report, and how much the outputs of both files differ."""
     from slimlstm.onnx.calibrate import read_batches
@@ -113,7 +128,7 @@ def _to_onnx(
         raise SlimLSTMError("of an ONNX file, prune takes no --storage; compress the result again, with --storage alone")
     runs = [run for path in batches for run in read_batches(path)] if batches else None
     compared = [run for path in inputs for run in read_batches(path)] if inputs else None
-    report = compress_onnx(file, request.configuration(), output, batches=runs)
+    report = compress_onnx(file, request.configuration(), output, batches=runs, also=also)
     return report, _difference(file, output, compared)
 
 
@@ -164,30 +179,13 @@ def _is_weights_file_of(file: Path, folder: Path) -> bool:
 
 def _check_that_nothing_is_lost(file: Path, output: Path) -> None:
     """Refuse to write an ONNX file with weights outside LSTMs as a folder, which holds the LSTMs only."""
+    from slimlstm.onnx.graph import count_numbers, read_model
     from slimlstm.weight_files import read_tensors
 
     in_lstms = sum(tensor.numel() for tensor in read_tensors(file).values())
-    others = weights_in(file) - in_lstms
+    others = count_numbers(read_model(file)) - in_lstms
     if others > 0:
         raise SlimLSTMError(
             f"{file} has {others:,} weights outside its LSTMs, which a folder would not hold; name an ONNX file to write, "
             f"such as -o {output.name}.onnx"
         )
-
-
-def weights_in(file: Path) -> int:
-    """Return the number of floating-point numbers among an ONNX file's initializers, nested graphs included."""
-    from onnx import TensorProto
-
-    from slimlstm.onnx.graph import graphs_of, read_model
-
-    floats = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
-    tensors = [tensor for graph in graphs_of(read_model(file).graph) for tensor in graph.initializer]
-    return sum(_numel(tensor.dims) for tensor in tensors if tensor.data_type in floats)
-
-
-def _numel(dims: list[int]) -> int:
-    count = 1
-    for size in dims:
-        count *= size
-    return count

@@ -65,10 +65,10 @@ def _counts(file: Path, matrices: Any, entries: list[dict[str, Any]], tensors: A
         _contents(names, tensors): entry["parameters"] for names, entry in zip(matrices.values(), entries, strict=True)
     }
     if file.suffix.lower() == ".onnx":
-        from slimlstm.cli.compress import weights_in
+        from slimlstm.onnx.graph import count_numbers, read_model
 
         # Reading an ONNX file returns every LSTM's own copy of weights that the file holds once.
-        return sum(by_content.values()), weights_in(file)
+        return sum(by_content.values()), count_numbers(read_model(file))
     shared = {(tensor.data_ptr(), tuple(tensor.shape)): tensor.numel() for tensor in tensors.values()}
     places = {tuple(tensors[name].data_ptr() for name in names): _contents(names, tensors) for names in matrices.values()}
     in_matrices = sum(by_content[content] for content in places.values())

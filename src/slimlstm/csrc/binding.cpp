@@ -5,6 +5,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include "layer.h"
@@ -95,12 +96,76 @@ int run(const Layer& layer, uintptr_t x, uintptr_t sizes, ptrdiff_t steps, ptrdi
     return layer.is_finite(call) ? done : not_finite;
 }
 
+// The elementwise part of training steps, in one instruction set.
+struct Cells {
+    explicit Cells(const std::string& isa) : kernel(kernel_named(isa)) {}
+    const Kernel* kernel;
+};
+
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+void forward(const Cells& cells, ptrdiff_t rows, ptrdiff_t hidden, bool is_half, uintptr_t gates, uintptr_t recurrent,
+             uintptr_t c_before, uintptr_t activations, uintptr_t c, uintptr_t h, uintptr_t h_half) {
+    cells.kernel->train_forward({rows, hidden, is_half, at<void>(gates), at<void>(recurrent), at<float>(c_before),
+                                 at<float>(activations), at<float>(c), at<float>(h), at<uint16_t>(h_half)});
+}
+
+void backward(const Cells& cells, ptrdiff_t rows, ptrdiff_t hidden, bool is_half, uintptr_t activations,
+              uintptr_t c_before, uintptr_t c, uintptr_t d_output, uintptr_t d_h, uintptr_t d_c, uintptr_t d_gates) {
+    cells.kernel->train_backward({rows, hidden, is_half, at<float>(activations), at<float>(c_before), at<float>(c),
+                                  at<float>(d_output), at<void>(d_h), at<float>(d_c), at<void>(d_gates)});
+}
+
+using Matrix = std::tuple<uintptr_t, ptrdiff_t, ptrdiff_t, ptrdiff_t, ptrdiff_t>;
+
+Passes passes(const Cells& cells, ptrdiff_t steps, ptrdiff_t batch, ptrdiff_t hidden, bool reverse,
+              const std::vector<Matrix>& factors, Floats& memory) {
+    if (factors.empty() || factors.size() > 2) throw nb::value_error("a product takes one or two matrices");
+    Passes sizes{steps, batch, hidden, reverse, static_cast<int>(factors.size()), {}, nullptr};
+    ptrdiff_t lanes = cells.kernel->lanes, floats = batch * hidden;
+    for (size_t k = 0; k < factors.size(); ++k) {
+        auto [data, inputs, outputs, input_stride, output_stride] = factors[k];
+        sizes.matrices[k] = {at<float>(data), inputs, outputs, input_stride, output_stride};
+        floats += (inputs + batch) * ((outputs + lanes - 1) / lanes * lanes);
+    }
+    memory = Floats(static_cast<size_t>(floats));
+    sizes.workspace = memory.get();
+    return sizes;
+}
+
+void forward_all(const Cells& cells, ptrdiff_t steps, ptrdiff_t batch, ptrdiff_t hidden, bool reverse, bool from_zero,
+                 const std::vector<Matrix>& factors, uintptr_t activations, uintptr_t c, uintptr_t h) {
+    nb::gil_scoped_release unlocked;
+    Floats memory;
+    Passes sizes = passes(cells, steps, batch, hidden, reverse, factors, memory);
+    cells.kernel->train_forward_all({sizes, from_zero, at<float>(activations), at<float>(c), at<float>(h)});
+}
+
+void backward_all(const Cells& cells, ptrdiff_t steps, ptrdiff_t batch, ptrdiff_t hidden, bool reverse,
+                  const std::vector<Matrix>& factors, uintptr_t activations, uintptr_t c, uintptr_t d_output,
+                  uintptr_t d_c, uintptr_t d_h0, uintptr_t d_gates) {
+    nb::gil_scoped_release unlocked;
+    Floats memory;
+    Passes sizes = passes(cells, steps, batch, hidden, reverse, factors, memory);
+    cells.kernel->train_backward_all({sizes, at<float>(activations), at<float>(c), at<float>(d_output), at<float>(d_c),
+                                      at<float>(d_h0), at<float>(d_gates)});
+}
+
 }  // namespace
 
 NB_MODULE(_kernel, module) {
     // Layers in module-level variables, or held by torch.jit.trace, outlive the interpreter's shutdown. That is harmless.
     nb::set_leak_warnings(false);
     module.def("names", &kernel_names, "Return the kernels that this machine can run, fastest first.");
+    nb::class_<Cells>(module, "Cells", "The elementwise part of training steps.")
+        .def(nb::init<const std::string&>())
+        .def("forward", &forward, "One step forward, on contiguous memory at the given addresses.")
+        .def("backward", &backward, "One step backward, on contiguous memory at the given addresses.")
+        .def("forward_all", &forward_all, "All steps forward, with small float32 matrices.")
+        .def("backward_all", &backward_all, "All steps backward, with small float32 matrices.");
     nb::class_<Layer>(module, "Layer", "Packed weights of one layer.")
         .def("__init__", &make)
         .def("bytes", &Layer::bytes, "Return the bytes of all packed matrices, without the scales of rows.")

@@ -67,6 +67,60 @@ struct Team {
     void* self;
 };
 
+// One step of a batch in training, without its products: [rows, hidden] and gates [rows, 4 hidden] in the order i, f, g, o.
+// With ``is_half``, results of products are bfloat16, and so are the numbers that products will read.
+struct ForwardStep {
+    ptrdiff_t rows, hidden;
+    bool is_half;
+    const void *gates, *recurrent;  // the summands of the gates; ``recurrent`` may be null
+    const float* c_before;
+    float* activations;  // [rows, 4 hidden]; may be ``gates``
+    float *c, *h;
+    uint16_t* h_half;  // null without ``is_half``
+};
+
+struct BackwardStep {
+    ptrdiff_t rows, hidden;
+    bool is_half;
+    const float *activations, *c_before, *c;
+    const float* d_output;  // null: zero
+    const void* d_h;        // from the step after, null: zero
+    float* d_c;             // of the step after, replaced by the one of the step before
+    void* d_gates;
+};
+
+// A small matrix that multiplies rows from the right: y[n] = sum of x[k] * data[k * input_stride + n * output_stride].
+struct SmallMatrix {
+    const float* data;
+    ptrdiff_t inputs, outputs, input_stride, output_stride;
+};
+
+// All steps of one direction in training, with small float32 matrices: one, or the factors in the order of their use.
+// Gates and activations [steps, batch, 4 hidden], states [steps + 1, batch, hidden] in the order of memory.
+struct Passes {
+    ptrdiff_t steps, batch, hidden;
+    bool reverse;
+    int factors;
+    SmallMatrix matrices[2];
+    float* workspace;  // for the matrices with rows padded to whole vectors, and two rows of results for each sequence
+};
+
+struct ForwardPass {
+    Passes sizes;
+    bool from_zero;      // whether the first h is zero
+    float* activations;  // holds the gates without the recurrent part at first
+    float *c, *h;
+};
+
+struct BackwardPass {
+    Passes sizes;
+    const float *activations, *c;
+    const float* d_output;  // [steps, batch, hidden], null: zero
+    float* d_c;             // of the last step, replaced by the one of the first states
+    float* d_h0;            // null: not wanted
+    float* d_gates;
+};
+
 struct Kernel {
     const char* name;
     ptrdiff_t lanes;
@@ -75,6 +129,10 @@ struct Kernel {
     void (*run)(const Task&, float* workspace, const Team&, int member);
     // A hash of the values, continued from the hash of the values before them.
     uint64_t (*digest)(const float* values, ptrdiff_t count, uint64_t so_far);
+    void (*train_forward)(const ForwardStep&);
+    void (*train_backward)(const BackwardStep&);
+    void (*train_forward_all)(const ForwardPass&);
+    void (*train_backward_all)(const BackwardPass&);
 };
 
 extern const Kernel kernel_portable;

@@ -30,12 +30,6 @@ std::vector<const Kernel*> kernels() {
     return found;
 }
 
-const Kernel* kernel_named(const std::string& name) {
-    for (const Kernel* kernel : kernels())
-        if (name == kernel->name) return kernel;
-    throw std::invalid_argument("no kernel is called " + name);
-}
-
 // Memory of this thread, which grows to the largest request and is reused.
 float* workspace(size_t floats) {
     thread_local Floats memory;
@@ -66,6 +60,12 @@ Floats::Floats(size_t count)
     : data_(static_cast<float*>(std::aligned_alloc(alignment, (count * sizeof(float) / alignment + 1) * alignment))),
       size_(count) {
     if (!data_) throw std::bad_alloc();
+}
+
+const Kernel* kernel_named(const std::string& name) {
+    for (const Kernel* kernel : kernels())
+        if (name == kernel->name) return kernel;
+    throw std::invalid_argument("no kernel is called " + name);
 }
 
 std::vector<std::string> kernel_names() {

@@ -98,6 +98,9 @@ class Layer {
     std::vector<Direction> directions_;
 };
 
+// The kernel with this name; throws std::invalid_argument if this machine cannot run it.
+const Kernel* kernel_named(const std::string& name);
+
 // The kernels that this machine can run, fastest first.
 std::vector<std::string> kernel_names();
 

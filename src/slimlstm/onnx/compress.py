@@ -8,7 +8,7 @@ thin products.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from slimlstm.onnx.calibrate import RunInputs, calibrate_graph
 from slimlstm.onnx.find import find_lstms
 from slimlstm.onnx.graph import OnnxLSTM, graphs_of, read_model
 from slimlstm.onnx.observe import GraphObserver
+from slimlstm.onnx.others import check_kinds
 from slimlstm.onnx.source import GraphSource
 from slimlstm.ops.dense import rebuilt
 from slimlstm.pipeline.plan import Config, check_config
@@ -44,6 +45,7 @@ def compress_onnx(
     batches: Iterable[RunInputs] | None = None,
     calibration: Calibration | None = None,
     refit: int | None = None,
+    also: Collection[str] = (),
     progress: Progress | None = None,
 ) -> Report:
     """Compress the LSTMs of an ONNX file, nested graphs included, and write the result to another file.
@@ -58,6 +60,9 @@ def compress_onnx(
         batches: inputs by name, NumPy arrays, one mapping a run. Calibrated methods need them, and ONNX Runtime.
         calibration: moments by site key, used instead of batches.
         refit: see :func:`slimlstm.compress_`; the mean squared change of the file's outputs decides which factors stay.
+        also: weights outside LSTMs that become int8 by ONNX Runtime's own quantiser: any of ``"linear"`` (MatMul and Gemm),
+            ``"conv"`` and ``"embedding"`` (tables that Gather reads). The report says by how much this changes the outputs,
+            on the batches or on random inputs; a change of more than a tenth of their norm is an error.
         progress: called with a site's key and the fraction done; None draws a bar on a terminal.
 
     Returns:
@@ -68,13 +73,15 @@ def compress_onnx(
             smaller, or onnx is not installed. Nothing is written then.
     """
     path, output = Path(path), Path(output)
+    check_kinds(also)
     if output.is_dir() or not output.suffix:
         raise SlimLSTMError(f"{output} is no name of a file; name one that ends in .onnx")
     model = read_model(path)
     _check(model, path)
     lstms = find_lstms(model, path)
     problems = [lstm.problem for lstm in lstms if lstm.problem]
-    source = GraphSource(model, [lstm for lstm in lstms if lstm.locations])
+    runs = list(batches) if also and batches is not None and not isinstance(batches, Iterator) else None
+    source = GraphSource(model, [lstm for lstm in lstms if lstm.locations], also, runs)
     if not source.sites():
         raise SlimLSTMError("; ".join([f"{path} holds no LSTM with constant weights", *problems]))
     check_config(config, source.sites())

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from slimlstm.calibration.moments import Calibration, Moments
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import Replacement, matrix_bytes, sha256_of, storage_called
 from slimlstm.modules.sites import Site
-from slimlstm.onnx.graph import OnnxLSTM, WeightLocation, graphs_of
+from slimlstm.onnx.graph import OnnxLSTM, WeightLocation, count_numbers
+from slimlstm.onnx.others import quantize_others
 from slimlstm.onnx.rewrite import Rewriter
+from slimlstm.onnx.runtime import RunInputs
 from slimlstm.ops.weights import Matrix, shape_of
 from slimlstm.pipeline.site_plan import SitePlan
 from slimlstm.pipeline.source import Size, Sizes, replaced_site
@@ -26,10 +27,18 @@ class GraphSource:
         model: the ONNX model, which :meth:`put` changes.
         lstms: its LSTMs with constant weights. LSTMs with the same weights are one group, whose sites have the name of the
             first.
+        others: words for weights outside LSTMs that become int8; see :func:`slimlstm.onnx.others.quantize_others`.
+        runs: inputs by name to compare the outputs on after that; None for random ones.
     """
 
-    def __init__(self, model: Any, lstms: Iterable[OnnxLSTM]) -> None:
-        self._model, self.groups = model, _grouped(lstms)
+    def __init__(
+        self,
+        model: Any,
+        lstms: Iterable[OnnxLSTM],
+        others: Collection[str] = (),
+        runs: Sequence[RunInputs] | None = None,
+    ) -> None:
+        self._model, self.groups, self._others, self._runs = model, _grouped(lstms), others, runs
         self._locations = {
             f"{group[0].name}.{location.name}": location for group in self.groups for location in group[0].locations
         }
@@ -73,11 +82,15 @@ class GraphSource:
         Rewriter(self._model).replace(self.groups, replacements)
         for key, found in replacements.items():
             self._sites[key] = replaced_site(self._sites[key], found)
+        notes: list[str] = []
         if any(found.mask is not None for found in replacements.values()):
-            return [
+            notes.append(
                 "the file holds the zeros of pruned matrices like other numbers; it becomes smaller only when compressed"
-            ]
-        return []
+            )
+        if self._others:
+            lstms = [lstm for group in self.groups for lstm in group]
+            notes += quantize_others(self._model, lstms, self._others, self._runs)
+        return notes
 
     def size(self) -> Sizes:
         """Return the size of the LSTMs with their biases, shared ones once, and of the file, other weights included."""
@@ -86,7 +99,7 @@ class GraphSource:
         for site in self._sites.values():
             parameters += site.parameters
             bytes_ += matrix_bytes(site.shape, site.rank, site.storage, self.itemsize(site))
-        return Sizes(Size(parameters, bytes_), Size(_count_numbers(self._model), self._model.ByteSize()))
+        return Sizes(Size(parameters, bytes_), Size(count_numbers(self._model), self._model.ByteSize()))
 
 
 def _grouped(lstms: Iterable[OnnxLSTM]) -> list[list[OnnxLSTM]]:
@@ -108,18 +121,3 @@ def _site(key: str, location: WeightLocation) -> Site:
     shape = shape_of(location.matrix) or (0, 0)
     rank = None if isinstance(location.matrix, Tensor) else location.matrix[0].shape[1]
     return Site(module, name, shape, rank, storage=location.storage)
-
-
-def _count_numbers(model: Any) -> int:
-    """Return the number of weights in a model."""
-    from onnx import TensorProto
-
-    kinds = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.INT8}
-    tensors: list[Any] = []
-    for graph in graphs_of(model.graph):
-        tensors += graph.initializer
-        tensors += [
-            found.t for node in graph.node if node.op_type == "Constant" for found in node.attribute if found.HasField("t")
-        ]
-    counted = (tensor for tensor in tensors if tensor.data_type in kinds and not tensor.name.endswith(".scale"))
-    return sum(torch.Size(tensor.dims).numel() for tensor in counted)

@@ -9,6 +9,7 @@ language model the fused kernel's logits then differ from the reference's by 0.2
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -67,8 +68,9 @@ def layer(
         raise SlimLSTMError(f"no backend is called {backend!r}; use 'auto' or one of {', '.join(map(repr, BACKENDS))}")
     if backend == "fused":
         return fused.layer(x, batch_sizes, h0, c0, directions, training)
-    h0, c0 = first_states(x, batch_sizes, h0, c0, directions)
-    return BACKENDS[backend](x, batch_sizes, h0, c0, directions)
+    # The training loop leaves products with zero states out.
+    states: Any = (h0, c0) if backend == "training" else first_states(x, batch_sizes, h0, c0, directions)
+    return BACKENDS[backend](x, batch_sizes, states[0], states[1], directions)
 
 
 def cell(x: Tensor, h: Tensor, c: Tensor, directions: Sequence[Direction], training: bool = False) -> tuple[Tensor, Tensor]:

@@ -50,3 +50,76 @@ class Layer:
         Return 0, without running it, if ``thoroughly`` and the weights have changed since they were packed; 1; or 2 if the
         last hidden states are not finite.
         """
+
+class Cells:
+    """The elementwise part of training steps, in one instruction set of :func:`names`.
+
+    Both methods take addresses of contiguous memory, 0 where an optional one is absent, for [rows, hidden] and gates
+    [rows, 4 hidden]. With ``is_half``, results of products and numbers for products are bfloat16; the rest is float32.
+    """
+
+    def __init__(self, isa: str, /) -> None: ...
+    def forward(
+        self,
+        rows: int,
+        hidden: int,
+        is_half: bool,
+        gates: int,
+        recurrent: int,
+        c_before: int,
+        activations: int,
+        c: int,
+        h: int,
+        h_half: int,
+        /,
+    ) -> None:
+        """Write activations, c and h from the sum of ``gates`` and, unless absent, ``recurrent``."""
+    def backward(
+        self,
+        rows: int,
+        hidden: int,
+        is_half: bool,
+        activations: int,
+        c_before: int,
+        c: int,
+        d_output: int,
+        d_h: int,
+        d_c: int,
+        d_gates: int,
+        /,
+    ) -> None:
+        """Write the gradients of the gates, and replace the gradient of c by the one of ``c_before``."""
+    def forward_all(
+        self,
+        steps: int,
+        batch: int,
+        hidden: int,
+        reverse: bool,
+        from_zero: bool,
+        factors: Sequence[tuple[int, int, int, int, int]],
+        activations: int,
+        c: int,
+        h: int,
+        /,
+    ) -> None:
+        """Run all steps of a direction with small matrices in float32.
+
+        Each of the one or two factors is an address, the numbers of inputs and outputs, and the distances between two
+        inputs and two outputs in floats.
+        """
+    def backward_all(
+        self,
+        steps: int,
+        batch: int,
+        hidden: int,
+        reverse: bool,
+        factors: Sequence[tuple[int, int, int, int, int]],
+        activations: int,
+        c: int,
+        d_output: int,
+        d_c: int,
+        d_h0: int,
+        d_gates: int,
+        /,
+    ) -> None:
+        """Backpropagate through all steps; the factors multiply gradients of gates to gradients of h."""

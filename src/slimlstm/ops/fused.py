@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.ops import cpu, native, operator, recompute
+from slimlstm.ops.derivatives import is_transformed
 from slimlstm.ops.packing import PLAIN_TYPES
 from slimlstm.ops.weights import Direction, LayerOutput, wants_gradients
 
@@ -35,7 +36,7 @@ def obstacle(x: Tensor, states: Sequence[Tensor], directions: Sequence[Direction
         reason = native.missing
     elif torch.compiler.is_compiling():
         pass  # compilers record one operator and cannot trace the checks that follow
-    elif type(x) not in PLAIN_TYPES or torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore
+    elif type(x) not in PLAIN_TYPES or is_transformed():
         reason = "the input is not a plain tensor"
     elif torch._C._get_tracing_state() is not None:  # pyright: ignore
         reason = "the call is being traced"

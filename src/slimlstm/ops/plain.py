@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.ops import dense, reference, training
+from slimlstm.ops import dense, native, reference, training
+from slimlstm.ops.derivatives import is_transformed
+from slimlstm.ops.packing import PLAIN_TYPES
 from slimlstm.ops.weights import Direction, LayerOutput, Matrix, columns, is_clipped, rows, wants_gradients
 
 Backend = Callable[[Tensor, Tensor | None, Tensor, Tensor, Sequence[Direction]], LayerOutput]
@@ -21,10 +23,10 @@ BACKENDS: dict[str, Backend] = {"reference": reference.layer, "dense": dense.lay
 _STEP_OVERHEAD = 1_500_000
 # The cost of the loop's unfused activations for each hidden unit and step, in the same unit.
 _UNIT_OVERHEAD = 700
-# With this many weights in hh or more, and factors of at most this share of them, a loop over thin steps trains faster than
-# PyTorch's LSTM with multiplied factors.
+# Without the compiled kernel, a loop over thin steps trains faster than PyTorch's LSTM with multiplied factors with this
+# many weights in hh or more, and factors of at most this share of them.
 _LARGE, _THIN = 2**19, 0.7
-# With a dense hh the loop trains faster only below float32, and with this many weights in ih and hh together or more.
+# With a dense hh it then trains faster only below float32, and with this many weights in ih and hh together or more.
 _LARGE_TOGETHER = 9 * 2**18
 
 
@@ -55,7 +57,7 @@ def choose(x: Tensor, batch_sizes: Tensor | None, directions: Sequence[Direction
         return Choice("dense", reason)
     if wants_gradients(x, (), directions):
         if training.obstacle(batch_sizes, directions) is None and all(_trains_faster(weights, x) for weights in directions):
-            return Choice("training", f"{reason}; with weights so large a loop over time trains faster than PyTorch's LSTM")
+            return Choice("training", f"{reason}; a loop over time trains faster than PyTorch's LSTM")
         return Choice("dense", reason)
     return _choose_for_inference(x, batch_sizes, directions, reason)
 
@@ -64,6 +66,8 @@ def _choose_for_inference(x: Tensor, batch_sizes: Tensor | None, directions: Seq
     factored = [weights.hh for weights in directions if not isinstance(weights.hh, Tensor)]
     if not factored:
         return Choice("dense", f"{reason}; hh is dense")
+    if torch.compiler.is_compiling():
+        return Choice("dense", f"{reason}; a loop would keep this input's number of steps")
     steps = x.shape[0] if batch_sizes is None else len(batch_sizes)
     inputs = x.shape[0] * x.shape[1] if batch_sizes is None else x.shape[0]
     rebuild = sum(u.shape[0] * u.shape[1] * v.shape[1] for u, v in factored)
@@ -78,14 +82,16 @@ def _choose_for_inference(x: Tensor, batch_sizes: Tensor | None, directions: Seq
 
 def _trains_faster(weights: Direction, x: Tensor) -> bool:
     """Return whether a Python loop over time trains faster on the CPU than PyTorch's LSTM with these weights."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_transformed() or type(x) not in PLAIN_TYPES:
         return False
+    precision = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    if not native.missing and precision in (torch.float32, torch.bfloat16):
+        return True
     ih, hh = weights.ih, weights.hh
     if isinstance(hh, tuple):
         dense = rows(hh) * columns(hh)
         return dense >= _LARGE and _numbers(hh) <= _THIN * dense
-    narrow = torch.is_autocast_enabled("cpu") or x.dtype in (torch.bfloat16, torch.float16)
-    return narrow and _numbers(ih) + _numbers(hh) >= _LARGE_TOGETHER
+    return precision in (torch.bfloat16, torch.float16) and _numbers(ih) + _numbers(hh) >= _LARGE_TOGETHER
 
 
 def _numbers(matrix: Matrix) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from slimlstm.ops import cpu, plain
+from slimlstm.ops.derivatives import gradients_again
 from slimlstm.ops.packing import clips_of, storages_of
 from slimlstm.ops.weights import Direction, LayerOutput, first_states, flat, unflattened
 
@@ -71,27 +72,11 @@ def gradients(
         wanted: for each input, whether to return its gradient; None is returned otherwise.
     """
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
-        # Aliases, because inputs may be computed from each other: each gradient must exclude paths through other inputs.
-        aliases = [
-            None if tensor is None else tensor.view_as(tensor) if create_graph else tensor.detach().requires_grad_(needed)
-            for tensor, needed in zip(inputs, wanted, strict=True)
-        ]
-        outputs = _plain_layer(aliases, batch_sizes, storages, clips, differentiable=create_graph)
-        pairs = [(one, d_one) for one, d_one in zip(outputs, d_outputs, strict=True) if d_one is not None]
-        leaves = [alias for alias, needed in zip(aliases, wanted, strict=True) if needed and alias is not None]
-        found = iter(
-            torch.autograd.grad(
-                [one for one, _ in pairs],
-                leaves,
-                [d_one for _, d_one in pairs],
-                create_graph=create_graph,
-                allow_unused=True,
-            )
-            if pairs
-            else [None] * len(leaves)
-        )
-    return [next(found) if needed and alias is not None else None for alias, needed in zip(aliases, wanted, strict=True)]
+
+    def run(aliases: Sequence[Tensor | None]) -> LayerOutput:
+        return _plain_layer(aliases, batch_sizes, storages, clips, differentiable=create_graph)
+
+    return gradients_again(run, d_outputs, inputs, wanted)
 
 
 def _plain_layer(
