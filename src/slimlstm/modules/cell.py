@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from slimlstm import ops
 from slimlstm.errors import SlimLSTMError
-from slimlstm.modules.factored import FactoredModule, check_dtypes
+from slimlstm.modules.factored import FactoredModule, check_dtypes, check_traceable
 from slimlstm.modules.modes import plain_mode
 from slimlstm.modules.shapes import LSTMState, cell_matrix_shapes
 from slimlstm.ops.weights import Direction
@@ -95,6 +95,7 @@ class LowRankLSTMCell(FactoredModule):
         return [[weights]]
 
     def forward(self, input: Tensor, hx: LSTMState | None = None) -> LSTMState:
+        check_traceable(input)
         if input.ndim not in (1, 2) or input.shape[-1] != self.input_size:
             size = self.input_size
             raise SlimLSTMError(f"the input has to be [B, {size}] or [{size}], not {list(input.shape)}")

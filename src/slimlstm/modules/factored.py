@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import STORAGES, rounded
@@ -260,6 +261,13 @@ class FactoredModule(nn.Module):
         state.pop("_is_exposed", None)
         return state
 
+    def __prepare_scriptable__(self) -> None:
+        # torch.jit.script calls this, and would put another module into the model itself.
+        raise SlimLSTMError(
+            f"torch.jit.script cannot compile a {type(self).__name__}; use torch.jit.trace, torch.export or torch.compile, "
+            "or script a copy of the model whose compressed layers are replaced by their to_dense()"
+        )
+
     def _make_layers(self) -> list[list[Direction]]:
         raise NotImplementedError
 
@@ -335,3 +343,16 @@ def as_parameter(tensor: Tensor) -> nn.Parameter:
         'Parameter'
     """
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach().contiguous())
+
+
+def check_traceable(*inputs: object) -> None:
+    """Reject the symbols of ``torch.fx``, which have no number of dimensions.
+
+    Raises:
+        SlimLSTMError: an input is such a symbol.
+    """
+    if any(isinstance(value, Proxy) for value in inputs):
+        raise SlimLSTMError(
+            "torch.fx.symbolic_trace cannot look into a compressed layer; use a torch.fx.Tracer whose is_leaf_module "
+            "returns True for slimlstm's modules, or torch.export"
+        )

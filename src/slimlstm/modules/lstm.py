@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from slimlstm import ops
 from slimlstm.errors import SlimLSTMError
-from slimlstm.modules.factored import FactoredModule, check_dtypes
+from slimlstm.modules.factored import FactoredModule, check_dtypes, check_traceable
 from slimlstm.modules.modes import plain_mode
 from slimlstm.modules.shapes import LSTMState, clips, lstm_arguments, lstm_matrix_shapes
 from slimlstm.ops.weights import Direction
@@ -197,6 +197,7 @@ class LowRankLSTM(FactoredModule):
     def forward(self, input: Input, hx: LSTMState | None = None) -> tuple[Input, LSTMState]:
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
+        check_traceable(input)
         shape = input.shape
         if len(shape) not in (2, 3) or shape[-1] != self.input_size:
             raise SlimLSTMError(

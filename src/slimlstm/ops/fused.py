@@ -34,6 +34,8 @@ def obstacle(x: Tensor, states: Sequence[Tensor], directions: Sequence[Direction
         reason = "autocast wants another precision"
     elif native.missing:
         reason = native.missing
+    elif torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
+        reason = "torch.onnx.export knows only PyTorch's operators; slimlstm.export_onnx keeps factors and low bits"
     elif torch.compiler.is_compiling():
         pass  # compilers record one operator and cannot trace the checks that follow
     elif type(x) not in PLAIN_TYPES or is_transformed():
