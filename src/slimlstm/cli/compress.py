@@ -87,14 +87,7 @@ def command(
     _check_output(file, output, force)
     check_report(page, force)
     to_onnx = output.suffix.lower() == ".onnx"
-    if batches and not to_onnx:
-        raise SlimLSTMError("--batches are inputs of an ONNX file; compress an ONNX file into another, with -o small.onnx")
-    if inputs and not to_onnx:
-        raise SlimLSTMError("--inputs compares two ONNX files; a weight file has no outputs")
-    if part is not None and to_onnx:
-        raise SlimLSTMError("--part names a state dict of a PyTorch checkpoint; an ONNX file has no parts")
-    if also and not to_onnx:
-        raise SlimLSTMError("--also is for ONNX files; in a PyTorch model, quantise other layers after slimlstm.load")
+    _check_options(to_onnx, batches, inputs, also, part)
     config, difference = request.configuration(), dict[str, Any]()
     kinds = [kind.strip() for kind in also.split(",")] if also else []
     if to_onnx:
@@ -110,6 +103,20 @@ def command(
         report.to_html(page, title=f"{file.name}, compressed", usage=usage.format(str(output)), files=(file, output))
         use += f" The report is in {page}."
     show(report.to_dict() | difference, as_json, report, f"Written to {output}; {use}")
+
+
+def _check_options(
+    to_onnx: bool, batches: list[Path] | None, inputs: list[Path] | None, also: str | None, part: str | None
+) -> None:
+    """Refuse options that are for ONNX files only, or for other files only."""
+    if batches and not to_onnx:
+        raise SlimLSTMError("--batches are inputs of an ONNX file; compress an ONNX file into another, with -o small.onnx")
+    if inputs and not to_onnx:
+        raise SlimLSTMError("--inputs compares two ONNX files; a weight file has no outputs")
+    if part is not None and to_onnx:
+        raise SlimLSTMError("--part names a state dict of a PyTorch checkpoint; an ONNX file has no parts")
+    if also and not to_onnx:
+        raise SlimLSTMError("--also is for ONNX files; in a PyTorch model, quantise other layers after slimlstm.load")
 
 
 def _to_onnx(
