@@ -63,7 +63,7 @@ def measure(
     medians = {name: statistics.median(values) for name, values in times.items()}
     rows: dict[str, Any] = {}
     for name, one in right.items():
-        quartiles = [1e6 * value for value in statistics.quantiles(times[name], n=4)[::2]]
+        quartiles = [1e6 * value for value in statistics.quantiles(times[name], n=4, method="inclusive")[::2]]
         rows[name] = {"ours": one.ours, "precision": one.precision, "model": one.model, "error": errors[name]}
         rows[name] |= {"microseconds": 1e6 * medians[name], "quartiles": quartiles, "turns": len(times[name])}
         if one.ours:
