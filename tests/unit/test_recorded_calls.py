@@ -108,15 +108,6 @@ def test_pytorchs_own_onnx_export_is_dense_and_right(dynamo, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("module", [LowRankLSTM(INPUTS, 8), LowRankLSTMCell(INPUTS, 8)], ids=["LSTM", "cell"])
-def test_scripts_are_refused_and_leave_the_model_alone(module):
-    model = nn.ModuleDict({"layer": module})
-    with pytest.raises(SlimLSTMError, match=r"cannot compile a LowRankLSTM(Cell)?; use torch\.jit\.trace"):
-        torch.jit.script(model)
-    assert model["layer"] is module
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_remedy_for_scripts():
     model, x = tagger("factors"), torch.randn(3, 2, INPUTS)
     dense = deepcopy(model)

@@ -261,13 +261,6 @@ class FactoredModule(nn.Module):
         state.pop("_is_exposed", None)
         return state
 
-    def __prepare_scriptable__(self) -> None:
-        # torch.jit.script calls this, and would put another module into the model itself.
-        raise SlimLSTMError(
-            f"torch.jit.script cannot compile a {type(self).__name__}; use torch.jit.trace, torch.export or torch.compile, "
-            "or script a copy of the model whose compressed layers are replaced by their to_dense()"
-        )
-
     def _make_layers(self) -> list[list[Direction]]:
         raise NotImplementedError
 

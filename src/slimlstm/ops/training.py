@@ -65,7 +65,10 @@ def layer(
 
 
 def recurrence(gates: Tensor, h0: Tensor, c0: Tensor, hh: Matrix, *, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Run one direction on ``gates`` = W_ih x + b_ih + b_hh [T, B, 4H]; return output [T, B, H] and the last h, c [B, H]."""
+    """Run one direction on ``gates`` = W_ih x + b_ih + b_hh [T, B, 4H]; return output [T, B, H] and the last h, c [B, H].
+
+    Gradients of gradients go through the reference.
+    """
     hh_v, hh_u = (None, hh) if isinstance(hh, Tensor) else hh[::-1]
     with _no_autocast(gates.device.type):
         weights = None, None, hh_v, hh_u, None, None
@@ -95,10 +98,7 @@ class _Direction(torch.autograd.Function):
         flat_x = x.to(low).flatten(0, 1)
         thin = flat_x if ih_v is None else flat_x @ ih_v.t()
         bias = bias_ih if bias_ih is None or bias_hh is None else bias_ih + bias_hh
-        if ih is None:
-            gates = flat_x.clone()
-        else:
-            gates = thin @ ih.t() if bias is None else torch.addmm(bias, thin, ih.t())
+        gates = flat_x.clone() if ih is None else _affine(thin, ih, bias)
         at = _buffers(gates.view(steps, batch, len(hh)), h0, c0, steps if reverse else 0)
         factors = [factor.t() for factor in (hh_v, hh) if factor is not None]
         small = small_passes(low, x.device, at.h.shape[2])
@@ -127,6 +127,11 @@ class _Direction(torch.autograd.Function):
 
 def _converted(weights: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[Any, ...]:
     return tuple(None if one is None else one.to(dtype) for one in weights)
+
+
+def _affine(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x Wᵀ + b for x [N, n]."""
+    return x @ matrix.t() if bias is None else torch.addmm(bias, x, matrix.t())
 
 
 def _buffers(gates: Tensor, h0: Tensor | None, c0: Tensor | None, first: int) -> Buffers:
