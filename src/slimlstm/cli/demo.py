@@ -30,7 +30,7 @@ def command(
 ) -> None:
     """Compress the embedded language model by every method.
 
-    Print quality, size and speed, and draw the curves. This takes about a minute.
+    Print quality, size and speed, and draw the curves. This takes a minute or two.
     """
     from slimlstm.demo import plots, tour
 
