@@ -79,9 +79,9 @@ demo_part = "\n\n".join(
         markdown(["rank 50", "LSTM parameters", "stored", "perplexity", "change", "speed"], demo_rows),
         tour["summary"],
         f"From [`docs/demo.json`](docs/demo.json): perplexity per byte-pair token on held-out WikiText-2 text, with "
-        f"PyTorch {made_with['torch']}. Speed: how many times faster than the dense model in PyTorch the LSTMs read 35 tokens, at "
-        f"batch 1 on one thread, side by side on {made_with['processor']}. [Speed of one layer](#speed-of-one-layer) compares with "
-        "the fastest engine for each size.",
+        f"PyTorch {made_with['torch']}. Speed: how many times faster than the dense model in PyTorch the LSTMs read 35 "
+        f"tokens, at batch 1 on one thread, side by side on {made_with['processor']}. "
+        "[Speed of one layer](#speed-of-one-layer) compares with the fastest engine for each size.",
     ]
 )
 
