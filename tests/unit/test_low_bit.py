@@ -148,6 +148,23 @@ def test_factors_are_rounded_in_the_metric_of_their_moments():
         assert with_feedback < 0.5 * (rise(rounded(found.u, storage), rounded(found.v, storage)) - truncated)
 
 
+def test_factors_beyond_the_rank_of_their_inputs_are_rounded():
+    matrix, gradients = torch.randn(60, 40), moment(60)
+    gradients[:, 7:] = gradients[7:] = 0
+    few = torch.randn(200, 5) @ torch.randn(5, 40)
+    # Sums in float32 leave small negative eigenvalues.
+    inputs = (few.T @ few).double() / 200 - 1e-5 * torch.eye(40, dtype=torch.float64)
+    found = svd(matrix, 12)
+    for storage in LOW_BIT:
+        u, v = round_factors(found.u, found.v, matrix, storage, inputs, gradients)
+        lost = loss(matrix - u.double() @ v.double(), inputs, gradients)
+        assert lost < 0.2 * loss(matrix, inputs, gradients)
+        for zeros in (torch.zeros_like(gradients), torch.zeros_like(inputs)):
+            shown = {"gradients": zeros} if len(zeros) == 60 else {"inputs": zeros, "gradients": gradients}
+            for part in round_factors(found.u, found.v, matrix, storage, **{"inputs": inputs, **shown}):
+                assert bool(torch.isfinite(part).all())
+
+
 def test_without_moments_weights_are_rounded_to_nearest():
     weight = torch.randn(9, 70)
     assert torch.equal(round_matrix(weight, "int4"), rounded(weight, "int4"))

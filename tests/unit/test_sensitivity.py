@@ -11,8 +11,9 @@ from torch import nn
 from torch.distributions import Categorical, kl_divergence
 
 import slimlstm as sl
-from slimlstm.calibration.collect import mean_loss
+from slimlstm.calibration.collect import MomentSums, mean_loss
 from slimlstm.calibration.judge import ModuleJudge
+from slimlstm.calibration.recorder import Rows
 from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig
 from slimlstm.evaluate import NextTokens, pieces
 from slimlstm.methods import Option, choose, efficient, matrix_bytes
@@ -243,3 +244,19 @@ def test_sites_that_share_a_matrix_have_one_entry():
     assert plan.sites[shared[0]] == plan.sites[shared[1]]
     sl.compress_(model, plan, batches=batches(), loss=losses, refit=0)
     assert model.first.storages["weight_hh_l0"] == model.second.storages["weight_hh_l0"]
+
+
+def test_too_few_effective_rows_are_named():
+    config = sl.LowRank("fisher", bytes=2200, storage="int4")
+    few = sl.compress_(Tagger(), config, batches=batches()[:1], loss=lambda model, batch: losses(model, batch)[:2], refit=0)
+    assert any("effective rows for" in note for note in few.notes)
+    many = sl.compress_(Tagger(), config, batches=batches(40), loss=losses, refit=0)
+    assert not any("effective rows" in note for note in many.notes)
+
+
+def test_effective_rows_count_equal_gradients_once():
+    sums = MomentSums()
+    sums.add(Rows((torch.randn(6, 3),), torch.tensor([[2.0, 0.0]] * 5 + [[0.0, 0.0]])))
+    assert sums.effective_rows == pytest.approx(5)
+    sums.add(Rows((torch.randn(1, 3),), torch.tensor([[2000.0, 0.0]])))
+    assert sums.effective_rows == pytest.approx(1, abs=0.01)

@@ -123,10 +123,11 @@ def mean_loss(model: nn.Module, batches: Iterable[Any], loss: Loss) -> float | N
 
 
 class MomentSums:
-    """Sums of z zᵀ for every matrix of a group, and of δ δᵀ, over rows."""
+    """Sums of z zᵀ for every matrix of a group, and of δ δᵀ, ‖δ‖² and ‖δ‖⁴, over rows."""
 
     def __init__(self) -> None:
         self.rows = 0
+        self.squares = self.fourths = 0.0
         self.inputs: list[Tensor] = []
         self.gradients: Tensor | None = None
 
@@ -141,6 +142,13 @@ class MomentSums:
         if gradients is not None:
             square = _square(gradients)
             self.gradients = square if self.gradients is None else self.gradients.add_(square)
+            sizes = gradients.detach().float().square().sum(dim=1).double()
+            self.squares, self.fourths = self.squares + float(sizes.sum()), self.fourths + float(sizes.square().sum())
+
+    @property
+    def effective_rows(self) -> float | None:
+        """The number of rows that would say as much if their gradients were equally large; None without gradients."""
+        return None if self.gradients is None else self.squares**2 / self.fourths if self.fourths > 0 else 0.0
 
 
 def moments_of(sums: Mapping[Keys, MomentSums]) -> dict[str, Moments]:
@@ -157,7 +165,7 @@ def moments_of(sums: Mapping[Keys, MomentSums]) -> dict[str, Moments]:
         for key, inputs in zip(keys, entry.inputs, strict=True):
             if not all(bool(torch.isfinite(tensor).all()) for tensor in (inputs, gradients) if tensor is not None):
                 raise SlimLSTMError(f"the inputs of {key}, or their gradients, are not finite; check the batches")
-            found[key] = Moments(inputs / entry.rows, gradients, entry.rows)
+            found[key] = Moments(inputs / entry.rows, gradients, entry.rows, entry.effective_rows)
     return found
 
 

@@ -35,6 +35,8 @@ class Moments:
             loss, such as padding.
         gradients: E[δ δᵀ] [m, m], where δ is the gradient of the sum of losses; None without a loss.
         rows: the number of rows counted.
+        effective_rows: (Σ ‖δ‖²)² / Σ ‖δ‖⁴, the number of rows that would say as much if their gradients were equally
+            large; None without a loss.
 
     Examples:
         >>> moments = Moments(torch.eye(3), None, rows=100)
@@ -45,6 +47,7 @@ class Moments:
     inputs: Tensor
     gradients: Tensor | None
     rows: int
+    effective_rows: float | None = None
 
     def loss_of(self, difference: Tensor) -> float:
         """Return ½ tr(Δᵀ G Δ A) for Δ [m, n], the predicted rise of the sum of losses a row; without a loss, G = I."""
@@ -71,7 +74,13 @@ class Moments:
         rows = sum(one.rows for one in several)
         inputs = sum((one.inputs * (one.rows / rows) for one in several[1:]), several[0].inputs * (several[0].rows / rows))
         weighted = [one.gradients * (one.rows / rows) for one in several if one.gradients is not None]
-        return cls(inputs, torch.stack(weighted).sum(0) if len(weighted) == len(several) else None, rows)
+        effective = [one.effective_rows for one in several if one.effective_rows is not None]
+        return cls(
+            inputs,
+            torch.stack(weighted).sum(0) if len(weighted) == len(several) else None,
+            rows,
+            sum(effective) if len(effective) == len(several) else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -105,7 +114,7 @@ class Calibration:
         names: dict[int, str] = {}
         for key, moments in self.sites.items():
             tensors[f"{key}:inputs"] = moments.inputs.cpu().contiguous()
-            entries[key] = {"rows": moments.rows}
+            entries[key] = {"rows": moments.rows, "effective_rows": moments.effective_rows}
             if moments.gradients is not None:
                 # ih and hh of one direction share their gradients.
                 name = names.setdefault(id(moments.gradients), f"{key}:gradients")
@@ -148,6 +157,7 @@ def _parsed(header: dict[str, Any], tensors: dict[str, Tensor]) -> Calibration:
             tensors[f"{key}:inputs"],
             tensors[entry["gradients"]] if "gradients" in entry else None,
             entry["rows"],
+            entry.get("effective_rows"),
         )
         for key, entry in header["sites"].items()
     }
@@ -155,7 +165,8 @@ def _parsed(header: dict[str, Any], tensors: dict[str, Tensor]) -> Calibration:
     if not all(_is_square(part) for one in sites.values() for part in (one.inputs, one.gradients)):
         raise ValueError("its moments are no square matrices of numbers")
     numbers = [found.predictions, *(one.rows for one in sites.values())]
-    if not all(type(number) is int for number in numbers) or not isinstance(found.loss, float | None):
+    shares = [found.loss, *(one.effective_rows for one in sites.values())]
+    if not all(type(number) is int for number in numbers) or not all(isinstance(share, float | None) for share in shares):
         raise ValueError("its counts are no numbers")
     return found
 

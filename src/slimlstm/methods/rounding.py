@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, cached_property
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from slimlstm.methods.feedback import DAMPING, inverse_factor, round_with_feedback
 from slimlstm.methods.storages import Storage, rounded, storage_called
+from slimlstm.methods.weighted import DAMPING as SMALL_DAMPING
+
+_LEAST = 1e-8
+"""Norm that every column of U and row of V counts as having at least, as a share of the largest one squared."""
 
 
 class Rounder:
@@ -68,7 +72,7 @@ class Rounder:
         bits = self._feedback_bits(storage)
         if bits is None or self._inputs is None:
             return rounded(u, storage), rounded(v, storage)
-        moment = (torch.diag(self._inputs) if self._inputs.ndim == 1 else self._inputs).to(u.device, torch.float64)
+        moment = _damped((torch.diag(self._inputs) if self._inputs.ndim == 1 else self._inputs).to(u.device, torch.float64))
         u, v = self._mixed(u, v, moment)
         down = inverse_factor(self._by_gradients(u.double()))
         v = round_with_feedback(v, self._input_factor.to(u.device), down, bits)
@@ -88,7 +92,9 @@ class Rounder:
         of V have equally many bits.
         """
         left, right = self._by_gradients(u.double()).diagonal(), ((v.double() @ moment) * v.double()).sum(dim=1)
-        scale = torch.where((left > 0) & (right > 0), (right / left) ** 0.25, 1.0)
+        # Directions without a gradient lose nothing, and must not be scaled up without bounds.
+        left, right = (sizes.clamp_min(_LEAST * float(sizes.max()) or 1.0) for sizes in (left, right))
+        scale = (right / left) ** 0.25
         rotation = _rotation(len(v)).to(u.device)
         return (u * scale @ rotation).to(u.dtype), (rotation.T @ (v / scale[:, None])).to(v.dtype)
 
@@ -146,7 +152,13 @@ def round_factors(
     return Rounder(inputs, gradients).factors(u, v, matrix, storage)
 
 
-@cache
+def _damped(moment: Tensor) -> Tensor:
+    """Return a moment [n, n] with a little of its mean diagonal, so that rounding errors leave no negative eigenvalue."""
+    damping = SMALL_DAMPING * float(moment.diagonal().mean()) or 1.0
+    return moment + damping * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+
+
 def _rotation(size: int) -> Tensor:
     """Return an orthogonal matrix [r, r] in float64, always the same."""
-    return torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    draw = torch.Generator("cpu").manual_seed(0)
+    return torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, device="cpu", generator=draw))[0]

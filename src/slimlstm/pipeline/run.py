@@ -121,6 +121,8 @@ def solve(
     else:
         plan = make_plan(config, list(sites.values()), statistics)
     replacements = _replacements(source, plan, sites, statistics, progress)
+    calibrated = [sites[key] for key, action in plan.sites.items() if _is_calibrated(action)]
+    notes += [note for note in [statistics.scarcity(calibrated)] if note is not None]
     predicted = {key: statistics.predicted_rise(sites[key], replacements.get(key)) for key in plan.sites}
     if refit or (refit is None and needs_of(plan) > Needs.NOTHING):
         fitted, note = _fit_again(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from functools import cache
 
 from torch import Tensor
@@ -88,6 +88,22 @@ class SiteStatistics:
         """Return what rounds the site's matrix or factors, in the metric of its moments where they are known."""
         moments = self.known_moments(site)
         return Rounder() if moments is None else Rounder(moments.inputs, moments.gradients, self._factor_of)
+
+    def scarcity(self, sites: Iterable[Site]) -> str | None:
+        """Return a warning where some of these sites' moments come from too few rows, or None.
+
+        The moments of fewer rows than a matrix has directions say nothing about the others.
+        """
+        few: list[tuple[float, str, int]] = []
+        for site in sites:
+            moments = self.known_moments(site)
+            rows = None if moments is None else moments.rows if moments.effective_rows is None else moments.effective_rows
+            if rows is not None and rows < min(site.shape):
+                few.append((rows / min(site.shape), f"{site.key} saw {rows:.0f} effective rows", min(site.shape)))
+        if not few:
+            return None
+        _, worst, least = min(few)
+        return f"too few batches for {len(few)} matrices: {worst} for {least} directions; calibrate on more or other data"
 
     def is_shared(self, site: Site) -> bool:
         """Return whether another site has the same parameter."""

@@ -1,0 +1,65 @@
+"""Time calibration against a plain forward and backward pass over the same tokens of a language model.
+
+    python benchmarks/calibration.py --model checkpoints/awd_lstm_ptb --corpus ptb --output results/calibration.json
+
+Both run on one thread, in turn; the ratio of the least processor times counts. The plain pass computes gradients of all
+parameters, as a step of training does.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+import slimlstm as sl
+from paper.stored_models import load_language_model, model_folder
+from slimlstm.demo.corpora import CORPORA, Vocabulary, read_words
+from slimlstm.evaluate import NextTokens, pieces
+from slimlstm.files import write_json
+from slimlstm.provenance import provenance
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--model", required=True, help="folder of an AWD-LSTM, or name of a stored one")
+parser.add_argument("--corpus", choices=CORPORA, required=True)
+parser.add_argument("--batches", type=int, default=1, help="of 60 streams and 70 steps")
+parser.add_argument("--repeats", type=int, default=3)
+parser.add_argument("--output", type=Path, help="file")
+arguments = parser.parse_args()
+
+torch.set_num_threads(1)
+folder = model_folder(arguments.model)
+model, vocabulary = load_language_model(folder).eval(), Vocabulary.read(folder / "vocab.txt")
+tokens = vocabulary.encode(read_words(arguments.corpus, "train"))[: 60 * 71 * arguments.batches]
+batches = pieces(tokens, streams=60, steps=70)[: arguments.batches]
+
+
+def train():
+    """Run a plain forward and backward pass over all batches."""
+    loss = NextTokens()
+    for batch in batches:
+        model.zero_grad(set_to_none=True)
+        loss(model, batch).sum().backward()
+
+
+def seconds(function):
+    """Return the processor time of a call."""
+    began = time.process_time()
+    function()
+    return time.process_time() - began
+
+
+plain, calibrating = [], []
+for _ in range(arguments.repeats):
+    plain.append(seconds(train))
+    calibrating.append(seconds(lambda: sl.calibrate(model, batches, NextTokens())))
+result = {
+    "model": folder.name,
+    "tokens": sum((len(ids) - 1) * ids.shape[1] for _, ids in batches),
+    "seconds": {"plain": plain, "calibrate": calibrating},
+    "ratio": min(calibrating) / min(plain),
+    "provenance": provenance(),
+}
+print(f"plain {min(plain):.2f} s, calibrate {min(calibrating):.2f} s, ratio {result['ratio']:.2f}")
+if arguments.output:
+    write_json(arguments.output, result)
