@@ -145,9 +145,8 @@ def test_factors_that_lose_more_are_discarded(monkeypatch):
     worse = lambda self, dense, now, index: (30 * dense[index].flip(0), torch.eye(dense[index].shape[1]).double())  # noqa: E731
     monkeypatch.setattr("slimlstm.calibration.refit.PairedMoments.regression", worse)
     report = compress_(models[1], LowRank("fisher", keep=0.5), batches=batches, loss=loss)
-    assert report.notes == [
-        "factors were fitted again to their new inputs, but the loss was higher, so they stay as they were"
-    ]
+    discarded = "factors were fitted again to their new inputs, but the loss was higher, so they stay as they were"
+    assert report.notes[-1] == discarded
     for name, value in state_of(models[0]).items():
         assert value.equal(state_of(models[1])[name])
 
@@ -255,5 +254,5 @@ def test_a_model_that_takes_another_path_when_it_is_compressed(monkeypatch):
     with pytest.raises(SlimLSTMError, match="the number of steps that an LSTM takes depends on its weights"):
         compress_(model, config, batches=batches, loss=loss, refit=1)
     assert all(value.equal(before[name]) for name, value in state_of(model).items())
-    (note,) = compress_(model, config, batches=batches, loss=loss).notes
+    *_, note = compress_(model, config, batches=batches, loss=loss).notes
     assert "takes depends on its weights" in note

@@ -79,7 +79,7 @@ class Recorder:
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _gradients(total: Tensor, probes: Sequence[Tensor]) -> Sequence[Tensor | None]:
