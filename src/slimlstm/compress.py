@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from slimlstm.calibration.collect import calibrate, mean_loss
@@ -284,16 +286,29 @@ class ModuleSource:
                 notes += host.notes
                 trained = {n: _with_parameters(found, host.is_trained(n), parameters) for n, found in own.items()}
                 changes.append((host, trained))
+        replaced = [host.parameter(name) for host, own in changes for name in own]
         swap = Swap(changes)
         # Known before it happens, so that an interrupt at any point can be undone.
         self.undo = swap.undo
         swap.commit()
         self._find()
-        return notes
+        kept = set(map(id, self._model.parameters()))
+        return notes + _notes_on_optimizers({id(weight) for weight in replaced} - kept)
 
     def size(self) -> Sizes:
         """Return the size of the LSTMs with their biases and of the model; weights under a mask are no parameters."""
         return Sizes(size([host.module for host in self._hosts], self._hosts), size([self._model], self._hosts))
+
+
+def _notes_on_optimizers(replaced: set[int]) -> list[str]:
+    """Return a note for every optimizer that holds parameters with these ids: it would train what nobody reads."""
+    optimizers: list[Any] = [found for found in gc.get_objects() if issubclass(type(found), torch.optim.Optimizer)]
+    return [
+        f"an optimizer ({type(optimizer).__name__}) holds weights that were replaced, and would not train the new "
+        "ones; make it again from model.parameters()"
+        for optimizer in optimizers
+        if not replaced.isdisjoint(id(weight) for group in optimizer.param_groups for weight in group["params"])
+    ]
 
 
 def _with_parameters(found: Replacement, is_trained: bool, parameters: dict[int, Matrix]) -> Replacement:

@@ -218,6 +218,16 @@ def test_a_matrix_tied_to_another_layer_is_named_in_the_report():
     assert not compress_(Model(), LowRank(rank=2, target="both")).notes
 
 
+def test_an_optimizer_that_holds_replaced_weights_is_named_in_the_report():
+    model, other = Model(), Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    assert not compress_(other, LowRank(rank=2)).notes
+    assert any(
+        "an optimizer (SGD) holds weights that were replaced" in note for note in compress_(model, LowRank(rank=2)).notes
+    )
+    del optimizer
+
+
 # B. What an LSTM carries beside its weights.
 
 
@@ -350,6 +360,12 @@ class Named(nn.LSTM):
     ranks = (1, 2)
 
 
+def tied_inside():
+    model = Model(functools.partial(nn.LSTM, bidirectional=True))
+    model.lstm.weight_hh_l0_reverse = model.lstm.weight_hh_l0
+    return model
+
+
 def compiled():
     model = Model()
     model.lstm = torch.compile(model.lstm, backend="eager")
@@ -449,6 +465,7 @@ REFUSED = {
     "helper method": (lambda: Model(Helped), "whose initial would be lost"),
     "mixin": (lambda: Model(Mixed), "whose initial would be lost"),
     "taken attribute": (lambda: Model(Named), "has an attribute ranks of its own"),
+    "tied inside": (tied_inside, "weight_hh_l0_reverse and weight_hh_l0 of 'lstm' are one parameter"),
     "state_dict hook": (state_dict_hook, "hooks on its state_dict"),
     "load_state_dict hook": (load_hook, "hooks on its state_dict"),
     "hook below weight drop": (with_dropped_hook, "the LSTM inside 'lstm' has hooks"),
@@ -466,6 +483,15 @@ def test_refused_in_words_before_anything_changes(make, message, config):
     with pytest.raises(SlimLSTMError, match=message):
         compress_(model, config())
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_dense_weights_for_a_factored_matrix_are_refused(strict):
+    model, dense = Model(), Model().state_dict()
+    compress_(model, LowRank(rank=2, target="hh"))
+    with pytest.raises(RuntimeError, match=r"lstm\.weight_hh_l0 is dense in the state dict but factored in the model"):
+        model.load_state_dict(dense, strict=strict)
+    model.load_state_dict(model.state_dict())
 
 
 # D. The surrounding mode does not leak in.

@@ -248,6 +248,16 @@ class FactoredModule(nn.Module):
             )
         super().__setattr__(name, value)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:  # pyright: ignore
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        errors: list[str] = arguments[-1]
+        for name in self.ranks:
+            if prefix + name in state_dict and f"{prefix}{name}_v" not in state_dict:
+                errors.append(
+                    f"{prefix}{name} is dense in the state dict but factored in the model, whose weights would stay as "
+                    "they were; load the state dict into the dense model, and compress that"
+                )
+
     def __prepare_scriptable__(self) -> nn.Module:
         raise SlimLSTMError(
             f"a {type(self).__name__} cannot be scripted; trace the model by torch.jit.trace, export it by torch.export or "

@@ -75,8 +75,12 @@ def _problems(host: Host, ancestors: Sequence[nn.Module], methods: Sequence[str]
             "store the module itself instead"
         )
     known = dict(lstm.named_parameters(recurse=False))
+    every = dict(lstm.named_parameters(recurse=False, remove_duplicate=False))
     for name in parameter_names(lstm):
-        if name not in known and host.is_plain(name):
+        if name not in known and name in every:
+            first = next(other for other, parameter in known.items() if parameter is every[name])
+            yield f"{name} and {first} of {where} are one parameter; give the LSTM a clone of it first"
+        elif name not in known and host.is_plain(name):
             yield (
                 f"{name} of {where} is no parameter but computed by a hook (old weight_norm or prune?); remove the hook "
                 "first, with remove_weight_norm or torch.nn.utils.prune.remove"
