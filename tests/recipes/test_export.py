@@ -23,6 +23,7 @@ from slimlstm import (
 )
 from slimlstm.cli import app
 from slimlstm.demo.model import embedded_model
+from slimlstm.onnx.forms import FORMS
 from slimlstm.onnx.layers import layer_model
 from slimlstm.onnx.verify import INT8_TOLERANCE, TOLERANCE, Bound
 from slimlstm.ops import cpu
@@ -97,13 +98,23 @@ def run(path, *inputs):
 
 @pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=ARGUMENTS)
 @pytest.mark.parametrize("config", [name for name in CONFIGS if name != "masked"])
-def test_a_layer_alone_is_the_layer(arguments, config):
+@pytest.mark.parametrize("form", FORMS)
+def test_a_layer_alone_is_the_layer(arguments, config, form):
     one = {name: value for name, value in arguments.items() if name not in ("num_layers", "dropout", "batch_first")}
     holder = made(nn.Sequential(nn.LSTM(IN, H, **one)), CONFIGS[config])
     lstm = holder[0] if isinstance(holder[0], LowRankLSTM) else LowRankLSTM.from_dense(holder[0])
+    if form != "scan":
+        lstm.backend = "reference"  # which does not round the inputs of int8 matrices
+    if form == "lstm" and "proj_size" in arguments:
+        with pytest.raises(
+            SlimLSTMError, match="form='lstm' is not possible, because the LSTM operator has no projections"
+        ):
+            layer_model(lstm.layers()[0], form)
+        return
     session = onnxruntime.InferenceSession(
-        layer_model(lstm.layers()[0]).SerializeToString(), providers=["CPUExecutionProvider"]
+        layer_model(lstm.layers()[0], form).SerializeToString(), providers=["CPUExecutionProvider"]
     )
+    config = "dense" if form != "scan" else config
     for steps, batch in ((1, 1), (7, 3), (200, 2)):
         x = torch.randn(steps, batch, IN)
         with torch.no_grad():
@@ -131,7 +142,8 @@ def near(config):
 )
 def test_a_streaming_model_at_any_length_and_batch(arguments, config, tmp_path):
     model, path = made(Streaming(**ARGUMENTS[arguments]), CONFIGS[config]), tmp_path / "deep" / "small.onnx"
-    found = export_onnx(model, model.example(T, B), path, input_names=["x", "h0", "c0"], output_names=["y", "h", "c"])
+    names = {"input_names": ["x", "h0", "c0"], "output_names": ["y", "h", "c"]}
+    found = export_onnx(model, model.example(T, B), path, **names, form="scan")
     assert (list(found.inputs), list(found.outputs)) == (["x", "h0", "c0"], ["y", "h", "c"])
     assert found.bytes == path.stat().st_size
     assert len(found.checked) == 3
@@ -148,18 +160,20 @@ def test_a_streaming_model_at_any_length_and_batch(arguments, config, tmp_path):
 
 def test_an_example_of_one_sequence_leaves_the_batch_open(tmp_path):
     model = made(Streaming(), CONFIGS["low rank"])
-    export_onnx(model, model.example(1, 1), tmp_path / "small.onnx")
+    export_onnx(model, model.example(1, 1), tmp_path / "small.onnx", form="scan")
     x, state = model.example(6, 4)
     with torch.no_grad():
         expected = model(x, state)[0]
     torch.testing.assert_close(run(tmp_path / "small.onnx", x, *state)[0], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("config", ["dense", "low rank", "int8"])
-def test_a_cell_in_a_loop_keeps_its_weights_once(config, tmp_path):
+@pytest.mark.parametrize(
+    ("config", "form"), [("dense", "lstm"), ("low rank", "lstm"), ("low rank", "scan"), ("int8", "scan")]
+)
+def test_a_cell_in_a_loop_keeps_its_weights_once(config, form, tmp_path):
     model = made(Steps(), CONFIGS[config])
     assert config == "dense" or isinstance(model.cell, LowRankLSTMCell)
-    few, many = (export_onnx(model, torch.randn(steps, B, IN), tmp_path / f"{steps}.onnx") for steps in (2, 6))
+    few, many = (export_onnx(model, torch.randn(steps, B, IN), tmp_path / f"{steps}.onnx", form=form) for steps in (2, 6))
     x = torch.randn(6, B, IN)
     with torch.no_grad():
         torch.testing.assert_close(run(tmp_path / "6.onnx", x)[0], model(x)["y"], **near(CONFIGS[config]))
@@ -200,7 +214,7 @@ def test_a_file_that_does_not_compute_the_same_is_not_written(tmp_path, monkeypa
     path, model = tmp_path / "small.onnx", made(Streaming(), None)
     path.write_text("precious")
     monkeypatch.setattr(
-        "slimlstm.onnx.export.add_layer", lambda graph, layers, ports: graph.add_many("LSTM", [], [ports.y])
+        "slimlstm.onnx.export.add_layer", lambda graph, layers, ports, form: graph.add_many("LSTM", [], [ports.y])
     )
     with pytest.raises(Exception, match="LSTM"):
         export_onnx(model, model.example(T, B), path)
@@ -446,7 +460,7 @@ class Deployed(nn.Module):
 )
 def test_older_opsets(opset, config, tmp_path):
     model, path = made(Deployed(), CONFIGS[config]), tmp_path / "small.onnx"
-    found = export_onnx(model, torch.randint(20, (T, B)), path, opset=opset)
+    found = export_onnx(model, torch.randint(20, (T, B)), path, opset=opset, form="scan")
     written = onnx.load(path)
     assert found.opset == opset == written.opset_import[0].version
     assert len(written.opset_import) == 1
@@ -498,7 +512,7 @@ def test_checks_are_repeatable(tmp_path):
     differences = set()
     for seed in (1, 2):
         torch.manual_seed(seed)
-        differences.add(export_onnx(model, example, tmp_path / "small.onnx").difference)
+        differences.add(export_onnx(model, example, tmp_path / "small.onnx", form="scan").difference)
     assert len(differences) == 1
     with pytest.raises(SlimLSTMError, match="rounding of the inputs of int8 matrices"):
         export_onnx(model, example, tmp_path / "none.onnx", tolerance=1e-9)

@@ -44,7 +44,14 @@ def arguments(folder, tiny_demo, monkeypatch):
     """The arguments of a verb's example, made quick."""
     monkeypatch.setitem(bench.bench_layers.__kwdefaults__, "seconds", 0.005)
     exported = Exported(
-        {"tokens": ["T", "B"]}, {"logits": ["T", "B", 11]}, 9_999, [{"T": 5, "B": 3}], 1e-7, "ONNX Runtime", 17
+        {"tokens": ["T", "B"]},
+        {"logits": ["T", "B", 11]},
+        9_999,
+        [{"T": 5, "B": 3}],
+        1e-7,
+        "ONNX Runtime",
+        17,
+        ["lstm: a reason " * 9],
     )
     monkeypatch.setattr(onnx_export, "export_onnx", lambda *_, **__: exported)
     np.savez(folder.parent / "runs.npz", x=np.zeros((2, 5, 1, 3), np.float32))

@@ -37,10 +37,10 @@ def low_rank(kinds=(), **arguments):
     return LowRankLSTM(INPUTS, H, **arguments, ranks=ranks).eval()
 
 
-def session_of(directions, ports, reverse=False, dtype="FLOAT"):
+def session_of(directions, ports, reverse=False, dtype="FLOAT", form="auto"):
     """A layer as a model of its own whose inputs and outputs are the ports."""
     graph, kind = GraphBuilder("layer"), getattr(onnx.TensorProto, dtype)
-    add_layer(graph, directions, ports, reverse)
+    add_layer(graph, directions, ports, reverse, form)
     entries = [(name, kind, [None] * 3) for name in (ports.x, ports.h0, ports.c0) if name]
     entries += [(ports.lengths, onnx.TensorProto.INT32, [None])] if ports.lengths else []
     results = [(name, kind, [None] * 3) for name in (ports.y, ports.h, ports.c)]
@@ -67,10 +67,11 @@ def inputs_of(layer, steps, batch):
 
 @pytest.mark.parametrize("kinds", RANKS.values(), ids=list(RANKS))
 @pytest.mark.parametrize("arguments", LAYERS, ids=str)
+@pytest.mark.parametrize("form", ["auto", "scan"])
 @torch.no_grad()
-def test_a_layer_with_states_is_what_pytorch_computes(kinds, arguments):
+def test_a_layer_with_states_is_what_pytorch_computes(kinds, arguments, form):
     layer = low_rank(kinds, **arguments)
-    session = session_of(layer.layers()[0], Ports("x", "h0", "c0", "y", "h", "c"))
+    session = session_of(layer.layers()[0], Ports("x", "h0", "c0", "y", "h", "c"), form=form)
     for steps, batch in product((1, 7, 200), (1, 3)):
         inputs = inputs_of(layer, steps, batch)
         y, state = layer(inputs["x"], (inputs["h0"], inputs["c0"]))
@@ -81,10 +82,11 @@ def test_a_layer_with_states_is_what_pytorch_computes(kinds, arguments):
 @pytest.mark.parametrize("arguments", [{"bidirectional": True}, {"proj_size": 3}], ids=str)
 @pytest.mark.parametrize("kinds", [(), ("ih", "hh")], ids=["dense", "factors"])
 @pytest.mark.parametrize("states", [False, True])
+@pytest.mark.parametrize("form", ["auto", "scan"])
 @torch.no_grad()
-def test_sequences_may_differ_in_length(arguments, kinds, states):
+def test_sequences_may_differ_in_length(arguments, kinds, states, form):
     layer, given = low_rank(kinds, **arguments), ("h0", "c0") if states else ("", "")
-    session = session_of(layer.layers()[0], Ports("x", *given, "y", "h", "c", "lengths"))
+    session = session_of(layer.layers()[0], Ports("x", *given, "y", "h", "c", "lengths"), form=form)
     lengths, inputs = torch.tensor([4, 9, 1]), inputs_of(layer, 9, 3)
     packed = pack_padded_sequence(inputs["x"], lengths, enforce_sorted=False)
     output, state = layer(packed, (inputs["h0"], inputs["c0"]) if states else None)
@@ -95,10 +97,11 @@ def test_sequences_may_differ_in_length(arguments, kinds, states):
 
 
 @pytest.mark.parametrize("kinds", [(), ("ih", "hh")], ids=["dense", "factors"])
+@pytest.mark.parametrize("form", ["auto", "scan"])
 @torch.no_grad()
-def test_one_direction_may_run_backward(kinds):
+def test_one_direction_may_run_backward(kinds, form):
     layer = low_rank(kinds, bidirectional=True)
-    session = session_of(layer.layers()[0][1:], Ports("x", "", "", "y", "h", "c", "lengths"), reverse=True)
+    session = session_of(layer.layers()[0][1:], Ports("x", "", "", "y", "h", "c", "lengths"), reverse=True, form=form)
     x, lengths = torch.randn(9, 3, INPUTS), torch.tensor([4, 9, 1])
     output, state = layer(pack_padded_sequence(x, lengths, enforce_sorted=False))
     expected = pad_packed_sequence(output)[0][..., H:], state[0][1:], state[1][1:]
@@ -143,7 +146,7 @@ def test_int8_is_exact_on_cpus_that_saturate():
         weight = layer.get_parameter(name)
         weight.copy_(torch.where(torch.rand_like(weight) < 0.8, 0.05, -0.05))
     layer.storages = {"weight_ih_l0": "int8", "weight_hh_l0": "int8"}
-    model, x = layer_model(layer.layers()[0]), torch.full((3, 2, 64), 2.0)
+    model, x = layer_model(layer.layers()[0], "scan"), torch.full((3, 2, 64), 2.0)
     expected = layer(x)[0].numpy()
     for engine in (
         ReferenceEvaluator(model),

@@ -28,14 +28,14 @@ def dense_rivals(lstm: nn.LSTM, x: Tensor, threads: int, refused: dict[str, str]
     """Yield every rival that runs the dense layer; add those that cannot to ``refused``, with the reason."""
     yield from pytorch_rivals(lstm, x, refused)
     yield from onnx_rivals(
-        lambda: layer_model(LowRankLSTM.from_dense(lstm).layers()[0]), "LSTM", "dense", x, threads, refused
+        lambda: layer_model(LowRankLSTM.from_dense(lstm).layers()[0], "lstm"), "LSTM", "dense", x, threads, refused
     )
 
 
 def low_rank_rivals(layer: LowRankLSTM, model: str, x: Tensor, threads: int, refused: dict[str, str]) -> NamedCandidates:
     """Yield every rival that runs the layer with factors, as an ONNX Scan with float32 weights."""
     exact = [weights._replace(ih_storage="float32", hh_storage="float32") for weights in layer.layers()[0]]
-    yield from onnx_rivals(lambda: layer_model(exact), f"Scan {model}", model, x, threads, refused)
+    yield from onnx_rivals(lambda: layer_model(exact, "scan"), f"Scan {model}", model, x, threads, refused)
 
 
 def pytorch_rivals(lstm: nn.LSTM, x: Tensor, refused: dict[str, str]) -> NamedCandidates:

@@ -12,6 +12,7 @@ from slimlstm.cli.options import (
     Bytes,
     Energy,
     Force,
+    Form,
     Json,
     Keep,
     Method,
@@ -75,6 +76,7 @@ def command(
             help="Also store an ONNX file's other weights in int8: linear, conv, embedding, or several with commas.",
         ),
     ] = None,
+    form: Form = "auto",
     page: ReportPage = None,
     force: Force = False,
     as_json: Json = False,
@@ -87,11 +89,11 @@ def command(
     _check_output(file, output, force)
     check_report(page, force)
     to_onnx = output.suffix.lower() == ".onnx"
-    _check_options(to_onnx, batches, inputs, also, part)
+    _check_options(to_onnx, batches, inputs, also, part, form)
     config, difference = request.configuration(), dict[str, Any]()
     kinds = [kind.strip() for kind in also.split(",")] if also else []
     if to_onnx:
-        report, difference = _to_onnx(file, output, request, batches, inputs, kinds)
+        report, difference = _to_onnx(file, output, request, batches, inputs, kinds, form)
         use = f"any ONNX runtime reads it. {difference['difference_note']}"
     else:
         from slimlstm.weight_files import compress_file
@@ -106,13 +108,22 @@ def command(
 
 
 def _check_options(
-    to_onnx: bool, batches: list[Path] | None, inputs: list[Path] | None, also: str | None, part: str | None
+    to_onnx: bool,
+    batches: list[Path] | None,
+    inputs: list[Path] | None,
+    also: str | None,
+    part: str | None,
+    form: str,
 ) -> None:
     """Refuse options that are for ONNX files only, or for other files only."""
     if batches and not to_onnx:
         raise SlimLSTMError("--batches are inputs of an ONNX file; compress an ONNX file into another, with -o small.onnx")
     if inputs and not to_onnx:
         raise SlimLSTMError("--inputs compares two ONNX files; a weight file has no outputs")
+    if form != "auto" and not to_onnx:
+        raise SlimLSTMError(
+            "--form says what LSTMs of an ONNX file become; compress an ONNX file into another, with -o small.onnx"
+        )
     if part is not None and to_onnx:
         raise SlimLSTMError("--part names a state dict of a PyTorch checkpoint; an ONNX file has no parts")
     if also and not to_onnx:
@@ -126,6 +137,7 @@ def _to_onnx(
     batches: list[Path] | None,
     inputs: list[Path] | None,
     also: list[str],
+    form: str,
 ) -> tuple[Any, dict[str, Any]]:
     """Compress an ONNX file; return the report, and how much the outputs of both files differ."""
     from slimlstm.onnx.calibrate import read_batches
@@ -135,7 +147,7 @@ def _to_onnx(
         raise SlimLSTMError("of an ONNX file, prune takes no --storage; compress the result again, with --storage alone")
     runs = [run for path in batches for run in read_batches(path)] if batches else None
     compared = [run for path in inputs for run in read_batches(path)] if inputs else None
-    report = compress_onnx(file, request.configuration(), output, batches=runs, also=also)
+    report = compress_onnx(file, request.configuration(), output, batches=runs, also=also, form=form)
     return report, _difference(file, output, compared)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from slimlstm.cli.models import Model, language_model
-from slimlstm.cli.options import Force, Json
+from slimlstm.cli.options import Force, Form, Json
 from slimlstm.cli.output import show
 from slimlstm.errors import SlimLSTMError
 
@@ -19,6 +19,7 @@ _INSTEAD = "For a model of yours, call slimlstm.export_onnx(model, inputs, 'smal
 def command(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")],
+    form: Form = "auto",
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -44,6 +45,7 @@ def command(
         output,
         input_names=["tokens", *names],
         output_names=["logits", *(f"{name}_next" for name in names)],
+        form=form,
     )
     table = new_table(["name", "shape"])
     for name, shape in (*found.inputs.items(), *found.outputs.items()):
@@ -53,4 +55,5 @@ def command(
         f"{found.bytes:,} bytes in {output}. {found.engine} differs from PyTorch by at most {found.difference:.1g}, "
         f"relative, at {sizes}."
     )
-    show({"model": model, "file": str(output), **asdict(found)}, as_json, table, text)
+    forms = [f"layer {number}, {form}" for number, form in enumerate(found.forms)]
+    show({"model": model, "file": str(output), **asdict(found)}, as_json, table, text, *forms)

@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
+Form = Annotated[
+    str,
+    typer.Option(
+        help="How LSTMs stand in the ONNX file: lstm (the operator, dense once loaded), scan (a Scan that multiplies by "
+        "factors), or auto (what ONNX Runtime is predicted to run faster).",
+    ),
+]
 ReportPage = Annotated[
     Path | None, typer.Option("--report", metavar="FILE.html", help="Also write a report as a page for a browser.")
 ]

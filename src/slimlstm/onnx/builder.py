@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ _TYPES = {
 
 
 class GraphBuilder:
-    """Collects nodes in their order, and constants, each of which is stored once.
+    """Collects nodes in their order, and constants; equal ones are stored once.
 
     Args:
         prefix: the beginning of all new names.
@@ -46,6 +47,7 @@ class GraphBuilder:
         self.nodes: list[Any] = []
         self.constants: list[Any] = [] if parent is None else parent.constants
         self._known: dict[tuple[int, str], tuple[object, str]] = {} if parent is None else parent._known
+        self._equal: dict[tuple[Any, ...], str] = {} if parent is None else parent._equal
         self._count = 0
 
     def add(self, operator: str, *inputs: str, to: str | None = None, **attributes: Any) -> str:
@@ -60,19 +62,27 @@ class GraphBuilder:
         return outputs
 
     def constant(self, value: Tensor) -> str:
-        """Add a constant; return its new name."""
+        """Add a constant, or find an equal one; return its name."""
         from onnx import helper
 
-        name, value = self._new_name(), value.detach().cpu()
+        value = value.detach().cpu()
         content = value.flatten().contiguous().view(torch.uint8).numpy().tobytes()
-        self.constants.append(helper.make_tensor(name, onnx_type(value.dtype), value.shape, content, raw=True))
-        return name
+        key = value.dtype, tuple(value.shape), sha256(content).digest()
+        if key not in self._equal:
+            self._equal[key] = self._new_name()
+            tensor = helper.make_tensor(self._equal[key], onnx_type(value.dtype), value.shape, content, raw=True)
+            self.constants.append(tensor)
+        return self._equal[key]
 
     def once(self, owner: object, kind: str, make: Callable[[], Tensor]) -> str:
         """Return the name of an object's constant of some kind, which is made at the first call."""
+        return self.shared(owner, kind, lambda: self.constant(make()))
+
+    def shared(self, owner: object, kind: str, add: Callable[[], str]) -> str:
+        """Return the name of an object's value of some kind, whose nodes are added at the first call."""
         key = id(owner), kind
         if key not in self._known:
-            self._known[key] = owner, self.constant(make())  # the reference keeps the id from being reused
+            self._known[key] = owner, add()  # the reference keeps the id from being reused
         return self._known[key][1]
 
     def names(self, count: int) -> list[str]:

@@ -1,14 +1,15 @@
 """``compress_onnx``: compress the LSTMs of an ONNX file, in operators that every runtime has.
 
-An LSTM operator stays one, with its states, lengths and attributes. Its weights become products of factors, which runtimes
-multiply when they load the file. In an LSTM that is written out in single operators, a product with a constant becomes two
-thin products.
+An LSTM operator stays one, with its states, lengths and attributes, and its weights become products of factors, which
+runtimes multiply when they load the file. Or it becomes a Scan, whose steps multiply by the factors, where that is
+predicted to be faster. In an LSTM that is written out in single operators, a product with a constant becomes two thin ones.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from slimlstm.methods import Needs, Replacement
 from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.onnx.calibrate import RunInputs, calibrate_graph
 from slimlstm.onnx.find import find_lstms
+from slimlstm.onnx.forms import check_form
 from slimlstm.onnx.graph import OnnxLSTM, graphs_of, read_model
 from slimlstm.onnx.observe import GraphObserver
 from slimlstm.onnx.others import check_kinds
 from slimlstm.onnx.source import GraphSource
 from slimlstm.ops.dense import rebuilt
+from slimlstm.ops.weights import Matrix
 from slimlstm.pipeline.plan import Config, check_config
 from slimlstm.pipeline.report import Report
 from slimlstm.pipeline.run import apply, check_smaller, needs_of, solve
@@ -46,6 +49,7 @@ def compress_onnx(
     calibration: Calibration | None = None,
     refit: int | None = None,
     also: Collection[str] = (),
+    form: str = "auto",
     progress: Progress | None = None,
 ) -> Report:
     """Compress the LSTMs of an ONNX file, nested graphs included, and write the result to another file.
@@ -63,15 +67,19 @@ def compress_onnx(
         also: weights outside LSTMs that become int8 by ONNX Runtime's own quantiser: any of ``"linear"`` (MatMul and Gemm),
             ``"conv"`` and ``"embedding"`` (tables that Gather reads). The report says by how much this changes the outputs,
             on the batches or on random inputs; a change of more than a tenth of their norm is an error.
+        form: what LSTM operators become; see :func:`slimlstm.export_onnx`. Operators with clipping, peepholes or other
+            activations, and operators of opsets before 13, stay operators.
         progress: called with a site's key and the fraction done; None draws a bar on a terminal.
 
     Returns:
-        The report; the model's bytes are the bytes of the file, with its weights in other files.
+        The report, with the form of every compressed operator; the model's bytes are the bytes of the file, with its
+        weights in other files.
 
     Raises:
         SlimLSTMError: the file is missing, damaged or holds no LSTM, a site cannot be compressed, nothing would get
-            smaller, or onnx is not installed. Nothing is written then.
+            smaller, ``form="scan"`` cannot compute an operator, or onnx is not installed. Nothing is written then.
     """
+    check_form(form)
     path, output = Path(path), Path(output)
     check_kinds(also)
     if output.is_dir() or not output.suffix:
@@ -81,7 +89,7 @@ def compress_onnx(
     lstms = find_lstms(model, path)
     problems = [lstm.problem for lstm in lstms if lstm.problem]
     runs = list(batches) if also and batches is not None and not isinstance(batches, Iterator) else None
-    source = GraphSource(model, [lstm for lstm in lstms if lstm.locations], also, runs)
+    source = GraphSource(model, [lstm for lstm in lstms if lstm.locations], form, also, runs)
     if not source.sites():
         raise SlimLSTMError("; ".join([f"{path} holds no LSTM with constant weights", *problems]))
     check_config(config, source.sites())
@@ -104,9 +112,9 @@ def compress_onnx(
         )
     check_smaller(solution)
     solution.notes += problems
-    report = apply(source, solution)
+    report = replace(apply(source, solution), forms={name: str(found) for name, found in source.forms.items()})
     _check_size(report, solution.replacements)
-    _check_result(model, source.groups, solution.replacements, output)
+    _check_result(model, source, solution.replacements, output)
     with replacing(output) as draft:
         draft.write_bytes(model.SerializeToString())
     return report
@@ -149,17 +157,30 @@ def _with_shapes(model: Any) -> Any:
     return copy
 
 
-def _check_result(model: Any, groups: list[list[OnnxLSTM]], replacements: Mapping[str, Replacement], output: Path) -> None:
+def _check_result(model: Any, source: GraphSource, replacements: Mapping[str, Replacement], output: Path) -> None:
     """Raise :class:`SlimLSTMError` unless the new model is valid and holds exactly the intended matrices."""
     _check(model, output)
-    found = {lstm.name: {location.name: location for location in lstm.locations} for lstm in find_lstms(model, output)}
-    for group in groups:
+    found = find_lstms(model, output)
+    for group in source.groups:
         for lstm in group:
+            now = _matrices(lstm, found, source.scans.get(lstm.name))
             for location in lstm.locations:
                 new = replacements.get(f"{group[0].name}.{location.name}")
                 expected = rebuilt(location.matrix if new is None else new.effective(location.matrix))
-                now = found.get(lstm.name, {}).get(location.name)
-                if now is None or not torch.allclose(rebuilt(now.matrix), expected, rtol=1e-4, atol=1e-6):
+                matrix = now.get(location.name)
+                if matrix is None or not torch.allclose(rebuilt(matrix), expected, rtol=1e-4, atol=1e-6):
                     raise SlimLSTMError(
                         f"{lstm.name}.{location.name} would not be right in {output}; this is a bug, report it"
                     )
+
+
+def _matrices(lstm: OnnxLSTM, found: list[OnnxLSTM], scans: str | None) -> dict[str, Matrix]:
+    """Return the matrices of an LSTM in the new model, by name; those of an operator's Scans by the operator's names."""
+    if scans is None:
+        return {one.name: one.matrix for same in found if same.name == lstm.name for one in same.locations}
+    matrices: dict[str, Matrix] = {}
+    directions = [one for one in found if one.node.name.startswith(scans)]
+    endings = [one.name.removeprefix("weight_hh_l0") for one in lstm.locations if one.name.startswith("weight_hh")]
+    for ending, one in zip(endings, directions, strict=True):
+        matrices |= {f"{location.name}{ending}": location.matrix for location in one.locations}
+    return matrices

@@ -16,6 +16,7 @@ from slimlstm.files import replacing
 from slimlstm.modules.hosts import find_hosts
 from slimlstm.modules.modes import evaluation_mode, plain_mode
 from slimlstm.onnx.builder import GraphBuilder
+from slimlstm.onnx.forms import Form, check_form
 from slimlstm.onnx.layers import Ports, add_layer
 from slimlstm.onnx.opsets import check_opset, converted, opset_of, traced_opset
 from slimlstm.onnx.trace import DOMAIN, PLACEHOLDER, Traced, trace
@@ -37,6 +38,8 @@ class Exported:
         difference: the largest difference of an output, relative to its norm.
         engine: the engine that ran the file: ONNX Runtime, or the slow reference of onnx where that is not installed.
         opset: the version of ONNX's operators.
+        forms: the form of every layer in the order of the model, ``"lstm"`` or ``"scan"``, and the reason; see
+            :func:`slimlstm.onnx.forms.choose`.
     """
 
     inputs: dict[str, list[int | str]]
@@ -46,6 +49,7 @@ class Exported:
     difference: float
     engine: str
     opset: int
+    forms: list[str]
 
 
 @plain_mode()
@@ -59,11 +63,13 @@ def export_onnx(
     dynamic_shapes: Any = None,
     opset: int | None = None,
     tolerance: float | None = None,
+    form: str = "auto",
 ) -> Exported:
     """Write a model as an ONNX file for any runtime, after comparing the file's outputs with the model's.
 
     The model runs in evaluation mode and does not change. States that it takes and returns, in tuples, lists or mappings
-    too, become inputs and outputs, one for every tensor. Weights stored in int8 or bfloat16 stay so in the file.
+    too, become inputs and outputs, one for every tensor. Factors, and weights stored in int8 or bfloat16, stay so in the
+    file.
 
     Args:
         model: any module that PyTorch can export; its LSTMs may be dense, factored, masked or quantised.
@@ -76,11 +82,16 @@ def export_onnx(
         opset: the version of ONNX's operators, from 13 on; by default PyTorch's choice. Older runtimes need older opsets.
         tolerance: the largest difference accepted: of a number, relative to the largest magnitude in its output or to 1,
             by default 1e-4; where weights are int8, of an output, relative to its norm, by default 0.05.
+        form: how layers are written. ``"lstm"`` takes the LSTM operator, for which a runtime multiplies factors and widens
+            integers once, when it loads the file; it then runs as fast as the dense layer. ``"scan"`` takes a Scan over
+            time, whose steps multiply by the factors, and by int8 weights as integers. ``"auto"`` takes for each layer
+            what ONNX Runtime is predicted to run faster.
 
     Raises:
         SlimLSTMError: PyTorch is older than 2.8, the model cannot be exported, names do not fit, an axis that
-            ``dynamic_shapes`` names cannot stay open, the opset lacks an operator, outputs differ by more than the
-            tolerance or cannot be compared at other sizes than the example's, or the file would exceed 2 GiB.
+            ``dynamic_shapes`` names cannot stay open, the opset lacks an operator, ``form="lstm"`` cannot compute a layer,
+            outputs differ by more than the tolerance or cannot be compared at other sizes than the example's, or the file
+            would exceed 2 GiB.
         ImportError: onnx or onnxscript is not installed.
 
     Examples:
@@ -93,6 +104,7 @@ def export_onnx(
     if not hasattr(torch.onnx, "ops"):
         raise SlimLSTMError(f"export needs PyTorch 2.8 or newer, and this is {torch.__version__}")
     check_opset(opset)
+    check_form(form)
     arguments, named = _arguments(example_inputs)
     _check_example([value for value in pytree.tree_leaves((arguments, named)) if isinstance(value, Tensor)], input_names)
     # find_hosts looks for LSTMs inside a module, and the model may be one itself.
@@ -112,7 +124,7 @@ def export_onnx(
             dynamic_shapes=dynamic_shapes,
         )
         _check_outputs(traced.program.model.graph, output_names)
-        proto = _complete(traced, opset)
+        proto, forms = _complete(traced, opset, form)
         inputs = _shapes(proto.graph.input)
         _check_open(inputs, dynamic_shapes)
         content: bytes = proto.SerializeToString()
@@ -121,7 +133,9 @@ def export_onnx(
     with replacing(path) as draft:
         draft.write_bytes(content)
     outputs = _shapes(proto.graph.output)
-    return Exported(inputs, outputs, len(content), checked.sizes, checked.difference, engine, opset_of(proto))
+    return Exported(
+        inputs, outputs, len(content), checked.sizes, checked.difference, engine, opset_of(proto), [*map(str, forms)]
+    )
 
 
 def _bound(traced: Traced, tolerance: float | None) -> Bound:
@@ -188,8 +202,8 @@ def _named_axes(shapes: Any) -> list[Any]:
     return own + [axis for part in parts for axis in _named_axes(part)]
 
 
-def _complete(traced: Traced, opset: int | None) -> Any:
-    """Return the model with a recurrence for every placeholder."""
+def _complete(traced: Traced, opset: int | None, form: str) -> tuple[Any, list[Form]]:
+    """Return the model with a recurrence for every placeholder, and the forms of the layers."""
     from onnx import checker, helper
 
     proto = traced.program.model_proto
@@ -197,12 +211,12 @@ def _complete(traced: Traced, opset: int | None) -> Any:
     proto = converted(proto, opset)
     graph, nodes = proto.graph, list(proto.graph.node)
     builder = GraphBuilder(_unused_prefix(graph), opset=opset_of(proto))
-    complete: list[Any] = []
+    complete, forms = list[Any](), dict[int, Form]()
     for node in nodes:
         if (node.domain, node.op_type) == (DOMAIN, PLACEHOLDER):
             builder.nodes.clear()
             number: int = helper.get_node_attr_value(node, "number")
-            add_layer(builder, traced.layers[number], Ports(*node.input, *node.output))
+            forms[number] = add_layer(builder, traced.layers[number], Ports(*node.input, *node.output), form=form)
             complete += builder.nodes
         else:
             complete.append(node)
@@ -222,7 +236,7 @@ def _complete(traced: Traced, opset: int | None) -> Any:
         if opset is None:
             raise
         raise SlimLSTMError(f"the model does not fit opset {opset} ({reason_of(error)}); give a newer opset=") from error
-    return proto
+    return proto, [forms[number] for number in sorted(forms)]
 
 
 def _close_axes(graph: Any, closed: Mapping[str, int]) -> None:

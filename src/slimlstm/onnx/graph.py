@@ -93,6 +93,7 @@ class WeightLocation:
         source: the node that multiplies by the right factor, for an LSTM of single operators that is low-rank already.
         columns: the matrix's columns, first and end, where ``node`` multiplies [W R] with a Concat of x and h.
         storage: ``"int8"`` or ``"bfloat16"`` where the file holds such numbers and widens them; otherwise None.
+        rounded: the value that a product of integers rounds, for slimlstm's own Scans; ``node`` then scales that product.
     """
 
     name: str
@@ -105,10 +106,13 @@ class WeightLocation:
     source: Any = None
     storage: str | None = None
     columns: tuple[int, int] | None = None
+    rounded: str = ""
 
     @property
     def input(self) -> str:
         """The name of the value that the matrix is multiplied with, for an LSTM of single operators."""
+        if self.rounded:
+            return self.rounded
         name = (self.source or self.node).input[0]
         return name if self.columns is None else self.scope.producers[name].input[int(self.columns[0] > 0)]
 

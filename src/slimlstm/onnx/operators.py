@@ -18,6 +18,10 @@ ENDINGS = {"forward": [""], "reverse": ["_reverse"], "bidirectional": ["", "_rev
 
 QUANTIZED = ("com.microsoft", "DynamicQuantizeLSTM")
 """ONNX Runtime's operator, whose weights W [D, I, 4H] and R [D, H, 4H] are integers."""
+_PEEPHOLES = 7
+"""The position of the peephole weights among an operator's inputs."""
+_ACTIVATIONS = ["sigmoid", "tanh", "tanh"]
+"""The activations of each direction of PyTorch's LSTM."""
 OPERATORS = {("", "LSTM"), ("ai.onnx", "LSTM"), QUANTIZED}
 """The domains and names of the operators that are read."""
 
@@ -50,6 +54,18 @@ def read_operator(node: Any, scope: Scope) -> OnnxLSTM:
             for kind, bias in zip(("bias_ih", "bias_hh"), b[index].chunk(2), strict=True):
                 lstm.biases[f"{kind}_l0{ending}"] = reordered(bias, PYTORCH, ONNX)
     return lstm
+
+
+def peculiarity_of(node: Any) -> str:
+    """Return what an operator computes beyond PyTorch's LSTM, or differently, in words; "" for nothing."""
+    activations = [name.decode().lower() for name in attribute_of(node, "activations", [])]
+    found = {
+        "clip": attribute_of(node, "clip") is not None,
+        "input_forget": bool(attribute_of(node, "input_forget", 0)),
+        "other activations": activations != _ACTIVATIONS * (len(activations) // len(_ACTIVATIONS)),
+        "peepholes": len(node.input) > _PEEPHOLES and bool(node.input[_PEEPHOLES]),
+    }
+    return next((name for name, is_there in found.items() if is_there), "")
 
 
 def _location(name: str, scope: Scope, node: Any, position: int, index: int, whole: Tensor) -> WeightLocation:

@@ -14,6 +14,7 @@ from torch import Tensor
 from slimlstm.errors import SlimLSTMError
 from slimlstm.onnx.find import find_lstms
 from slimlstm.onnx.graph import OnnxLSTM, WeightLocation, attribute_of, graphs_of, inner_graphs
+from slimlstm.onnx.integers import make_plain
 from slimlstm.onnx.runtime import Names, RunInputs, Session, make_runnable
 from slimlstm.onnx.separate import separate
 from slimlstm.ops.dense import rebuilt
@@ -106,6 +107,8 @@ def _replace_product(model: Any, location: WeightLocation, matrix: Tensor, names
     in_file = reordered(matrix, location.gates)
     turned = in_file if attribute_of(location.node, "transB", 0) else in_file.T
     source = location.input
+    for _ in make_plain(location):
+        pass
     location.node.input[1] = _add_constant(model, turned, names)
     location.node.input[0] = source
 

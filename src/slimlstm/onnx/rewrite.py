@@ -10,19 +10,37 @@ from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import Replacement, storage_called
+from slimlstm.onnx.as_scan import add_operator_as_scans, directions_of, form_of
+from slimlstm.onnx.builder import GraphBuilder
+from slimlstm.onnx.forms import LSTM, Form
 from slimlstm.onnx.graph import OnnxLSTM, WeightLocation, attribute_of, graphs_of, inner_graphs
+from slimlstm.onnx.integers import make_plain
+from slimlstm.onnx.opsets import opset_of
 from slimlstm.onnx.separate import separate
 from slimlstm.ops.gates import reordered
 from slimlstm.ops.weights import Matrix
 
 
 class Rewriter:
-    """Puts replacements into a model, which changes in place."""
+    """Puts replacements into a model, which changes in place.
 
-    def __init__(self, model: Any) -> None:
-        self._model, self._graph = model, model.graph
+    Args:
+        model: an ``onnx.ModelProto``.
+        form: the form of LSTM operators afterwards; see :func:`slimlstm.onnx.forms.choose`.
+
+    Attributes:
+        forms: the form of every operator with new weights, by name.
+        scans: the beginning of the names of an operator's Scans, by the operator's name.
+    """
+
+    def __init__(self, model: Any, form: str = "auto") -> None:
+        self._model, self._graph, self._form = model, model.graph, form
         self._taken = {name for graph in graphs_of(model.graph) for name in _names(graph)}
         self._nodes: list[Any] = []
+        self._opset = opset_of(model)
+        self._builder = GraphBuilder(self._free_prefix("slimlstm"), opset=self._opset)
+        self.forms: dict[str, Form] = {}
+        self.scans: dict[str, str] = {}
 
     def replace(self, groups: list[list[OnnxLSTM]], replacements: Mapping[str, Replacement]) -> None:
         """Put replacements, by key, into all layers of a group.
@@ -40,7 +58,7 @@ class Rewriter:
             for layer in group:
                 released += separate(layer, self._model, self._free, shared) if new else []
                 if layer.is_operator:
-                    released += self._replace_operands(layer, new, prefix, shared)
+                    released += self._replace_operator(layer, new, prefix, shared) if new else []
                     continue
                 for location in layer.locations:
                     if location.name in new:
@@ -48,9 +66,32 @@ class Rewriter:
         nodes = [*self._nodes, *self._graph.node]
         del self._graph.node[:]
         self._graph.node.extend(nodes)
+        self._graph.initializer.extend(self._builder.constants)
         _remove_unused(self._graph, released)
         # Before version 4 of the format, weights had to be listed among the inputs.
         self._model.ir_version = max(self._model.ir_version, 4)
+
+    def _replace_operator(
+        self, layer: OnnxLSTM, new: Mapping[str, Replacement], prefix: str, shared: dict[Hashable, Any]
+    ) -> list[str]:
+        """Give an LSTM operator new weights, or make it a Scan; return the names of the old ones."""
+        storages = {
+            location.name: new[location.name].storage if location.name in new else _exact_storage(location)
+            for location in layer.locations
+        }
+        directions = directions_of(layer, new, storages)
+        self.forms[layer.name] = form_of(layer, directions, self._opset, self._form)
+        if self.forms[layer.name].name == LSTM:
+            return self._replace_operands(layer, new, prefix, shared)
+        builder = GraphBuilder(self._free_prefix(f"{layer.name}/scan"), parent=self._builder)
+        self.scans[layer.name] = builder.prefix
+        add_operator_as_scans(builder, layer, directions, self.forms[layer.name].is_integer)
+        graph, released = layer.scope.graph, list(layer.node.input[1:4])
+        at = next(index for index, node in enumerate(graph.node) if node is layer.node or node.output == layer.node.output)
+        del graph.node[at]
+        for node in reversed(builder.nodes):
+            graph.node.insert(at, node)
+        return released
 
     def _replace_operands(
         self, layer: OnnxLSTM, new: Mapping[str, Replacement], prefix: str, shared: dict[Hashable, Any]
@@ -90,6 +131,7 @@ class Rewriter:
         if place not in shared:
             shared[place] = self._product_weights(location, f"{prefix}.{location.name}", new, is_transposed)
         names: list[str] = shared[place]
+        yield from make_plain(location)
         yield location.node.input[1]
         location.node.input[1] = names[0]
         if len(names) == 2:
@@ -147,6 +189,13 @@ class Rewriter:
 
         output = self._free(output)
         return helper.make_node(operator, inputs, [output], name=output, **attributes)
+
+    def _free_prefix(self, prefix: str) -> str:
+        """Return a beginning that no name has."""
+        while any(name.startswith(prefix) for name in self._taken):
+            prefix += "_"
+        self._taken.add(prefix)
+        return prefix
 
     def _free(self, name: str) -> str:
         free, count = name, 1

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from slimlstm.calibration.recorder import Keys, Recorder, Rows, states_before
 from slimlstm.errors import SlimLSTMError
-from slimlstm.onnx.graph import OnnxLSTM, attribute_of
+from slimlstm.onnx.graph import OnnxLSTM
+from slimlstm.onnx.operators import peculiarity_of
 from slimlstm.onnx.probes import Probe
 from slimlstm.ops.dense import rebuilt
 from slimlstm.ops.gates import PYTORCH, reordered
@@ -22,9 +23,6 @@ from slimlstm.ops.weights import Direction
 
 DRAWS = 4
 """How many random signs every output gets in a batch; the estimate's variance falls with their number."""
-
-_PEEPHOLES = 7
-"""The position of the peephole weights among an operator's inputs."""
 
 Values = Mapping[str, NDArray[Any]]
 """The values at one LSTM by role; see :class:`slimlstm.onnx.probes.Probe`."""
@@ -142,16 +140,8 @@ def _padded(rows: Tensor, sizes: list[int]) -> Tensor:
 
 def _check_plain(lstm: OnnxLSTM) -> None:
     """Raise :class:`SlimLSTMError` if the operator computes something else than PyTorch's LSTM."""
-    node = lstm.node
-    activations = [name.decode().lower() for name in attribute_of(node, "activations", [])]
-    found = {
-        "clip": attribute_of(node, "clip") is not None,
-        "input_forget": bool(attribute_of(node, "input_forget", 0)),
-        "other activations": activations[:3] not in ([], ["sigmoid", "tanh", "tanh"]),
-        "peepholes": len(node.input) > _PEEPHOLES and bool(node.input[_PEEPHOLES]),
-    }
-    problem = next((name for name, is_there in found.items() if is_there), None)
-    if problem is not None:
+    problem = peculiarity_of(lstm.node)
+    if problem:
         raise SlimLSTMError(
             f"{lstm.name} has {problem}, through which 'fisher' cannot differentiate; take 'activation', or leave it out "
             "with filter="

@@ -11,6 +11,7 @@ from slimlstm.calibration.moments import Calibration, Moments
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import Replacement, matrix_bytes, sha256_of, storage_called
 from slimlstm.modules.sites import Site
+from slimlstm.onnx.forms import Form
 from slimlstm.onnx.graph import OnnxLSTM, WeightLocation, count_numbers
 from slimlstm.onnx.others import quantize_others
 from slimlstm.onnx.rewrite import Rewriter
@@ -27,6 +28,7 @@ class GraphSource:
         model: the ONNX model, which :meth:`put` changes.
         lstms: its LSTMs with constant weights. LSTMs with the same weights are one group, whose sites have the name of the
             first.
+        form: the form of LSTM operators afterwards; see :func:`slimlstm.onnx.forms.choose`.
         others: words for weights outside LSTMs that become int8; see :func:`slimlstm.onnx.others.quantize_others`.
         runs: inputs by name to compare the outputs on after that; None for random ones.
     """
@@ -35,10 +37,13 @@ class GraphSource:
         self,
         model: Any,
         lstms: Iterable[OnnxLSTM],
+        form: str = "auto",
         others: Collection[str] = (),
         runs: Sequence[RunInputs] | None = None,
     ) -> None:
-        self._model, self.groups, self._others, self._runs = model, _grouped(lstms), others, runs
+        self._model, self.groups, self._form, self._others, self._runs = model, _grouped(lstms), form, others, runs
+        self.forms: dict[str, Form] = {}
+        self.scans: dict[str, str] = {}
         self._locations = {
             f"{group[0].name}.{location.name}": location for group in self.groups for location in group[0].locations
         }
@@ -78,8 +83,10 @@ class GraphSource:
             )
 
     def put(self, replacements: Mapping[str, Replacement]) -> list[str]:
-        """Rewrite the graph."""
-        Rewriter(self._model).replace(self.groups, replacements)
+        """Rewrite the graph; ``forms`` and ``scans`` then tell what became of its operators."""
+        rewriter = Rewriter(self._model, self._form)
+        rewriter.replace(self.groups, replacements)
+        self.forms, self.scans = rewriter.forms, rewriter.scans
         for key, found in replacements.items():
             self._sites[key] = replaced_site(self._sites[key], found)
         notes: list[str] = []

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from slimlstm.onnx.graph import OnnxLSTM, Scope, WeightLocation, attribute_of, constant, storage_of
+from slimlstm.onnx.integers import integer_product
 from slimlstm.onnx.separate import is_divisible
 from slimlstm.ops.gates import PYTORCH, reordered
 from slimlstm.ops.weights import Matrix, shape_of
@@ -159,6 +160,8 @@ def _products(name: str, scope: Scope, users: Mapping[str, int]) -> Iterator[Wei
             location = _product(node, scope, users)
             if location is not None:
                 yield location
+        elif (location := integer_product(node, scope)) is not None:
+            yield location
 
 
 def _users(scope: Scope) -> dict[str, int]:

@@ -101,6 +101,7 @@ class Report:
         model: the total of the model; for an ONNX file, of the file.
         notes: what else to know.
         loss_before, loss_after: mean losses on the calibration batches, where a loss was given.
+        forms: of an ONNX file, the form of every compressed LSTM operator, ``"lstm"`` or ``"scan"``, and the reason.
 
     Examples:
         >>> import slimlstm, torch
@@ -116,6 +117,7 @@ class Report:
     notes: list[str] = field(default_factory=list[str])
     loss_before: float | None = None
     loss_after: float | None = None
+    forms: dict[str, str] = field(default_factory=dict[str, str])
 
     @property
     def predicted_rise(self) -> float | None:
@@ -159,6 +161,7 @@ class Report:
                 f"{site.relative_error:.4f}",
             )
         notes = [f"{site.key}: {site.note}" for site in self.sites if site.note]
+        notes += [f"{name}: {form}" for name, form in self.forms.items()]
         table.caption = "\n".join([f"LSTM:  {self.lstm}", f"model: {self.model}", *notes, *self.notes])
         if self.loss_note:
             table.caption += f"\n{self.loss_note}"
@@ -227,7 +230,7 @@ class Report:
         sites = [SiteReport(**{**entry, **_tuples(entry)}) for entry in entries]
         lstm, model = Total(**data["lstm"]), Total(**data["model"])
         plan, losses = Plan.from_dict(data["plan"]), (data.get("loss_before"), data.get("loss_after"))
-        return cls(sites, plan, lstm, model, data["notes"], *losses)
+        return cls(sites, plan, lstm, model, data["notes"], *losses, data.get("forms", {}))
 
 
 def _tuples(entry: dict[str, Any]) -> dict[str, Any]:
