@@ -1,6 +1,7 @@
 """DTLN removes noise from speech, 8 ms at a time: two ONNX files of two LSTMs each, compressed from ONNX to ONNX."""
 
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ from registry import arguments, data, show, speech
 import slimlstm as sl
 from slimlstm.bench import interleaved_seconds, median_ratios
 from slimlstm.onnx.compress import compress_onnx
+from slimlstm.search import shrink_onnx
 
-FRAME, HOP = 512, 128
+FRAME, HOP, MEASURE = 512, 128, "1 - noise / signal"
 
 
 def sessions(paths):
@@ -43,27 +45,53 @@ def denoised(first, second, sound, seen=([], [])):
 paths = [data(f"dtln/model_{part}.onnx") for part in (1, 2)]
 dense, clean = sessions(paths), speech().numpy()
 sound = clean + np.random.default_rng(0).normal(0, 0.3 * clean.std(), len(clean)).astype(np.float32)
-batches, held_out = ([], []), sound[-160_000:]
+length = 40_000 if arguments().brief else 160_000
+batches, validation, test = ([], []), sound[-2 * length : -length], sound[-length:]
 denoised(*dense, sound[:80_000], batches)
-expected, short, rows, calls = denoised(*dense, held_out), held_out[:8_000], [], {"dense": lambda: denoised(*dense, short)}
+expected = {id(part): denoised(*dense, part) for part in (validation, test)}
+
+
+def quality(pair, part):
+    return 1 - float(((denoised(*pair, part) - expected[id(part)]) ** 2).sum() / (expected[id(part)] ** 2).sum())
+
+
+def quality_with(part):
+    """Return the metric of a file in the place of one of the two networks."""
+    return lambda path: quality([*sessions([path]), dense[1]] if part == 0 else [dense[0], *sessions([path])], validation)
+
+
+short, rows, calls = test[:8_000], [], {"dense": lambda: denoised(*dense, short)}
 configs = {
     "int8": sl.Quantize("int8"),
     "activation 80%, int8": sl.LowRank("activation", keep=0.8, storage="int8"),
     "activation 50%": sl.LowRank("activation", keep=0.5),
 }
 with tempfile.TemporaryDirectory() as folder:
+    small = [Path(folder) / path.name for path in paths]
+    options = {"better": "higher", "evaluations": 3 if arguments().brief else 10}
+    began = time.monotonic(), time.process_time()
+    # Both networks together may lose 1%.
+    found = [
+        shrink_onnx(
+            path, small[part], batches[part], at_most="0.5%", metric=quality_with(part), metric_name=MEASURE, **options
+        )
+        for part, path in enumerate(paths)
+    ]
+    cost = {"seconds": time.monotonic() - began[0], "processor_seconds": time.process_time() - began[1]}
+    made = {"smallest within 1%": (sessions(small), [site for one in found for site in one.report.sites])}
     for label, config in configs.items():
-        small = [Path(folder) / path.name for path in paths]
         jobs = zip(paths, small, batches, strict=True)
         sites = [site for job in jobs for site in compress_onnx(job[0], config, job[1], batches=job[2]).sites]
-        before, after = sum(site.bytes_before for site in sites), sum(site.bytes_after for site in sites)
-        pair = sessions(small)
-        calls[label] = lambda pair=pair: denoised(*pair, short)
-        error = denoised(*pair, held_out) - expected
-        lost = float((error**2).sum() / (expected**2).sum())
-        row = {"variant": label, "bytes": [before, after], "kept": after / before, "quality": 1 - lost}
-        rows.append(row | {"snr_db": -10 * np.log10(lost)})
+        made[label] = sessions(small), sites
+for label, (pair, sites) in made.items():
+    before, after = sum(site.bytes_before for site in sites), sum(site.bytes_after for site in sites)
+    calls[label] = lambda pair=pair: denoised(*pair, short)
+    row = {"variant": label, "bytes": [before, after], "kept": after / before, "quality": quality(pair, test)}
+    rows.append(row | {"snr_db": -10 * np.log10(1 - row["quality"])})
 faster = median_ratios(interleaved_seconds(calls), "dense")
 for row in rows:
     row["faster"] = faster[row["variant"]]
-show("dtln", "1 - noise / signal", rows, arguments())
+searches = [one.to_dict() | {"evaluations": 1 + len(one.trials)} for one in found]
+show("dtln", MEASURE, rows, arguments(), cost | {"networks": searches})
+for part, one in enumerate(found if arguments().output else []):
+    one.report.to_html(arguments().output / f"dtln_{part + 1}.html", title=f"dtln, network {part + 1}", trials=one)

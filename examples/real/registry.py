@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import time
 import wave
 import zipfile
 from pathlib import Path
@@ -70,14 +71,31 @@ def arguments():
     return parser.parse_args()
 
 
-def study(name, measure, dense, configs, quality, *inputs, batches, loss):
-    """Compress by every configuration; print bytes, quality and speed, and write them to the folder ``--output``.
+def study(name, measure, dense, configs, quality, *inputs, batches, loss, validation, test):
+    """Find the smallest model within 1%, and compress by every configuration; print bytes, quality and speed.
 
-    ``quality(model)`` is 1 for the dense model. Calls of ``model(*inputs)`` are interleaved and timed on one thread.
+    ``quality(model, data)`` returns values of examples, 1 on average for the dense model. The search sees ``validation``;
+    the results are of ``test``. Calls of ``model(*inputs)`` are interleaved and timed on one thread. The results, and the
+    search as a page, go into the folder ``--output``.
     """
     size = 4 * sum(site.shape[0] * site.shape[1] for site in sl.find_sites(dense))
+    began = time.monotonic(), time.process_time()
     calibration = sl.calibrate(dense, batches, loss)
+    found = sl.find_smallest(
+        dense,
+        lambda model: quality(model, validation),
+        better="higher",
+        at_most="1%",
+        batches=batches,
+        loss=loss,
+        calibration=calibration,
+        evaluations=4 if arguments().brief else 10,
+        inputs=inputs,
+        metric_name=measure,
+    )
+    cost = {"seconds": time.monotonic() - began[0], "processor_seconds": time.process_time() - began[1]}
     models = {"PyTorch int8": (torch.ao.quantization.quantize_dynamic(dense, {nn.LSTM, nn.LSTMCell}), size // 4)}
+    models["smallest within 1%"] = found.model, sum(site.bytes_after for site in found.report.sites)
     for label, config in configs.items():
         model = copy.deepcopy(dense)
         refit = 0 if arguments().brief else None
@@ -87,12 +105,15 @@ def study(name, measure, dense, configs, quality, *inputs, batches, loss):
     for label, (model, left) in models.items():
         times = compare(dense, model, *inputs, threads=1, seconds=arguments().seconds).to_dict()
         del times["provenance"]
-        rows.append({"variant": label, "bytes": [size, left], "kept": left / size, "quality": quality(model), **times})
-    show(name, measure, rows, arguments())
+        reached = float(torch.as_tensor(quality(model, test)).double().mean())
+        rows.append({"variant": label, "bytes": [size, left], "kept": left / size, "quality": reached, **times})
+    show(name, measure, rows, arguments(), cost | {"evaluations": 1 + len(found.trials)} | found.to_dict())
+    if arguments().output:
+        found.report.to_html(arguments().output / f"{name}.html", title=name, trials=found)
 
 
-def show(name, measure, rows, options):
-    """Print the rows, and write them to the folder ``--output``."""
+def show(name, measure, rows, options, search):
+    """Print the rows, and write them and the search to the folder ``--output``."""
     size = rows[0]["bytes"][0]
     table = Table("", "recurrent bytes", "kept", measure, "speed", title=f"{name} (dense: {size:,} bytes, 1, 1.00x)")
     for row in rows:
@@ -100,5 +121,5 @@ def show(name, measure, rows, options):
         table.add_row(row["variant"], *numbers)
     Console().print(table)
     if options.output:
-        result = {"model": name, "measure": measure, "rows": rows, "provenance": provenance()}
+        result = {"model": name, "measure": measure, "rows": rows, "search": search, "provenance": provenance()}
         write_json(options.output / f"{name}.json", result)

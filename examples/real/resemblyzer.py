@@ -33,8 +33,9 @@ def mel_spectra(sound):
 
 
 @torch.no_grad()
-def similarity(model):
-    return float((model(held_out) * embeddings).sum(1).mean())
+def similarity(model, part):
+    mels, embeddings = part
+    return (model(mels) * embeddings).sum(1)
 
 
 folder = package("Resemblyzer==0.1.4", "8f12eb2f1a9982d32e8db7856de754709b59c93a77bcf0ff536584b619a9dd1f")
@@ -42,10 +43,10 @@ state = torch.load(folder / "resemblyzer/pretrained.pt", map_location="cpu", wei
 dense = SpeakerEncoder().eval()
 dense.load_state_dict({name: state[name] for name in dense.state_dict()})
 slices = mel_spectra(speech()).unfold(0, 160, 20).transpose(1, 2).contiguous()
-cut = 2 * len(slices) // 3
-seen, held_out = slices[: cut - 8], slices[cut:]  # no frame is in both parts
+third = len(slices) // 3
+seen, held_out = slices[: third - 8], [slices[third : 2 * third - 8], slices[2 * third :]]  # no frame is in two parts
 with torch.no_grad():
-    embeddings = dense(held_out)
+    validation, test = [(part, dense(part)) for part in held_out]
 # Mel energies range over orders of magnitude, so int8 with one scale per row would lose the small ones.
 not_mels = {"storage": "int8", "filter": lambda site: not site.key.endswith("weight_ih_l0")}
 configs = {
@@ -55,5 +56,6 @@ configs = {
     "fisher 80%, int8 but for mels": sl.LowRank("fisher", keep=0.8, **not_mels),
 }
 # Labels are sampled around the outputs of the dense model, so the recording needs none.
-training = {"batches": seen.split(32), "loss": lambda model, batch: Independent(Normal(model(batch), 1.0), 1)}
-study("resemblyzer", "cosine similarity", dense, configs, similarity, held_out[:1], **training)
+data = {"batches": seen.split(16), "loss": lambda model, batch: Independent(Normal(model(batch), 1.0), 1)}
+data |= {"validation": validation, "test": test}
+study("resemblyzer", "cosine similarity", dense, configs, similarity, slices[:1], **data)

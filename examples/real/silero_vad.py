@@ -36,29 +36,37 @@ class SileroVAD(nn.Module):
 def probabilities(model, chunks):
     state, found = None, []
     for chunk in chunks:
-        speaking, state = model(chunk[None], state)
+        speaking, state = model(chunk, state)
         found.append(speaking)
-    return torch.cat(found)
+    return torch.stack(found)
 
 
 @torch.no_grad()
-def agreement(model):
-    return float(((probabilities(model, held_out) > 0.5) == decisions).float().mean())
+def agreement(model, part):
+    chunks, decisions = part
+    return ((probabilities(model, chunks) > 0.5) == decisions).float().flatten()
 
 
 folder = package("silero-vad==6.2.3", "7b7f5436cfcb02fae583a05b512ea96467fd449fe54cb49a5e4f06c51a1e43b8")
 dense = SileroVAD().eval()
 dense.load_state_dict(load_file(folder / "silero_vad/data/silero_vad_16k.safetensors"))
-chunks = nn.functional.pad(speech(), (CONTEXT, 0)).unfold(0, CHUNK + CONTEXT, CHUNK)
-seen, held_out = chunks[: len(chunks) // 3], chunks[len(chunks) // 3 :]
+# A minute of speech, as it is and with more and more noise: streams [8, N].
+sound = (
+    speech() + torch.randn(len(speech()), generator=torch.Generator().manual_seed(0)) * torch.linspace(0, 0.03, 8)[:, None]
+)
+chunks = nn.functional.pad(sound, (CONTEXT, 0)).unfold(1, CHUNK + CONTEXT, CHUNK).transpose(0, 1)
+# A third calibrates. Segments of two seconds take turns in validating and testing.
+seen, segments = chunks[: len(chunks) // 3], chunks[len(chunks) // 3 :].split(60)[:20]
+held_out = [torch.cat(segments[start::2], dim=1) for start in (0, 1)]
 with torch.no_grad():
-    decisions = probabilities(dense, held_out) > 0.5
-    state = dense(held_out[:1])[1]
+    validation, test = [(part, probabilities(dense, part) > 0.5) for part in held_out]
+    state = dense(chunks[0, :1])[1]
 configs = {
     "int8": sl.Quantize("int8"),
     "fisher 50%, int8": sl.LowRank("fisher", keep=0.5, storage="int8"),
     "fisher 25%, int8": sl.LowRank("fisher", keep=0.25, storage="int8"),
 }
 # Labels are sampled from the predictions of the dense model, so the recording needs none.
-training = {"batches": seen.split(100), "loss": lambda model, batch: Bernoulli(probabilities(model, batch))}
-study("silero-vad", "same decisions", dense, configs, agreement, held_out[1:2], state, **training)
+data = {"batches": seen.split(100), "loss": lambda model, batch: Bernoulli(probabilities(model, batch))}
+data |= {"validation": validation, "test": test}
+study("silero-vad", "same decisions", dense, configs, agreement, chunks[1, :1], state, **data)

@@ -26,7 +26,6 @@ from slimlstm.methods.low_bit import pack, unpack
 from slimlstm.modules.hosts import find_hosts
 from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.modules.sites import Site
-from slimlstm.modules.swap import provenance_of
 from slimlstm.shards import join, split
 
 CONFIG = "config.json"
@@ -66,7 +65,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_bytes: i
     """
     hosts = find_hosts(model)
     sites = {
-        site.key: site_entry(site, provenance_of(host.lstm, site.name), host.matrix(site.name).dtype)
+        site.key: site_entry(site, host.origin(site.name), host.matrix(site.name).dtype)
         for host in hosts
         for site in host.sites()
         if site.rank is not None or site.nonzeros is not None or site.storage is not None

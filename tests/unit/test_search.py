@@ -178,6 +178,45 @@ def test_a_metric_that_is_not_a_number_is_never_accepted(net):
         find_smallest(net, broken, better="lower")
 
 
+def right_answers(model):
+    with torch.no_grad():
+        return (model(HELD_OUT[:-1]).argmax(-1) == HELD_OUT[1:]).float().flatten()
+
+
+def test_values_of_examples_meet_the_limit_with_confidence(net):
+    # Only the examples differ, so every mean is the same with and without them.
+    alone = find_smallest(net, accuracy_of, better="higher", at_most="5%", evaluations=8)
+    found = find_smallest(net, right_answers, better="higher", at_most="5%", evaluations=8)
+    limit = limit_of(accuracy_of(net), "5%", "higher")
+    before = right_answers(net).double()
+    assert found.dense.metric == pytest.approx(alone.dense.metric)
+    for trial in found.trials:
+        model = copy.deepcopy(net)
+        sl.compress_(model, trial.plan)
+        difference = right_answers(model).double() - before
+        assert trial.margin == pytest.approx(1.645 * float(difference.std()) / math.sqrt(len(difference)))
+        assert trial.accepted == (trial.metric - trial.margin >= limit)
+    assert found.best.bytes >= alone.best.bytes
+    assert "with 95% confidence" in found.limit
+    assert "with 95% confidence" not in alone.limit
+
+
+SHAPES = {
+    "a matrix": lambda model: torch.zeros(2, 2),
+    "no examples": lambda model: [],
+    "words": lambda model: "good",
+    "nothing": lambda model: None,
+    "other examples": lambda model: [1.0, 2.0] if isinstance(model.lstm, nn.LSTM) else [1.0, 2.0, 3.0],
+    "a number at last": lambda model: [1.0, 2.0] if isinstance(model.lstm, nn.LSTM) else 1.5,
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_metric_of_another_kind_is_refused(net, name):
+    with pytest.raises(sl.SlimLSTMError, match="the metric returned .*a number, or one for each"):
+        find_smallest(net, SHAPES[name], better="higher")
+
+
 WRONG = {
     "direction": ({"better": "smaller"}, "better is 'lower' or 'higher'"),
     "limit in words": ({"at_most": "little"}, "at_most is a share such as '1%'"),

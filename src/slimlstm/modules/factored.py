@@ -15,7 +15,7 @@ from torch.fx import Proxy
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import STORAGES, rounded
-from slimlstm.modules.masks import drop_parametrizations
+from slimlstm.modules.masks import drop_parametrizations, mask_of
 from slimlstm.modules.modes import plain_mode
 from slimlstm.ops.dense import rebuilt
 from slimlstm.ops.packing import is_foreign, is_private
@@ -359,3 +359,16 @@ def check_traceable(*inputs: object) -> None:
             "torch.fx.symbolic_trace cannot look into a compressed layer; use a torch.fx.Tracer whose is_leaf_module "
             "returns True for slimlstm's modules, or torch.export"
         )
+
+
+def provenance_of(module: nn.Module, name: str) -> Provenance:
+    """Return the origin of the factors or the mask of a matrix; empty where it has neither.
+
+    Examples:
+        >>> provenance_of(nn.LSTM(3, 4), "weight_hh_l0")
+        {}
+    """
+    mask = mask_of(module, name)
+    if mask is not None:
+        return mask.provenance
+    return module.provenance.get(name, {}) if isinstance(module, FactoredModule) else {}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from slimlstm.modules.factored import FactoredModule
+from slimlstm.modules.factored import FactoredModule, Provenance, provenance_of
 from slimlstm.modules.masks import Mask, mask_of
 from slimlstm.modules.modes import evaluation_mode, plain_mode
 from slimlstm.modules.shapes import cell_matrix_shapes, lstm_arguments, lstm_matrix_shapes
@@ -50,9 +50,22 @@ class Host:
         """Return the host's sites, in the order of its parameters."""
         ranks = self.lstm.ranks if isinstance(self.lstm, FactoredModule) else {}
         return [
-            Site(self.paths[0], name, shape, ranks.get(name), self._nonzeros(name), self.problem, self._storage(name))
+            Site(
+                self.paths[0],
+                name,
+                shape,
+                ranks.get(name),
+                self._nonzeros(name),
+                self.problem,
+                self._storage(name),
+                self.origin(name).get("method"),
+            )
             for name, shape in matrix_shapes(self.lstm).items()
         ]
+
+    def origin(self, name: str) -> Provenance:
+        """Return the origin of the factors or the mask of a matrix; empty where it has neither."""
+        return provenance_of(self.lstm, name)
 
     @plain_mode()
     def matrix(self, name: str) -> Tensor:

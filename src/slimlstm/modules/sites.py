@@ -22,6 +22,7 @@ class Site:
         nonzeros: the number of weights that its mask leaves, or None without a mask.
         problem: why it cannot be compressed, or None.
         storage: the storage of its numbers, such as ``"int8"``, or None for the model's own dtype.
+        method: the method that made its factors or its mask, or None where that is unknown.
 
     Examples:
         >>> site = Site("encoder", "weight_hh_l1_reverse", (16, 4), rank=2)
@@ -36,6 +37,7 @@ class Site:
     nonzeros: int | None = None
     problem: str | None = None
     storage: str | None = None
+    method: str | None = None
 
     @property
     def key(self) -> str:

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from slimlstm.methods import DENSE, Replacement, rounded
 from slimlstm.modules.cell import LowRankLSTMCell
-from slimlstm.modules.factored import FactoredModule, Provenance, as_parameter
+from slimlstm.modules.factored import FactoredModule, Provenance, as_parameter, provenance_of
 from slimlstm.modules.host import Host, parameter_names
 from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.modules.masks import apply_mask, mask_of
@@ -89,19 +89,6 @@ def _become(module: nn.Module, kind: type[nn.Module], content: dict[str, Any]) -
     # Not through nn.Module.__setattr__, which subclasses override.
     object.__setattr__(module, "__class__", kind)
     object.__setattr__(module, "__dict__", content)
-
-
-def provenance_of(module: nn.Module, name: str) -> Provenance:
-    """Return the origin of the factors or the mask of a matrix; empty where it has neither.
-
-    Examples:
-        >>> provenance_of(nn.LSTM(3, 4), "weight_hh_l0")
-        {}
-    """
-    mask = mask_of(module, name)
-    if mask is not None:
-        return mask.provenance
-    return module.provenance.get(name, {}) if isinstance(module, FactoredModule) else {}
 
 
 def set_provenance(module: nn.Module, name: str, provenance: Provenance) -> None:

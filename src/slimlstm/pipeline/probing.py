@@ -23,6 +23,8 @@ from slimlstm.pipeline.statistics import SiteStatistics
 
 STORAGES = {"int8": 8, "int6": 6, "int5": 5, "int4": 4, "int3": 3}
 """The storages to choose from, and their bits."""
+WIDE = "bfloat16"
+"""The storage of whole matrices that int8 would lose too much of."""
 _REFERENCE, _COARSEST = "int4", "int3"
 _ROUNDED_AT = (0.06, 0.25, 0.9)
 """Fractions of the break-even rank at which factors are rounded, to predict the losses at other ranks."""
@@ -117,7 +119,7 @@ def _curves(
     for rank in _ranks_at(site, _ROUNDED_AT):
         u, v = rounder.factors(*factored[rank], matrix, _REFERENCE)
         rounding.append((rank, max(loss(matrix - u @ v) - truncation[rank], 1e-3 * truncation[rank], 1e-300)))
-    rounded = {storage: rounder.matrix(matrix, storage) for storage in ("int8", _REFERENCE, _COARSEST)}
+    rounded = {storage: rounder.matrix(matrix, storage) for storage in (WIDE, "int8", _REFERENCE, _COARSEST)}
     dense = {storage: loss(matrix - after) for storage, after in rounded.items()}
     for storage, bits in STORAGES.items():
         # The error of a code is proportional to the distance of codes.
@@ -197,7 +199,7 @@ def _site(curves: _Curves, truncation: list[tuple[float, float]], rounding: floa
     site = curves.site
     options = [
         Option(None, storage, matrix_bytes(site.shape, None, storage, 4), rounding * curves.dense[storage])
-        for storage in STORAGES
+        for storage in (WIDE, *STORAGES)
     ]
     for rank in _ranks(site):
         lost = curves.truncation[rank]

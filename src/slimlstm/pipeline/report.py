@@ -34,7 +34,8 @@ class SiteReport:
 
     Attributes:
         key, shape: of the site; (m, n).
-        method: a key of :data:`slimlstm.methods.METHODS`, or ``"dense"``.
+        method: a key of :data:`slimlstm.methods.METHODS`, or ``"dense"``. A matrix that is only rounded keeps the method
+            that made its factors or its mask.
         rank: the rank of the factors afterwards, None for a dense matrix.
         break_even_rank: m n / (m + n), at and above which factors are no smaller than the matrix.
         parameters_before, parameters_after: the numbers in the matrix or its factors; weights under a mask do not count.
@@ -102,6 +103,7 @@ class Report:
         notes: what else to know.
         loss_before, loss_after: mean losses on the calibration batches, where a loss was given.
         forms: of an ONNX file, the form of every compressed LSTM operator, ``"lstm"`` or ``"scan"``, and the reason.
+        lstm_since_dense, model_since_dense: the totals of all compressions together; None where this is the first one.
 
     Examples:
         >>> import slimlstm, torch
@@ -118,6 +120,8 @@ class Report:
     loss_before: float | None = None
     loss_after: float | None = None
     forms: dict[str, str] = field(default_factory=dict[str, str])
+    lstm_since_dense: Total | None = None
+    model_since_dense: Total | None = None
 
     @property
     def predicted_rise(self) -> float | None:
@@ -160,12 +164,17 @@ class Report:
                 f"{site.bytes_after:,}",
                 f"{site.relative_error:.4f}",
             )
+        table.caption = "\n".join(self._lines())
+        return table
+
+    def _lines(self) -> list[str]:
+        """Return the totals and notes in words."""
+        totals = {"LSTM": self.lstm, "model": self.model}
+        totals |= {"LSTM, since dense": self.lstm_since_dense, "model, since dense": self.model_since_dense}
+        lines = [f"{name}: {total}" for name, total in totals.items() if total is not None]
         notes = [f"{site.key}: {site.note}" for site in self.sites if site.note]
         notes += [f"{name}: {form}" for name, form in self.forms.items()]
-        table.caption = "\n".join([f"LSTM:  {self.lstm}", f"model: {self.model}", *notes, *self.notes])
-        if self.loss_note:
-            table.caption += f"\n{self.loss_note}"
-        return table
+        return [*lines, *notes, *self.notes, *filter(None, [self.loss_note])]
 
     def __str__(self) -> str:
         return as_text(self)
@@ -180,9 +189,7 @@ class Report:
         from slimlstm.page.document import element
         from slimlstm.pipeline.report_page import sites_table
 
-        notes = [*(f"{site.key}: {site.note}" for site in self.sites if site.note), *self.notes, self.loss_note]
-        lines = [f"LSTM: {self.lstm}", f"model: {self.model}", *filter(None, notes)]
-        return sites_table(self) + "".join(element("p", line) for line in lines)
+        return sites_table(self) + "".join(element("p", line) for line in self._lines())
 
     def to_html(
         self,
@@ -230,7 +237,9 @@ class Report:
         sites = [SiteReport(**{**entry, **_tuples(entry)}) for entry in entries]
         lstm, model = Total(**data["lstm"]), Total(**data["model"])
         plan, losses = Plan.from_dict(data["plan"]), (data.get("loss_before"), data.get("loss_after"))
-        return cls(sites, plan, lstm, model, data["notes"], *losses, data.get("forms", {}))
+        earlier = (data.get("lstm_since_dense"), data.get("model_since_dense"))
+        since = (None if total is None else Total(**total) for total in earlier)
+        return cls(sites, plan, lstm, model, data["notes"], *losses, data.get("forms", {}), *since)
 
 
 def _tuples(entry: dict[str, Any]) -> dict[str, Any]:

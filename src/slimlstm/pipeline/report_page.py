@@ -102,6 +102,10 @@ def _lead(report: Report, trials: Trials | None) -> list[str]:
         "Model": _key(size_in_words(model.bytes_after), f"{_share(model.bytes_after, model.bytes_before)} of the bytes"),
         "LSTMs": _key(size_in_words(lstm.bytes_after), f"{_share(lstm.bytes_after, lstm.bytes_before)} of the bytes"),
     }
+    whole = report.model_since_dense
+    if whole is not None:
+        before = size_in_words(whole.bytes_before)
+        key["Since dense"] = _key(_share(whole.bytes_after, whole.bytes_before), f"of {before}, all steps together")
     if trials is not None and trials.best is not None:
         key[_capital(trials.metric_name)] = _key(f"{trials.best.metric:,.4g}", f"{trials.dense.metric:,.4g} as it was")
         if trials.best.latency and trials.dense.latency:

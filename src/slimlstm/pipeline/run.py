@@ -39,7 +39,7 @@ from slimlstm.pipeline.report import Report, SiteReport, Total
 from slimlstm.pipeline.selection import chosen_plan
 from slimlstm.pipeline.sensitivity import Sensitivity
 from slimlstm.pipeline.site_plan import SitePlan
-from slimlstm.pipeline.source import Source
+from slimlstm.pipeline.source import Size, Source
 from slimlstm.pipeline.statistics import SiteStatistics
 from slimlstm.progress import Progress
 
@@ -139,11 +139,35 @@ def solve(
 
 def apply(source: Source, solution: Solution) -> Report:
     """Put a solution's replacements into the source, and report."""
-    before = source.size()
+    before, earlier = source.size(), _saved(source)
     notes = source.put(solution.replacements)
     after = source.size()
     lstm, model = Total.between(before.lstm, after.lstm), Total.between(before.model, after.model)
-    return Report(solution.reports, solution.plan, lstm, model, [*solution.notes, *notes])
+    report = Report(solution.reports, solution.plan, lstm, model, [*solution.notes, *notes])
+    if not any(earlier):
+        return report
+    totals = [Total.between(_sum(size, earlier), now) for size, now in zip(before, after, strict=True)]
+    return dataclasses.replace(report, lstm_since_dense=totals[0], model_since_dense=totals[1])
+
+
+def _saved(source: Source) -> Size:
+    """Return the parameters and bytes that earlier compressions saved; shared matrices count once."""
+    parameters = bytes_ = 0
+    unique = {source.identity(site): site for site in source.sites() if site.problem is None}
+    for site in unique.values():
+        m, n = site.shape
+        itemsize = 4 if site.storage else source.itemsize(site)
+        parameters += m * n - site.parameters
+        bytes_ += matrix_bytes(site.shape, None, None, itemsize)
+        bytes_ -= matrix_bytes(site.shape, site.rank, site.storage, itemsize)
+        if site.storage and site.target == "hh" and 4 * n < m:
+            # The projection [P, H] shares the storage.
+            bytes_ += matrix_bytes((n, m // 4), None, None, 4) - matrix_bytes((n, m // 4), None, site.storage, 4)
+    return Size(parameters, bytes_)
+
+
+def _sum(size: Size, other: Size) -> tuple[int, int]:
+    return size.parameters + other.parameters, size.bytes + other.bytes
 
 
 def check_smaller(solution: Solution) -> None:
@@ -339,7 +363,7 @@ def site_report(
     return SiteReport(
         key=site.key,
         shape=site.shape,
-        method=plan.method,
+        method=site.method or plan.method if plan.method == DENSE else plan.method,
         rank=rank,
         break_even_rank=break_even_rank(site.shape),
         parameters_before=site.parameters,

@@ -13,15 +13,15 @@ from slimlstm.methods import STORAGES
 from slimlstm.pipeline.config import Quantize
 from slimlstm.pipeline.plan import Config, Plan
 from slimlstm.pipeline.report import Report
-from slimlstm.search.result import Trial
+from slimlstm.search.result import Measured, Trial
 
 Made = TypeVar("Made")
 BITS = ("bfloat16", "int8", "int6", "int5", "int4", "int3")
 """Storages of whole matrices that a search tries, from the largest to the smallest."""
 FIRST = "int8"
 """The storage to try first: it rarely changes a metric."""
-SMALLEST_SHARE = 0.2
-"""The search goes down to this share of the bytes of the smallest whole matrices that were accepted."""
+STEP = 0.45
+"""As long as nothing is refused, the next size is this share of the smallest accepted one."""
 NEAR = 1.04
 """The search ends where the smallest accepted size is within this ratio of the largest refused one."""
 
@@ -53,8 +53,8 @@ class Engine(Generic[Made]):
     """
 
     make: Callable[[Config], tuple[Made, Report]]
-    measure: Callable[[Made], float]
-    accepts: Callable[[float, Speed | None], bool]
+    measure: Callable[[Made], Measured]
+    accepts: Callable[[Measured, Speed | None], bool]
     is_better: Callable[[Trial, Trial], bool]
     evaluations: int
     speed_of: Callable[[Made], Speed | None] = lambda made: None
@@ -92,10 +92,11 @@ class Engine(Generic[Made]):
             return None
         self.evaluations -= 1
         speed = self.speed_of(made)
-        metric = float(self.measure(made))
-        accepted = not math.isnan(metric) and self.accepts(metric, speed)
+        metric = self.measure(made)
+        accepted = not math.isnan(metric.value) and self.accepts(metric, speed)
         latency, faster = (None, None) if speed is None else (speed.latency, speed.faster)
-        trial = Trial(label, report.plan, report.model.bytes_after, metric, accepted, latency, faster)
+        size = report.model.bytes_after
+        trial = Trial(label, report.plan, size, metric.value, accepted, latency, faster, metric.margin)
         self.trials.append(trial)
         if accepted and (self.best is None or self.is_better(trial, self.best[0])):
             self.best = trial, made, report
@@ -128,15 +129,15 @@ def smallest(
         return
     # Low rank and the fewest bits together lose too much: factors get one storage more than whole matrices bear.
     storage = bits[max(lowest - 1, bits.index(FIRST))]
-    high = float(_matrix_bytes(engine.best[2]))
-    low = high * SMALLEST_SHARE
-    while engine.evaluations > 0 and high > NEAR * low:
-        middle = math.sqrt(high * low)
+    high, low = float(_matrix_bytes(engine.best[2])), 0.0
+    while engine.evaluations > 0 and high > max(NEAR * low, 1.0):
+        middle = math.sqrt(high * low) if low else STEP * high
         config = within(int(middle), storage)
-        if config is None:
-            return
-        trial = engine.attempt(f"rank and bits for {int(middle):,} bytes", config)
-        high, low = (middle, low) if trial is not None and trial.accepted else (high, middle)
+        trial = None if config is None else engine.attempt(f"rank and bits for {int(middle):,} bytes", config)
+        if trial is not None and trial.accepted:
+            high = float(_matrix_bytes(engine.best[2]))
+        else:
+            low = middle
 
 
 def _fewest_bits(engine: Engine[Made], whole: Callable[[str], Quantize], bits: list[str]) -> int:

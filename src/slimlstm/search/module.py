@@ -26,7 +26,17 @@ from slimlstm.pipeline.report import Report
 from slimlstm.pipeline.sensitivity import Sensitivity
 from slimlstm.search.engine import BITS, Engine, Speed, smallest, try_all
 from slimlstm.search.progress import Progress, shown
-from slimlstm.search.result import Better, Metric, Search, SmallerModel, Trial, limit_of, nothing_found
+from slimlstm.search.result import (
+    Better,
+    Measured,
+    Metric,
+    Search,
+    SmallerModel,
+    Trial,
+    limit_in_words,
+    limit_of,
+    nothing_found,
+)
 
 _SHARES = (0.5, 0.35, 0.25, 0.15, 0.1)
 """Shares of the dense matrices' bytes that a search for a latency tries."""
@@ -58,7 +68,8 @@ def find_smallest(
 
     Args:
         model: any module that :func:`slimlstm.compress_` can compress.
-        metric: takes a compressed copy in evaluation mode, and returns a number. Measure it on data that ``batches`` do
+        metric: takes a compressed copy in evaluation mode, and returns a number, or one value for each example [n]. The
+            mean then has to meet the limit with 95% confidence for new examples. Measure it on data that ``batches`` do
             not contain.
         better: ``"lower"`` for a perplexity or an error, ``"higher"`` for an accuracy.
         at_most: how much worse the metric may get: a share of the uncompressed model's metric such as ``"1%"``, or a number
@@ -93,12 +104,12 @@ def find_smallest(
     engine = Engine(
         subject.make,
         subject.measure,
-        lambda metric, _: sign * metric <= sign * limit,
+        lambda metric, _: sign * metric.value + metric.margin <= sign * limit,
         lambda new, old: new.bytes < old.bytes,
         evaluations - 1,
         subject.speed_of,
     )
-    words = f"{metric_name} at {'most' if better == 'lower' else 'least'} {limit:.5g} (uncompressed: {dense.metric:.5g})"
+    words = limit_in_words(metric_name, better, limit, subject.dense_metric)
     return _searched(
         engine,
         lambda: smallest(engine, subject.whole, subject.within),
@@ -210,15 +221,20 @@ class _Subject:
         if type(evaluations) is not int or evaluations < 2:
             raise SlimLSTMError(f"a search takes at least two evaluations of the metric, not {evaluations!r}")
         report = compress_(copy_model(self.model), Quantize("int8", self.target, self.filter))
-        value = self.measure(copy_model(self.model))
+        self.dense_metric = self._measured(copy_model(self.model), None)
+        value = self.dense_metric.value
         if not math.isfinite(value):
             raise SlimLSTMError(f"the metric of the uncompressed model is {value}; it has to be a finite number")
         self.dense_bytes = sum(site.bytes_before for site in report.sites)
         return Trial("uncompressed", None, report.model.bytes_before, value, accepted=True)
 
-    def measure(self, model: nn.Module) -> float:
+    def measure(self, model: nn.Module) -> Measured:
+        """Return the metric of a compressed copy, beside the uncompressed model's."""
+        return self._measured(model, self.dense_metric)
+
+    def _measured(self, model: nn.Module, dense: Measured | None) -> Measured:
         with evaluation_mode(model):
-            return float(self.metric(model))
+            return Measured.of(self.metric(model), dense)
 
     def make(self, config: Config) -> tuple[nn.Module, Report]:
         trial = copy_model(self.model)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+from numpy.typing import ArrayLike
+from torch import Tensor
 
 from slimlstm.calibration.moments import Calibration
 from slimlstm.errors import SlimLSTMError
@@ -24,8 +29,10 @@ from slimlstm.pipeline.report import Report
 from slimlstm.search.agreement import Outputs, disagreement, measures_of
 from slimlstm.search.engine import Engine, smallest
 from slimlstm.search.progress import Progress, shown
-from slimlstm.search.result import Search, Trial, limit_of, nothing_found
+from slimlstm.search.result import Better, Measured, Search, Trial, limit_in_words, limit_of, nothing_found
 
+FileMetric = Callable[[Path], "float | Tensor | ArrayLike"]
+"""Takes the path of a file and returns a number, or one value for each held-out example [n]."""
 _STORAGES = ("bfloat16", "int8")
 """Storages that ONNX files can hold."""
 _METRIC = "disagreement"
@@ -40,50 +47,55 @@ def shrink_onnx(
     *,
     at_most: str | float = "1%",
     measure: str = "auto",
+    metric: FileMetric | None = None,
+    better: Better | None = None,
     evaluations: int = 10,
+    metric_name: str = "metric",
     progress: Progress | None = None,
 ) -> Search:
     """Write the smallest version of an ONNX file whose outputs disagree with the file's by so little.
 
-    The last third of the runs measures, the others calibrate. The output file is written at the first trial that meets the
-    limit and replaced by every smaller one, so an interrupted search leaves the best so far.
+    The last third of the runs measures, the others calibrate; with a metric all of them do. The output file is written at
+    the first trial that meets the limit and replaced by every smaller one, so an interrupted search leaves the best so far.
 
     Args:
         path: the file.
         output: the file to write.
         runs: inputs by name, one mapping a run.
-        at_most: the most disagreement, from 0 to 1, or as a percentage.
+        at_most: the most disagreement, from 0 to 1, or as a percentage. With a metric see :func:`slimlstm.find_smallest`.
         measure: ``"argmax"`` is the share of rows whose largest entry moves, ``"cosine"`` is 1 minus the cosine, and
             ``"noise"`` the squared difference over the squared output. ``"auto"`` chooses one for each output by its kind;
             the worst output counts.
+        metric: takes the path of a file, and returns a number or one value for each example; used instead of a measure.
+        better: ``"lower"`` or ``"higher"``, the direction in which the metric improves.
         evaluations: how many files to measure at most, the uncompressed one included.
+        metric_name: what to call the metric in tables.
         progress: see :func:`slimlstm.find_smallest`.
 
     Raises:
-        SlimLSTMError: no runs are given, nothing smaller meets the limit, or see :func:`slimlstm.compress_onnx`.
+        SlimLSTMError: no runs are given, a metric is given without its direction or beside a measure, nothing smaller meets
+            the limit, or see :func:`slimlstm.compress_onnx`.
     """
     path, output = Path(path), Path(output)
     if not runs:
         raise SlimLSTMError("no runs are given; a search measures the outputs on inputs")
     if type(evaluations) is not int or evaluations < 2:
         raise SlimLSTMError(f"a search takes at least two evaluations, not {evaluations!r}")
-    limit = limit_of(1.0, at_most, "lower") - 1.0
-    held_out, calibrating = _split(runs)
-    model = read_model(path)
-    names = [value.name for value in model.graph.output]
-    expected = _outputs(model, names, held_out)
-    measures = measures_of(expected, names, measure)
+    if metric is None:
+        goal, calibrating = _agreement(path, runs, at_most, measure)
+    else:
+        goal, calibrating = _own_metric(path, metric, better, at_most, measure, metric_name), runs
     calibration = _calibration(path, calibrating)
-    dense = Trial("uncompressed", None, path.stat().st_size, 0.0, accepted=True)
+    sign = 1.0 if goal.better == "lower" else -1.0
     with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=".slimlstm-") as folder:
         engine = Engine(
             lambda config: _made(path, config, Path(folder), calibration),
-            lambda made: disagreement(expected, _outputs(read_model(made), names, held_out), list(measures.values())),
-            lambda metric, _: metric <= limit,
+            goal.measure,
+            lambda found, _: sign * found.value + found.margin <= sign * goal.limit,
             lambda new, old: new.bytes < old.bytes,
             evaluations - 1,
         )
-        report_trial = shown(_METRIC) if progress is None else progress
+        report_trial = shown(goal.name) if progress is None else progress
 
         def on_trial(trial: Trial, left: float) -> None:
             if engine.best is not None and engine.best[0] is trial:
@@ -100,12 +112,60 @@ def shrink_onnx(
                 _STORAGES,
             )
         )
-    words = f"{_METRIC} of at most {limit:.3g} ({', '.join(f'{name} by {kind}' for name, kind in measures.items())})"
     if engine.best is None:
-        raise nothing_found(engine.trials, engine.refusals, words)
+        raise nothing_found(engine.trials, engine.refusals, goal.words)
     best, _, report = engine.best
-    notes = [*engine.refusals, *([] if len(runs) > 1 else ["the one run both calibrated and measured; give more runs"])]
-    return Search(dense, engine.trials, best, report, words, "lower", _METRIC, engine.interrupted, notes, limit)
+    notes, ended = [*engine.refusals, *goal.notes], engine.interrupted
+    dense = Trial("uncompressed", None, path.stat().st_size, goal.dense, accepted=True)
+    return Search(dense, engine.trials, best, report, goal.words, goal.better, goal.name, ended, notes, goal.limit)
+
+
+@dataclass(frozen=True)
+class _Goal:
+    """What a file has to reach: ``measure`` of it at ``limit``, or ``better``."""
+
+    measure: Callable[[Path], Measured]
+    limit: float
+    better: Better
+    name: str
+    words: str
+    dense: float
+    notes: list[str]
+
+
+def _agreement(
+    path: Path, runs: Sequence[RunInputs], at_most: str | float, measure: str
+) -> tuple[_Goal, Sequence[RunInputs]]:
+    """Return the goal that outputs agree with the file's, and the runs that calibrate."""
+    limit = limit_of(1.0, at_most, "lower") - 1.0
+    held_out, calibrating = _split(runs)
+    model = read_model(path)
+    names = [value.name for value in model.graph.output]
+    expected = _outputs(model, names, held_out)
+    measures = measures_of(expected, names, measure)
+
+    def measured(made: Path) -> Measured:
+        return Measured(disagreement(expected, _outputs(read_model(made), names, held_out), list(measures.values())))
+
+    words = f"{_METRIC} of at most {limit:.3g} ({', '.join(f'{name} by {kind}' for name, kind in measures.items())})"
+    notes = [] if len(runs) > 1 else ["the one run both calibrated and measured; give more runs"]
+    return _Goal(measured, limit, "lower", _METRIC, words, 0.0, notes), calibrating
+
+
+def _own_metric(
+    path: Path, metric: FileMetric, better: Better | None, at_most: str | float, measure: str, name: str
+) -> _Goal:
+    """Return the goal that a user's metric stays within its limit."""
+    if measure != "auto":
+        raise SlimLSTMError(f"give either a metric or a measure, not measure={measure!r} beside a metric")
+    if better is None:
+        raise SlimLSTMError("a metric takes better='lower' or better='higher', the direction in which it improves")
+    dense = Measured.of(metric(path))
+    if not math.isfinite(dense.value):
+        raise SlimLSTMError(f"the metric of the uncompressed file is {dense.value}; it has to be a finite number")
+    limit = limit_of(dense.value, at_most, better)
+    words = limit_in_words(name, better, limit, dense)
+    return _Goal(lambda made: Measured.of(metric(made), dense), limit, better, name, words, dense.value, [])
 
 
 def _split(runs: Sequence[RunInputs]) -> tuple[list[RunInputs], list[RunInputs]]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import html
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import torch
+from numpy.typing import ArrayLike
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.pipeline.plan import Plan
@@ -16,8 +20,55 @@ from slimlstm.tables import new_table
 
 Better = Literal["lower", "higher"]
 """Direction in which a metric improves."""
-Metric = Callable[[nn.Module], float]
-"""Takes a model and returns a number, such as a perplexity or an accuracy on held-out data."""
+Metric = Callable[[nn.Module], "float | Tensor | ArrayLike"]
+"""Takes a model and returns a number, such as a perplexity, or one value for each held-out example [n], such as 1.0 for a
+right answer and 0.0 for a wrong one."""
+CONFIDENCE = 1.645
+"""Standard errors that a mean of new examples exceeds in one case of twenty."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A metric.
+
+    Attributes:
+        value: the number, or the mean over the examples.
+        margin: how much worse new examples may be: :data:`CONFIDENCE` standard errors of the mean difference to the
+            uncompressed model; 0 without values of examples.
+        examples: the values of the examples [n], None for a number.
+    """
+
+    value: float
+    margin: float = 0.0
+    examples: Tensor | None = None
+
+    @classmethod
+    def of(cls, found: float | Tensor | ArrayLike, dense: Measured | None = None) -> Measured:
+        """Return what a user's metric returned, beside that of the uncompressed model.
+
+        Raises:
+            SlimLSTMError: it is neither a number nor a list of numbers, or the examples are not the uncompressed model's.
+
+        Examples:
+            >>> dense = Measured.of([1.0, 1.0, 1.0, 1.0])
+            >>> found = Measured.of([1.0, 0.0, 1.0, 1.0], dense)
+            >>> found.value, round(found.margin, 3)
+            (0.75, 0.411)
+        """
+        try:
+            values = torch.as_tensor(found, dtype=torch.float64).detach().cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise SlimLSTMError(f"the metric returned {found!r}; return a number, or one for each example") from error
+        before = values if dense is None else torch.zeros(()) if dense.examples is None else dense.examples
+        if values.ndim > 1 or values.shape != before.shape or values.numel() == 0:
+            raise SlimLSTMError(
+                f"the metric returned values of shape {list(values.shape)}, before compression {list(before.shape)}; "
+                "return a number, or one for each of the same examples [n]"
+            )
+        if values.ndim == 0:
+            return cls(float(values))
+        spread = float((values - before).std(correction=min(1, len(values) - 1)))
+        return cls(float(values.mean()), CONFIDENCE * spread / math.sqrt(len(values)), values)
 
 
 @dataclass(frozen=True)
@@ -32,6 +83,7 @@ class Trial:
         accepted: whether the metric, and a latency where one was asked for, meet the limit.
         latency: median seconds of a call; None where no example inputs were given.
         faster: the dense model's median seconds over ``latency``, from interleaved calls in one run.
+        margin: how much worse new examples may be; see :class:`Measured`.
     """
 
     label: str
@@ -41,6 +93,7 @@ class Trial:
     accepted: bool
     latency: float | None = None
     faster: float | None = None
+    margin: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the trial as JSON types."""
@@ -115,6 +168,10 @@ class Search:
     def __str__(self) -> str:
         return as_text(self.__rich__())
 
+    def _repr_html_(self) -> str:
+        """Return the table for notebooks."""
+        return f"<pre>{html.escape(str(self))}</pre>"
+
     def __rich__(self) -> Table:
         has_latency = self.best.faster is not None
         table = new_table([""], ["bytes", "left", self.metric_name, *(["speed"] if has_latency else []), "meets the limit"])
@@ -122,7 +179,8 @@ class Search:
             left = f"{trial.bytes / self.dense.bytes:.1%}"
             speed = [f"{trial.faster:.2f}x" if trial.faster else ""] if has_latency else []
             mark = "chosen" if trial is self.best else "yes" if trial.accepted else "no"
-            table.add_row(trial.label, f"{trial.bytes:,}", left, f"{trial.metric:.5g}", *speed, mark)
+            metric = f"{trial.metric:.5g}" + (f" ± {trial.margin:.1g}" if trial.margin else "")
+            table.add_row(trial.label, f"{trial.bytes:,}", left, metric, *speed, mark)
         table.caption = "\n".join([self.limit, *self.notes])
         return table
 
@@ -170,6 +228,17 @@ def limit_of(dense: float, at_most: str | float, better: Better) -> float:
         raise SlimLSTMError(f"{at_most} of a metric of 0 is 0; give at_most as a number in the metric's units")
     amount = worse * abs(dense) if is_share else worse
     return dense + amount if better == "lower" else dense - amount
+
+
+def limit_in_words(name: str, better: Better, limit: float, dense: Measured) -> str:
+    """Return what a metric has to reach.
+
+    Examples:
+        >>> limit_in_words("accuracy", "higher", 0.891, Measured(0.9))
+        'accuracy at least 0.891 (uncompressed: 0.9)'
+    """
+    words = f"{name} at {'most' if better == 'lower' else 'least'} {limit:.5g} (uncompressed: {dense.value:.5g})"
+    return words if dense.examples is None else f"{words}, with 95% confidence for new examples"
 
 
 def nothing_found(trials: Sequence[Trial], refusals: Sequence[str], limit: str) -> SlimLSTMError:

@@ -103,7 +103,7 @@ class FileSource:
         self._sites: dict[str, Site] = {}
         for site, names in find_matrices(tensors).items():
             self._names[site.key] = names
-            self._sites[site.key] = replace(site, storage=known.get(site.key, {}).get("storage"))
+            self._sites[site.key] = _with_origin(site, known.get(site.key, {}))
         self.entries: dict[str, Mapping[str, Any]] = {
             site.key: known.get(site.key) or site_entry(site, {}, self._first(site).dtype)
             for site in self._sites.values()
@@ -167,6 +167,12 @@ class FileSource:
     def size(self) -> Sizes:
         """Return the size of the LSTMs with their biases and of everything; weights under a mask are no parameters."""
         return _sizes(self.state, self.entries)
+
+
+def _with_origin(site: Site, entry: Mapping[str, Any]) -> Site:
+    """Return the site with what only its folder knows: the storage and the method."""
+    is_changed = site.rank is not None or site.nonzeros is not None
+    return replace(site, storage=entry.get("storage"), method=entry.get("method") if is_changed else None)
 
 
 def _stored_as(site: Site, matrix: Tensor, factors: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensors:
