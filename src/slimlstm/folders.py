@@ -19,6 +19,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as tensors_as_bytes
 from torch import Tensor, nn
 
+from slimlstm.card import write_card
 from slimlstm.errors import SlimLSTMError, reason_of, refusing
 from slimlstm.files import alone_in, check_regular, replacing, sha256, write_json
 from slimlstm.methods import STORAGES, Encoded, storage_called
@@ -42,8 +43,9 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_bytes: i
     """Write a compressed model to ``folder``, which is made where it is missing.
 
     The folder holds all parameters and persistent buffers; the rank, mask and storage of every compressed site; its origin
-    (method, and SHA-256 of the dense matrix); and versions. Quantised weights are written as their codes and scales. A
-    model that slimlstm saved there before is replaced; other files stay.
+    (method, and SHA-256 of the dense matrix); versions; and a model card, ``README.md``. Quantised weights are written as
+    their codes and scales. A model that slimlstm saved there before is replaced; other files, and a ``README.md`` of yours,
+    stay.
 
     Args:
         model: stays as it is.
@@ -61,7 +63,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_bytes: i
         >>> _ = slimlstm.compress_(model, slimlstm.Quantize("int8"))
         >>> save(model, folder)
         >>> sorted(path.suffix for path in Path(folder).iterdir())
-        ['.json', '.safetensors']
+        ['.json', '.md', '.safetensors']
     """
     hosts = find_hosts(model)
     sites = {
@@ -121,6 +123,7 @@ def write_folder(
             with replacing(folder / name) as draft:
                 draft.write_bytes(content)
         write_json(folder / CONFIG, config)
+        write_card(folder, sites)
         for name in previous - contents.keys():
             (folder / name).unlink(missing_ok=True)
 

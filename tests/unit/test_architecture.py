@@ -29,7 +29,8 @@ ARROWS = {
     "pipeline": {"progress", "page", "calibration", "modules", "methods", "ops", "tables", "provenance", "files", "errors"},
     "compress": {"progress", "pipeline", "calibration", "modules", "methods", "ops", "errors"},
     "shards": {"errors"},
-    "folders": {"modules", "methods", "ops", "shards", "files", "errors"},
+    "card": {"methods", "files", "errors"},
+    "folders": {"card", "modules", "methods", "ops", "shards", "files", "errors"},
     "loading": {"folders", "modules", "methods", "errors"},
     "weight_files": {
         "progress",

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from strangers import STRANGERS, H, LanguageModel, V
 from torch import Tensor, nn
 
-from slimlstm import LowRank, LowRankLSTM, LowRankLSTMCell, Prune, SlimLSTMError, compress_, find_sites, load, save
+from slimlstm import LowRank, LowRankLSTM, LowRankLSTMCell, Prune, SlimLSTMError, card, compress_, find_sites, load, save
 
 SVD, MASK = LowRank(rank=2, target="hh"), Prune(rank=2, target="hh")
 every_stranger = pytest.mark.parametrize("stranger", STRANGERS.values(), ids=STRANGERS)
@@ -192,7 +192,7 @@ def test_saved_again_the_new_model_takes_the_place_of_the_old(folder):
     (folder / "notes.txt").write_text("of the user")
     save(model, folder)
     assert weights_in(folder).name != old
-    assert {path.name for path in folder.iterdir()} == {"config.json", "notes.txt", weights_in(folder).name}
+    assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "notes.txt", weights_in(folder).name}
     assert_equal_bits(load(folder, fresh()).state_dict(), state_of(model))
 
 
@@ -213,7 +213,7 @@ def test_a_folder_may_be_moved(folder, tmp_path):
 def test_files_are_data(folder):
     """JSON, and safetensors, which is a length, JSON and plain numbers."""
     config = json.loads((folder / "config.json").read_text())
-    assert {path.name for path in folder.iterdir()} == {"config.json", config["weights"]["file"]}
+    assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", config["weights"]["file"]}
     content = weights_in(folder).read_bytes()
     assert hashlib.sha256(content).hexdigest() == config["weights"]["sha256"]
     (length,) = struct.unpack("<Q", content[:8])
@@ -515,7 +515,7 @@ def test_a_crash_leaves_the_old_model(folder, monkeypatch, step):
             save(new, folder)
     assert_equal_bits(load(folder, fresh()).state_dict(), state_of(compressed()))
     save(new, folder)
-    assert {path.name for path in folder.iterdir()} == {"config.json", weights_in(folder).name}
+    assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", weights_in(folder).name}
     assert_equal_bits(load(folder, fresh()).state_dict(), state_of(new))
 
 
@@ -538,3 +538,50 @@ def test_a_crash_after_the_change_leaves_the_new_model(folder, monkeypatch):
         with pytest.raises(PowerError):
             save(new, folder)
     assert_equal_bits(load(folder, fresh()).state_dict(), state_of(new))
+
+
+# The model card.
+
+
+def test_the_card_has_figures_and_lines_that_load(folder, monkeypatch):
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert text.startswith("---\nlibrary_name: slimlstm\n")
+    for key, site in json.loads((folder / "config.json").read_text())["sites"].items():
+        m, n = site["shape"]
+        assert f"| `{key}` | {m} x {n} | " in text
+        assert f"| {getattr(torch, site['dtype']).itemsize * m * n:,} |" in text
+    lines = text.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(folder.parent)
+    names = {"MyModel": fresh}
+    exec(lines, names)  # noqa: S102 (the lines are under test)
+    assert_equal_bits(names["model"].state_dict(), state_of(compressed()))
+
+
+OWN = {
+    "a file of the user": lambda path, adopted: path.write_text("mine"),
+    "another encoding": lambda path, adopted: path.write_bytes(b"\xff\xfemine"),
+    "a card that was adopted": lambda path, adopted: path.write_text(adopted),
+    "a link to nothing": lambda path, adopted: path.symlink_to("notes.txt"),
+    "a link to a card": lambda path, adopted: (
+        path.with_name("notes.txt").write_text(card.MARK),
+        path.symlink_to("notes.txt"),
+    ),
+}
+
+
+@pytest.mark.parametrize("own", OWN.values(), ids=OWN)
+def test_a_readme_of_the_user_stays(folder, own):
+    path = folder / "README.md"
+    adopted = path.read_text().replace(card.MARK, "")
+    path.unlink()
+    own(path, adopted)
+    before = path.is_symlink(), path.exists() and path.read_bytes()
+    save(compressed(config=MASK, seed=3), folder)
+    assert (path.is_symlink(), path.exists() and path.read_bytes()) == before
+    assert_equal_bits(load(folder, fresh()).state_dict(), state_of(compressed(config=MASK, seed=3)))
+
+
+def test_a_card_follows_the_model(folder):
+    before = (folder / "README.md").read_text()
+    save(compressed(config=MASK, seed=3), folder)
+    assert (folder / "README.md").read_text() != before

@@ -213,7 +213,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_metric_of_another_kind_is_refused(net, name):
-    with pytest.raises(sl.SlimLSTMError, match="the metric returned .*a number, or one for each"):
+    with pytest.raises(sl.SlimLSTMError, match=r"the metric returned .*a number, or one for each"):
         find_smallest(net, SHAPES[name], better="higher")
 
 

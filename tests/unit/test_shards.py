@@ -106,7 +106,7 @@ def test_saved_again_only_the_files_of_the_old_model_go(first, second, tmp_path)
     save(model, tmp_path, max_shard_bytes=second)
     config = config_in(tmp_path)["weights"]
     files = set(config.get("files", [config.get("file")]))
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", *files, *(path.name for path in kept)}
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "config.json", *files, *(path.name for path in kept)}
     assert all(path.read_text() == "of the user" for path in kept)
     state = load(tmp_path, STRANGERS["CRNN"].make(seed=2).float()).state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
