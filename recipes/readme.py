@@ -5,11 +5,11 @@
 ``docs/demo.json`` comes from ``slimlstm demo --json``, ``results/ptb_untuned`` and ``results/ptb_fine_tuned`` from
 ``recipes/sweep.py``, ``results/quality_*`` from ``recipes/quality.py``, ``results/registry_models`` from
 ``recipes/registry_models.py``, ``results/ptb_tuned`` from ``recipes/tune.py``, ``results/engines`` from
-``benchmarks/engines.py``, ``results/threads.json`` from ``benchmarks/threads.py``, and ``results/real_models`` from the
-programs in ``examples/real``. It also draws ``docs/engines.png``, ``docs/prediction.png``, ``docs/frontier.png`` and
-``docs/sensitivity.png``. A result that no clean commit
-made is an error, unless ``results/dirty.json`` lists it as an old one; a mark follows its numbers. With ``--check`` it
-writes nothing, and the exit status is 1 if a page is out of date.
+``benchmarks/engines.py``, ``results/threads.json`` from ``benchmarks/threads.py``, and ``results/real_models`` and
+``results/smallest`` from the programs in ``examples/real``. It also draws ``docs/engines.png``, ``docs/prediction.png``,
+``docs/frontier.png`` and ``docs/sensitivity.png``. A result that no clean commit made is an error, unless
+``results/dirty.json`` lists it as an old one; a mark follows its numbers. With ``--check`` it writes nothing, and the exit
+status is 1 if a page is out of date.
 """
 
 import argparse
@@ -319,6 +319,41 @@ real_part = "\n\n".join(
         "side by side.",
     ]
 )
+searches = sorted((ROOT / "results" / "smallest").glob("*.json"))
+SMALLEST, LIMIT = "smallest within 1%", 0.99
+
+
+def smallest_row(model):
+    """Return a search's result beside the smallest configuration by hand that meets the same limit."""
+    found, search = variant_of(model, SMALLEST), model["search"]
+    by_hand = [
+        row
+        for row in model["rows"]
+        if row["quality"] >= LIMIT and row["variant"] != SMALLEST and "PyTorch" not in row["variant"]
+    ]
+    best = min(by_hand, key=lambda row: row["bytes"][1], default=None)
+    evaluations = [str(one["evaluations"]) for one in search.get("networks", [search])]
+    return [
+        f"{model['model']} ({model['measure']})",
+        f"{found['bytes'][1] / 1e3:,.0f} kB",
+        f"{found['kept']:.1%}",
+        f"{found['quality']:.4f}",
+        " + ".join(evaluations),
+        f"{search['processor_seconds']:.0f} s",
+        "-" if best is None else f"{best['bytes'][1] / 1e3:,.0f} kB ({best['variant']})",
+    ]
+
+
+smallest_header = ["model (measure)", "found", "left", "quality", "evaluations", "processor time", "smallest by hand"]
+smallest_part = "\n\n".join(
+    [
+        markdown(smallest_header, [smallest_row(stored(path)) for path in searches]),
+        "Bytes of the recurrent matrices. The search measured on one part of the data, and the quality is on another that "
+        "neither it nor the calibration saw. The processor time includes the calibration. The last column is the smallest "
+        "configuration by hand in the same program that keeps 99% on the same data "
+        "([`results/smallest`](results/smallest)).",
+    ]
+)
 headline_part = (
     f"Make a trained LSTM four times smaller and, on CPUs, {min(speeds):.1f} to {max(speeds):.1f} times faster as a whole "
     f"model, without training it again. On four real models, int8 keeps {min(qualities):.1%} to {max(qualities):.1%} of "
@@ -327,6 +362,7 @@ headline_part = (
 
 PARTS = {
     "README.md": {"headline": headline_part, "models": model_part},
+    "docs/real.md": {"smallest": smallest_part},
     "docs/results.md": {
         "real": real_part,
         "demo": demo_part,

@@ -1,7 +1,7 @@
 """The language model that comes with slimlstm: three LSTMs of up to 448 units, trained on WikiText-2."""
 
 import torch
-from registry import study
+from registry import arguments, study
 
 import slimlstm as sl
 from slimlstm.demo.model import embedded_model, held_out_tokens
@@ -20,7 +20,8 @@ def kept(model, part):
 
 
 dense = embedded_model()
-seen, *held_out = [pieces(tokens, streams=10, steps=70) for tokens in held_out_tokens().chunk(3)]
+text = held_out_tokens()[: 3_000 if arguments().brief else None]
+seen, *held_out = [pieces(tokens, streams=10, steps=70) for tokens in text.chunk(3)]
 validation, test = [(batches, losses(dense, batches)) for batches in held_out]
 configs = {
     "int8": sl.Quantize("int8"),

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from browser import CHROMIUM, console, dump_dom
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NUMBERED = sorted(EXAMPLES.glob("0*.py"))
@@ -47,3 +48,9 @@ def test_real_models_keep_their_quality_in_half_the_bytes(path, monkeypatch, tmp
     ours = [row for row in result["rows"] if "PyTorch" not in row["variant"]]
     assert any(row["kept"] <= 0.5 and row["quality"] > 0.99 for row in ours), ours
     assert result["provenance"]["torch"]
+    pages = list(tmp_path.glob("*.html"))
+    assert pages
+    for page in pages if CHROMIUM else []:
+        dom, log = dump_dom(page.as_uri(), tmp_path / "profile")
+        assert "What was tried" in dom
+        assert console(log) == []

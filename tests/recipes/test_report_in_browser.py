@@ -60,10 +60,21 @@ const figures = [...document.querySelectorAll("figure")].map(figure => {
   }), label: charts.map(chart => chart.getAttribute("aria-label"))};
 });
 document.querySelectorAll("details").forEach(one => { one.open = false; });
+const stops = [...document.querySelectorAll("a[href], summary, [tabindex]")].filter(shown).filter(one => one.tabIndex >= 0);
+const keys = stops.map(stop => {
+  stop.focus();
+  const look = getComputedStyle(stop), box = stop.getBoundingClientRect();
+  return {
+    text: stop.textContent.trim().slice(0, 40), focused: document.activeElement === stop, order: stop.tabIndex,
+    outline: look.outlineStyle === "none" ? 0 : parseFloat(look.outlineWidth), inside: box.right > 0 && box.bottom > 0,
+    ratio: contrast(look.outlineColor, behind(stop)), name: stop.getAttribute("aria-label") || stop.textContent.trim(),
+  };
+});
+document.activeElement.blur();
 location.hash = "#matrix-2";
 setTimeout(() => {
   parent.postMessage(JSON.stringify({
-    width: innerWidth, content: root.scrollWidth, window: root.clientWidth, figures, ratios, marks,
+    width: innerWidth, content: root.scrollWidth, window: root.clientWidth, figures, ratios, marks, keys,
     dark: matchMedia("(prefers-color-scheme: dark)").matches, paper: variable("paper"),
     opened: [...document.querySelectorAll("details")].filter(one => one.open).map(one => one.innerText.split("\\n")[0]),
     nav: shown(document.querySelector("nav")),
@@ -126,6 +137,18 @@ def test_every_figure_is_drawn_and_legible(measured, width, scheme):
     assert [mark for mark in found["marks"] if mark["ratio"] < 3.0] == []
     assert len(found["opened"]) == 1  # by the link to its content
     assert "weight_hh_l0" in found["opened"][0]
+
+
+@pytest.mark.parametrize("scheme", [LIGHT, DARK], ids=["light", "dark"])
+def test_keys_reach_everything_and_show_where_they_are(measured, scheme):
+    keys = measured(1280, scheme)["keys"]
+    assert keys[0]["text"] == "Skip to the content"
+    assert {"Load it", "The plan, to repeat or to edit"} <= {key["text"] for key in keys}
+    # Links to sections and matrices, summaries, and the regions that scroll.
+    assert len(keys) > 20
+    wrong = [key for key in keys if not (key["focused"] and key["outline"] >= 2 and key["ratio"] >= 3 and key["inside"])]
+    assert wrong == []
+    assert all(key["order"] == 0 and key["name"] for key in keys)
 
 
 def test_dark_is_dark(measured):
