@@ -157,11 +157,13 @@ def _fewest_bits(engine: Engine[Made], whole: Callable[[str], Quantize], bits: l
     return good
 
 
-def try_all(engine: Engine[Made], candidates: Iterable[tuple[str, Config | None]]) -> None:
-    """Try labelled configurations in order, as long as evaluations are left."""
+def try_all(engine: Engine[Made], candidates: Iterable[tuple[str, Config | None]], *, first_only: bool = False) -> None:
+    """Try labelled configurations in order, as long as evaluations are left, or up to the first that is accepted."""
     for label, config in candidates:
         if config is not None:
-            engine.attempt(label, config)
+            trial = engine.attempt(label, config)
+            if first_only and trial is not None and trial.accepted:
+                return
 
 
 def _matrix_bytes(report: Report) -> int:

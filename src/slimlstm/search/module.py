@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -38,8 +39,9 @@ from slimlstm.search.result import (
     nothing_found,
 )
 
-_SHARES = (0.5, 0.35, 0.25, 0.15, 0.1)
-"""Shares of the dense matrices' bytes that a search for a latency tries."""
+_SHARES = (0.2, 0.14, 0.1, 0.07, 0.05, 0.035, 0.025)
+"""Shares of the dense matrices' bytes that a search for a latency gives to factors in int8; whole matrices in int8 take a
+quarter."""
 
 
 @plain_mode()
@@ -146,7 +148,8 @@ def find_best(
 
     Args:
         bytes: the most that all selected matrices together may take when saved. Give this or ``latency``.
-        latency: the most seconds that ``model(*inputs)`` may take, as a median on PyTorch's current threads.
+        latency: the most seconds that ``model(*inputs)`` may take, as a median on PyTorch's current threads. The search
+            goes from slow to fast, and ends at the first model that is fast enough.
         inputs: arguments of one call; needed for a latency.
         model, metric, better, batches, loss, calibration, target, filter, evaluations, output, metric_name, progress: see
             :func:`find_smallest`.
@@ -181,12 +184,11 @@ def find_best(
         evaluations - 1,
         subject.speed_of,
     )
-    budgets = [bytes] if bytes is not None else [int(share * subject.dense_bytes) for share in _SHARES]
     words = f"{bytes:,} bytes of matrices" if bytes is not None else f"a latency of at most {1e6 * (latency or 0):,.0f} us"
-    candidates = subject.candidates(budgets)
+    candidates = subject.fast_candidates() if bytes is None else subject.candidates(bytes)
     return _searched(
         engine,
-        lambda: try_all(engine, candidates),
+        lambda: try_all(engine, candidates, first_only=bytes is None),
         dense,
         f"best {metric_name} within {words}",
         None,
@@ -268,12 +270,21 @@ class _Subject:
         method = "svd" if self.moments is None else "activation"
         return LowRank(method, bytes=budget, storage=storage, target=self.target, filter=self.filter)
 
-    def candidates(self, budgets: Sequence[int]) -> list[tuple[str, Config | None]]:
-        """Return configurations for a budget, or several: the largest whole matrices, and factors in several storages."""
+    def candidates(self, budget: int) -> list[tuple[str, Config | None]]:
+        """Return configurations for a number of bytes: whole matrices, and factors or a plan by sensitivities."""
         found: list[tuple[str, Config | None]] = [(name, self.whole(name)) for name in BITS]
-        for budget in budgets:
-            storages = ("int8", "int5") if self.sensitivity is None else ("int8",)
-            found += [(f"{storage} factors, {budget:,} bytes", self.within(budget, storage)) for storage in storages]
+        if self.sensitivity is not None:
+            return [*found, (f"rank and bits for {budget:,} bytes", self.within(budget, ""))]
+        return found + [(f"{name} factors, {budget:,} bytes", self.within(budget, name)) for name in ("int8", "int5")]
+
+    def fast_candidates(self) -> list[tuple[str, Config]]:
+        """Return configurations from the slowest to the fastest. Fewer bits than int8's are no faster."""
+        method = "svd" if self.moments is None else "activation" if self.loss is None else "fisher"
+        found: list[tuple[str, Config]] = [(name, self.whole(name)) for name in ("bfloat16", "int8")]
+        for share in _SHARES:
+            size = int(share * self.dense_bytes)
+            config = LowRank(method, bytes=size, storage="int8", target=self.target, filter=self.filter)
+            found.append((f"{method} int8 factors, {size:,} bytes", config))
         return found
 
     @cached_property
@@ -314,7 +325,9 @@ def _searched(
         assert engine.best is not None  # noqa: S101 (checked by the callers)
         best, _, report = engine.best
         ended, notes = engine.interrupted, engine.refusals
-        return Search(dense, engine.trials, best, report, limit, better, metric_name, ended, notes, worst)
+        times = [trial.latency * trial.faster for trial in engine.trials if trial.latency and trial.faster]
+        before = replace(dense, latency=statistics.median(times), faster=1.0) if times else dense
+        return Search(before, engine.trials, best, report, limit, better, metric_name, ended, notes, worst)
 
     engine.on_trial = on_trial
     engine.run(strategy)
