@@ -47,7 +47,7 @@ def test_save_deletes_only_what_its_config_named(tmp_path):
             main(words)
         assert ended.value.code == 0
     assert before < set(tmp_path.iterdir())
-    assert len(list(tmp_path.iterdir())) == len(before) + 2
+    assert len(list(tmp_path.iterdir())) == len(before) + 3
 
 
 def test_saves_that_race_leave_one_whole_model(tmp_path):
@@ -62,7 +62,7 @@ def test_saves_that_race_leave_one_whole_model(tmp_path):
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(write, range(4)))
     read_folder(folder)
-    assert len(list(folder.iterdir())) == 2
+    assert len(list(folder.iterdir())) == 3
 
 
 def test_drafts_of_killed_saves_are_removed(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 SITE_NAME = re.compile(r"weight_(ih|hh)(?:_l(\d+)(_reverse)?)?")
@@ -22,7 +22,7 @@ class Site:
         nonzeros: the number of weights that its mask leaves, or None without a mask.
         problem: why it cannot be compressed, or None.
         storage: the storage of its numbers, such as ``"int8"``, or None for the model's own dtype.
-        method: the method that made its factors or its mask, or None where that is unknown.
+        method: the method that made its factors or its mask, or None where that is unknown. It does not count for equality.
 
     Examples:
         >>> site = Site("encoder", "weight_hh_l1_reverse", (16, 4), rank=2)
@@ -37,7 +37,7 @@ class Site:
     nonzeros: int | None = None
     problem: str | None = None
     storage: str | None = None
-    method: str | None = None
+    method: str | None = field(default=None, compare=False)
 
     @property
     def key(self) -> str:
