@@ -66,10 +66,10 @@ def kinds_of(path):
 @pytest.mark.parametrize(
     ("also", "operators"),
     [
-        (["linear"], {"MatMulInteger"}),
-        (["embedding"], {"DequantizeLinear"}),
-        (["conv"], {"ConvInteger"}),
-        (["linear", "embedding"], {"MatMulInteger", "DequantizeLinear"}),
+        (["linear"], ["MatMulInteger"]),
+        (["embedding"], ["DequantizeLinear"]),
+        (["conv"], ["ConvInteger"]),
+        (["linear", "embedding"], ["MatMulInteger", "DequantizeLinear"]),
     ],
     ids=str,
 )
@@ -77,7 +77,7 @@ def test_other_weights_become_int8(also, operators, opset, tmp_path):
     path, output = whole_model(tmp_path, opset), tmp_path / "small.onnx"
     report = compress_onnx(path, Quantize("int8"), output, also=also, batches=[words_for(path)])
     found = {node.op_type for node in onnx.load(output).graph.node}
-    assert operators <= found
+    assert found.issuperset(operators)
     assert "LSTM" in found
     assert ("MatMul" in found) == ("linear" not in also)
     (note,) = (note for note in report.notes if "other weights" in note)

@@ -173,7 +173,7 @@ def test_weights_are_rounded_and_nothing_else(name, storage, before):
         was, now = matrices_before[site.key].double(), matrices_after[site.key].double()
         assert site.relative_error == pytest.approx(float((was - now).norm() / was.norm()), rel=1e-4)
         assert 0 < site.relative_error < (0.02 if storage == "int8" else 0.005)
-        method = {"factored": "svd", "masked": "prune"}.get(before, "dense")
+        method = "dense" if before is None else "prune" if isinstance(before, Prune) else "svd"
         assert (site.method, site.storage, site.note) == (method, storage, "")
     assert Report.from_dict(json.loads(report.to_json())) == report
     assert storage in str(report)

@@ -30,7 +30,8 @@ def gradients_again(
         wanted: for each input, whether to return its gradient; None is returned otherwise.
 
     Examples:
-        >>> gradients_again(lambda inputs: [inputs[0] ** 2], [torch.ones(1)], [torch.tensor([3.0])], [True])
+        >>> with torch.no_grad():
+        ...     gradients_again(lambda inputs: [inputs[0] ** 2], [torch.ones(1)], [torch.tensor([3.0])], [True])
         [tensor([6.])]
     """
     create_graph = torch.is_grad_enabled()
