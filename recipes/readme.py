@@ -6,8 +6,8 @@
 ``recipes/sweep.py``, ``results/quality_*`` from ``recipes/quality.py``, ``results/registry_models`` from
 ``recipes/registry_models.py``, ``results/ptb_tuned`` from ``recipes/tune.py``, ``results/engines`` from
 ``benchmarks/engines.py``, ``results/threads.json`` from ``benchmarks/threads.py``, and ``results/real_models`` and
-``results/smallest`` from the programs in ``examples/real``. It also draws ``docs/engines.png`` and ``docs/prediction.png``. A
-result that no clean commit made is an error, unless ``results/dirty.json`` lists it as an old one; a mark follows its
+``results/smallest`` from the programs in ``examples/real``. It also draws ``docs/engines.png`` and ``docs/prediction.png``.
+A result that no clean commit made is an error, unless ``results/dirty.json`` lists it as an old one; a mark follows its
 numbers. With ``--check`` it writes nothing, and the exit status is 1 if a page is out of date.
 """
 
