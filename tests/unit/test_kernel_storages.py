@@ -4,7 +4,6 @@ Dimensions: T time steps, B sequences, I input size, H hidden size, D directions
 """
 
 import math
-import os
 
 import pytest
 import torch
@@ -252,9 +251,11 @@ def test_unusual_weights_in_four_bits(value, monkeypatch):
     torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize(("cache", "least"), [(1 << 21, 1 << 20), (0, 1 << 19), (-1, 1 << 19), (None, 1 << 19)])
-def test_vnni_reads_four_bits_only_of_layers_beyond_the_cache(cache, least, monkeypatch):
-    monkeypatch.setattr(os, "sysconf_names", {} if cache is None else {"SC_LEVEL2_CACHE_SIZE": 0}, raising=False)
-    monkeypatch.setattr(os, "sysconf", lambda name: cache, raising=False)
-    assert packing._least_in_four_bits("avx512_vnni") == packing._least_in_four_bits("portable") == least
-    assert packing._least_in_four_bits("avx2") == packing._least_in_four_bits("avx512") == 0
+@pytest.mark.parametrize(
+    ("isa", "hidden", "storage"), [("avx512_vnni", 128, "int8"), ("avx512_vnni", 512, "int4"), ("avx2", 128, "int4")]
+)
+def test_four_bits_are_read_where_they_are_faster(isa, hidden, storage):
+    module = LowRankLSTM(hidden, hidden, backend="fused").eval()
+    for name in module.matrix_shapes:
+        module.store(name, "int8")
+    assert packing._packed_storages([module.direction("_l0")], isa) == [storage, storage]

@@ -13,7 +13,6 @@ Before every call these are compared with the packed weights:
 from __future__ import annotations
 
 import math
-import os
 import weakref
 from collections import Counter
 from collections.abc import Sequence
@@ -31,8 +30,8 @@ from slimlstm.ops.weights import CachedLayer, Direction, columns, flat, rows, sh
 PLAIN_TYPES: tuple[type, ...] = (Tensor, nn.Parameter)
 """Types whose memory the kernel may read; subclasses may hold something else."""
 
-_USUAL_CACHE = 1 << 20
-"""Bytes of a core's L2 cache where the system does not say."""
+_LEAST_IN_FOUR_BITS = 1 << 20
+"""Weights of a layer; see :func:`_least_in_four_bits`."""
 
 _Key = tuple[int | float | str, ...]
 
@@ -181,16 +180,12 @@ def _packed_storages(directions: Sequence[Direction], isa: str) -> list[str]:
 
 
 def _least_in_four_bits(isa: str) -> int:
-    """Return how many weights a layer needs to be faster in four bits than in eight; measured.
+    """Return how many weights a layer needs to be faster in four bits than in eight.
 
     AVX2 and AVX-512 without VNNI multiply four bits faster. Otherwise unpacking takes longer than reading eight bits from a
-    core's cache, of which a layer has about half for itself.
+    core's own cache. The bound was measured where that cache has 2 MiB.
     """
-    if isa in ("avx2", "avx512"):
-        return 0
-    name = "SC_LEVEL2_CACHE_SIZE"
-    found = os.sysconf(name) if name in getattr(os, "sysconf_names", ()) else 0
-    return (found if found > 0 else _USUAL_CACHE) // 2
+    return 0 if isa in ("avx2", "avx512") else _LEAST_IN_FOUR_BITS
 
 
 def clips_of(directions: Sequence[Direction]) -> list[float]:
