@@ -252,10 +252,11 @@ def test_unusual_weights_in_four_bits(value, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("isa", "hidden", "storage"), [("avx512_vnni", 128, "int8"), ("avx512_vnni", 512, "int4"), ("avx2", 128, "int4")]
+    ("instructions", "hidden", "storage"),
+    [("avx512_vnni", 128, "int8"), ("avx512_vnni", 512, "int4"), ("avx2", 128, "int4")],
 )
-def test_four_bits_are_read_where_they_are_faster(isa, hidden, storage):
+def test_four_bits_are_read_where_they_are_faster(instructions, hidden, storage):
     module = LowRankLSTM(hidden, hidden, backend="fused").eval()
     for name in module.matrix_shapes:
         module.store(name, "int8")
-    assert packing._packed_storages([module.direction("_l0")], isa) == [storage, storage]
+    assert packing._packed_storages([module.direction("_l0")], instructions) == [storage, storage]
