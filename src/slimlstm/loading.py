@@ -174,6 +174,8 @@ def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, target in expected.items():
         if target.shape != tensors[name].shape:
             raise SlimLSTMError(f"{name} is {list(tensors[name].shape)} in the folder, {list(target.shape)} in the model")
+        if target.requires_grad and not (tensors[name].is_floating_point() or tensors[name].is_complex()):
+            raise SlimLSTMError(f"{name} is {tensors[name].dtype} in the folder, a parameter with gradients in the model")
     stored: dict[int, tuple[str, Tensor]] = {}
     for name, target in expected.items():
         other, tensor = stored.setdefault(id(target), (name, tensors[name]))

@@ -485,6 +485,24 @@ def test_refused_in_words_before_anything_changes(make, message, config):
     assert snapshot(model) == before
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch was built without torch.distributed")
+def test_distributed_tensors_are_refused():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh, model = init_device_mesh("cpu", (1,)), Model()
+        for name, parameter in list(model.lstm.named_parameters()):
+            spread = nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Replicate()]))
+            setattr(model.lstm, name, spread)
+        with pytest.raises(SlimLSTMError, match="parameters of 'lstm' are distributed tensors; compress the model"):
+            compress_(model, LowRank(rank=2))
+        assert type(model.lstm) is nn.LSTM
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("strict", [True, False])
 def test_dense_weights_for_a_factored_matrix_are_refused(strict):
     model, dense = Model(), Model().state_dict()

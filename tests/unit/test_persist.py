@@ -437,6 +437,21 @@ def test_other_models_are_refused(folder, make, message):
     refuse(folder, message, make())
 
 
+def test_integers_are_not_loaded_into_a_parameter(tmp_path):
+    def model(count: Tensor) -> nn.Module:
+        made = nn.ModuleDict({"lstm": nn.LSTM(6, 8), "counter": nn.Module()})
+        if isinstance(count, nn.Parameter):
+            made["counter"].count = count
+        else:
+            made["counter"].register_buffer("count", count)
+        return made
+
+    saved = model(torch.tensor(3))
+    compress_(saved, LowRank(rank=2))
+    save(saved, tmp_path)
+    refuse(tmp_path, r"counter\.count is torch\.int64 in the folder, a parameter", model(nn.Parameter(torch.zeros(()))))
+
+
 def test_masks_are_not_put_on_factors(tmp_path):
     save(compressed(config=MASK), tmp_path)
     refuse(tmp_path, "lstm.weight_hh_l0", compressed(config=SVD))
