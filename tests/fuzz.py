@@ -75,7 +75,7 @@ def compressed(path: Path, place: Path) -> list[Tensor]:
     except SlimLSTMError:
         assert not out.exists(), "an output after an error"
         raise
-    return list(read_folder(out)[1].values())
+    return [tensor for _, tensor in sorted(read_folder(out)[1].items())]
 
 
 def safetensors(path: Path) -> None:

