@@ -126,11 +126,11 @@ def export_onnx(
         _check_outputs(traced.program.model.graph, output_names)
         with plain_defaults():
             proto, forms = _complete(traced, opset, form)
-        inputs = _shapes(proto.graph.input)
-        _check_open(inputs, dynamic_shapes)
-        content: bytes = proto.SerializeToString()
-        run, engine = start(content)
-        checked = compare(model, (arguments, named), run, traced.shapes, traced.limits, _bound(traced, tolerance))
+            inputs = _shapes(proto.graph.input)
+            _check_open(inputs, dynamic_shapes)
+            content: bytes = proto.SerializeToString()
+            run, engine = start(content)
+            checked = compare(model, (arguments, named), run, traced.shapes, traced.limits, _bound(traced, tolerance))
     with replacing(path) as draft:
         draft.write_bytes(content)
     outputs = _shapes(proto.graph.output)
