@@ -60,8 +60,7 @@ def test_rounding_with_feedback_stays_on_the_grid_and_loses_less(bits, shape):
     ):
         assert torch.equal(decoded(*encode_groups(found, bits)), found)
         if n >= GROUP and m > 1:
-            # The rows of a chunk do not correct each other, and a matrix may be one chunk.
-            share = 0.8 if metric is alike else 1.0
+            share = 0.8 if metric is alike else 0.9
             assert loss(found - weight, inputs, metric) < share * loss(value - weight, inputs, metric)
 
 
@@ -91,7 +90,7 @@ def test_chunks_that_move_on_together_round_as_one_by_one(shape):
         matrix + 0.01 * matrix.diagonal().mean() * torch.eye(len(matrix), dtype=torch.float64)
         for matrix in (inputs, gradients)
     ]
-    expected = rounded_one_by_one(weight, *damped, 4, rows=4)
+    expected = rounded_one_by_one(weight, *damped, 4, rows=-(-m // 128))
     found = round_with_feedback(weight, inverse_factor(inputs), inverse_factor(gradients), 4)
     # A tie may fall to either side, and changes what follows.
     assert (found == expected).float().mean() > 0.9

@@ -19,7 +19,6 @@ DAMPING = 0.01
 """Damping of the moments, as a fraction of their mean diagonal."""
 _CHUNKS = 128
 """At most so many chunks of rows are rounded in turn; the rows of a chunk do not correct each other."""
-_SMALLEST_CHUNK = 4
 
 
 def round_with_feedback(weight: Tensor, across: Tensor, down: Tensor | None, bits: int) -> Tensor:
@@ -49,7 +48,7 @@ class _Rounding:
     def __init__(self, weight: Tensor, across: Tensor, down: Tensor | None, bits: int) -> None:
         m, n = weight.shape
         self.shape, self.bits, self.dtype = (m, n), bits, weight.dtype
-        self.rows = m if down is None else max(_SMALLEST_CHUNK, -(-m // _CHUNKS))
+        self.rows = m if down is None else -(-m // _CHUNKS)
         self.chunks, self.blocks = -(-m // self.rows), -(-n // GROUP)
         missing = self.chunks * self.rows - m, self.blocks * GROUP - n
         padded = pad(weight.double(), (0, missing[1], 0, missing[0]))
