@@ -3,7 +3,7 @@
     python benchmarks/four_bits.py --json results/four_bits.json
 
 Outputs are first compared with the reference's. Where four bits would be slower, the kernel reads such a layer as int8, so
-that its ratio is about one; ``bytes`` says what was packed.
+that its ratio is about one; ``bytes`` is the size of the packed weights.
 """
 
 from __future__ import annotations

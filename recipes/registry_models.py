@@ -311,7 +311,7 @@ def g2p_id():
     letters = one_hot(ids, 28).float()
 
     def says(model, letters):
-        """Return the most probable phonemes [B, 25], one after another, and what was given to the decoder."""
+        """Return the most probable phonemes [B, 25], one after another, and the decoder's inputs."""
         state, last, given = model.encoder(letters)[1], torch.full((len(letters), 1), of_phoneme["\t"]), []
         for _ in range(25):
             given.append(last)

@@ -301,7 +301,7 @@ class ModuleSource:
 
 
 def _notes_on_optimizers(replaced: set[int]) -> list[str]:
-    """Return a note for every optimizer that holds parameters with these ids: it would train what nobody reads."""
+    """Return a note for every optimizer that holds parameters with these ids: it would train weights that nobody reads."""
     # PyTorch marks a class of optimizers at its first instance. A search of all objects takes a tenth of a second.
     used = {found for found in _subclasses(torch.optim.Optimizer) if getattr(found.step, "hooked", False)}
     optimizers: list[Any] = [found for found in gc.get_objects() if type(found) in used] if used else []

@@ -1,4 +1,4 @@
-"""Models as programs: what tracing, scripting and exporting give is right for inputs of any size, or refused in words."""
+"""Models as programs: traces, scripts and exports are right for inputs of any size, or refused in words."""
 
 import subprocess
 import sys

@@ -111,7 +111,7 @@ struct FineInt8 {
 //     low, high           the unsigned codes of a word that belong to its first and its last four inputs
 //     begin               a sum that begins with an offset: codes are stored plus 8, which adds 8 times the inputs' sum
 //     add_low, add_high   add products
-//     finish              multiplies the sum of a group and adds it to that of a row
+//     finish              multiplies the sum of a group and adds it to the sum of a row
 //     offset_group        the offsets, which follow from the group's inputs
 //     rows_to_widen       where inputs have so many rows, it is faster to widen a panel to int8 first
 struct Int4 : Int8 {};

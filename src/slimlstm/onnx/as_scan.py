@@ -31,7 +31,7 @@ def form_of(lstm: OnnxLSTM, directions: Sequence[Direction], opset: int, form: s
         form: see :func:`slimlstm.onnx.forms.choose`.
 
     Raises:
-        SlimLSTMError: ``form`` is unknown, or ``"scan"`` where a Scan cannot compute what the operator does.
+        SlimLSTMError: ``form`` is unknown, or ``"scan"`` where a Scan cannot compute the operator.
     """
     obstacle = _obstacle(lstm, directions, opset)
     if obstacle and form == SCAN:

@@ -175,7 +175,7 @@ def _check_result(model: Any, source: GraphSource, replacements: Mapping[str, Re
 
 
 def _matrices(lstm: OnnxLSTM, found: list[OnnxLSTM], scans: str | None) -> dict[str, Matrix]:
-    """Return the matrices of an LSTM in the new model, by name; those of an operator's Scans by the operator's names."""
+    """Return the matrices of an LSTM in the new model by name. Scans in place of an operator take the operator's names."""
     if scans is None:
         return {one.name: one.matrix for same in found if same.name == lstm.name for one in same.locations}
     matrices: dict[str, Matrix] = {}

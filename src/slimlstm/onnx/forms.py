@@ -20,7 +20,7 @@ from slimlstm.ops.weights import Direction, Matrix, columns, is_clipped, rows
 
 LSTM, SCAN = "lstm", "scan"
 FORMS = ("auto", LSTM, SCAN)
-"""What ``form=`` takes."""
+"""Values of ``form=``."""
 STEPS = (1, 100)
 """Time steps of the calls that are predicted, of one sequence on one thread."""
 MARGIN = 0.9

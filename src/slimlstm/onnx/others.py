@@ -115,7 +115,7 @@ def _weighted(graph: Any, operators: Collection[str]) -> list[Any]:
 def _kept(model: Any, chosen: Collection[Any], of_lstms: Collection[str]) -> Generator[dict[int, str]]:
     """Hide every Gemm of an LSTM within the block, and yield the names of the chosen nodes by id.
 
-    The quantiser turns all Gemm nodes into MatMul, those that it does not quantise, too.
+    The quantiser turns all Gemm nodes into MatMul, even where it does not quantise them.
     """
     names = {id(node): f"{_CHOSEN}{index}." for index, node in enumerate(chosen)}
     own = {names[id(node)]: node.name for node in chosen}
@@ -163,7 +163,7 @@ def _quantize(model: Any, kind: str, names: list[str]) -> None:
                 nodes_to_quantize=[name + ending for name in names for ending in ("", "_MatMul")],
                 extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
             )
-        except Exception as error:  # the quantiser raises what it meets
+        except Exception as error:  # classes of several libraries
             raise SlimLSTMError(f"ONNX Runtime cannot quantise the {kind} weights: {reason_of(error)}") from error
         model.CopyFrom(onnx.load(output))
 

@@ -122,7 +122,7 @@ def shrink_onnx(
 
 @dataclass(frozen=True)
 class _Goal:
-    """What a file has to reach: ``measure`` of it at ``limit``, or ``better``."""
+    """The limit of a search: a file's ``measure`` has to be at ``limit``, or ``better``."""
 
     measure: Callable[[Path], Measured]
     limit: float

@@ -44,7 +44,7 @@ class Measured:
 
     @classmethod
     def of(cls, found: float | Tensor | ArrayLike, dense: Measured | None = None) -> Measured:
-        """Return what a user's metric returned, beside that of the uncompressed model.
+        """Return the result of a user's metric, beside the uncompressed model's.
 
         Raises:
             SlimLSTMError: it is neither a number nor a list of numbers, or the examples are not the uncompressed model's.
