@@ -22,7 +22,7 @@ ARROWS = {
     "progress": set(),
     "tables": set(),
     "page": {"errors"},
-    "methods": {"errors"},
+    "methods": {"ops", "errors"},
     "ops": {"errors"},
     "modules": {"ops", "methods", "errors"},
     "calibration": {"progress", "modules", "methods", "ops", "files", "errors"},

@@ -6,7 +6,7 @@ from torch import nn
 
 import slimlstm as sl
 from slimlstm.methods import STORAGES, matrix_bytes, round_factors, round_matrix, rounded, svd
-from slimlstm.methods.feedback import inverse_factor, round_with_feedback
+from slimlstm.methods.feedback import inverse_factor, round_blocks, round_blocks_compiled, round_with_feedback
 from slimlstm.methods.low_bit import (
     GROUP,
     encode_groups,
@@ -18,6 +18,7 @@ from slimlstm.methods.low_bit import (
     spread,
     unpack,
 )
+from slimlstm.ops import native
 
 BITS = range(3, 9)
 LOW_BIT = [name for name, row in STORAGES.items() if row.scales == "group"]
@@ -95,6 +96,22 @@ def test_chunks_that_move_on_together_round_as_one_by_one(shape):
     # A tie may fall to either side, and changes what follows.
     assert (found == expected).float().mean() > 0.9
     assert loss(found - weight, inputs, gradients) < 1.05 * loss(expected - weight, inputs, gradients)
+
+
+@pytest.mark.skipif(bool(native.missing), reason="the kernel is missing")
+@pytest.mark.parametrize("kind", ["normal", "zeros", "tiny", "huge", "outlier"])
+@pytest.mark.parametrize("bits", BITS)
+def test_the_compiled_rounding_rounds_as_the_plain_one(bits, kind):
+    work = torch.randn(6, 3, GROUP, dtype=torch.float64)
+    work *= {"zeros": 0.0, "tiny": 1e-30, "huge": 1e30}.get(kind, 1.0)
+    work[:, 1, 5] *= 1e4 if kind == "outlier" else 1.0
+    base = row_scales(work.flatten(0, 1).float(), bits).view(6, 3)
+    factor = torch.stack([inverse_factor(moment(GROUP)) for _ in range(6)])
+    plain, compiled = (run(work.clone(), factor, base, bits) for run in (round_blocks, round_blocks_compiled))
+    for ours, theirs in zip(compiled, plain, strict=True):
+        # Scales whose squared errors tie may differ.
+        same = torch.isclose(ours, theirs, rtol=1e-6, atol=0).all(dim=-1)
+        assert same.float().mean() > 0.9
 
 
 @pytest.mark.parametrize("bits", BITS)

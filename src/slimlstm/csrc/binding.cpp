@@ -1,6 +1,5 @@
 // Python bindings of the kernel. Weights arrive as arrays through DLPack, without copies. Calls take plain addresses,
-// because converting six tensors to arrays costs more than a short call itself. The only caller, slimlstm/ops/packed.py,
-// checks its arguments.
+// because converting six tensors to arrays costs more than a short call itself. The callers check their arguments.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -9,6 +8,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "layer.h"
+#include "rounding.h"
 
 namespace nb = nanobind;
 using namespace slimlstm;
@@ -154,12 +154,20 @@ void backward_all(const Cells& cells, ptrdiff_t steps, ptrdiff_t batch, ptrdiff_
                                       at<float>(d_h0), at<float>(d_gates)});
 }
 
+void round_at(ptrdiff_t count, ptrdiff_t rows, int bits, uintptr_t work, uintptr_t factor, uintptr_t base,
+              uintptr_t errors, uintptr_t rounded) {
+    nb::gil_scoped_release unlocked;
+    round_blocks({count, rows, bits, at<double>(work), at<double>(factor), at<float>(base), at<double>(errors),
+                  at<double>(rounded)});
+}
+
 }  // namespace
 
 NB_MODULE(_kernel, module) {
     // Layers in module-level variables, or held by torch.jit.trace, outlive the interpreter's shutdown. That is harmless.
     nb::set_leak_warnings(false);
     module.def("names", &kernel_names, "Return the kernels that this machine can run, fastest first.");
+    module.def("round_blocks", &round_at, "Round blocks of weights with feedback, on contiguous memory at the given addresses.");
     nb::class_<Cells>(module, "Cells", "The elementwise part of training steps.")
         .def(nb::init<const std::string&>())
         .def("forward", &forward, "One step forward, on contiguous memory at the given addresses.")

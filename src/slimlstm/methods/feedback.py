@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods.low_bit import GROUP, group_scales, nearest, row_scales
+from slimlstm.ops import native
 
 DAMPING = 0.01
 """Damping of the moments, as a fraction of their mean diagonal."""
@@ -72,15 +73,8 @@ class _Rounding:
     def _round(self, chunks: Tensor, blocks: Tensor) -> Tensor:
         """Round one block of each of these chunks; return the errors [k, rows, GROUP] over the factor's diagonal."""
         work = self.wanted[chunks, blocks] + self.corrections[chunks, blocks]
-        factor = self.diagonal[blocks]
-        scale = group_scales(work.float(), self.bits, self.base[chunks])
-        errors, rounded = torch.empty_like(work), torch.empty_like(work)
-        for index in range(GROUP):
-            column = work[..., index]
-            rounded[..., index] = nearest(column.float(), scale, self.bits)
-            error = torch.sub(column, rounded[..., index], out=errors[..., index]).div_(factor[:, None, index, index])
-            work[..., index + 1 :] -= error[..., None] * factor[:, None, index, index + 1 :]
-        self.result[chunks, blocks] = rounded
+        rounding = round_blocks_compiled if work.is_cpu and not native.missing else round_blocks
+        errors, self.result[chunks, blocks] = rounding(work, self.diagonal[blocks], self.base[chunks], self.bits)
         return errors
 
     def _correct(self, chunk: int, block: int, errors: Tensor) -> None:
@@ -97,6 +91,39 @@ class _Rounding:
     @staticmethod
     def _columns(block: int) -> slice:
         return slice(GROUP * block, GROUP * (block + 1))
+
+
+def round_blocks(work: Tensor, factor: Tensor, base: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Round blocks of weights, and correct later columns of a row for the errors of earlier ones.
+
+    Args:
+        work: weights, float64 [k, rows, GROUP]; overwritten.
+        factor: for each block the part of :func:`inverse_factor` for its columns, float64 [k, GROUP, GROUP].
+        base: :func:`row_scales`, float32 [k, rows].
+        bits: bits of a code.
+
+    Returns:
+        Errors over the factor's diagonal, and weights on the grid, both float64 [k, rows, GROUP].
+    """
+    scale = group_scales(work.float(), bits, base)
+    errors, rounded = torch.empty_like(work), torch.empty_like(work)
+    for index in range(GROUP):
+        column = work[..., index]
+        rounded[..., index] = nearest(column.float(), scale, bits)
+        error = torch.sub(column, rounded[..., index], out=errors[..., index]).div_(factor[:, None, index, index])
+        work[..., index + 1 :] -= error[..., None] * factor[:, None, index, index + 1 :]
+    return errors, rounded
+
+
+def round_blocks_compiled(work: Tensor, factor: Tensor, base: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Do what :func:`round_blocks` does on the CPU, compiled: the order of its sums differs."""
+    from slimlstm.ops import _kernel  # pyright: ignore[reportMissingModuleSource]  # absent without a compiler
+
+    work, factor, base = work.contiguous(), factor.contiguous(), base.contiguous()
+    errors, rounded = torch.empty_like(work), torch.empty_like(work)
+    addresses = (tensor.data_ptr() for tensor in (work, factor, base, errors, rounded))
+    _kernel.round_blocks(work.shape[0], work.shape[1], bits, *addresses)
+    return errors, rounded
 
 
 def _padded(factor: Tensor, missing: int) -> Tensor:

@@ -5,6 +5,9 @@ from torch import Tensor
 def names() -> list[str]:
     """Return the instruction sets that this machine can run, fastest first."""
 
+def round_blocks(count: int, rows: int, bits: int, work: int, factor: int, base: int, errors: int, rounded: int, /) -> None:
+    """Round ``count`` blocks of ``rows`` rows with feedback, on contiguous memory at the given addresses."""
+
 class Layer:
     """Packed weights of one layer of one or two directions.
 
