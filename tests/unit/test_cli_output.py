@@ -36,7 +36,9 @@ VERBS = {
     "export": (("export", "{}", "-o", "{}/small.onnx"), "slimlstm.onnx.export.export_onnx"),
 }
 """An example of every verb, and a function that it calls."""
-every_verb = pytest.mark.parametrize("verb", VERBS)
+every_verb = pytest.mark.parametrize(
+    "verb", [pytest.param(verb, marks=pytest.mark.slow) if verb == "demo" else verb for verb in VERBS]
+)
 
 
 @pytest.fixture

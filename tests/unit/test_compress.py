@@ -264,6 +264,7 @@ def test_an_edited_plan_does_what_it_says():
     }
 
 
+@pytest.mark.slow
 @every_stranger
 def test_nothing_grows(stranger):
     """A rank at or above break-even, (4 H n) / (4 H + n), leaves a matrix as it is, to the bit, and the report says so."""

@@ -79,6 +79,7 @@ def search():
     return net, error, search, time.monotonic() - began
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals reach the main thread alone")
 @pytest.mark.parametrize("moment", range(MOMENTS))
 def test_at_a_random_moment(search, tmp_path, moment):

@@ -79,6 +79,7 @@ def test_the_tour_on_paper(tiny_demo, tmp_path, run):
     assert re.fullmatch(r"\d+ s\n", err)
 
 
+@pytest.mark.slow
 def test_the_picture_shows_the_loss_against_bytes(tiny_demo, monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, *_arguments, **_options: drawn.append(figure))
