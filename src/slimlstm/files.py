@@ -174,3 +174,13 @@ def _remove_abandoned(path: Path) -> None:
         with suppress(OSError):
             if time.time() - draft.stat().st_mtime > _ABANDONED_AFTER:
                 draft.unlink()
+
+
+def check_not_input(path: Path, output: Path) -> None:
+    """Refuse to write over the file or folder that is read.
+
+    Raises:
+        SlimLSTMError: ``output`` is ``path``, under this name or another.
+    """
+    if output.exists() and path.exists() and output.samefile(path):
+        raise SlimLSTMError(f"{output} is the input, which would be lost; name another output")

@@ -416,3 +416,20 @@ def test_foreign_files_are_refused(tmp_path):
         with pytest.raises(SlimLSTMError):
             compress_onnx(path, LowRank("svd", rank=1), tmp_path / "small.onnx")
     assert not (tmp_path / "small.onnx").exists()
+
+
+@pytest.mark.parametrize("name", ["LSTM", "weight_of_lstm", "input_forget", "ai.onnx.text", "graph_name"])
+def test_names_that_are_no_text_are_refused(name, tmp_path):
+    """The operator, a weight, an attribute, a domain and the graph have bytes for names that no reader can decode."""
+    node, weights = lstm_parts(np.random.default_rng(0), "forward", lengths=False, states=False)
+    node.input[1] = weights[0].name = "weight_of_lstm"
+    node.attribute.append(helper.make_attribute("input_forget", 0))
+    model = onnx.load(save(tmp_path / "in.onnx", [node], weights, node.output))
+    model.graph.name = "graph_name"
+    model.opset_import.append(helper.make_opsetid("ai.onnx.text", 1))
+    content = model.SerializeToString()
+    assert name.encode() in content
+    (tmp_path / "in.onnx").write_bytes(content.replace(name.encode(), b"\xff" * len(name)))
+    with pytest.raises(SlimLSTMError, match=r"in\.onnx is no intact ONNX file: .* is no UTF-8 text: b'"):
+        compress_onnx(tmp_path / "in.onnx", Quantize("int8"), tmp_path / "out.onnx")
+    assert not (tmp_path / "out.onnx").exists()

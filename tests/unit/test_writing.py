@@ -217,3 +217,26 @@ def test_quantised_folders_are_read_back(tmp_path):
     compress_(made, Quantize("int8"))
     slimlstm.save(made, tmp_path)
     assert read_folder(tmp_path)[0]["sites"]
+
+
+@pytest.mark.parametrize("name", ["", "link"], ids=["the same name", "a link"])
+@pytest.mark.parametrize("kind", ["onnx", "folder", "weight file of the folder"])
+def test_the_input_is_never_the_output(kind, name, tmp_path):
+    from slimlstm.onnx.compress import compress_onnx
+    from slimlstm.weight_files import compress_file
+
+    path = output = tmp_path / ("in.onnx" if kind == "onnx" else "in")
+    if kind == "onnx":
+        torch.onnx.export(nn.LSTM(6, 8), (torch.zeros(1, 1, 6),), path, dynamo=False)
+    else:
+        save(model(), path)
+    if name:
+        output = tmp_path / f"{name}{path.suffix}"
+        output.symlink_to(path)
+    if kind == "weight file of the folder":
+        (path,) = path.glob("*.safetensors")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    verb = compress_onnx if kind == "onnx" else compress_file
+    with pytest.raises(SlimLSTMError, match=r"is the input, which would be lost|is a weight file of .*, which would be"):
+        verb(path, Quantize("int8"), output)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before

@@ -27,6 +27,7 @@ from slimlstm.cli.options import (
 )
 from slimlstm.cli.output import show
 from slimlstm.errors import SlimLSTMError
+from slimlstm.files import check_not_input
 
 USE_OF_ONNX = """import onnxruntime
 
@@ -168,8 +169,7 @@ def _difference(file: Path, output: Path, runs: list[Any] | None) -> dict[str, A
 def _check_output(file: Path, output: Path, force: bool) -> None:
     """Refuse an output that would destroy the input, lose weights, or replace something without ``--force``."""
     is_onnx = file.suffix.lower() == ".onnx"
-    if output.exists() and file.exists() and (output.samefile(file) or _is_weights_file_of(file, output)):
-        raise SlimLSTMError(f"{output} is the input, which would be lost; name another output")
+    check_not_input(file, output)
     if is_onnx and output.suffix.lower() != ".onnx":
         _check_that_nothing_is_lost(file, output)
     elif not is_onnx and output.suffix.lower() == ".onnx":
@@ -182,18 +182,6 @@ def _check_output(file: Path, output: Path, force: bool) -> None:
     taken = output if output.is_file() else output / "config.json"
     if taken.exists() and not force:
         raise SlimLSTMError(f"{output} exists; add --force to replace it, or name another output")
-
-
-def _is_weights_file_of(file: Path, folder: Path) -> bool:
-    """Return whether ``file`` holds the weights of a compressed folder."""
-    from slimlstm.folders import CONFIG, read_config, weights_files
-
-    if file.resolve().parent != folder.resolve() or not (folder / CONFIG).exists():
-        return False
-    try:
-        return file.name in weights_files(read_config(folder))
-    except SlimLSTMError:
-        return False
 
 
 def _check_that_nothing_is_lost(file: Path, output: Path) -> None:

@@ -11,6 +11,7 @@ from slimlstm.cli.compress import USE_OF_ONNX
 from slimlstm.cli.options import Force, Json, ReportPage, check_report
 from slimlstm.cli.output import show
 from slimlstm.errors import SlimLSTMError
+from slimlstm.files import check_not_input
 
 
 def command(
@@ -43,8 +44,7 @@ def command(
 
     if output.suffix.lower() != ".onnx":
         raise SlimLSTMError(f"{output} is no name of an ONNX file; name one that ends in .onnx")
-    if output.exists() and file.exists() and output.samefile(file):
-        raise SlimLSTMError(f"{output} is the input, which would be lost; name another output")
+    check_not_input(file, output)
     if output.exists() and not force:
         raise SlimLSTMError(f"{output} exists; add --force to replace it, or name another output")
     check_report(page, force)

@@ -17,7 +17,7 @@ import torch
 
 from slimlstm.calibration.moments import Calibration
 from slimlstm.errors import SlimLSTMError, reason_of
-from slimlstm.files import replacing
+from slimlstm.files import check_not_input, replacing
 from slimlstm.methods import Needs, Replacement
 from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.onnx.calibrate import RunInputs, calibrate_graph
@@ -60,7 +60,7 @@ def compress_onnx(
     Args:
         path: the file.
         config: see :func:`slimlstm.compress_`; sites have the names of their nodes, ``"<node>.weight_hh_l0"``.
-        output: the file to write. An existing file is replaced, after everything else has succeeded.
+        output: the file to write, another than ``path``. An existing file is replaced, after everything else has succeeded.
         batches: inputs by name, NumPy arrays, one mapping a run. Calibrated methods need them, and ONNX Runtime.
         calibration: moments by site key, used instead of batches.
         refit: see :func:`slimlstm.compress_`; the mean squared change of the file's outputs decides which factors stay.
@@ -84,6 +84,7 @@ def compress_onnx(
     check_kinds(also)
     if output.is_dir() or not output.suffix:
         raise SlimLSTMError(f"{output} is no name of a file; name one that ends in .onnx")
+    check_not_input(path, output)
     model = read_model(path)
     _check(model, path)
     lstms = find_lstms(model, path)

@@ -160,11 +160,25 @@ def read_model(path: Path) -> Any:
     check_regular(path)
     with refusing(f"{path} is no intact ONNX file"):
         model = onnx.load(path, load_external_data=False)
+        _check_text(model)
         for tensor in outside_tensors(model):
             place = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
             check_regular(path.parent / place)
         onnx.load_external_data_for_model(model, str(path.parent))
         return _with_lstms_inlined(model)
+
+
+def _check_text(message: Any) -> None:
+    """Raise :class:`ValueError` if a name in a protobuf message is no UTF-8: its reader returns such names as bytes."""
+    for field, value in message.ListFields():
+        values = [value] if isinstance(value, (str, bytes)) or hasattr(value, "ListFields") else value
+        if field.type == field.TYPE_MESSAGE:
+            for inner in values:
+                _check_text(inner)
+        elif field.type == field.TYPE_STRING:
+            for text in values:
+                if not isinstance(text, str):
+                    raise ValueError(f"{field.name} is no UTF-8 text: {text!r:.80}")
 
 
 def outside_tensors(model: Any) -> Iterator[Any]:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from slimlstm.calibration.moments import Calibration
 from slimlstm.errors import SlimLSTMError
-from slimlstm.folders import read_config, site_entry, stored_names, write_folder
+from slimlstm.files import check_not_input
+from slimlstm.folders import CONFIG, read_config, site_entry, stored_names, weights_files, write_folder
 from slimlstm.methods import DENSE, Replacement, check_matrix, rounded, stored_bytes
 from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.modules.sites import Site
@@ -46,7 +47,7 @@ def compress_file(
     Args:
         path: a weight file or a folder; see :func:`slimlstm.weight_files.read_tensors`.
         config: see :func:`slimlstm.compress_`.
-        folder: the folder to write.
+        folder: the folder to write, another than ``path`` and its own.
         progress: called with a site's key and the fraction done; None draws a bar on a terminal.
         storage: also round every selected site to this storage.
         part: which state dict of a checkpoint with several; see :func:`slimlstm.weight_files.read_tensors`.
@@ -64,6 +65,10 @@ def compress_file(
         >>> compress_file(place / "lstm.pt", slimlstm.Quantize("int8"), place / "small").lstm.parameters_after
         1664
     """
+    if path.is_dir():
+        check_not_input(path, folder)
+    if _is_weights_file_of(path, folder):
+        raise SlimLSTMError(f"{path} is a weight file of {folder}, which would be replaced; name another folder")
     tensors, notes = read_weights(path, part)
     source = FileSource(tensors, read_config(path)["sites"] if path.is_dir() else {})
     if not source.sites():
@@ -83,6 +88,16 @@ def compress_file(
     report = apply(source, solution)
     write_folder(folder, source.state, source.entries)
     return report
+
+
+def _is_weights_file_of(path: Path, folder: Path) -> bool:
+    """Return whether ``path`` holds the weights of a compressed folder."""
+    if path.resolve().parent != folder.resolve() or not (folder / CONFIG).exists():
+        return False
+    try:
+        return path.name in weights_files(read_config(folder))
+    except SlimLSTMError:
+        return False
 
 
 class FileSource:
