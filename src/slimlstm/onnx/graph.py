@@ -170,15 +170,15 @@ def read_model(path: Path) -> Any:
 
 def _check_text(message: Any) -> None:
     """Raise :class:`ValueError` if a name in a protobuf message is no UTF-8: its reader returns such names as bytes."""
-    for field, value in message.ListFields():
+    for entry, value in message.ListFields():
         values = [value] if isinstance(value, (str, bytes)) or hasattr(value, "ListFields") else value
-        if field.type == field.TYPE_MESSAGE:
+        if entry.type == entry.TYPE_MESSAGE:
             for inner in values:
                 _check_text(inner)
-        elif field.type == field.TYPE_STRING:
+        elif entry.type == entry.TYPE_STRING:
             for text in values:
                 if not isinstance(text, str):
-                    raise ValueError(f"{field.name} is no UTF-8 text: {text!r:.80}")
+                    raise ValueError(f"{entry.name} is no UTF-8 text: {text!r:.80}")
 
 
 def outside_tensors(model: Any) -> Iterator[Any]:
