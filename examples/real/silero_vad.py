@@ -8,7 +8,7 @@ from torch.distributions import Bernoulli
 
 import slimlstm as sl
 
-CHUNK, CONTEXT = 512, 64
+CHUNK, CONTEXT, STREAMS = 512, 64, 8
 
 
 class SileroVAD(nn.Module):
@@ -44,16 +44,17 @@ def probabilities(model, chunks):
 @torch.no_grad()
 def agreement(model, part):
     chunks, decisions = part
-    # Neighbouring chunks are alike, so a segment is one example.
-    return ((probabilities(model, chunks) > 0.5) == decisions).float().mean(0)
+    # Neighbouring chunks are alike, and so are streams of the same speech; a segment with all its streams is one example.
+    return ((probabilities(model, chunks) > 0.5) == decisions).float().unflatten(1, (-1, STREAMS)).mean((0, 2))
 
 
 folder = package("silero-vad==6.2.3", "7b7f5436cfcb02fae583a05b512ea96467fd449fe54cb49a5e4f06c51a1e43b8")
 dense = SileroVAD().eval()
 dense.load_state_dict(load_file(folder / "silero_vad/data/silero_vad_16k.safetensors"))
-# A minute of speech, as it is and with more and more noise: streams [8, N].
+# A minute of speech, as it is and with more and more noise: streams [STREAMS, N].
 sound = (
-    speech() + torch.randn(len(speech()), generator=torch.Generator().manual_seed(0)) * torch.linspace(0, 0.03, 8)[:, None]
+    speech()
+    + torch.randn(len(speech()), generator=torch.Generator().manual_seed(0)) * torch.linspace(0, 0.03, STREAMS)[:, None]
 )
 chunks = nn.functional.pad(sound, (CONTEXT, 0)).unfold(1, CHUNK + CONTEXT, CHUNK).transpose(0, 1)
 # A third calibrates. Segments of two seconds take turns in validating and testing.

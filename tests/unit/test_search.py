@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 import slimlstm as sl
 from slimlstm.search import find_best, find_smallest, limit_of
+from slimlstm.search.result import student_quantile
 
 WORDS, SIZE = 12, 24
 
@@ -194,7 +195,8 @@ def test_values_of_examples_meet_the_limit_with_confidence(net):
         model = copy.deepcopy(net)
         sl.compress_(model, trial.plan)
         difference = right_answers(model).double() - before
-        assert trial.margin == pytest.approx(1.645 * float(difference.std()) / math.sqrt(len(difference)))
+        error = float(difference.std()) / math.sqrt(len(difference))
+        assert trial.margin == pytest.approx(student_quantile(0.995, len(difference) - 1) * error)
         assert trial.accepted == (trial.metric - trial.margin >= limit)
     assert found.best.bytes >= alone.best.bytes
     assert "with 95% confidence" in found.limit
@@ -254,3 +256,12 @@ def test_a_share_of_zero_is_no_limit():
         limit_of(0.0, "1%", "lower")
     assert limit_of(0.0, 0.25, "lower") == 0.25
     assert limit_of(-2.0, "50%", "lower") == -1.0
+
+
+@pytest.mark.parametrize(
+    ("probability", "freedom", "expected"),
+    # From tables of Student's distribution.
+    [(0.995, 4, 4.604), (0.995, 9, 3.250), (0.995, 30, 2.750), (0.95, 9, 1.833), (0.975, 10**6, 1.960), (0.5, 7, 0.0)],
+)
+def test_quantiles_of_student(probability, freedom, expected):
+    assert student_quantile(probability, freedom) == pytest.approx(expected, rel=3e-3, abs=1e-9)
