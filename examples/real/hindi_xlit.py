@@ -47,7 +47,7 @@ def agreement(model, words):
 dense = Transliterator().eval()
 found = sorted(set(re.findall(r"[a-z]{3,12}", held_out_text().lower())))
 words = [found[index] for index in torch.randperm(len(found), generator=torch.Generator().manual_seed(0))]
-words = words[: 160 if arguments().brief else 860]
+words = words[: 160 if arguments().brief else 1660]
 answers = {word: says(dense, word) for word in words}
 seen, third = [(word, answers[word]) for word in words[:60] if answers[word]], (len(words) - 60) // 3
 configs = {

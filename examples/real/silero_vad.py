@@ -45,7 +45,7 @@ def probabilities(model, chunks):
 def agreement(model, part):
     chunks, decisions = part
     # Neighbouring chunks are alike, and so are streams of the same speech; a segment with all its streams is one example.
-    return ((probabilities(model, chunks) > 0.5) == decisions).float().unflatten(1, (-1, STREAMS)).mean((0, 2))
+    return ((probabilities(model, chunks) > 0.5) == decisions).double().unflatten(1, (-1, STREAMS)).mean((0, 2))
 
 
 folder = package("silero-vad==6.2.3", "7b7f5436cfcb02fae583a05b512ea96467fd449fe54cb49a5e4f06c51a1e43b8")
