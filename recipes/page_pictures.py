@@ -1,6 +1,6 @@
 """Photograph pages in headless Chromium, as small pictures for the documentation.
 
-    python recipes/page_pictures.py results/smallest/*.html --output docs/pages
+    python recipes/page_pictures.py results/real_models/*.html --output docs/pages
 
 Every page becomes one PNG file of 256 colours: its upper part, in a window of 1280 points.
 """
