@@ -22,6 +22,7 @@ from slimlstm.ops import _kernel
 
 print(_kernel.__file__)
 tests = [f"tests/unit/test_kernel{part}.py" for part in ("", "_storages", "_packing", "_calls", "_process")]
+tests += ["tests/unit/test_low_bit.py", "tests/unit/test_ops.py"]
 left_out = "not memory_stays and not keeps_memory and not fork and not allocate and not exits"
 # --capture=sys, because the sanitizers write to the process's standard error and not to Python's.
 sys.exit(pytest.main(["-q", "--capture=sys", "-p", "no:cacheprovider", *tests, "-k", left_out]))
