@@ -4,8 +4,8 @@
 
 Models are LSTMs with random weights, of the sizes of taggers and of large models, and the trained models of
 ``examples/real``. Each is exported dense, in int8, and with int8 factors that keep half of the numbers; and the dense file
-is compressed in the same ways. DTLN is a pair of files, which are compressed only. Models that run one step a call are timed
-so. Times are processor time, which other programs disturb little. Calls interleave, and ratios are of medians.
+is compressed in the same ways. DTLN is a pair of files, which are compressed only. Models that run one step a call are
+timed so. Times are processor time, which other programs disturb little. Calls interleave, and ratios are of medians.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -190,11 +191,12 @@ def processor_time(call):
 
 def interleaved(calls):
     """Return the times of calls, in turns of one call that warms the caches and one that is timed."""
-    times = {kind: [] for kind in calls}
-    while len(times["dense"]) < TURNS or sum(map(sum, times.values())) < arguments.seconds * len(calls):
-        for kind, call in calls.items():
-            call()
-            times[kind].append(processor_time(call))
+    times, order, until = {kind: [] for kind in calls}, deque(calls), time.monotonic() + 2 * arguments.seconds * len(calls)
+    while len(times["dense"]) < TURNS or time.monotonic() < until:
+        for kind in order:
+            calls[kind]()
+            times[kind].append(processor_time(calls[kind]))
+        order.rotate()  # since the first call of a turn follows other work
     return times
 
 
