@@ -250,6 +250,75 @@ class Half(nn.Module):
         return self.lstm(x.half())[0]
 
 
+class Keeping(nn.Module):
+    """Keeps states from call to call."""
+
+    def __init__(self, place):
+        super().__init__()
+        self.lstm, self.place, self.hidden, self.seen = nn.LSTM(IN, H), place, None, []
+        for name in "hc":
+            self.register_buffer(name, torch.zeros(1, 3, H))
+
+    def forward(self, x):
+        if self.place == "list":
+            y, hidden = self.lstm(x)
+            self.seen.append(hidden)
+            return y
+        if self.place == "shown":
+            y, self.hidden = self.lstm(x)
+            return y
+        y, hidden = self.lstm(x, self.hidden or (self.h, self.c))
+        if self.place == "attribute":
+            self.hidden = hidden
+        elif self.place == "new buffers":
+            self.h, self.c = hidden
+        else:
+            self.h.copy_(hidden[0])
+        return y
+
+
+@pytest.mark.parametrize(("place", "name"), [("attribute", "hidden"), ("new buffers", "h"), ("buffers in place", "h")])
+@pytest.mark.parametrize("shapes", [None, ({},)], ids=["open", "closed"])
+def test_a_state_kept_in_the_model_is_refused_and_restored(place, name, shapes, tmp_path):
+    model = Keeping(place).eval()
+    buffers = model.h, model.c
+    with pytest.raises(SlimLSTMError, match=f"keeps {name} from call to call.* take it as an argument"):
+        export_onnx(model, torch.randn(T, 3, IN), tmp_path / "none.onnx", dynamic_shapes=shapes)
+    assert model.hidden is None
+    assert (model.h, model.c) == buffers
+    assert not any(buffer.any() for buffer in buffers)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["shown", "list"])
+def test_a_state_that_is_kept_but_not_read_is_exported_and_restored(place, tmp_path):
+    model = Keeping(place).eval()
+    export_onnx(model, torch.randn(T, 3, IN), tmp_path / "some.onnx")
+    assert model.hidden is None
+    assert model.seen == []
+
+
+class Branching(nn.Module):
+    """Takes one branch for some numbers of steps."""
+
+    def __init__(self, takes):
+        super().__init__()
+        self.lstm, self.takes = nn.LSTM(IN, H), takes
+
+    def forward(self, x):
+        y = self.lstm(x)[0]
+        return y * 2 if self.takes(x.shape[0]) else y
+
+
+def test_a_branch_on_a_size_is_told(tmp_path):
+    x = torch.randn(T, 3, IN)
+    found = export_onnx(Branching(lambda steps: steps > T - 1), x, tmp_path / "some.onnx")
+    assert [note for note in found.notes if f"below {T}" in note], found
+    with pytest.raises(SlimLSTMError, match="the outputs agree; if the model's code branches on a size"):
+        export_onnx(Branching(lambda steps: steps % 2 == T % 2), x, tmp_path / "none.onnx")
+    assert not (tmp_path / "none.onnx").exists()
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [(Packed, "packed sequences cannot be written to ONNX"), (Half, "float32 or float64, not torch.float16")],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -19,6 +19,7 @@ from slimlstm.onnx.builder import GraphBuilder
 from slimlstm.onnx.forms import Form, check_form
 from slimlstm.onnx.layers import Ports, add_layer
 from slimlstm.onnx.opsets import check_opset, converted, opset_of, traced_opset
+from slimlstm.onnx.state import kept_state
 from slimlstm.onnx.trace import DOMAIN, PLACEHOLDER, Traced, trace
 from slimlstm.onnx.verify import INT8_TOLERANCE, TOLERANCE, Bound, compare, start
 
@@ -40,6 +41,7 @@ class Exported:
         opset: the version of ONNX's operators.
         forms: the form of every layer in the order of the model, ``"lstm"`` or ``"scan"``, and the reason; see
             :func:`slimlstm.onnx.forms.choose`.
+        notes: the sizes for which the file does not hold, because the model's code depends on them.
     """
 
     inputs: dict[str, list[int | str]]
@@ -50,6 +52,7 @@ class Exported:
     engine: str
     opset: int
     forms: list[str]
+    notes: list[str] = field(default_factory=list[str])
 
 
 @plain_mode()
@@ -112,7 +115,7 @@ def export_onnx(
     problem = next((host.problem for host in hosts if host.problem is not None), None)
     if problem is not None:
         raise SlimLSTMError(problem)
-    with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]), kept_state(model) as state:
         traced = trace(
             model,
             hosts,
@@ -123,6 +126,7 @@ def export_onnx(
             output_names=output_names,
             dynamic_shapes=dynamic_shapes,
         )
+        state.restore()
         _check_outputs(traced.program.model.graph, output_names)
         with plain_defaults():
             proto, forms = _complete(traced, opset, form)
@@ -130,13 +134,35 @@ def export_onnx(
             _check_open(inputs, dynamic_shapes)
             content: bytes = proto.SerializeToString()
             run, engine = start(content)
-            checked = compare(model, (arguments, named), run, traced.shapes, traced.limits, _bound(traced, tolerance))
+            bound = _bound(traced, tolerance)
+            checked = compare(model, (arguments, named), run, traced.shapes, traced.limits, bound)
+            if state.changed():
+                # Tensors that a model only shows, such as attention weights, do not matter to a second call.
+                compare(model, (arguments, named), run, traced.shapes, {}, bound)
     with replacing(path) as draft:
         draft.write_bytes(content)
     outputs = _shapes(proto.graph.output)
     return Exported(
-        inputs, outputs, len(content), checked.sizes, checked.difference, engine, opset_of(proto), [*map(str, forms)]
+        inputs,
+        outputs,
+        len(content),
+        checked.sizes,
+        checked.difference,
+        engine,
+        opset_of(proto),
+        [*map(str, forms)],
+        _notes(traced.limits),
     )
+
+
+def _notes(limits: Mapping[Any, tuple[int, int]]) -> list[str]:
+    """Return the sizes for which the file does not hold."""
+    bounds = [(symbol, f"below {low}") for symbol, (low, _) in limits.items() if low > 1]
+    bounds += [(symbol, f"above {high}") for symbol, (_, high) in limits.items() if high < 2**31 - 1]
+    return [
+        f"the model's code takes another branch where {symbol} is {bound}; the file holds the example's branch only"
+        for symbol, bound in bounds
+    ]
 
 
 def _bound(traced: Traced, tolerance: float | None) -> Bound:
