@@ -132,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=list(FORMS))
     parser.add_argument("--precision", choices=list(GRADIENT_TOLERANCE), default="float32", help="of training steps")
-    sizes = {"hidden": [16, 64, 256, 1024], "steps": [1, 10, 100, 300], "batch": [1, 8, 32], "directions": [1, 2]}
+    sizes = {"hidden": [16, 64, 256, 512, 1024], "steps": [1, 35, 119], "batch": [1, 8, 32], "directions": [1]}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, nargs="+", default=default)
     parser.add_argument("--seconds", type=float, default=0.3, help="how long each module is timed")
