@@ -5,7 +5,8 @@
 ``docs/demo.json`` comes from ``slimlstm demo --json``, ``results/ptb_untuned`` and ``results/ptb_fine_tuned`` from
 ``recipes/sweep.py``, ``results/quality_*`` from ``recipes/quality.py``, ``results/registry_models`` from
 ``recipes/registry_models.py``, ``results/ptb_tuned`` from ``recipes/tune.py``, ``results/engines`` from
-``benchmarks/engines.py``, ``results/threads.json`` from ``benchmarks/threads.py``, and ``results/real_models`` and
+``benchmarks/engines.py``, ``results/threads.json`` from ``benchmarks/threads.py``, ``results/calls`` from
+``benchmarks/calls.py``, ``results/onnx_latency.json`` from ``recipes/onnx_latency.py``, and ``results/real_models`` and
 ``results/smallest`` from the programs in ``examples/real``. It also draws ``docs/engines.png`` and ``docs/prediction.png``.
 A result that no clean commit made is an error, unless ``results/dirty.json`` lists it as an old one; a mark follows its
 numbers. With ``--check`` it writes nothing, and the exit status is 1 if a page is out of date.
@@ -325,8 +326,64 @@ headline_part = (
     "the quality by the model's own measure."
 )
 
+latency = stored(ROOT / "results" / "onnx_latency.json")
+latency_kinds = [f"{door}, {name}" for door in ("exported", "compressed") for name in ("int8", "half, int8")]
+latency_rows = [
+    [row["model"], str(row["steps"]), f"{1e6 * row['dense_seconds']:,.0f} µs"]
+    + [f"{row['times'][kind]:.2f}" if kind in row["times"] else "-" for kind in latency_kinds]
+    for row in latency["rows"]
+]
+latency_part = "\n\n".join(
+    [
+        markdown(["model", "T", "dense export", *latency_kinds], latency_rows),
+        "From [`results/onnx_latency.json`](results/onnx_latency.json), made by `recipes/onnx_latency.py`: times relative "
+        "to the dense export's, of files that `export_onnx` and `compress_onnx` wrote, in ONNX Runtime "
+        f"{latency['provenance']['onnxruntime']}, one thread, one sequence; half: the factors keep half of the numbers. "
+        "The first five models have random weights; the others are trained. DTLN is published as ONNX files. Medians of "
+        f"interleaved calls on {latency['provenance']['processor']}.",
+    ]
+)
+
+
+def calls_table(mode):
+    """Return a table of benchmarks/calls.py, with the batches of one setting in one cell, and its provenance."""
+    result = stored(ROOT / "results" / "calls" / f"{mode}.json")
+    settings = sorted({(row["hidden"], row["steps"]) for row in result["rows"]})
+    names = list(result["rows"][0]["faster"])
+    found = [
+        [f"H = {hidden}, T = {steps}"]
+        + [
+            " / ".join(
+                f"{row['faster'][name]:.2f}" for row in result["rows"] if (row["hidden"], row["steps"]) == (hidden, steps)
+            )
+            for name in names
+        ]
+        for hidden, steps in settings
+    ]
+    ratios = [ratio for row in result["rows"] for ratio in row["faster"].values()]
+    return markdown(["one layer", *names], found), result["provenance"]["processor"], min(ratios), result["config"]["keep"]
+
+
+def calls_part(mode, words):
+    table, processor, least, keep = calls_table(mode)
+    return "\n\n".join(
+        [
+            table,
+            f"From [`results/calls/{mode}.json`](results/calls/{mode}.json), made by `benchmarks/calls.py {mode}`: how "
+            f"many times faster than `nn.LSTM`, {words}, at batch 1 / 8 / 32; the least is {least:.2f}. I = H, one thread, "
+            f"float32, on {processor}; factors keep {keep:.0%} of the numbers. `nn.LSTM` runs with oneDNN or without, "
+            "whichever is faster. The largest settings are left out.",
+        ]
+    )
+
+
 PARTS = {
     "README.md": {"headline": headline_part, "models": model_part},
+    "docs/kernel.md": {
+        "evaluation": calls_part("evaluation", "evaluation mode with gradients on, forward"),
+        "training": calls_part("training", "training mode, forward and backward"),
+    },
+    "docs/onnx.md": {"latency": latency_part},
     "docs/real.md": {"smallest": smallest_part},
     "docs/results.md": {
         "real": real_part,
