@@ -327,7 +327,7 @@ headline_part = (
 )
 
 latency = stored(ROOT / "results" / "onnx_latency.json")
-latency_kinds = [f"{door}, {name}" for door in ("exported", "compressed") for name in ("int8", "half, int8")]
+latency_kinds = [f"{door}, {name}" for door in ("exported", "compressed") for name in ("int8", "int4", "half, int8")]
 latency_rows = [
     [row["model"], str(row["steps"]), f"{1e6 * row['dense_seconds']:,.0f} µs"]
     + [f"{row['times'][kind]:.2f}" if kind in row["times"] else "-" for kind in latency_kinds]

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree  # pyright: ignore[reportPrivateUsage]
 from slimlstm.errors import SlimLSTMError, reason_of
 from slimlstm.files import replacing
 from slimlstm.methods import storage_called
+from slimlstm.modules.host import Host
 from slimlstm.modules.hosts import find_hosts
 from slimlstm.modules.modes import evaluation_mode, plain_defaults, plain_mode
 from slimlstm.onnx.builder import INT4_OPSET, GraphBuilder
@@ -112,11 +113,7 @@ def export_onnx(
     check_form(form)
     arguments, named = _arguments(example_inputs)
     _check_example([value for value in pytree.tree_leaves((arguments, named)) if isinstance(value, Tensor)], input_names)
-    # find_hosts looks for LSTMs inside a module, and the model may be one itself.
-    hosts = find_hosts(nn.ModuleDict({"model": model}) if isinstance(model, nn.LSTM | nn.LSTMCell) else model)
-    problem = next((host.problem for host in hosts if host.problem is not None), None)
-    if problem is not None:
-        raise SlimLSTMError(problem)
+    hosts = _hosts(model)
     if opset is None and any(_is_int4(host.lstm) for host in hosts):
         opset = INT4_OPSET
     with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]), kept_state(model) as state:
@@ -145,10 +142,9 @@ def export_onnx(
                 compare(model, (arguments, named), run, traced.shapes, {}, bound)
     with replacing(path) as draft:
         draft.write_bytes(content)
-    outputs = _shapes(proto.graph.output)
     return Exported(
         inputs,
-        outputs,
+        _shapes(proto.graph.output),
         len(content),
         checked.sizes,
         checked.difference,
@@ -157,6 +153,19 @@ def export_onnx(
         [*map(str, forms)],
         _notes(traced.limits),
     )
+
+
+def _hosts(model: nn.Module) -> list[Host]:
+    """Return a model's LSTMs, which may be the model itself.
+
+    Raises:
+        SlimLSTMError: one cannot be written.
+    """
+    hosts = find_hosts(nn.ModuleDict({"model": model}) if isinstance(model, nn.LSTM | nn.LSTMCell) else model)
+    problem = next((host.problem for host in hosts if host.problem is not None), None)
+    if problem is not None:
+        raise SlimLSTMError(problem)
+    return hosts
 
 
 def _notes(limits: Mapping[Any, tuple[int, int]]) -> list[str]:
