@@ -3,9 +3,10 @@
     SLIMLSTM_DATA=data python recipes/onnx_latency.py --output results/onnx_latency.json
 
 Models are LSTMs with random weights, of the sizes of taggers and of large models, and the trained models of
-``examples/real``. Each is exported dense, in int8, and with int8 factors that keep half of the numbers; and the dense file
-is compressed in the same ways. DTLN is a pair of files, which are compressed only. Models that run one step a call are
-timed so. Times are processor time, which other programs disturb little. Calls interleave, and ratios are of medians.
+``examples/real``. Each is exported dense, in int8, in int4, and with int8 factors that keep half of the numbers; and the
+dense file is compressed in the same ways. DTLN is a pair of files of an old opset, which are compressed to int8 only.
+Models that run one step a call are timed so. Times are processor time, which other programs disturb little. Calls
+interleave, and ratios are of medians.
 """
 
 import argparse
@@ -43,9 +44,15 @@ parser.add_argument("--seconds", type=float, default=0.2, help="about how long e
 parser.add_argument("--only", default="", help="models whose names contain this")
 parser.add_argument("--output", type=Path, required=True)
 arguments = parser.parse_args()
+OPSET = 21
+"""The first opset with integers of four bits."""
 TURNS = 15
 """The fewest times of a call."""
-CONFIGS = {"int8": sl.Quantize("int8"), "half, int8": sl.LowRank("fisher", keep=0.5, storage="int8")}
+CONFIGS = {
+    "int8": sl.Quantize("int8"),
+    "int4": sl.Quantize("int4"),
+    "half, int8": sl.LowRank("fisher", keep=0.5, storage="int8"),
+}
 RANDOM = {
     "bidirectional, H = 52": {"input_size": 64, "hidden_size": 52, "bidirectional": True},
     "bidirectional, H = 32": {"input_size": 32, "hidden_size": 32, "bidirectional": True},
@@ -206,14 +213,16 @@ def files(case, folder):
     if case.model is None:
         dense.write_bytes(case.path.read_bytes())
     else:
-        sl.export_onnx(case.part(case.model), example_inputs, dense)
+        sl.export_onnx(case.part(case.model), example_inputs, dense, opset=OPSET)
     batches, forms = [named(session(dense), example_inputs)], {"dense": None}
     for name, config in CONFIGS.items():
+        if case.model is None and name == "int4":
+            continue
         if case.model is not None:
             small = copy.deepcopy(case.model)
             sl.compress_(small, config, **case.calibration, refit=0)
             forms[f"exported, {name}"] = sl.export_onnx(
-                case.part(small), example_inputs, folder / f"exported, {name}.onnx", tolerance=0.3
+                case.part(small), example_inputs, folder / f"exported, {name}.onnx", tolerance=0.3, opset=OPSET
             ).forms
         path = folder / f"compressed, {name}.onnx"
         report = sl.compress_onnx(dense, config, path, batches=batches, refit=0)

@@ -243,14 +243,6 @@ def test_a_budget_in_bytes_is_kept(tmp_path):
     assert sum(site.bytes_after for site in report.sites) <= 15_000
 
 
-@pytest.mark.slow
-def test_an_onnx_file_refuses_codes_below_a_byte(tmp_path):
-    sl.export_onnx(make_plain(), torch.randn(4, 2, IN), tmp_path / "model.onnx")
-    with pytest.raises(sl.SlimLSTMError, match="int4 codes in whole bytes"):
-        sl.compress_onnx(tmp_path / "model.onnx", sl.Quantize("int4"), tmp_path / "small.onnx")
-    assert not (tmp_path / "small.onnx").exists()
-
-
 def make_plain():
     class Plain(nn.Module):
         def __init__(self):

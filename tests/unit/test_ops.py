@@ -278,6 +278,25 @@ def test_choice_in_training(hidden, rank, low):
         assert chosen(7, 2, hidden, rank, grad=True, packed=True).backend == "dense"
 
 
+@needs_kernel
+@pytest.mark.parametrize(
+    ("steps", "hidden", "rank", "low", "backend"),
+    [
+        (300, 512, None, False, "dense"),
+        (300, 512, 64, False, "training"),
+        (300, 512, None, True, "training"),
+        (300, 256, None, False, "training"),
+        (100, 512, None, False, "training"),
+    ],
+    ids=["many inputs", "factors", "bfloat16", "small", "few inputs"],
+)
+def test_large_dense_matrices_train_in_onednn(steps, hidden, rank, low, backend):
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        assert chosen(steps, 2, hidden, rank, grad=True).backend == backend
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert chosen(steps, 2, hidden, rank, grad=True).backend == "training"
+
+
 def test_other_devices_get_dense():
     x, hh = torch.zeros(1, 1, 256, device="meta"), (torch.zeros(1024, 32), torch.zeros(32, 256))
     assert ops.choose(x, None, [Direction(hh[0], hh, None, None, None)]) == ("dense", "the input is on meta")

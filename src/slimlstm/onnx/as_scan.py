@@ -91,7 +91,7 @@ def _obstacle(lstm: OnnxLSTM, directions: Sequence[Direction], opset: int) -> st
     if peculiarity:
         return f"the operator has {peculiarity}"
     storages = {storage for one in directions for storage in (one.ih_storage, one.hh_storage)}
-    other = sorted(storages - {"float32", "bfloat16", "int8"})
+    other = sorted(storages - {"float32", "bfloat16", "int8", "int4"})
     if other:
         return f"Scans hold no {other[0]} weights"
     parts = [part for one in directions for part in (one.ih, one.hh)]

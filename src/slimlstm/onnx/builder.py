@@ -9,15 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimlstm.methods.low_bit import pack
+
 OPSET = 18
 """The opset that is used where none is asked for."""
 OLDEST_OPSET = 13
 """The oldest opset whose operators have the forms used here."""
 
+INT4_OPSET = 21
+"""The first opset with integers of 4 bits."""
+INT4_IR_VERSION = 10
+"""The first version of the file format with integers of 4 bits."""
+
 _AXES_ARE_INPUTS = 18
 _SHAPE_HAS_BOUNDS = 15
 _TYPES = {
     torch.float32: "FLOAT",
+    torch.float16: "FLOAT16",
     torch.float64: "DOUBLE",
     torch.bfloat16: "BFLOAT16",
     torch.int8: "INT8",
@@ -74,6 +82,12 @@ class GraphBuilder:
             self.constants.append(tensor)
         return self._equal[key]
 
+    def int4(self, value: Tensor) -> str:
+        """Add integers of 4 bits, from ``INT4_OPSET`` on; return their name."""
+        tensor = int4_tensor(self._new_name(), value)
+        self.constants.append(tensor)
+        return tensor.name
+
     def once(self, owner: object, kind: str, make: Callable[[], Tensor]) -> str:
         """Return the name of an object's constant of some kind, which is made at the first call."""
         return self.shared(owner, kind, lambda: self.constant(make()))
@@ -110,6 +124,14 @@ class GraphBuilder:
     def _new_name(self) -> str:
         self._count += 1
         return f"{self.prefix}_{self._count}"
+
+
+def int4_tensor(name: str, value: Tensor) -> Any:
+    """Return integers from -8 to 7 as a constant, two in a byte."""
+    from onnx import TensorProto, helper
+
+    content = pack(value.detach().cpu(), 4).numpy().tobytes()
+    return helper.make_tensor(name, TensorProto.INT4, value.shape, content, raw=True)
 
 
 def onnx_type(dtype: torch.dtype) -> int:

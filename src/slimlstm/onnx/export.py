@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -13,9 +13,11 @@ from torch.utils import _pytree as pytree  # pyright: ignore[reportPrivateUsage]
 
 from slimlstm.errors import SlimLSTMError, reason_of
 from slimlstm.files import replacing
+from slimlstm.methods import storage_called
+from slimlstm.modules.host import Host
 from slimlstm.modules.hosts import find_hosts
 from slimlstm.modules.modes import evaluation_mode, plain_defaults, plain_mode
-from slimlstm.onnx.builder import GraphBuilder
+from slimlstm.onnx.builder import INT4_OPSET, GraphBuilder
 from slimlstm.onnx.forms import Form, check_form
 from slimlstm.onnx.layers import Ports, add_layer
 from slimlstm.onnx.opsets import check_opset, converted, opset_of, traced_opset
@@ -82,7 +84,8 @@ def export_onnx(
         input_names: one for every input tensor; by default the names of the model's arguments.
         output_names: one for every output tensor; by default PyTorch's.
         dynamic_shapes: as for ``torch.export.export``, where only certain axes shall stay open.
-        opset: the version of ONNX's operators, from 13 on; by default PyTorch's choice. Older runtimes need older opsets.
+        opset: the version of ONNX's operators, from 13 on; by default PyTorch's choice, or 21, the first with integers of 4
+            bits, for weights with 3 or 4. Older runtimes need older opsets, in which such weights take a byte.
         tolerance: the largest difference accepted: of a number, relative to the largest magnitude in its output or to 1,
             by default 1e-4; where weights are int8, of an output, relative to its norm, by default 0.05.
         form: how layers are written. ``"lstm"`` takes the LSTM operator, for which a runtime multiplies factors and widens
@@ -110,11 +113,9 @@ def export_onnx(
     check_form(form)
     arguments, named = _arguments(example_inputs)
     _check_example([value for value in pytree.tree_leaves((arguments, named)) if isinstance(value, Tensor)], input_names)
-    # find_hosts looks for LSTMs inside a module, and the model may be one itself.
-    hosts = find_hosts(nn.ModuleDict({"model": model}) if isinstance(model, nn.LSTM | nn.LSTMCell) else model)
-    problem = next((host.problem for host in hosts if host.problem is not None), None)
-    if problem is not None:
-        raise SlimLSTMError(problem)
+    hosts = _hosts(model)
+    if opset is None and any(_is_int4(host.lstm) for host in hosts):
+        opset = INT4_OPSET
     with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]), kept_state(model) as state:
         traced = trace(
             model,
@@ -141,10 +142,9 @@ def export_onnx(
                 compare(model, (arguments, named), run, traced.shapes, {}, bound)
     with replacing(path) as draft:
         draft.write_bytes(content)
-    outputs = _shapes(proto.graph.output)
     return Exported(
         inputs,
-        outputs,
+        _shapes(proto.graph.output),
         len(content),
         checked.sizes,
         checked.difference,
@@ -153,6 +153,19 @@ def export_onnx(
         [*map(str, forms)],
         _notes(traced.limits),
     )
+
+
+def _hosts(model: nn.Module) -> list[Host]:
+    """Return a model's LSTMs, which may be the model itself.
+
+    Raises:
+        SlimLSTMError: one cannot be written.
+    """
+    hosts = find_hosts(nn.ModuleDict({"model": model}) if isinstance(model, nn.LSTM | nn.LSTMCell) else model)
+    problem = next((host.problem for host in hosts if host.problem is not None), None)
+    if problem is not None:
+        raise SlimLSTMError(problem)
+    return hosts
 
 
 def _notes(limits: Mapping[Any, tuple[int, int]]) -> list[str]:
@@ -165,8 +178,15 @@ def _notes(limits: Mapping[Any, tuple[int, int]]) -> list[str]:
     ]
 
 
+def _is_int4(lstm: nn.Module) -> bool:
+    """Return whether any matrix of a module has codes of at most 4 bits."""
+    storages: Iterable[str] = getattr(lstm, "storages", {}).values()
+    return any((storage_called(storage).bits or 8) <= 4 for storage in storages)
+
+
 def _bound(traced: Traced, tolerance: float | None) -> Bound:
-    is_int8 = any("int8" in (one.ih_storage, one.hh_storage) for layer in traced.layers for one in layer)
+    storages = {storage for layer in traced.layers for one in layer for storage in (one.ih_storage, one.hh_storage)}
+    is_int8 = any(storage_called(storage).kernel_format == "int8" for storage in storages)
     default = INT8_TOLERANCE if is_int8 else TOLERANCE
     return Bound(default if tolerance is None else tolerance, is_int8)
 

@@ -23,6 +23,7 @@ _FOLDED = {
     "Concat",
     "Constant",
     "DequantizeLinear",
+    "Gather",
     "Identity",
     "MatMul",
     "Mul",
@@ -256,7 +257,7 @@ def count_numbers(model: Any) -> int:
     from onnx import TensorProto
 
     kinds = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16}
-    kinds |= {TensorProto.INT8, TensorProto.UINT8}
+    kinds |= {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4}
     graphs, tensors = list(graphs_of(model.graph)), list[Any]()
     nodes = [node for graph in graphs for node in graph.node]
     for function in model.functions:
@@ -321,11 +322,15 @@ def constant(name: str, scope: Scope) -> Tensor | None:
         return None
     if array.dtype.name == "bfloat16":  # which NumPy does not know
         return torch.from_numpy(array.view("int16").copy()).view(torch.bfloat16)
+    if array.dtype.name == "int4":
+        array = array.astype("int8")
     return torch.from_numpy(array.copy())
 
 
 def storage_of(name: str, scope: Scope, direction: int = 0) -> str | None:
-    """Return the storage of a constant that nodes widen: ``"int8"`` (of either sign), ``"bfloat16"``, or None.
+    """Return the storage of a constant that nodes widen: ``"int8"`` (of either sign), ``"int4"``, ``"bfloat16"``, or
+    None.
+
 
     Args:
         name: the widened value.
@@ -337,7 +342,7 @@ def storage_of(name: str, scope: Scope, direction: int = 0) -> str | None:
             stored = scope.constants.get(node.input[0])
             is_computed = getattr(scope.producers.get(node.input[0]), "op_type", "") == "QuantizeLinear"
             kind = "" if stored is None or is_computed else stored.dtype.name
-            return {"int8": "int8", "uint8": "int8", "bfloat16": "bfloat16"}.get(kind)
+            return {"int8": "int8", "uint8": "int8", "int4": "int4", "bfloat16": "bfloat16"}.get(kind)
         if node.op_type not in ("Concat", "MatMul", "Mul", "Sub", "Reshape", "Squeeze", "Transpose", "Unsqueeze"):
             return None
         name = node.input[direction if node.op_type == "Concat" and direction < len(node.input) else 0]
@@ -350,6 +355,9 @@ def _result_bytes(node: Any, inputs: list[Any]) -> int:
     if node.op_type == "MatMul" and all(len(shape) > 1 for shape in shapes):
         (*outer, rows, _), (*others, _, columns) = shapes
         return math.prod((*np.broadcast_shapes(tuple(outer), tuple(others)), rows, columns)) * _WIDEST
+    if node.op_type == "Gather" and len(shapes) == 2 and shapes[0]:
+        axis = attribute_of(node, "axis", 0) % len(shapes[0])
+        return math.prod((*shapes[0][:axis], *shapes[0][axis + 1 :], *shapes[1])) * _WIDEST
     if node.op_type in ("Mul", "Sub", "QuantizeLinear", "DequantizeLinear", "Cast"):
         largest = max((math.prod(shape) for shape in shapes), default=0)
         is_scale = node.op_type.endswith("Linear")

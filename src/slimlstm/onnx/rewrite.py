@@ -11,11 +11,12 @@ from torch import Tensor
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import Replacement, storage_called
 from slimlstm.onnx.as_scan import add_operator_as_scans, directions_of, form_of
-from slimlstm.onnx.builder import GraphBuilder
+from slimlstm.onnx.builder import INT4_IR_VERSION, GraphBuilder, int4_tensor
 from slimlstm.onnx.forms import LSTM, Form
 from slimlstm.onnx.graph import OnnxLSTM, WeightLocation, attribute_of, graphs_of, inner_graphs
 from slimlstm.onnx.integers import make_plain
 from slimlstm.onnx.opsets import opset_of
+from slimlstm.onnx.scan import groups_of
 from slimlstm.onnx.separate import separate
 from slimlstm.ops.gates import reordered
 from slimlstm.ops.weights import Matrix
@@ -161,10 +162,18 @@ class Rewriter:
         """Add a constant [m, n], as codes and scales where it has a storage; return the name of its value."""
         if storage in (None, "float32"):
             return self._constant(key, laid_out(weight))
-        encoded = storage_called(storage).encode(weight.detach())
-        value = self._cast(self._constant(key, laid_out(encoded.codes)), weight.dtype)
+        row = storage_called(storage)
+        encoded = row.encode(weight.detach())
+        codes = laid_out(encoded.codes)
+        value = self._cast(self._int4(key, codes) if row.bits == 4 else self._constant(key, codes), weight.dtype)
         if encoded.scale is None:
             return value
+        if row.scales == "group":
+            stored = self._cast(self._constant(f"{key}.scale", laid_out(encoded.scale)), weight.dtype)
+            columns_at = [1, 2].index(laid_out(torch.empty(1, 2)).shape[-1]) - 2
+            numbers = self._builder.constant(groups_of(weight))
+            spread = self._add("Gather", [stored, numbers], f"{key}.scales", axis=columns_at)
+            return self._add("Mul", [value, spread], f"{key}.value")
         scales = self._constant(f"{key}.scale", laid_out(encoded.scale[:, None]))
         return self._add("Mul", [value, scales], f"{key}.value")
 
@@ -175,6 +184,12 @@ class Rewriter:
         content = value.flatten().contiguous().view(torch.uint8).numpy().tobytes()
         self._graph.initializer.append(helper.make_tensor(name, _kind(value.dtype), value.shape, content, raw=True))
         return name
+
+    def _int4(self, name: str, value: Tensor) -> str:
+        tensor = int4_tensor(self._free(name), value)
+        self._graph.initializer.append(tensor)
+        self._model.ir_version = max(self._model.ir_version, INT4_IR_VERSION)
+        return tensor.name
 
     def _cast(self, name: str, dtype: torch.dtype) -> str:
         return self._add("Cast", [name], f"{name}.cast", to=_kind(dtype))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError
+from slimlstm.methods.low_bit import GROUP
 from slimlstm.methods.storages import storage_called, to_int8
 from slimlstm.onnx.builder import GraphBuilder, onnx_type, value_info
 from slimlstm.ops.weights import Direction, Matrix, columns, rows
@@ -191,13 +192,23 @@ def add_widened(builder: GraphBuilder, weight: Tensor, storage: str, outer: tupl
 
     ONNX Runtime would dequantise the codes of a DequantizeLinear at every call.
     """
-    if storage not in ("int8", "bfloat16"):
-        return builder.constant(weight.reshape(*outer, *weight.shape))
-    encoded = storage_called(storage).encode(weight.detach())
-    value = builder.cast(builder.constant(encoded.codes.reshape(*outer, *weight.shape)))
+    row, shape = storage_called(storage), (*outer, *weight.shape)
+    if row.kernel_format == "float32":
+        return builder.constant(weight.reshape(shape))
+    encoded = row.encode(weight.detach())
+    codes = encoded.codes.reshape(shape)
+    value = builder.cast(builder.int4(codes) if row.scales == "group" else builder.constant(codes))
     if encoded.scale is None:
         return value
+    if row.scales == "group":
+        scales = builder.cast(builder.constant(encoded.scale.reshape(*outer, *encoded.scale.shape)))
+        return builder.add("Mul", value, builder.add("Gather", scales, builder.constant(groups_of(weight)), axis=-1))
     return builder.add("Mul", value, builder.constant(encoded.scale.reshape(*outer, -1, 1)))
+
+
+def groups_of(weight: Tensor) -> Tensor:
+    """Return the number of the group [n] that every column of a weight [m, n] is in."""
+    return torch.arange(weight.shape[-1]) // GROUP
 
 
 def _add_integer_product(builder: GraphBuilder, x: str, weight: Tensor) -> str:

@@ -11,8 +11,10 @@ from slimlstm.calibration.moments import Calibration, Moments
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import Replacement, matrix_bytes, sha256_of, storage_called
 from slimlstm.modules.sites import Site
+from slimlstm.onnx.builder import INT4_OPSET
 from slimlstm.onnx.forms import Form
 from slimlstm.onnx.graph import OnnxLSTM, WeightLocation, count_numbers
+from slimlstm.onnx.opsets import opset_of
 from slimlstm.onnx.others import quantize_others
 from slimlstm.onnx.rewrite import Rewriter
 from slimlstm.onnx.runtime import RunInputs
@@ -77,10 +79,17 @@ class GraphSource:
 
     def check(self, site: Site, plan: SitePlan) -> None:
         """Raise if the file cannot hold the storage in as few bits as the report would say."""
-        if plan.storage is not None and storage_called(plan.storage).is_packed:
+        row, opset = storage_called(plan.storage or "float32"), opset_of(self._model)
+        if not row.is_packed or (row.bits == 4 and opset >= INT4_OPSET):
+            return
+        if row.bits == 4:
             raise SlimLSTMError(
-                f"ONNX files hold {plan.storage} codes in whole bytes here, so nothing would be saved; give 'int8'"
+                f"the file's opset {opset} has no integers of 4 bits, and {plan.storage} codes in whole bytes would save "
+                f"nothing; give 'int8', or a file of opset {INT4_OPSET} or later, as export_onnx(opset={INT4_OPSET}) writes"
             )
+        raise SlimLSTMError(
+            f"ONNX has no integers of {row.bits} bits, so {plan.storage} would save nothing; give 'int4' or 'int8'"
+        )
 
     def put(self, replacements: Mapping[str, Replacement]) -> list[str]:
         """Rewrite the graph; ``forms`` and ``scans`` then tell what became of its operators."""

@@ -19,10 +19,12 @@ from torch.utils import _pytree as pytree  # pyright: ignore[reportPrivateUsage]
 
 from slimlstm.calibration.observe import build_like, forwards_replaced
 from slimlstm.errors import SlimLSTMError, reason_of
+from slimlstm.methods import storage_called
 from slimlstm.modules.cell import LowRankLSTMCell
 from slimlstm.modules.host import Host
 from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.modules.shapes import LSTMState
+from slimlstm.onnx.builder import INT4_OPSET
 from slimlstm.ops.weights import Direction
 
 DOMAIN, PLACEHOLDER = "slimlstm", "Recurrence"
@@ -79,7 +81,7 @@ def trace(
         ImportError: onnx or onnxscript is not installed.
     """
     layers: list[Sequence[Direction]] = []
-    modules = [(host.lstm, _placeholder_module(host, layers)) for host in hosts]
+    modules = [(host.lstm, _placeholder_module(host, layers, (opset or 0) >= INT4_OPSET)) for host in hosts]
     if dynamic_shapes is None:
         dynamic_shapes = pytree.tree_map(_all_open, named or arguments)
     try:
@@ -145,14 +147,31 @@ def _placeholder(x: Tensor, h0: Tensor, c0: Tensor, number: int) -> tuple[Tensor
     return y, h, c
 
 
-def _placeholder_module(host: Host, layers: list[Sequence[Direction]]) -> nn.Module:
+def _placeholder_module(host: Host, layers: list[Sequence[Direction]], has_int4: bool) -> nn.Module:
     """Return the module whose forward pass replaces the host's; append the weights of its layers to ``layers``."""
     module = build_like(host, _PlaceholderLSTM, _PlaceholderCell, host.weight)
     module.storages = dict(getattr(host.lstm, "storages", {}))
-    own = module.layers()
+    own = _with_storages(module) if has_int4 else module.layers()
     module.numbers = list(range(len(layers), len(layers) + len(own)))
     layers += own
     return module
+
+
+def _with_storages(module: Any) -> list[list[Direction]]:
+    """Return a module's layers; codes of at most 4 bits keep their storage, which for the kernel is int8."""
+    names = iter(module.matrix_shapes)  # ih and hh of every layer and direction, in their order
+
+    def storage(name: str, of_kernel: str) -> str:
+        own = module.storages.get(name, "float32")
+        return own if (storage_called(own).bits or 8) <= 4 else of_kernel
+
+    return [
+        [
+            one._replace(ih_storage=storage(next(names), one.ih_storage), hh_storage=storage(next(names), one.hh_storage))
+            for one in layer
+        ]
+        for layer in module.layers()
+    ]
 
 
 def _all_open(value: Any) -> Any:

@@ -28,6 +28,9 @@ _UNIT_OVERHEAD = 700
 _LARGE, _THIN = 2**19, 0.7
 # With a dense hh it then trains faster only below float32, and with this many weights in ih and hh together or more.
 _LARGE_TOGETHER = 9 * 2**18
+# With dense matrices in float32, oneDNN trains faster with this many weights in hh or more, and this many inputs or more:
+# it packs the weights in every call.
+_LARGE_FOR_ONEDNN, _MANY_FOR_ONEDNN = 2**20, 512
 
 
 class Choice(NamedTuple):
@@ -85,9 +88,11 @@ def _trains_faster(weights: Direction, x: Tensor) -> bool:
     if torch.compiler.is_compiling() or is_transformed() or type(x) not in PLAIN_TYPES:
         return False
     precision = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    if not native.missing and precision in (torch.float32, torch.bfloat16):
-        return True
     ih, hh = weights.ih, weights.hh
+    if not native.missing and precision in (torch.float32, torch.bfloat16):
+        is_dense = isinstance(ih, Tensor) and isinstance(hh, Tensor) and precision == torch.float32
+        is_large = is_dense and _numbers(hh) >= _LARGE_FOR_ONEDNN and x.shape[0] * x.shape[1] >= _MANY_FOR_ONEDNN
+        return not (is_large and torch.backends.mkldnn.enabled)
     if isinstance(hh, tuple):
         dense = rows(hh) * columns(hh)
         return dense >= _LARGE and _numbers(hh) <= _THIN * dense
