@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from safetensors.torch import save_file
 from strangers import IN, STRANGERS, B, CellLoop, First, H, LanguageModel, Siamese, T, V
 from torch import Tensor, nn
-from torch.distributions import Categorical, kl_divergence
+from torch.distributions import Bernoulli, Categorical, Independent, kl_divergence
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -657,6 +657,31 @@ def test_gradients_of_predicted_classes_have_the_fisher_information_as_their_mom
     assert is_scaled
     torch.testing.assert_close(gradients.T @ gradients / len(gradients), wanted, rtol=0.05, atol=0.03 * float(wanted.max()))
     torch.testing.assert_close(losses.detach(), Categorical(logits=logits.detach()).entropy())
+
+
+@pytest.mark.parametrize("dimensions", [0, 1], ids=["alone", "independent"])
+@pytest.mark.parametrize("given", ["logits", "probs"])
+def test_gradients_of_yes_or_no_have_the_fisher_information_as_their_moment(given: str, dimensions: int):
+    torch.manual_seed(0)
+    logits = torch.tensor([-9.0, -3.0, 0.0, 5.0], dtype=torch.float64).expand(20_000, 4).clone().requires_grad_()
+    p = torch.sigmoid(logits)
+    predicted = Independent(Bernoulli(**{given: logits if given == "logits" else p}), dimensions)
+    losses, is_scaled = observed_losses(predicted)
+    (gradients,) = torch.autograd.grad(losses.sum(), logits)
+    wanted = (p * (1 - p)).detach()[0]
+    assert is_scaled
+    assert losses.shape == predicted.batch_shape
+    torch.testing.assert_close(gradients.square().mean(0), wanted, rtol=0.05, atol=0.0)
+    torch.testing.assert_close(losses.detach(), predicted.entropy().detach())
+
+
+def test_impossible_answers_take_no_part():
+    logits = torch.tensor([0.0, 40.0, -torch.inf, torch.inf], requires_grad=True)
+    losses, _ = observed_losses(Bernoulli(logits=logits))
+    (gradients,) = torch.autograd.grad(losses.sum(), logits)
+    assert torch.isfinite(losses).all()
+    assert torch.isfinite(gradients).all()
+    assert gradients[2:].tolist() == [0, 0]
 
 
 def test_classes_without_probability_take_no_part():

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution, kl_divergence
+from torch.distributions import Bernoulli, Categorical, Distribution, Independent, kl_divergence
 from torch.nn.utils.rnn import PackedSequence
 
 from slimlstm.errors import SlimLSTMError
@@ -25,8 +25,8 @@ Loss = Callable[[nn.Module, Any], Tensor | Distribution]
 def observed_losses(result: object) -> tuple[Tensor, bool]:
     """Return the losses in the result of a :data:`Loss`, and whether they are one a prediction rather than a mean.
 
-    Labels are drawn from a distribution, and their negative log-probabilities are the losses. For classes, the losses are
-    the entropies, and their gradients come from :func:`_classes`.
+    Labels are drawn from a distribution, and their negative log-probabilities are the losses. For classes, and for yes or
+    no, the losses are the entropies, and their gradients come from :func:`_classes` and :func:`_yes_or_no`.
 
     Raises:
         SlimLSTMError: the result is neither a tensor nor a distribution, or a loss is not finite.
@@ -36,12 +36,21 @@ def observed_losses(result: object) -> tuple[Tensor, bool]:
         (tensor([0.5000, 0.2500]), True)
     """
     is_drawn = isinstance(result, Distribution)
-    if isinstance(result, Categorical):
-        result = _classes(result)
-    elif isinstance(result, Distribution):
-        result = -result.log_prob(result.sample())
+    if isinstance(result, Distribution):
+        result = _losses_of(result)
     losses = checked_losses(result)
     return losses, is_drawn or losses.ndim > 0
+
+
+def _losses_of(predicted: Distribution) -> Tensor:
+    if isinstance(predicted, Independent):
+        losses, count = _losses_of(predicted.base_dist), predicted.reinterpreted_batch_ndims
+        return losses.flatten(-count).sum(-1) if count else losses
+    if isinstance(predicted, Categorical):
+        return _classes(predicted)
+    if isinstance(predicted, Bernoulli):
+        return _yes_or_no(predicted)
+    return -predicted.log_prob(predicted.sample())
 
 
 def _classes(predicted: Categorical) -> Tensor:
@@ -55,6 +64,14 @@ def _classes(predicted: Categorical) -> Tensor:
     # A probability of zero has no share, and its logarithm may be infinite.
     drawn = torch.where(p > 0, p.sqrt() * torch.randn_like(p) * log_p.clamp_min(torch.finfo(p.dtype).min), 0.0).sum(-1)
     return predicted.entropy().detach() + drawn - drawn.detach()
+
+
+def _yes_or_no(predicted: Bernoulli) -> Tensor:
+    """Return the entropies, with gradients √(p (1 - p)) v at the logits, as :func:`_classes` does for two classes."""
+    logits, p = predicted.logits, predicted.probs.detach()
+    spread = (p * (1 - p)).sqrt()
+    drawn = torch.where(spread > 0, spread * torch.randn_like(p) * logits, 0.0)
+    return torch.where(spread > 0, predicted.entropy().detach(), 0.0) + drawn - drawn.detach()
 
 
 def checked_losses(result: object) -> Tensor:
