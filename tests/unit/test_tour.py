@@ -27,6 +27,7 @@ def test_the_tour(tiny_demo, tmp_path, run_json):
         *itertools.product(("float32",), ("svd", "semi-nmf", "fisher", "prune"), ("hh", "ih", "both"), RANKS),
         ("int8", "dense", "both", None),
         *itertools.product(("int8",), ("svd", "fisher"), ("both",), RANKS),
+        *itertools.product(("auto",), ("fisher",), ("both",), RANKS),
     ]
     assert len(found["rows"]) == len(rows)
     size = sum(parameter.numel() for parameter in dense.lstms.parameters())
@@ -36,7 +37,7 @@ def test_the_tour(tiny_demo, tmp_path, run_json):
         assert row["change"] == pytest.approx(row["perplexity"] / first["perplexity"] - 1.0)
         assert row["latency_ratio"] > 0.0
         if method == "fisher":
-            assert row["bytes"] <= rows[storage, "svd", target, rank]["bytes"]
+            assert row["bytes"] <= rows["int8" if storage == "auto" else storage, "svd", target, rank]["bytes"]
             continue
         model = AWDLSTM(CONFIG)
         model.load_state_dict(dense.state_dict())
@@ -87,7 +88,7 @@ def test_the_picture_shows_the_loss_against_bytes(tiny_demo, monkeypatch, tmp_pa
     demo.draw(tour, tmp_path / "curves.png")
     (axis,) = drawn[0].axes
     lines = {line.get_label(): line for line in axis.get_lines() if not line.get_label().startswith("_")}
-    assert list(lines) == ["dense", "svd", "fisher", "int8", "svd int8", "fisher int8"]
+    assert list(lines) == ["dense", "svd", "fisher", "int8", "svd int8", "fisher int8", "fisher auto"]
     assert [text.get_text() for text in axis.get_legend().get_texts()] == list(lines)
     assert len({line.get_marker() for line in lines.values()}) == len(lines), "markers differ, not only colours"
     for name, line in lines.items():

@@ -21,6 +21,7 @@ STYLE: dict[str, dict[str, Any]] = {
     "prune": {"color": "#6b6b6b", "marker": "^", "linestyle": "--"},
     "svd int8": {"color": "#0b6e99", "marker": "v", "linestyle": ":", "fillstyle": "none"},
     "fisher int8": {"color": "#d9730d", "marker": "P", "linestyle": "--"},
+    "fisher auto": {"color": "#000000", "marker": "X", "linestyle": "-"},
     "int8": {"color": "#8b1a62", "marker": "*", "linestyle": "none", "markersize": 14},
 }
 _CYCLE = [

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from slimlstm.bench import interleaved_seconds, median_ratios
 from slimlstm.bench.candidates import TOLERANCE
 from slimlstm.calibration.collect import calibrate
-from slimlstm.compress import compress_
+from slimlstm.compress import compress_, measure_sensitivity
 from slimlstm.demo.awd_lstm import AWDLSTM
 from slimlstm.demo.model import embedded_model, held_out_tokens
 from slimlstm.demo.plots import loss_against_bytes
@@ -26,8 +26,10 @@ from slimlstm.errors import SlimLSTMError
 from slimlstm.evaluate import perplexity
 from slimlstm.methods import sha256_of
 from slimlstm.modules.lstm import LowRankLSTM
-from slimlstm.pipeline.config import LowRank, Prune, Quantize, Target
+from slimlstm.pipeline.config import AUTO, LowRank, Prune, Quantize, Target
+from slimlstm.pipeline.plan import Config
 from slimlstm.pipeline.report import Report
+from slimlstm.pipeline.sensitivity import Sensitivity
 from slimlstm.provenance import provenance
 from slimlstm.tables import new_table
 
@@ -36,6 +38,9 @@ TARGETS: tuple[Target, ...] = ("hh", "ih", "both")
 RANKS = (10, 25, 50, 100)
 STORED = ("svd", "fisher")
 """The methods whose factors of all matrices are measured in int8 too."""
+CHOSEN = "fisher"
+"""The method that is measured with rank and storage chosen together, at the bytes of SVD's factors in int8."""
+_DRAWN = ("svd", "fisher", "svd int8", "fisher int8", "int8", "fisher auto")
 # Half of the held-out text, so that the whole tour takes a minute or two.
 _TOKENS = 12_000
 _STREAMS = 20
@@ -50,7 +55,7 @@ class Row:
 
     Attributes:
         method, target: see :class:`slimlstm.LowRank`; ``"dense"`` and ``""`` for the dense model.
-        storage: ``"float32"`` or ``"int8"``.
+        storage: ``"float32"``, ``"int8"``, or ``"auto"`` for a choice of every matrix's own.
         rank: the rank of every matrix. The ranks of ``"fisher"`` differ; its row has the rank of the same size in bytes.
         parameters, bytes: the size of the LSTMs.
         perplexity: per byte-pair token of the held-out text.
@@ -178,7 +183,9 @@ def run(progress: Callable[[str, float], None] | None = None) -> Tour:
     dense, tokens = embedded_model(), held_out_tokens()[:_TOKENS]
     if progress is not None:
         progress("calibrating", 0.0)
-    calibration = calibrate(dense, _pieces(held_out_tokens()[_TOKENS:]), _losses)
+    calibration_batches = _pieces(held_out_tokens()[_TOKENS:])
+    calibration = calibrate(dense, calibration_batches, _losses)
+    sensitivity = measure_sensitivity(dense, calibration_batches, _losses, method=CHOSEN, calibration=calibration)
     sample = tokens[:_LATENCY_STEPS, None]
     combinations = _combinations()
     dense_loss = perplexity(dense, tokens, streams=_STREAMS)
@@ -191,7 +198,8 @@ def run(progress: Callable[[str, float], None] | None = None) -> Tour:
             progress(f"{method} {target} {storage} rank {rank or 'full'}", index / len(combinations))
         model = copy.deepcopy(dense)
         needed = calibration if method == "fisher" else None  # the others would spend time on a prediction of the loss
-        report = compress_(model, _config(method, target, rank, storage, budgets), calibration=needed)
+        config = _config(method, target, rank, storage, budgets, sensitivity)
+        report = compress_(model, config, calibration=needed)
         if method == "svd":
             budgets[target, rank, storage] = sum(site.bytes_after for site in report.sites)
         found = perplexity(model, tokens, streams=_STREAMS).perplexity
@@ -204,7 +212,7 @@ def run(progress: Callable[[str, float], None] | None = None) -> Tour:
                 report.lstm.bytes_after,
                 found,
                 found / dense_loss.perplexity - 1.0,
-                _latency_ratio(dense, model, sample, TOLERANCE["int8"] if storage == "int8" else 1e-4),
+                _latency_ratio(dense, model, sample, 1e-4 if storage == "float32" else TOLERANCE["int8"]),
             )
         )
     if progress is not None:
@@ -216,7 +224,8 @@ def run(progress: Callable[[str, float], None] | None = None) -> Tour:
 def _combinations() -> list[tuple[str, Target, int | None, str]]:
     """Return the method, target, rank and storage of every compressed model."""
     floats = itertools.product(METHODS, TARGETS, RANKS, ("float32",))
-    return [*floats, ("dense", "both", None, "int8"), *itertools.product(STORED, ("both",), RANKS, ("int8",))]
+    integers = itertools.product(STORED, ("both",), RANKS, ("int8",))
+    return [*floats, ("dense", "both", None, "int8"), *integers, *itertools.product((CHOSEN,), ("both",), RANKS, (AUTO,))]
 
 
 def draw(tour: Tour, path: Path) -> None:
@@ -229,15 +238,22 @@ def draw(tour: Tour, path: Path) -> None:
     """
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in tour.rows:
-        if row.target == "both" and row.name in ("svd", "fisher", "svd int8", "fisher int8", "int8"):
+        if row.target == "both" and row.name in _DRAWN:
             curves.setdefault(row.name, []).append((row.bytes, math.log(row.perplexity)))
     loss_against_bytes(curves, (tour.dense.bytes, math.log(tour.dense.perplexity)), path)
 
 
 def _config(
-    method: str, target: Target, rank: int | None, storage: str, budgets: dict[tuple[Any, ...], int]
-) -> LowRank | Prune | Quantize:
+    method: str,
+    target: Target,
+    rank: int | None,
+    storage: str,
+    budgets: dict[tuple[Any, ...], int],
+    sensitivity: Sensitivity,
+) -> Config:
     """Return a model's configuration; Fisher-weighted factors get the bytes of SVD's at the same rank."""
+    if storage == AUTO:
+        return sensitivity.plan(budgets[target, rank, "int8"])
     if rank is None:
         return Quantize(storage, target)
     if method == "prune":
