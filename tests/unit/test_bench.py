@@ -428,6 +428,24 @@ def test_predictions_have_a_marker_per_method_and_a_named_line(tmp_path, drawn):
     assert (axis.get_xscale(), axis.get_yscale()) == ("log", "log")
 
 
+def test_rises_have_a_panel_per_model_and_a_line_per_method(tmp_path, drawn):
+    lines = {"int8": [(8.0, 0.1), (4.0, 0.3), (2.0, -0.1)], "together": [(4.0, 0.1), (8.0, 0.02)]}
+    plots.rises({"one": lines, "two": lines}, tmp_path / "r.png", x_label="bytes (%)", y_label="rise")
+    for axis, title in zip(drawn[0].axes, ("one", "two"), strict=True):
+        int8, together = axis.get_lines()
+        assert [list(int8.get_xdata()), list(int8.get_ydata())] == [[4, 8], [0.3, 0.1]], "sorted, and positive"
+        assert [list(together.get_xdata()), list(together.get_ydata())] == [[4, 8], [0.1, 0.02]]
+        assert int8.get_marker() != together.get_marker()
+        assert int8.get_linestyle() != together.get_linestyle()
+        assert (axis.get_title(), axis.get_xlabel(), axis.get_xscale(), axis.get_yscale()) == (
+            title,
+            "bytes (%)",
+            "log",
+            "log",
+        )
+    assert drawn[0].axes[0].get_ylabel() == "rise"
+
+
 def test_pictures_are_written_in_the_format_of_their_suffix(tmp_path):
     plots.predictions({"svd": [(0.01, 0.02)]}, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")

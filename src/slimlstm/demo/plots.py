@@ -175,6 +175,39 @@ def predictions(points: Mapping[str, Points], path: Path) -> None:
     save_figure(figure, path, dpi=160)
 
 
+def rises(panels: Mapping[str, Mapping[str, Points]], path: Path, *, x_label: str, y_label: str) -> None:
+    """Draw rises of the loss against bytes, both logarithmic, a panel per model and a line per method or matrix.
+
+    Args:
+        panels: the title of every panel; for each, pairs (bytes, rise) by line; pairs that are not positive are left out.
+        path: the file to write; its suffix decides the format.
+        x_label, y_label: labels of the axes.
+
+    Raises:
+        SlimLSTMError: see :func:`check_drawable`.
+    """
+    check_drawable(path)
+    from matplotlib.ticker import FormatStrFormatter, LogFormatterSciNotation, LogLocator, NullFormatter
+
+    figure, axes = subplots(len(panels), width=4.4, height=3.8)
+    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
+        for style, (name, pairs) in zip(_CYCLE, lines.items(), strict=False):
+            drawn = sorted((x, y) for x, y in pairs if x > 0 and y > 0)
+            every = max(1, len(drawn) // 8)
+            axis.plot(*zip(*drawn, strict=True), label=name, **style | {"markersize": 5, "markevery": every})
+        axis.set(title=title, xlabel=x_label, xscale="log")
+        low, high = axis.get_xlim()
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 50 * low else (1,)))
+        axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_major_locator(LogLocator())
+        axis.yaxis.set_major_formatter(LogFormatterSciNotation())
+        axis.grid(True, which="major", alpha=0.25)
+    axes[0].set_ylabel(y_label)
+    axes[-1].legend(frameon=False, fontsize=8)
+    save_figure(figure, path, dpi=150)
+
+
 def save_figure(figure: Any, path: Path, **options: Any) -> None:
     """Write a figure without a creation time, so that equal pictures are equal files."""
     with replacing(path) as draft:
