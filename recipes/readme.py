@@ -5,7 +5,7 @@
 ``docs/demo.json`` comes from ``slimlstm demo --json``, ``results/ptb_untuned`` and ``results/ptb_fine_tuned`` from
 ``recipes/sweep.py``, ``results/quality_*`` and ``results/frontier_*`` from ``recipes/quality.py``,
 ``results/registry_models`` from ``recipes/registry_models.py``, ``results/ptb_tuned`` from ``recipes/tune.py``,
-``results/engines``, ``results/threads.json`` and ``results/calls`` from programs in ``benchmarks``,
+``results/engines``, ``results/threads.json``, ``results/calibration.json`` and ``results/calls`` from programs in ``benchmarks``,
 ``results/onnx_latency.json`` from ``recipes/onnx_latency.py``, and ``results/real_models`` from the programs in
 ``examples/real``. It also draws pictures in ``docs``. A result that no clean commit made is an error, unless
 ``results/dirty.json`` lists it as an old one; a mark follows its numbers. With ``--check`` it writes nothing, and the exit
@@ -206,6 +206,13 @@ tuned_rows = [
     for name, run in sorted(tuned.items())
 ]
 first = quality["quality_ptb"][0]
+timed = stored(ROOT / "results" / "calibration.json")
+whole = timed["compression"]
+calibration_text = (
+    f"Calibration takes {timed['ratio']:.2f} times as long as a plain forward and backward pass over the same text, and "
+    f"everything from calibration on {whole['tokens']:,} tokens of Penn Treebank to rounding "
+    f"{whole['processor_seconds']:.0f} s of processor time ([`results/calibration.json`](results/calibration.json)). "
+)
 quality_part = "\n\n".join(
     [
         markdown(["model, matrices' bytes left", *quality_methods], quality_rows),
@@ -222,7 +229,7 @@ quality_part = "\n\n".join(
         "From [`results/frontier_ptb`](results/frontier_ptb) and [`results/frontier_embedded`](results/frontier_embedded), "
         "on the whole test texts: the rise of the log-perplexity at the same bytes, by the Fisher method in int8 and by "
         '`LowRank("fisher", bytes=..., storage="auto")`, which chooses rank and bits of every matrix together. The last '
-        "column is the latter's change of perplexity. Matrices differ in what a byte is worth:",
+        f"column is the latter's change of perplexity. {calibration_text}Matrices differ in what a byte is worth:",
         "![Predicted rise of the loss against bytes of each matrix](docs/sensitivity.png)",
         "### Models from the package index",
         markdown(["model, matrices' bytes left", *foreign_methods], foreign_rows),

@@ -159,7 +159,20 @@ def _calibrated_without_judges(
     if isinstance(batches, Iterator) or loss is None:
         raise SlimLSTMError("storage='auto' measures losses; give loss=, and batches that can be iterated more than once")
     fitting, _ = split_batches(_count(batches), has_costs=True)
-    return calibrate(model, itertools.islice(batches, len(fitting)), loss), mean_loss(model, batches, loss)
+    return calibrate(model, _First(batches, len(fitting)), loss), mean_loss(model, batches, loss)
+
+
+class _First:
+    """The first batches, as often as they are asked for."""
+
+    def __init__(self, batches: Iterable[Any], count: int) -> None:
+        self._batches, self._count = batches, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(self._batches, self._count)
 
 
 def _judge(model: nn.Module, hosts: list[Host], batches: Iterable[Any] | None, loss: Loss | None) -> ModuleJudge | None:

@@ -454,6 +454,45 @@ def test_drawn_labels_are_reproducible_and_leave_random_numbers_alone():
     assert calibrate(model, batches, lambda m, x: Categorical(logits=m(x)[0, 0])).is_scaled
 
 
+class Carrying:
+    """Classes that depend on how many batches came before."""
+
+    def __init__(self):
+        self.seen = []
+        self.count = 0
+
+    def __call__(self, model: nn.Module, x: Tensor) -> Categorical:
+        self.seen.append(self.count)
+        self.count += 1
+        return categorical(model, x)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.count = state["count"]
+
+
+def test_few_rows_are_drawn_again_and_inputs_count_once():
+    model, batches, loss = small_model(), [randn(T, B, IN), randn(T, B, IN)], Carrying()
+    once = calibrate(model, iter(batches), categorical)
+    found = calibrate(model, batches, loss)
+    assert loss.seen == [0, 1] * (len(loss.seen) // 2), "every draw begins with the first state"
+    assert len(loss.seen) > 2
+    assert (found.predictions, found.loss) == (once.predictions, once.loss)
+    for key, moments in found.sites.items():
+        assert moments.rows == once.sites[key].rows
+        assert moments.effective_rows > once.sites[key].effective_rows
+        assert torch.equal(moments.inputs, once.sites[key].inputs)
+        assert float(moments.gradients.trace() / once.sites[key].gradients.trace()) == pytest.approx(1.0, abs=0.5)
+
+
+def test_many_rows_are_drawn_once():
+    model, batches, loss = small_model(), [randn(T, 40 * B, IN)], Carrying()
+    assert min(moments.effective_rows for moments in calibrate(model, batches, loss).sites.values()) > 100
+    assert loss.seen == [0]
+
+
 def test_drawn_labels_give_the_true_fisher_information():
     """G = Σ_y p(y) ∇log p(y) ∇log p(y)ᵀ over all labels, within the standard error of N draws."""
     torch.manual_seed(0)

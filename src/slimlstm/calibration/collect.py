@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +21,10 @@ from slimlstm.progress import Progress, counted, shown
 
 _BLOCK = 512
 """Columns in a block of a moment."""
+_MOST_DRAWS = 8
+"""How often gradients are drawn from predicted distributions, at most."""
+_ROWS_WANTED = 4
+"""Effective rows for each direction of a matrix, below which gradients are drawn again."""
 NO_BATCH = "no batch was given; if the batches came from an iterator, it may have been used up before"
 
 
@@ -40,9 +46,11 @@ def calibrate(
         model: any module with LSTMs, dense or compressed.
         batches: an iterable of batches; each is passed to ``loss``.
         loss: takes the model and a batch; see :data:`slimlstm.calibration.losses.Loss`. Labels drawn from a distribution
-            give the true Fisher information, observed labels the empirical one. Without a loss, the model is called on
-            each batch (a tuple or list gives its arguments, a mapping its named arguments), and only inputs are recorded;
-            they suffice for ``"activation"``.
+            give the true Fisher information, observed labels the empirical one. Where few predictions send back most of
+            the gradients, the batches run again for more draws, up to eight times, unless they are an iterator; a loss
+            that carries a state from batch to batch then needs ``state_dict`` and ``load_state_dict``. Without a loss, the
+            model is called on each batch (a tuple or list gives its arguments, a mapping its named arguments), and only
+            inputs are recorded; they suffice for ``"activation"``.
         seed: of the labels that are drawn.
         progress: called after every batch with its number in words and the fraction done, NaN where the number of batches
             is unknown; None draws a bar on a terminal.
@@ -60,7 +68,8 @@ def calibrate(
         40
     """
     recorder, sums = Recorder(loss is not None), dict[Keys, MomentSums]()
-    total, predictions, is_scaled, has_batches = 0.0, 0, True, False
+    carries = hasattr(loss, "state_dict") and hasattr(loss, "load_state_dict")
+    carried = copy.deepcopy(getattr(loss, "state_dict")()) if carries else None
     with (
         shown("calibrating", progress) as report_progress,
         observing(model, observable_hosts(model), recorder),
@@ -68,31 +77,75 @@ def calibrate(
         ambient_defaults(),
     ):
         torch.manual_seed(seed)
-        for batch in counted(batches, report_progress):
-            has_batches = True
-            seen, losses, scaled = _run(model, batch, loss, recorder)
-            if losses is not None:
-                total, predictions = total + float(losses.detach().double().sum()), predictions + losses.numel()
-            is_scaled = is_scaled and scaled
-            for keys, rows in seen.items():
-                sums.setdefault(keys, MomentSums()).add(rows)
-    if not has_batches:
+        found, draws = _collect(model, counted(batches, report_progress), loss, recorder, sums), 1
+        while found.is_drawn and not isinstance(batches, Iterator) and draws < _MOST_DRAWS and _are_scarce(sums):
+            if carries:
+                getattr(loss, "load_state_dict")(copy.deepcopy(carried))
+            again = counted(batches, report_progress, f"draw {draws + 1}, batch")
+            if not _collect(model, again, loss, recorder, sums, is_again=True).batches:
+                break  # the batches came from a stream
+            draws += 1
+    if not found.batches:
         raise SlimLSTMError(NO_BATCH)
-    mean = total / predictions if predictions else None
-    return Calibration(moments_of(sums), mean, predictions, is_scaled)
+    mean = found.total / found.predictions if found.predictions else None
+    return Calibration(moments_of(sums), mean, found.predictions, found.is_scaled)
 
 
-def _run(
-    model: nn.Module, batch: Any, loss: Loss | None, recorder: Recorder
-) -> tuple[dict[Keys, Rows], Tensor | None, bool]:
-    """Run one batch. Return its rows, its losses, if any, and whether they are one a prediction."""
+@dataclass
+class _Pass:
+    """One pass over all batches: how many there were, their losses, and what the losses were."""
+
+    batches: int = 0
+    total: float = 0.0
+    predictions: int = 0
+    is_scaled: bool = True
+    is_drawn: bool = False
+
+
+def _collect(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Loss | None,
+    recorder: Recorder,
+    sums: dict[Keys, MomentSums],
+    *,
+    is_again: bool = False,
+) -> _Pass:
+    """Run the batches, and add their rows to the sums; again for another draw of the gradients alone."""
+    found = _Pass()
+    for batch in batches:
+        found.batches += 1
+        for keys, rows in _run(model, batch, loss, recorder, found).items():
+            sums.setdefault(keys, MomentSums()).add(rows, is_again=is_again)
+    return found
+
+
+def _run(model: nn.Module, batch: Any, loss: Loss | None, recorder: Recorder, found: _Pass) -> dict[Keys, Rows]:
+    """Run one batch, add its losses to what was found, and return its rows."""
     if loss is None:
         with torch.no_grad():
             call(model, batch)
-        return recorder.take(None), None, True
+        return recorder.take(None)
     with torch.enable_grad():
-        losses, is_scaled = observed_losses(loss(model, batch))
-        return recorder.take(losses.sum()), losses, is_scaled
+        result = loss(model, batch)
+        losses, is_scaled = observed_losses(result)
+        rows = recorder.take(losses.sum())
+    found.total += float(losses.detach().double().sum())
+    found.predictions += losses.numel()
+    found.is_scaled = found.is_scaled and is_scaled
+    found.is_drawn = isinstance(result, Distribution)
+    return rows
+
+
+def _are_scarce(sums: Mapping[Keys, MomentSums]) -> bool:
+    """Return whether some matrix's gradients come from too few effective rows for its directions."""
+    for entry in sums.values():
+        effective = entry.effective_rows
+        if entry.gradients is not None and effective is not None:
+            directions = max(min(len(entry.gradients), len(inputs)) for inputs in entry.inputs)
+            if 0 < effective < _ROWS_WANTED * directions:
+                return True
+    return False
 
 
 @plain_mode()
@@ -126,19 +179,26 @@ class MomentSums:
     """Sums of z zᵀ for every matrix of a group, and of δ δᵀ, ‖δ‖² and ‖δ‖⁴, over rows."""
 
     def __init__(self) -> None:
-        self.rows = 0
+        self.rows = self.drawn_rows = 0
         self.squares = self.fourths = 0.0
         self.inputs: list[Tensor] = []
         self.gradients: Tensor | None = None
 
-    def add(self, rows: Rows) -> None:
-        """Add the rows that receive a gradient, or all rows where no gradients are known."""
+    def add(self, rows: Rows, *, is_again: bool = False) -> None:
+        """Add the rows that receive a gradient, or all rows where no gradients are known.
+
+        Args:
+            rows: of one batch.
+            is_again: whether the inputs were added before, so that only the gradients are new.
+        """
         inputs, gradients, reached = list(rows.inputs), rows.gradients, rows.reached
         if gradients is not None and reached is not None and not bool(reached.all()):
             inputs, gradients = [values[reached] for values in inputs], gradients[reached]
-        self.rows += len(inputs[0])
-        sums = [_square(values) for values in inputs]
-        self.inputs = sums if not self.inputs else [old.add_(new) for old, new in zip(self.inputs, sums, strict=True)]
+        self.drawn_rows += len(inputs[0])
+        if not is_again:
+            self.rows += len(inputs[0])
+            sums = [_square(values) for values in inputs]
+            self.inputs = sums if not self.inputs else [old.add_(new) for old, new in zip(self.inputs, sums, strict=True)]
         if gradients is not None:
             square = _square(gradients)
             self.gradients = square if self.gradients is None else self.gradients.add_(square)
@@ -161,7 +221,7 @@ def moments_of(sums: Mapping[Keys, MomentSums]) -> dict[str, Moments]:
     for keys, entry in sums.items():
         if entry.rows == 0:
             continue
-        gradients = None if entry.gradients is None else entry.gradients / entry.rows
+        gradients = None if entry.gradients is None else entry.gradients / entry.drawn_rows
         for key, inputs in zip(keys, entry.inputs, strict=True):
             if not all(bool(torch.isfinite(tensor).all()) for tensor in (inputs, gradients) if tensor is not None):
                 raise SlimLSTMError(f"the inputs of {key}, or their gradients, are not finite; check the batches")
