@@ -5,7 +5,7 @@
 ``docs/demo.json`` comes from ``slimlstm demo --json``, ``results/ptb_untuned`` and ``results/ptb_fine_tuned`` from
 ``recipes/sweep.py``, ``results/quality_*`` and ``results/frontier_*`` from ``recipes/quality.py``,
 ``results/registry_models`` from ``recipes/registry_models.py``, ``results/ptb_tuned`` from ``recipes/tune.py``,
-``results/engines``, ``results/threads.json``, ``results/calibration.json`` and ``results/calls`` from programs in ``benchmarks``,
+``results/engines``, ``results/threads.json``, ``results/calibration.json`` and ``results/calls`` from ``benchmarks``,
 ``results/onnx_latency.json`` from ``recipes/onnx_latency.py``, and ``results/real_models`` from the programs in
 ``examples/real``. It also draws pictures in ``docs``. A result that no clean commit made is an error, unless
 ``results/dirty.json`` lists it as an old one; a mark follows its numbers. With ``--check`` it writes nothing, and the exit
