@@ -59,7 +59,8 @@ def compress_onnx(
 
     Args:
         path: the file.
-        config: see :func:`slimlstm.compress_`; sites have the names of their nodes, ``"<node>.weight_hh_l0"``.
+        config: see :func:`slimlstm.compress_`; sites have the names of their nodes, ``"<node>.weight_hh_l0"``. The storage
+            ``"int4"`` needs a file of opset 21 or later.
         output: the file to write, another than ``path``. An existing file is replaced, after everything else has succeeded.
         batches: inputs by name, NumPy arrays, one mapping a run. Calibrated methods need them, and ONNX Runtime.
         calibration: moments by site key, used instead of batches.
