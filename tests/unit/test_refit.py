@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributions import Categorical
 from torch.nn.functional import cross_entropy
 
-from slimlstm import LowRank, SlimLSTMError, compress_
+from slimlstm import LowRank, SlimLSTMError, calibrate, compress_
 from slimlstm.calibration.module_observer import ModuleObserver
 from slimlstm.calibration.refit import refit
 from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig
@@ -173,15 +173,20 @@ def test_held_out_batches_decide(held_out, monkeypatch):
 def test_the_divergence_from_the_dense_models_predictions_counts_where_labels_are_drawn():
     stranger = STRANGERS["CRNN"]
     model, batches, seen = stranger.make(), batches_of(stranger, 5), []
-    report = compress_(
-        model,
-        LowRank("fisher", keep=0.5),
-        batches=batches,
-        loss=lambda model, batch: seen.append(1) or Categorical(logits=model(*batch)),
-    )
+
+    def loss(model, batch):
+        seen.append(1)
+        return Categorical(logits=model(*batch))
+
+    calibrate(model, batches, loss)
+    # So few rows are drawn more than once.
+    calls = len(seen)
+    assert calls in range(5, 5 * 8 + 1, 5)
+    seen.clear()
+    report = compress_(model, LowRank("fisher", keep=0.5), batches=batches, loss=loss)
     # Calibration, then twice both models, and both once more on the last fifth to see what the last factors lose; the
     # report asks once, and learns that the loss is a distribution.
-    assert len(seen) == 5 * (1 + 2 * PASSES) + 2 * 1 + 1
+    assert len(seen) == calls + 5 * 2 * PASSES + 2 * 1 + 1
     assert any("fitted" in note for note in report.notes)
 
 
