@@ -378,8 +378,8 @@ smallest_part = "\n\n".join(
 )
 headline_part = (
     f"Make a trained LSTM four times smaller and, on CPUs, up to {max(speeds):.1f} times faster as a whole model, without "
-    f"training it again. On five real models, int8 keeps {min(qualities):.1%} to {max(qualities):.1%} of the quality by the "
-    "model's own measure; one call finds the smallest model that loses at most 1%."
+    f"training it again. On five real models, int8 keeps {min(qualities):.1%} to {max(qualities):.1%} of the quality by "
+    "the model's own measure; one call finds the smallest model that loses at most 1%."
 )
 
 latency = stored(ROOT / "results" / "onnx_latency.json")
