@@ -3,6 +3,8 @@
 import copy
 import itertools
 import random
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from slimlstm.evaluate import NextTokens, pieces
 from slimlstm.methods import Option, choose, efficient, matrix_bytes
 from slimlstm.modules.hosts import find_hosts
 from slimlstm.pipeline.selection import TOGETHER
+from slimlstm.weight_files import compress_file
 
 IN, H, CLASSES = 12, 24, 5
 
@@ -153,6 +156,16 @@ def factored():
     return model
 
 
+def file_without_batches():
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(Tagger().state_dict(), Path(folder) / "in.pt")
+        config = sl.LowRank("fisher", bytes=2000, storage="auto")
+        try:
+            compress_file(Path(folder) / "in.pt", config, Path(folder) / "out")
+        finally:
+            assert not (Path(folder) / "out").exists()
+
+
 REFUSED = {
     "a rank": (lambda: sl.LowRank("fisher", rank=4, storage="auto"), "one budget"),
     "a fraction": (lambda: sl.LowRank("fisher", keep=0.1, storage="auto"), "one budget"),
@@ -160,6 +173,12 @@ REFUSED = {
     "activation": (lambda: sl.LowRank("activation", bytes=999, storage="auto"), "fisher"),
     "an iterator": (lambda: run(batches=iter(batches())), "more than once"),
     "no loss": (lambda: run(loss=None), "loss"),
+    "no batches": (lambda: run(batches=None, loss=None), "has to see data; give batches= and loss="),
+    "no batches for a file": (file_without_batches, "has to see data"),
+    "moments without gradients": (
+        lambda: run(batches=None, loss=None, calibration=sl.calibrate(Tagger(), batches())),
+        "needs gradients",
+    ),
     "too few bytes": (lambda: run(budget=10), "too small"),
     "another model's sensitivity": (lambda: run(sensitivity=sl.Sensitivity("fisher", [], True)), "does not know"),
     "a compressed model": (lambda: run(model=factored()), "compressed already"),

@@ -10,7 +10,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-from slimlstm.calibration.moments import Moments
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import METHODS, Factors, Option, break_even_rank, efficient, matrix_bytes
 from slimlstm.methods.low_bit import GROUP, largest_code
@@ -111,7 +110,7 @@ def _curves(
 ) -> _Curves:
     site, keys = group[0], tuple(site.key for site in group)
     matrix, rounder = rebuilt(source.weight(site)), statistics.rounder(site)
-    loss = _Predicted(statistics, site)
+    loss = _Predicted(statistics, site, method)
     left_out = statistics.losses(site)
     truncation = [*(left_out.flip(0).cumsum(0).flip(0) * loss.of_spectrum).tolist(), 0.0]
     factored = {rank: _factors(statistics, site, method, rank) for rank in _ranks_at(site, (*_ROUNDED_AT, *_PROBED_AT))}
@@ -137,12 +136,10 @@ def _curves(
 class _Predicted:
     """Predicts the rise of the mean loss by an error of a site's matrix."""
 
-    def __init__(self, statistics: SiteStatistics, site: Site) -> None:
-        moments = statistics.known_moments(site)
-        assert moments is not None  # noqa: S101 (the statistics have raised otherwise)
-        self._moments: Moments = moments
+    def __init__(self, statistics: SiteStatistics, site: Site, method: str) -> None:
+        self._moments = statistics.moments(site, method)
         self.of_spectrum = 0.5 / statistics.predictions
-        self._scale = moments.rows / statistics.predictions
+        self._scale = self._moments.rows / statistics.predictions
 
     def __call__(self, difference: Tensor) -> float:
         return self._moments.loss_of(difference.float()) * self._scale

@@ -61,7 +61,7 @@ class SiteStatistics:
             losses = spectrum(self.problem(site, self._method))
             # Moments are means over rows; one site may see more rows than another.
             is_calibrated = METHODS[self._method].needs > Needs.NOTHING
-            return self._moments(site, self._method).rows * losses if is_calibrated else losses
+            return self.moments(site, self._method).rows * losses if is_calibrated else losses
         except SlimLSTMError as error:
             raise SlimLSTMError(f"{site.key}: {error}") from error
 
@@ -76,7 +76,24 @@ class SiteStatistics:
 
     def gradients(self, site: Site, method: str) -> Tensor | None:
         """Return the gradients' moment [m, m] where the method needs it, else None."""
-        return self._moments(site, method).gradients if METHODS[method].needs >= Needs.GRADIENTS else None
+        return self.moments(site, method).gradients if METHODS[method].needs >= Needs.GRADIENTS else None
+
+    def moments(self, site: Site, method: str) -> Moments:
+        """Return the moments of all sites that share the site's parameter.
+
+        Raises:
+            SlimLSTMError: no batch reached the site, or what the method needs was not calibrated.
+        """
+        needs_gradients = METHODS[method].needs >= Needs.GRADIENTS
+        if self._calibration is None:
+            needed = "batches= and loss=" if needs_gradients else "batches="
+            raise SlimLSTMError(f"{method!r} has to see data; give {needed}, or calibration=")
+        found = self.known_moments(site)
+        if found is None:
+            raise SlimLSTMError(f"no batch reached {site.key}, or no loss depends on it; leave it out with filter=")
+        if needs_gradients and found.gradients is None:
+            raise SlimLSTMError(f"{method!r} needs gradients, which the calibration does not have; calibrate with loss=")
+        return found
 
     def known_moments(self, site: Site) -> Moments | None:
         """Return the moments of all sites that share the site's parameter, or None where no batch reached them."""
@@ -124,17 +141,5 @@ class SiteStatistics:
         matrix, needs = rebuilt(self._source.weight(site)), METHODS[method].needs
         if needs == Needs.NOTHING:
             return MatrixProblem(matrix)
-        moments = self._moments(site, method)
+        moments = self.moments(site, method)
         return MatrixProblem(matrix, moments.inputs, moments.gradients if needs >= Needs.GRADIENTS else None)
-
-    def _moments(self, site: Site, method: str) -> Moments:
-        needs_gradients = METHODS[method].needs >= Needs.GRADIENTS
-        if self._calibration is None:
-            needed = "batches= and loss=" if needs_gradients else "batches="
-            raise SlimLSTMError(f"{method!r} has to see data; give {needed}, or calibration=")
-        found = self.known_moments(site)
-        if found is None:
-            raise SlimLSTMError(f"no batch reached {site.key}, or no loss depends on it; leave it out with filter=")
-        if needs_gradients and found.gradients is None:
-            raise SlimLSTMError(f"{method!r} needs gradients, which the calibration does not have; calibrate with loss=")
-        return found
