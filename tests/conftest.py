@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def part_of_grid(cases):
-    """Every second to sixth case of a test with several parameters, such that every value of each still occurs."""
+    """Every second to eighth case of a test with several parameters, such that every value of each still occurs."""
     if len(cases) <= LARGE:
         return cases
     # One column of ids for every mark; a value's place in it is the number of the values before.
@@ -53,7 +53,7 @@ def part_of_grid(cases):
     if len(columns) < 2:
         return cases
     places = [{value: place for place, value in enumerate(dict.fromkeys(column))} for column in columns]
-    step = min(6, sorted(map(len, places))[-2])
+    step = min(8, sorted(map(len, places))[-2])
     sums = (sum(place[value] for place, value in zip(places, row, strict=True)) for row in zip(*columns, strict=True))
     return [case for case, total in zip(cases, sums, strict=True) if total % step == 0]
 
