@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -221,7 +222,7 @@ def test_quantised_folders_are_read_back(tmp_path):
 
 @pytest.mark.parametrize("name", ["", "link"], ids=["the same name", "a link"])
 @pytest.mark.parametrize("kind", ["onnx", "folder", "weight file of the folder"])
-def test_the_input_is_never_the_output(kind, name, tmp_path):
+def test_the_input_is_never_the_output(kind, name, tmp_path, capsys):
     from slimlstm.onnx.compress import compress_onnx
     from slimlstm.weight_files import compress_file
 
@@ -237,6 +238,12 @@ def test_the_input_is_never_the_output(kind, name, tmp_path):
         (path,) = path.glob("*.safetensors")
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     verb = compress_onnx if kind == "onnx" else compress_file
-    with pytest.raises(SlimLSTMError, match=r"is the input, which would be lost|is a weight file of .*, which would be"):
+    refusal = r"is the input, which would be lost|is a weight file of .*, which would be"
+    with pytest.raises(SlimLSTMError, match=refusal):
         verb(path, Quantize("int8"), output)
+    # The command gives the same reason, and not the advice to replace the folder.
+    with pytest.raises(SystemExit) as ended:
+        main(["compress", str(path), "-o", str(output), "--storage", "int8"])
+    assert ended.value.code == 1
+    assert re.search(refusal, " ".join(capsys.readouterr().err.split()))
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before

@@ -170,6 +170,10 @@ def _check_output(file: Path, output: Path, force: bool) -> None:
     """Refuse an output that would destroy the input, lose weights, or replace something without ``--force``."""
     is_onnx = file.suffix.lower() == ".onnx"
     check_not_input(file, output)
+    if not is_onnx:
+        from slimlstm.weight_files.compress import check_folder
+
+        check_folder(file, output)
     if is_onnx and output.suffix.lower() != ".onnx":
         _check_that_nothing_is_lost(file, output)
     elif not is_onnx and output.suffix.lower() == ".onnx":

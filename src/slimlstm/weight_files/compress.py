@@ -65,10 +65,7 @@ def compress_file(
         >>> compress_file(place / "lstm.pt", slimlstm.Quantize("int8"), place / "small").lstm.parameters_after
         1664
     """
-    if path.is_dir():
-        check_not_input(path, folder)
-    if _is_weights_file_of(path, folder):
-        raise SlimLSTMError(f"{path} is a weight file of {folder}, which would be replaced; name another folder")
+    check_folder(path, folder)
     tensors, notes = read_weights(path, part)
     source = FileSource(tensors, read_config(path)["sites"] if path.is_dir() else {})
     if not source.sites():
@@ -88,6 +85,18 @@ def compress_file(
     report = apply(source, solution)
     write_folder(folder, source.state, source.entries)
     return report
+
+
+def check_folder(path: Path, folder: Path) -> None:
+    """Refuse to write over the folder that is read, or over the folder of the file that is read.
+
+    Raises:
+        SlimLSTMError: ``folder`` is ``path``, or a compressed folder whose weights ``path`` holds.
+    """
+    if path.is_dir():
+        check_not_input(path, folder)
+    if _is_weights_file_of(path, folder):
+        raise SlimLSTMError(f"{path} is a weight file of {folder}, which would be replaced; name another folder")
 
 
 def _is_weights_file_of(path: Path, folder: Path) -> bool:
