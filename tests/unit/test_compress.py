@@ -317,6 +317,7 @@ AGAIN = {
 
 @every_stranger
 @pytest.mark.parametrize(("first", "second", "expected"), AGAIN.values(), ids=AGAIN)
+@pytest.mark.slow
 def test_compressing_again(stranger, first, second, expected):
     model, dense = stranger.make(), stranger.make()
     compress_(model, first)

@@ -51,6 +51,7 @@ MODES = {
 @pytest.mark.parametrize("name", ["CRNN", "seq2seq", "tagger", "shared", "cell", "projected"])
 @pytest.mark.parametrize(("mode", "training", "dtype"), MODES.values(), ids=MODES)
 @pytest.mark.parametrize("config", [LowRank(rank=2), None], ids=["factored", "masked"])
+@pytest.mark.slow
 def test_the_reported_backends_run(name, mode, training, dtype, config, ran):
     stranger = STRANGERS[name]
     model = stranger.make().to(dtype)

@@ -33,6 +33,7 @@ from slimlstm.tuning import distillation, divergence, run
 
 @pytest.mark.parametrize("temperature", [None, 2.0])
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_a_compressed_model_comes_closer_to_the_dense_one(method, temperature):
     dense, model = taggers(method)
     matrices = ("weight_ih_l0", "weight_hh_l0")
@@ -238,6 +239,7 @@ def interrupted_at(step):
 
 @pytest.mark.parametrize("every_step", [False, True])
 @pytest.mark.parametrize("step", [1, 3, 4, 10])
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(step, every_step, tmp_path, monkeypatch):
     if every_step:
         monkeypatch.setattr(run, "_SECONDS_BETWEEN_WRITES", 0.0)

@@ -134,6 +134,7 @@ def total_loss(report: Report) -> float:
 
 @every_stranger
 @pytest.mark.parametrize("keep", [0.4, 0.6])
+@pytest.mark.slow
 def test_global_allocation_is_predicted_to_lose_no_more_than_uniform(stranger, keep):
     """With as many parameters, up to the last rank that a uniform allocation leaves over."""
     dense, batches = stranger.make(), batches_of(stranger, 8)
@@ -214,6 +215,7 @@ def test_int8_buys_more_ranks_for_the_same_bytes():
 
 @every_stranger
 @every_config
+@pytest.mark.slow
 def test_a_plan_does_the_same_again(stranger, config):
     model, other, batches = stranger.make(), stranger.make(), batches_of(stranger)
     calibration = calibrate(model, batches, losses_of)

@@ -42,6 +42,7 @@ def test_every_variant_is_the_reference(problem):
 @pytest.mark.parametrize("projected", [False, True])
 @pytest.mark.parametrize("batch", [1, 19])
 @pytest.mark.parametrize("hidden", [7, 129])
+@pytest.mark.slow
 def test_threads_and_chunks(hidden, batch, projected, threads):
     proj_size = hidden // 2 if projected else 0
     arguments = {"input_size": 70, "hidden_size": hidden, "proj_size": proj_size, "num_layers": 1}

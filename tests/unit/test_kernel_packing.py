@@ -264,6 +264,7 @@ def test_edits_of_memory_that_processes_share_are_seen():
 
 @pytest.mark.parametrize("take", HELD.values(), ids=HELD)
 @pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.slow
 def test_weights_are_not_compared_where_nobody_can_have_edited_them(take, grad):
     module, x = low_rank(), torch.randn(2, 1, 5)
     with torch.set_grad_enabled(grad):

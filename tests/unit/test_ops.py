@@ -116,6 +116,7 @@ every_step = pytest.mark.parametrize(
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(problem=problems(full_rank=False, plain=True))
+@pytest.mark.slow
 def test_the_training_backend_is_right_to_the_precision_of_the_dtype(training_by, dtype, autocast, problem):
     inputs = problem.inputs(dtype)
     exact = low_rank(problem, "reference", dtype).double()

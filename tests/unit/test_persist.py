@@ -535,6 +535,7 @@ def test_a_crash_leaves_the_old_model(folder, monkeypatch, step):
 
 
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+@pytest.mark.slow
 def test_a_crash_leaves_no_half_model(tmp_path, monkeypatch, step):
     with monkeypatch.context() as patch:
         crash_at(patch, *step)

@@ -184,6 +184,7 @@ def test_weights_are_rounded_and_nothing_else(name, storage, before):
 @every_stranger
 @every_storage
 @every_start
+@pytest.mark.slow
 def test_again_is_as_once(name, storage, before):
     model = make(name, before)
     first = compress_(model, Quantize(storage))

@@ -184,6 +184,7 @@ def right_answers(model):
         return (model(HELD_OUT[:-1]).argmax(-1) == HELD_OUT[1:]).float().flatten()
 
 
+@pytest.mark.slow
 def test_values_of_examples_meet_the_limit_with_confidence(net):
     # Only the examples differ, so every mean is the same with and without them.
     alone = find_smallest(net, accuracy_of, better="higher", at_most="5%", evaluations=8)

@@ -121,6 +121,7 @@ def test_a_damaged_sensitivity_is_refused(text, tmp_path):
 
 @pytest.mark.parametrize("loss", [classes, losses])
 @pytest.mark.parametrize("budget", [2200, 4000])
+@pytest.mark.slow
 def test_compression_keeps_the_budget_and_names_the_rivals(budget, loss):
     model = Tagger()
     config = sl.LowRank("fisher", bytes=budget, storage="auto")
