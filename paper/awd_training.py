@@ -35,12 +35,14 @@ from slimlstm.errors import SlimLSTMError
 from slimlstm.evaluate import perplexity
 
 OPTIMIZERS = {"ntasgd": 30.0, "asgd": 30.0, "adamw": 3e-3}
-"""Learning rate by optimizer: SGD that turns into averaged SGD, averaged SGD from the start, AdamW with one cycle."""
+"""Learning rate by optimizer: SGD that turns into averaged SGD, averaged SGD, AdamW with one cycle and averages."""
 LayerStates = list[tuple[Tensor, Tensor]]
 """By layer: h [1, B, P] and c [1, B, H]."""
 CLIP, ALPHA, BETA, WEIGHT_DECAY, PATIENCE = 0.25, 2.0, 1.0, 1.2e-6, 5
 WARM_UP = 0.1
 EVALUATION_STREAMS = 10
+AVERAGED_STEPS = 300
+"""Time constant in steps of AdamW's exponential average of the weights, which is good before the cycle has ended."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ class Training:
         self.objective: nn.Module = objective if is_alone else DistributedDataParallel(objective, broadcast_buffers=False)
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.optimizer = self._new_optimizer()
-        self.place = Place(epoch=options.first_epoch, averaging=options.optimizer == "asgd")
+        self.place = Place(epoch=options.first_epoch, averaging=options.optimizer != "ntasgd")
         self.averages: dict[str, Tensor] = {}
         self.state: LSTMStates | None = None
 
@@ -194,9 +196,12 @@ class Training:
 
     def _average(self) -> None:
         self.place.averaged += 1
+        share = 1.0 / self.place.averaged
+        if self.options.optimizer == "adamw":
+            share = max(share, 1.0 / AVERAGED_STEPS)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                self.averages.setdefault(name, parameter.detach().clone()).lerp_(parameter, 1.0 / self.place.averaged)
+                self.averages.setdefault(name, parameter.detach().clone()).lerp_(parameter, share)
 
     def learning_rate(self, taken: int) -> float:
         """Return the rate for a piece of ``taken`` tokens; shorter pieces count less."""

@@ -5,11 +5,11 @@
         --output runs/ptb-svd-hh-010
 
 Optimizers: SGD that turns into averaged SGD once validation stops improving (``ntasgd``), averaged SGD from the start
-(``asgd``, the published fine-tuning), or AdamW with one cycle, for short budgets (``adamw``). After a kill or
-``--max-minutes``, the same command continues the run and ends with the same files: the best weights in
-``model.safetensors`` or in the folder ``compressed``, ``vocab.txt``, ``log.jsonl`` with a line for every epoch, and
-``result.json``. If the folder of a run is lost, ``--start`` with ``--first-epoch`` and ``--warm-up`` continues the cycle of
-AdamW from stored weights.
+(``asgd``, the published fine-tuning), or AdamW with one cycle and an exponential average of its weights, for short budgets
+(``adamw``). After a kill or ``--max-minutes``, the same command continues the run and ends with the same files: the best
+weights in ``model.safetensors`` or in the folder ``compressed``, ``vocab.txt``, ``log.jsonl`` with a line for every epoch,
+and ``result.json``. If the folder of a run is lost, ``--start`` with ``--first-epoch`` and ``--warm-up`` continues the
+cycle of AdamW from stored weights.
 
 Weight drop acts on matrices that are not factorised; pruned ones keep their masks. A Semi-NMF is trained as the factors of
 its product's SVD, without V >= 0, which training would not preserve.
