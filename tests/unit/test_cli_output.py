@@ -157,7 +157,14 @@ def written_in(encoding, words, monkeypatch, kind=io.TextIOWrapper):
     return status, *(stream.buffer.getvalue().decode(encoding) for stream in streams)
 
 
-@pytest.mark.parametrize(("verb", "encoding"), [*((verb, "cp1252") for verb in VERBS), ("inspect", "ascii")])
+@pytest.mark.parametrize(
+    ("verb", "encoding"),
+    [
+        *((verb, "cp1252") for verb in VERBS if verb != "demo"),
+        pytest.param("demo", "cp1252", marks=pytest.mark.slow),
+        ("inspect", "ascii"),
+    ],
+)
 def test_output_in_a_small_encoding(verb, encoding, arguments, monkeypatch):
     status, out, err = written_in(encoding, arguments(verb), monkeypatch)
     assert (status, "Traceback" in err) == (0, False), err

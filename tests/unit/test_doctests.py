@@ -20,7 +20,12 @@ def module_names(package, folder):
     return [name for name in dotted if not name.endswith("__main__")]
 
 
-MODULES = [name for package, folder in FOLDERS.items() for name in module_names(package, folder)]
+SLOW = ("slimlstm.onnx.export", "slimlstm.search.module")
+MODULES = [
+    pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
+    for package, folder in FOLDERS.items()
+    for name in module_names(package, folder)
+]
 
 
 @pytest.fixture

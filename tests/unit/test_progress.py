@@ -102,7 +102,9 @@ STEPS = {
     "interleaved_seconds": (lambda folder, **more: interleaved_seconds({"sum": lambda: 1}, seconds=0.01, **more), "timing"),
 }
 """Every long step, and words that its bar or lines contain."""
-every_step = pytest.mark.parametrize("name", STEPS)
+every_step = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "find_best" else []) for name in STEPS]
+)
 
 
 @every_step

@@ -69,7 +69,7 @@ DATA = {
 }
 
 
-@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("data", [pytest.param(data, marks=[pytest.mark.slow] * (data == "batches")) for data in DATA])
 @pytest.mark.parametrize(("metric", "better"), [(loss_of, "lower"), (accuracy_of, "higher")], ids=["loss", "accuracy"])
 def test_the_smallest_model_that_a_metric_allows(net, data, metric, better):
     before, calls = copy.deepcopy(net.state_dict()), []
@@ -150,7 +150,7 @@ def test_the_file_is_written_after_every_trial(net, tmp_path):
     assert sizes == [1, 2, 3] == list(range(1, len(found.trials) + 1))
 
 
-@pytest.mark.parametrize("data", ["nothing", "batches and a loss"])
+@pytest.mark.parametrize("data", [pytest.param("nothing", marks=pytest.mark.slow), "batches and a loss"])
 def test_the_best_within_bytes(net, data):
     budget = int(0.2 * 4 * sum(site.shape[0] * site.shape[1] for site in sl.find_sites(net)))
     found = find_best(net, loss_of, better="lower", bytes=budget, evaluations=6, **DATA[data])
