@@ -19,9 +19,10 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import slimlstm
 from slimlstm import LowRank, LowRankLSTM, Prune, Quantize, SlimLSTMError, calibrate, compress_, find_sites, load, save
+from slimlstm.bench import bench_layers
 from slimlstm.folders import read_folder
 from slimlstm.modules.graphs import copy_model
-from slimlstm.search import find_smallest
+from slimlstm.search import find_best, find_smallest
 from slimlstm.weight_files import read_tensors
 
 IN, H, T, B = 6, 16, 5, 2
@@ -567,12 +568,21 @@ def calibrated(model, folder):
     return [value for one in found.sites.values() for value in (one.inputs, one.gradients)], [found.loss]
 
 
-def searched(model, folder):
+def searched(find, **limit):
     def changes(model):
         return float(sum(parameter.detach().double().abs().sum() for parameter in model.parameters()))
 
-    found = find_smallest(model, changes, better="lower", at_most="50%", evaluations=4)
-    return tensors_of(found.model), [trial.metric for trial in found.trials]
+    def verb(model, folder):
+        found = find(model, changes, better="lower", evaluations=4, **limit)
+        return tensors_of(found.model), [trial.metric for trial in found.trials]
+
+    return verb
+
+
+def layers_timed(model, folder):
+    layers = {"lstm": LowRankLSTM.from_dense(model.lstm)}
+    found = bench_layers(layers, layers, steps=2, seconds=0.001)
+    return tensors_of(model), sorted(found.totals())
 
 
 def loaded(model, folder):
@@ -657,7 +667,9 @@ VERBS = {
     "fisher": compressed(LowRank("fisher", keep=0.3), batches=[BATCH, 2 * BATCH], loss=squares),
     "activation": compressed(LowRank("activation", rank=2), batches=[(BATCH,)]),
     "calibrate": calibrated,
-    "find_smallest": searched,
+    "find_smallest": searched(find_smallest, at_most="50%"),
+    "find_best": searched(find_best, bytes=3000),
+    "bench_layers": layers_timed,
     "save and load": loaded,
     "to_dense": densified,
     "finetune": finetuned,

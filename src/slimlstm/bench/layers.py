@@ -16,6 +16,7 @@ from slimlstm.bench.engines import dense_rivals, exact_output, low_rank_rivals
 from slimlstm.bench.timing import MIN_TURNS, SECONDS, using_threads
 from slimlstm.errors import SlimLSTMError
 from slimlstm.modules.lstm import LowRankLSTM
+from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.ops import native
 from slimlstm.progress import Progress, shown
 from slimlstm.provenance import provenance
@@ -134,6 +135,8 @@ def _is_rival(other: Mapping[str, Any], one: Mapping[str, Any]) -> bool:
     return one["ours"] and not other["ours"] and other["model"] in ("dense", one["model"])
 
 
+@plain_mode()
+@plain_defaults()
 def bench_layers(
     dense: Mapping[str, LowRankLSTM],
     compressed: Mapping[str, LowRankLSTM],
