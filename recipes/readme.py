@@ -172,8 +172,8 @@ frontier_picture = "![Rise of the loss against bytes, for int8 and for rank and 
 frontier_part = "\n\n".join(
     [
         markdown(frontier_header, [row for (_, keep), row in frontier_rows.items() if keep == SHOWN]),
-        "Rise of the test text's log-perplexity, by the Fisher method in int8 and with rank and bits of every matrix "
-        "chosen together, and the latter's change of perplexity. The picture shows other sizes.",
+        "*int8* (the Fisher method) and *rank and bits together* show the rise of the test text's log-perplexity; *ratio* "
+        "compares them. *Perplexity*: its change with rank and bits together. The picture shows other sizes.",
         frontier_picture,
     ]
 )
@@ -325,9 +325,9 @@ model_header = ["model (measure)", "dense LSTM", "int8", "quality", "speed", "wi
 model_part = "\n\n".join(
     [
         markdown(model_header, model_rows),
-        "Bytes left of the LSTMs; speed of the whole model against the dense one, side by side. *Within 1%* is what "
-        "`sl.find_smallest` chose. DTLN runs in ONNX Runtime. A model that does much beside its LSTMs, such as Silero VAD, "
-        "gains size and little speed.",
+        "*int8* and *within 1%* show the share of the LSTMs' bytes left; `sl.find_smallest` chose the latter. *Speed* "
+        "compares whole models, side by side. DTLN runs in ONNX Runtime. A model that does much beside its LSTMs, such as "
+        "Silero VAD, becomes smaller but hardly faster.",
     ]
 )
 variant_rows = [
@@ -377,9 +377,9 @@ smallest_part = "\n\n".join(
     ]
 )
 headline_part = (
-    f"Make a trained LSTM four times smaller and, on CPUs, up to {max(speeds):.1f} times faster as a whole model, without "
+    f"Make a trained LSTM four times smaller and the whole model up to {max(speeds):.1f} times faster on CPUs, without "
     f"training it again. On five real models, int8 keeps {min(qualities):.1%} to {max(qualities):.1%} of the quality by "
-    "the model's own measure; one call finds the smallest model that loses at most 1%."
+    "each model's own measure. One call finds the smallest model that loses at most 1%."
 )
 
 latency = stored(ROOT / "results" / "onnx_latency.json")
