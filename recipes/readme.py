@@ -433,12 +433,13 @@ def calls_part(mode, words):
     return "\n\n".join(
         [
             table,
-            f"From [`results/calls/{mode}.json`](results/calls/{mode}.json), made by `benchmarks/calls.py {mode}`: how "
-            f"many times faster than `nn.LSTM`, {words}, at batch 1 / 8 / 32, on one thread in float32. Dense is a layer "
-            f"whose matrices are kept whole; factors keep {result['config']['keep']:.0%} of the numbers; I = H. `nn.LSTM` "
-            f"runs with oneDNN or without, whichever is faster. The least ratio of a compressed layer is {small:.2f}, or "
-            f"{by_default:.2f} to PyTorch's default, with oneDNN; of a dense one, {dense:.2f}. The largest settings are "
-            f"left out. Measured on {result['provenance']['processor']}.",
+            f"The numbers say how many times faster than `nn.LSTM` a layer is in {words}, at batch 1 / 8 / 32, on one "
+            "thread in float32. *Dense* layers keep their matrices whole; *factors* keep "
+            f"{result['config']['keep']:.0%} of the numbers; I = H. `nn.LSTM` runs with oneDNN or without, whichever is "
+            f"faster. The smallest ratio of a compressed layer is {small:.2f}, or {by_default:.2f} to PyTorch's default, "
+            f"with oneDNN; the smallest ratio of a dense layer is {dense:.2f}. The settings with the most arithmetic are "
+            f"left out. From [`results/calls/{mode}.json`](results/calls/{mode}.json), made by `benchmarks/calls.py "
+            f"{mode}` on {result['provenance']['processor']}.",
         ]
     )
 
@@ -446,7 +447,7 @@ def calls_part(mode, words):
 PARTS = {
     "README.md": {"headline": headline_part, "models": model_part, "frontier": frontier_part},
     "docs/kernel.md": {
-        "evaluation": calls_part("evaluation", "evaluation mode with gradients on, forward"),
+        "evaluation": calls_part("evaluation", "evaluation mode with gradients on, forward only"),
         "training": calls_part("training", "training mode, forward and backward"),
     },
     "docs/onnx.md": {"latency": latency_part},
