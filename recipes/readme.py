@@ -392,10 +392,11 @@ latency_rows = [
 latency_part = "\n\n".join(
     [
         markdown(["model", "T", "dense export", *latency_kinds], latency_rows),
-        "From [`results/onnx_latency.json`](results/onnx_latency.json), made by `recipes/onnx_latency.py`: times relative "
-        "to the dense export's, of files that `export_onnx` and `compress_onnx` wrote, in ONNX Runtime "
-        f"{latency['provenance']['onnxruntime']}, one thread, one sequence; half: the factors keep half of the numbers. "
-        "The first five models have random weights; the others are trained. DTLN is published as ONNX files. Medians of "
+        "The ratios compare files that `export_onnx` and `compress_onnx` wrote with the dense export: below 1.00 the file "
+        "takes less time. In files called *half*, factors keep half of the numbers. ONNX Runtime "
+        f"{latency['provenance']['onnxruntime']} ran one sequence on one thread. The first five models have random "
+        "weights; the others are trained. DTLN is published as ONNX files, so nothing is exported. From "
+        "[`results/onnx_latency.json`](results/onnx_latency.json), made by `recipes/onnx_latency.py`: medians of "
         f"interleaved calls on {latency['provenance']['processor']}.",
     ]
 )
