@@ -370,10 +370,10 @@ smallest_header = ["model (measure)", "found", "left", "quality", "evaluations",
 smallest_part = "\n\n".join(
     [
         markdown(smallest_header, [smallest_row(model) for model in real]),
-        "Bytes of the recurrent matrices. The search measured on one part of the data, and the quality is on another that "
-        "neither it nor the calibration saw. The processor time includes the calibration. The last column is the smallest "
-        "configuration by hand in the same program that keeps 99% on the same data "
-        "([`results/real_models`](results/real_models)).",
+        "*Found* and *left* count the bytes of the recurrent matrices. The search measured on one part of the data. The "
+        "quality was measured on another part, which neither the search nor the calibration saw. The processor time "
+        "includes the calibration. *Smallest by hand* is the smallest configuration that the same program names itself "
+        "and that keeps 99% of the quality on the same data. From [`results/real_models`](results/real_models).",
     ]
 )
 headline_part = (
