@@ -1,4 +1,4 @@
-"""Write the measured parts of README.md and docs/results.md, between their markers, from stored results.
+"""Write the measured parts of README.md and of pages in docs, between their markers, from stored results.
 
     python recipes/readme.py [--check]
 
@@ -279,7 +279,7 @@ batches, threads = ({row[key] for row in engines["rows"]} for key in ("batch", "
 precisions = ("float32", "bfloat16", "int8")
 two = stored(ROOT / "results" / "threads.json")["rows"]
 largest = [row["speedup"] for row in two if (row["hidden"], row["steps"]) == (max(r["hidden"] for r in two), 35)]
-picture = "![The same at every rank, batch 1, one thread](docs/engines.png)"
+picture = "![How many times as fast as the best dense engine, at every rank, batch 1, one thread](docs/engines.png)"
 speed_part = "\n\n".join(
     [
         markdown(["one layer", "dense float32", "dense int8", *(f"H/8 {name}" for name in precisions)], speed_rows),
