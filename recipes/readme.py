@@ -1,4 +1,4 @@
-"""Write the measured parts of README.md and docs/results.md, between their markers, from stored results.
+"""Write the measured parts of README.md and of pages in docs, between their markers, from stored results.
 
     python recipes/readme.py [--check]
 
@@ -32,7 +32,7 @@ SHOWN = 0.08
 """The fraction of the bytes that README.md shows of the frontier."""
 INT8, TOGETHER = "fisher-int8", "fisher-auto"
 FOREIGN = ("svd-int8", INT8, "dense-int4", TOGETHER)
-DIRTY = f"{MARK.strip()} Made with uncommitted changes, so its commit may not reproduce it."
+DIRTY = f"{MARK.strip()} Made with uncommitted changes, so the commit that the result names may not reproduce the number."
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--check", action="store_true", help="compare only")
@@ -85,9 +85,9 @@ demo_part = "\n\n".join(
     [
         markdown(["rank 50", "LSTM parameters", "stored", "perplexity", "change", "speed"], demo_rows),
         tour["summary"],
-        f"From [`docs/demo.json`](docs/demo.json): perplexity per byte-pair token on held-out WikiText-2 text, with "
-        f"PyTorch {made_with['torch']}. Speed: how many times faster than the dense model in PyTorch the LSTMs read 35 "
-        f"tokens, at batch 1 on one thread, side by side on {made_with['processor']}. "
+        "*Perplexity* is per byte-pair token of held-out WikiText-2 text. *Speed* is how many times faster the LSTMs read "
+        "35 tokens than the dense model's LSTMs in PyTorch, at batch 1 on one thread, side by side on "
+        f"{made_with['processor']}. From [`docs/demo.json`](docs/demo.json), with PyTorch {made_with['torch']}. "
         "[Speed of one layer](#speed-of-one-layer) compares with the fastest engine for each size.",
     ]
 )
@@ -106,7 +106,7 @@ for rank in sorted({rank for _, _, rank in untuned if rank}):
         found = [fine_tuned[name] for name in names]
         ptb_rows.append([f"{rank}, tuned", *(marked(f"{one['perplexity']['test']:.1f}", one) for one in found)])
 of_tuned = (
-    "From [`results/ptb_fine_tuned`](results/ptb_fine_tuned), tuned: after averaged SGD (epochs: "
+    "*Tuned* rows, from [`results/ptb_fine_tuned`](results/ptb_fine_tuned), have averaged SGD (epochs: "
     f"{fine_tuned['dense']['epochs']}), which brings the dense model to {fine_tuned['dense']['perplexity']['test']:.2f}. "
     if any("tuned" in row[0] for row in ptb_rows)
     else ""
@@ -114,9 +114,10 @@ of_tuned = (
 ptb_part = "\n\n".join(
     [
         markdown(["rank", *(f"{method}, {target}" for method, target in columns)], ptb_rows),
-        "From [`results/ptb_untuned`](results/ptb_untuned): test perplexity, not tuned after compression; the dense model "
-        f"has {untuned['dense', 'none', 0]['perplexity']:.2f}. {of_tuned}It is the paper's architecture, trained for eight "
-        "epochs only: compare columns, not the level with published figures.",
+        f"The numbers are test perplexities; the dense model has {untuned['dense', 'none', 0]['perplexity']:.2f}. Rows "
+        "without *tuned*, from [`results/ptb_untuned`](results/ptb_untuned), have no training after compression. "
+        f"{of_tuned}The model has the paper's architecture, but was trained for eight epochs only: compare columns with "
+        "each other, not with published figures.",
     ]
 )
 
@@ -172,8 +173,8 @@ frontier_picture = "![Rise of the loss against bytes, for int8 and for rank and 
 frontier_part = "\n\n".join(
     [
         markdown(frontier_header, [row for (_, keep), row in frontier_rows.items() if keep == SHOWN]),
-        "Rise of the test text's log-perplexity, by the Fisher method in int8 and with rank and bits of every matrix "
-        "chosen together, and the latter's change of perplexity. The picture shows other sizes.",
+        "*int8* (the Fisher method) and *rank and bits together* show the rise of the test text's log-perplexity; *ratio* "
+        "compares them. *Perplexity*: its change with rank and bits together. The picture shows other sizes.",
         frontier_picture,
     ]
 )
@@ -207,42 +208,42 @@ first = quality["quality_ptb"][0]
 timed = stored(ROOT / "results" / "calibration.json")
 whole = timed["compression"]
 calibration_text = (
-    f"Calibration takes {timed['ratio']:.2f} times as long as a plain forward and backward pass over the same text, and "
-    f"everything from calibration on {whole['tokens']:,} tokens of Penn Treebank to rounding "
+    f"Calibration takes {timed['ratio']:.2f} times as long as a plain forward and backward pass over the same text. "
+    f"Everything from calibration on {whole['tokens']:,} tokens of Penn Treebank to rounding takes "
     f"{whole['processor_seconds']:.0f} s of processor time ([`results/calibration.json`](results/calibration.json)). "
 )
 quality_part = "\n\n".join(
     [
         markdown(["model, matrices' bytes left", *quality_methods], quality_rows),
-        "From [`results/quality_ptb`](results/quality_ptb) and [`results/quality_embedded`](results/quality_embedded): by "
-        "how much the log-perplexity of the test text rises when all hh and ih matrices are compressed to that fraction of "
-        "their bytes, without training; in brackets, against SVD at that size. Pruning keeps as many weights and saves no "
-        f"bytes. Calibrated on {first['config']['calibration_tokens']:,} tokens of training text. "
-        f"Predicted and measured rise order the {len(quality['quality_ptb'])} plans of the first model alike (Spearman's "
+        "The numbers are the rise of the test text's log-perplexity when all hh and ih matrices are compressed to that "
+        "fraction of their bytes, without training. In brackets, the rise is divided by the rise with SVD at that size. "
+        "Pruning keeps as many weights as the factors in float32 hold, and saves no bytes. Calibration saw "
+        f"{first['config']['calibration_tokens']:,} tokens of training text. The predicted and the measured rise put the "
+        f"{len(quality['quality_ptb'])} plans of the first model in nearly the same order (Spearman's "
         f"ρ = {correlation(quality['quality_ptb']):.3f}, [picture](docs/prediction.png)), but the prediction is several "
-        "times too small; [why](docs/decisions/0007-calibration.md).",
+        "times too small ([why](docs/decisions/0007-calibration.md)). From [`results/quality_ptb`](results/quality_ptb) "
+        "and [`results/quality_embedded`](results/quality_embedded).",
         "### Rank and bits together",
         frontier_picture,
         markdown(frontier_header, list(frontier_rows.values())),
-        "From [`results/frontier_ptb`](results/frontier_ptb) and [`results/frontier_embedded`](results/frontier_embedded), "
-        "on the whole test texts: the rise of the log-perplexity at the same bytes, by the Fisher method in int8 and by "
-        '`LowRank("fisher", bytes=..., storage="auto")`, which chooses rank and bits of every matrix together. The last '
-        f"column is the latter's change of perplexity. {calibration_text}Matrices differ in what a byte is worth:",
+        "The numbers are the rise of the whole test text's log-perplexity at the same bytes: by the Fisher method in int8, "
+        'and by `LowRank("fisher", bytes=..., storage="auto")`, which chooses rank and bits of every matrix together. '
+        "*Ratio* divides the second rise by the first. *Perplexity* is its change with rank and bits together. From "
+        "[`results/frontier_ptb`](results/frontier_ptb) and [`results/frontier_embedded`](results/frontier_embedded).",
+        f"{calibration_text}A byte is worth more in some matrices than in others:",
         "![Predicted rise of the loss against bytes of each matrix](docs/sensitivity.png)",
         "### Models from the package index",
         markdown(["model, matrices' bytes left", *FOREIGN], foreign_rows),
-        "From [`results/registry_models`](results/registry_models): by how much predictions on data that calibration did "
-        "not see differ from the dense model's. For resemblyzer, the mean cosine distance of embeddings; for "
-        "g2p-id, the fraction of words that are pronounced otherwise; elsewhere, the mean difference of probabilities. "
-        "dense-int4 keeps all matrices whole, in 4 bits rounded with feedback.",
+        "The numbers say how far predictions are from the dense model's, on data that calibration did not see: for "
+        "resemblyzer, the mean cosine distance of embeddings; for g2p-id, the fraction of words that are pronounced "
+        "differently; for the other models, the mean difference of probabilities. *dense-int4* keeps all matrices whole, "
+        "in 4 bits, rounded with feedback. From [`results/registry_models`](results/registry_models).",
         *(
             [
-                markdown(
-                    ["ten minutes of `finetune` at a quarter", "learning rate", "perplexity before", "after"], tuned_rows
-                ),
-                "From [`results/ptb_tuned`](results/ptb_tuned): the Penn Treebank model, distilled from the dense one "
-                f"({next(iter(tuned.values()))['perplexity']['dense']:.1f}) in bfloat16, "
-                f"threads: {next(iter(tuned.values()))['provenance']['threads']}.",
+                markdown(["ten minutes of `finetune`", "learning rate", "perplexity before", "after"], tuned_rows),
+                "The Penn Treebank model with a quarter of its recurrent weights learns from the dense model "
+                f"({next(iter(tuned.values()))['perplexity']['dense']:.1f}) in bfloat16, threads: "
+                f"{next(iter(tuned.values()))['provenance']['threads']}. From [`results/ptb_tuned`](results/ptb_tuned).",
             ]
             if tuned
             else []
@@ -278,22 +279,24 @@ batches, threads = ({row[key] for row in engines["rows"]} for key in ("batch", "
 precisions = ("float32", "bfloat16", "int8")
 two = stored(ROOT / "results" / "threads.json")["rows"]
 largest = [row["speedup"] for row in two if (row["hidden"], row["steps"]) == (max(r["hidden"] for r in two), 35)]
-picture = "![The same at every rank, batch 1, one thread](docs/engines.png)"
+picture = "![How many times as fast as the best dense engine, at every rank, batch 1, one thread](docs/engines.png)"
 speed_part = "\n\n".join(
     [
         markdown(["one layer", "dense float32", "dense int8", *(f"H/8 {name}" for name in precisions)], speed_rows),
-        "From [`results/engines`](results/engines/engines.json): batch 1, one thread, I = H, T time steps, both matrices "
-        "dense or of rank H/8. How many times faster the kernel is than the fastest dense rival of the precision, of "
-        "PyTorch (oneDNN on and off, `quantize_dynamic`), ONNX Runtime and OpenVINO; after the stroke, than the same "
-        "low-rank model as an ONNX Scan in the fastest of them. bfloat16 is compared with float32. Outputs are checked "
-        f"first; medians of interleaved calls on {engines['provenance']['processor']}. Below 1.00x the rival is faster: "
-        f"in {sum(ratio < 1 for ratio in all_ratios)} of {len(all_ratios)} ratios to dense rivals at batch "
-        f"{', '.join(map(str, sorted(batches)))}, threads {', '.join(map(str, sorted(threads)))} and every rank measured.",
-        f"A second thread makes calls of 35 steps at H = {max(row['hidden'] for row in two)} {min(largest):.1f} to "
-        f"{max(largest):.1f} times faster, and in none of {len(two)} settings the ratio is below "
-        f"{min(r['speedup'] for r in two):.2f} ([`results/threads.json`](results/threads.json), nothing else running). "
-        "Where threads of other engines spin beside it, the kernel takes one thread, and large dense layers are then "
-        "slower than those engines with two.",
+        "The layers have I = H inputs, and both matrices are dense or of rank H/8; batch 1, T time steps, one thread. The "
+        "first number says how many times faster the kernel is than the fastest dense rival in the same precision, among "
+        "PyTorch (oneDNN on and off, `quantize_dynamic`), ONNX Runtime and OpenVINO. The number after the stroke compares "
+        "with the same low-rank model as an ONNX Scan, in the fastest engine. The rivals of bfloat16 compute in float32. "
+        "Outputs are checked first; times are medians of interleaved calls on "
+        f"{engines['provenance']['processor']}. Below 1.00x the rival is faster; so it is in "
+        f"{sum(ratio < 1 for ratio in all_ratios)} of {len(all_ratios)} ratios to dense rivals, at batch "
+        f"{', '.join(map(str, sorted(batches)))}, threads {', '.join(map(str, sorted(threads)))} and every rank measured. "
+        "From [`results/engines`](results/engines/engines.json).",
+        f"With a second thread and nothing else running, calls of 35 steps at H = {max(row['hidden'] for row in two)} "
+        f"become {min(largest):.1f} to {max(largest):.1f} times faster, and in none of {len(two)} settings is the ratio "
+        f"below {min(r['speedup'] for r in two):.2f} ([`results/threads.json`](results/threads.json)). Where threads of "
+        "other engines spin at the same time, the kernel takes one thread; large dense layers are then slower than in "
+        "those engines with two threads.",
         picture,
     ]
 )
@@ -325,9 +328,9 @@ model_header = ["model (measure)", "dense LSTM", "int8", "quality", "speed", "wi
 model_part = "\n\n".join(
     [
         markdown(model_header, model_rows),
-        "Bytes left of the LSTMs; speed of the whole model against the dense one, side by side. *Within 1%* is what "
-        "`sl.find_smallest` chose. DTLN runs in ONNX Runtime. A model that does much beside its LSTMs, such as Silero VAD, "
-        "gains size and little speed.",
+        "*int8* and *within 1%* show the share of the LSTMs' bytes left; `sl.find_smallest` chose the latter. *Speed* "
+        "compares whole models, side by side. DTLN runs in ONNX Runtime. A model that does much beside its LSTMs, such as "
+        "Silero VAD, becomes smaller but hardly faster.",
     ]
 )
 variant_rows = [
@@ -338,9 +341,9 @@ variant_rows = [
 real_part = "\n\n".join(
     [
         markdown(["model", "variant", "bytes left", "quality", "speed"], variant_rows),
-        "From [`results/real_models`](results/real_models), made by the programs in `examples/real`: quality by each "
-        "model's own measure on data that calibration did not see, speed of the whole model against the dense one, "
-        "side by side.",
+        "*Quality* is each model's own measure, on data that calibration did not see. *Speed* is how many times faster "
+        "the whole model is than the dense one, timed side by side. From [`results/real_models`](results/real_models), "
+        "made by the programs in `examples/real`.",
     ]
 )
 
@@ -370,16 +373,16 @@ smallest_header = ["model (measure)", "found", "left", "quality", "evaluations",
 smallest_part = "\n\n".join(
     [
         markdown(smallest_header, [smallest_row(model) for model in real]),
-        "Bytes of the recurrent matrices. The search measured on one part of the data, and the quality is on another that "
-        "neither it nor the calibration saw. The processor time includes the calibration. The last column is the smallest "
-        "configuration by hand in the same program that keeps 99% on the same data "
-        "([`results/real_models`](results/real_models)).",
+        "*Found* and *left* count the bytes of the recurrent matrices. The search measured on one part of the data. The "
+        "quality was measured on another part, which neither the search nor the calibration saw. The processor time "
+        "includes the calibration. *Smallest by hand* is the smallest configuration that the same program names itself "
+        "and that keeps 99% of the quality on the same data. From [`results/real_models`](results/real_models).",
     ]
 )
 headline_part = (
-    f"Make a trained LSTM four times smaller and, on CPUs, up to {max(speeds):.1f} times faster as a whole model, without "
+    f"Make a trained LSTM four times smaller and the whole model up to {max(speeds):.1f} times faster on CPUs, without "
     f"training it again. On five real models, int8 keeps {min(qualities):.1%} to {max(qualities):.1%} of the quality by "
-    "the model's own measure; one call finds the smallest model that loses at most 1%."
+    "each model's own measure. One call finds the smallest model that loses at most 1%."
 )
 
 latency = stored(ROOT / "results" / "onnx_latency.json")
@@ -392,10 +395,11 @@ latency_rows = [
 latency_part = "\n\n".join(
     [
         markdown(["model", "T", "dense export", *latency_kinds], latency_rows),
-        "From [`results/onnx_latency.json`](results/onnx_latency.json), made by `recipes/onnx_latency.py`: times relative "
-        "to the dense export's, of files that `export_onnx` and `compress_onnx` wrote, in ONNX Runtime "
-        f"{latency['provenance']['onnxruntime']}, one thread, one sequence; half: the factors keep half of the numbers. "
-        "The first five models have random weights; the others are trained. DTLN is published as ONNX files. Medians of "
+        "The ratios compare files that `export_onnx` and `compress_onnx` wrote with the dense export: below 1.00 the file "
+        "takes less time. In files called *half*, factors keep half of the numbers. ONNX Runtime "
+        f"{latency['provenance']['onnxruntime']} ran one sequence on one thread. The first five models have random "
+        "weights; the others are trained. DTLN is published as ONNX files, so nothing is exported. From "
+        "[`results/onnx_latency.json`](results/onnx_latency.json), made by `recipes/onnx_latency.py`: medians of "
         f"interleaved calls on {latency['provenance']['processor']}.",
     ]
 )
@@ -433,12 +437,13 @@ def calls_part(mode, words):
     return "\n\n".join(
         [
             table,
-            f"From [`results/calls/{mode}.json`](results/calls/{mode}.json), made by `benchmarks/calls.py {mode}`: how "
-            f"many times faster than `nn.LSTM`, {words}, at batch 1 / 8 / 32, on one thread in float32. Dense is a layer "
-            f"whose matrices are kept whole; factors keep {result['config']['keep']:.0%} of the numbers; I = H. `nn.LSTM` "
-            f"runs with oneDNN or without, whichever is faster. The least ratio of a compressed layer is {small:.2f}, or "
-            f"{by_default:.2f} to PyTorch's default, with oneDNN; of a dense one, {dense:.2f}. The largest settings are "
-            f"left out. Measured on {result['provenance']['processor']}.",
+            f"The numbers say how many times faster than `nn.LSTM` a layer is in {words}, at batch 1 / 8 / 32, on one "
+            "thread in float32. *Dense* layers keep their matrices whole; *factors* keep "
+            f"{result['config']['keep']:.0%} of the numbers; I = H. `nn.LSTM` runs with oneDNN or without, whichever is "
+            f"faster. The smallest ratio of a compressed layer is {small:.2f}, or {by_default:.2f} to PyTorch's default, "
+            f"with oneDNN; the smallest ratio of a dense layer is {dense:.2f}. The settings with the most arithmetic are "
+            f"left out. From [`results/calls/{mode}.json`](results/calls/{mode}.json), made by `benchmarks/calls.py "
+            f"{mode}` on {result['provenance']['processor']}.",
         ]
     )
 
@@ -446,7 +451,7 @@ def calls_part(mode, words):
 PARTS = {
     "README.md": {"headline": headline_part, "models": model_part, "frontier": frontier_part},
     "docs/kernel.md": {
-        "evaluation": calls_part("evaluation", "evaluation mode with gradients on, forward"),
+        "evaluation": calls_part("evaluation", "evaluation mode with gradients on, forward only"),
         "training": calls_part("training", "training mode, forward and backward"),
     },
     "docs/onnx.md": {"latency": latency_part},
