@@ -50,6 +50,22 @@ def test_perplexity_of_the_embedded_model(storage, backend):
     assert abs(after / before - 1) < 0.005
 
 
+@pytest.mark.skipif(bool(native.missing), reason=native.missing or "")
+def test_rounded_inputs_change_logits_less_than_rounded_weights():
+    tokens = held_out_tokens()[:6000].view(20, -1).t()
+    model = embedded_model()
+    with torch.no_grad():
+        dense = model(tokens, None)[0]
+        compress_(model, Quantize("int8"))
+        fused = model(tokens, None)[0]
+        for module in model.lstms:
+            module.backend = "reference"
+        rounded = model(tokens, None)[0]
+    difference = (fused - rounded).norm() / rounded.norm()
+    assert 1e-4 < difference < 0.0025
+    assert difference < (rounded - dense).norm() / dense.norm()
+
+
 @pytest.fixture(scope="module")
 def calibrated() -> tuple[Calibration, Tensor, float]:
     """Of the embedded model on some held-out text; text after that, and the loss on it."""

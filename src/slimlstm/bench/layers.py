@@ -135,8 +135,6 @@ def _is_rival(other: Mapping[str, Any], one: Mapping[str, Any]) -> bool:
     return one["ours"] and not other["ours"] and other["model"] in ("dense", one["model"])
 
 
-@plain_mode()
-@plain_defaults()
 def bench_layers(
     dense: Mapping[str, LowRankLSTM],
     compressed: Mapping[str, LowRankLSTM],
@@ -178,8 +176,8 @@ def bench_layers(
             raise SlimLSTMError(f"the compressed model has no layer {name} of the same sizes; compress the same model")
     layers: list[LayerTimes] = []
     torch.manual_seed(0)
-    x = torch.empty(0)
-    with shown("layers", progress) as report_progress:
+    with plain_mode(), plain_defaults(), shown("layers", progress) as report_progress:
+        x = torch.empty(0)
         for index, (name, layer) in enumerate(dense.items()):
             report_progress(name, index / len(dense))
             if x.shape[-1] != layer.input_size:
