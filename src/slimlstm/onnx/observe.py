@@ -22,13 +22,13 @@ from slimlstm.ops.weights import Matrix
 class GraphObserver:
     """Runs a graph with its own and with compressed matrices in ONNX Runtime, without changing it.
 
-    The cost of compressed matrices is the squared change of the graph's outputs, number by number; of an integer output, 1
-    where a number changed.
+    The cost of compressed matrices is the squared change of every number in the graph's outputs. In an integer output, a
+    changed number costs 1.
 
     Args:
         model: the uncompressed ``onnx.ModelProto``; the observer keeps a copy.
-        groups: its LSTMs to observe, those with the same weights together. The first of a group makes the keys,
-            ``"<lstm>.<weight>"``.
+        groups: its LSTMs to observe; LSTMs with the same weights form one group. The keys ``"<lstm>.<weight>"`` begin with
+            the name of the first LSTM of the group.
         batches: inputs by name, one mapping a run; an iterable that can be iterated more than once.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Weights outside LSTMs in int8, by ONNX Runtime's own quantiser."""
+"""Store weights outside LSTMs in int8, by ONNX Runtime's own quantiser."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from slimlstm.onnx.graph import OnnxLSTM
 from slimlstm.onnx.runtime import RunInputs
 
 KINDS = {"linear": ("MatMul", "Gemm"), "conv": ("Conv",), "embedding": ("Gather",)}
-"""The operators whose weights each word means."""
+"""The words that users give, and the operators whose weights each word selects."""
 LARGEST_CHANGE = 0.1
 """The largest accepted change of the outputs, as a fraction of their norm."""
 _SMALLEST = 256
@@ -25,7 +25,7 @@ _KEPT, _CHOSEN = "slimlstm.Kept.", "slimlstm.chosen."
 
 
 def check_kinds(kinds: Iterable[str]) -> None:
-    """Check words for weights outside LSTMs.
+    """Check the words that select weights outside LSTMs.
 
     Raises:
         SlimLSTMError: a word is none of :data:`KINDS`.
@@ -89,14 +89,14 @@ def quantize_others(
 
 
 def _products_of(lstms: Iterable[OnnxLSTM]) -> set[str]:
-    """Return the values that LSTMs of single operators make by their matrices."""
+    """Return the names of the products with the matrices of LSTMs that are written out in single operators."""
     nodes = [node for lstm in lstms for one in lstm.locations for node in (one.node, one.source) if node is not None]
     # Where a matrix became factors, the product with V is a new node.
     return {name for node in nodes for name in (node.output[0], f"{node.output[0]}_thin")}
 
 
 def _weighted(graph: Any, operators: Collection[str]) -> list[Any]:
-    """Return the nodes that read a large constant weight in float32."""
+    """Return the nodes of these operators that read a large constant weight in float32."""
     from onnx import TensorProto
 
     weights = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT}

@@ -1,4 +1,4 @@
-"""Put replacements into an ONNX graph, and remove what nothing uses any longer."""
+"""Put replacements into an ONNX graph, and remove nodes and constants that are no longer used."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class Rewriter:
         self.scans: dict[str, str] = {}
 
     def replace(self, groups: list[list[OnnxLSTM]], replacements: Mapping[str, Replacement]) -> None:
-        """Put replacements, by key, into all layers of a group.
+        """Put replacements into all layers of every group.
 
         Args:
-            groups: layers that share their weights; the first one's name makes the keys.
-            replacements: by ``"<layer>.<weight>"``.
+            groups: groups of layers that share their weights; keys begin with the name of a group's first layer.
+            replacements: the replacements by key, ``"<layer>.<weight>"``.
         """
         released: list[str] = []
         for group in groups:
@@ -206,7 +206,7 @@ class Rewriter:
         return helper.make_node(operator, inputs, [output], name=output, **attributes)
 
     def _free_prefix(self, prefix: str) -> str:
-        """Return a beginning that no name has."""
+        """Return a prefix that no name begins with."""
         while any(name.startswith(prefix) for name in self._taken):
             prefix += "_"
         self._taken.add(prefix)
@@ -222,7 +222,7 @@ class Rewriter:
 
 
 def _exact_storage(location: WeightLocation) -> str | None:
-    """Return a location's storage if it holds the matrix exactly, or None: other tools scale integers differently."""
+    """Return a location's storage if it can hold the matrix exactly, else None: other tools scale integers differently."""
     parts = (location.matrix,) if isinstance(location.matrix, Tensor) else location.matrix
     own = location.storage
     is_exact = own is not None and all(
