@@ -13,6 +13,7 @@ from typing import Any
 from slimlstm.errors import SlimLSTMError, reason_of
 from slimlstm.onnx.difference import output_difference
 from slimlstm.onnx.graph import OnnxLSTM
+from slimlstm.onnx.opsets import opset_of
 from slimlstm.onnx.runtime import RunInputs
 
 KINDS = {"linear": ("MatMul", "Gemm"), "conv": ("Conv",), "embedding": ("Gather",)}
@@ -148,7 +149,6 @@ def _quantize(model: Any, kind: str, names: list[str]) -> None:
         raise SlimLSTMError(
             "weights are quantised by onnxruntime, which is not installed: pip install onnxruntime"
         ) from error
-    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     with tempfile.TemporaryDirectory() as folder, _quiet():
         output = Path(folder) / "quantised.onnx"
         try:
@@ -156,7 +156,7 @@ def _quantize(model: Any, kind: str, names: list[str]) -> None:
                 model,
                 output,
                 op_types_to_quantize=list(KINDS[kind]),
-                per_channel=kind != "embedding" and opset >= 13,
+                per_channel=kind != "embedding" and opset_of(model) >= 13,
                 # ONNX Runtime's ConvInteger takes unsigned weights only.
                 weight_type=QuantType.QUInt8 if kind == "conv" else QuantType.QInt8,
                 # Gemm nodes become MatMul nodes with longer names first.

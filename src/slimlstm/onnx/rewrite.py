@@ -16,6 +16,7 @@ from slimlstm.onnx.forms import LSTM, Form
 from slimlstm.onnx.graph import OnnxLSTM, WeightLocation, attribute_of, graphs_of, inner_graphs
 from slimlstm.onnx.integers import make_plain
 from slimlstm.onnx.opsets import opset_of
+from slimlstm.onnx.runtime import insert
 from slimlstm.onnx.scan import groups_of
 from slimlstm.onnx.separate import separate
 from slimlstm.ops.gates import reordered
@@ -141,7 +142,7 @@ class Rewriter:
                 location.source.input[1] = names[1]
                 return
             thin = self._node("MatMul", [location.node.input[0], names[1]], f"{location.node.output[0]}_thin")
-            _insert(location.scope.graph, thin, before=location.node)
+            insert(location.scope.graph, thin, before=location.node)
             location.node.input[0] = thin.output[0]
 
     def _product_weights(self, location: WeightLocation, key: str, new: Replacement, is_transposed: bool) -> list[str]:
@@ -247,11 +248,6 @@ def _kind(dtype: torch.dtype) -> int:
     if dtype not in kinds:
         raise SlimLSTMError(f"ONNX files cannot hold {dtype} codes here; give another storage")
     return kinds[dtype]
-
-
-def _insert(graph: Any, node: Any, before: Any) -> None:
-    position = next(index for index, other in enumerate(graph.node) if other is before or other.output == before.output)
-    graph.node.insert(position, node)
 
 
 def _names(graph: Any) -> Iterable[str]:
