@@ -45,7 +45,7 @@ def output_difference(one: Path, other: Path, runs: Sequence[RunInputs] | None =
     except Exception as error:  # ONNX Runtime raises classes of its own
         raise SlimLSTMError(
             f"ONNX Runtime cannot run the files on {'random' if runs is None else 'these'} inputs: {reason_of(error)}; "
-            "give inputs that fit, with --inputs"
+            "give inputs that fit, by --inputs, or by batches= in Python"
         ) from error
     pairs = [pair for run in zip(*outputs, strict=True) for pair in zip(*run, strict=True)]
     return max((_relative(*pair) for pair in pairs), default=0.0)

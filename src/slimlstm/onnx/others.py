@@ -83,7 +83,7 @@ def quantize_others(
     if not change <= LARGEST_CHANGE:
         raise SlimLSTMError(
             f"with {', '.join(kinds)} weights in int8 the outputs change by {change:.1%} of their norm, more than "
-            f"{LARGEST_CHANGE:.0%}; leave some of them out of --also"
+            f"{LARGEST_CHANGE:.0%}; leave some of them out of --also, or of also= in Python"
         )
     on = "random inputs" if runs is None else "the given inputs"
     return [f"{count} other weights ({', '.join(kinds)}) are int8 too, which changes the outputs by {change:.2%} on {on}"]

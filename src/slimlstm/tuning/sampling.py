@@ -51,7 +51,6 @@ def own_batches(batches: Batches, record: RunRecord, processes: Processes, seed:
 
     The record's epoch and position are updated.
 
-
     The random numbers of a batch depend only on ``seed``, the epoch and the position in it, so that a resumed run draws the
     same batches.
     """
