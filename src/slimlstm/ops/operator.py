@@ -47,11 +47,14 @@ def layer(
     """Run a layer.
 
     Args:
-        x, batch_sizes, h0, c0: as of :func:`slimlstm.ops.cpu.run`.
+        x, batch_sizes, h0, c0: as for :func:`slimlstm.ops.cpu.run`.
         weights: the weights that are not None, in the order of :func:`slimlstm.ops.weights.flat`.
-        present: for every weight in that order, whether it is not None.
-        storages: two for every direction, separated by commas.
+        present: for every weight in this order, whether it is not None.
+        storages: two storages for every direction, separated by commas.
         clips: two bounds for every direction, infinity for no bound.
+
+    Returns:
+        The outputs and the last h and c; see :class:`slimlstm.ops.weights.LayerOutput` for the shapes.
     """
     directions = unflattened(_with_absent(weights, present), storages.split(","), clips)
     result = cpu.run(x, batch_sizes, h0, c0, directions)
