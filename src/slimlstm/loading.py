@@ -29,8 +29,13 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """Turn a fresh dense ``model`` into the compressed model in ``folder``, bit for bit.
 
     ``model`` is changed in place and returned. Its LSTMs are replaced, and all parameters and persistent buffers get the
-    saved numbers and dtypes, on the devices where they are. A prefix that all names of only one of the two have, such as
-    ``module.`` of ``DistributedDataParallel``, is ignored, and so is ``_orig_mod`` of ``torch.compile``.
+    saved numbers and dtypes, on their present devices. If all names on one side have a prefix that the names on the other
+    side lack, such as ``module.`` of ``DistributedDataParallel``, the prefix is ignored. ``_orig_mod`` of ``torch.compile``
+    is ignored too.
+
+    Args:
+        folder: a folder that :func:`slimlstm.save` or :func:`slimlstm.compress_file` wrote.
+        model: a model of the class of the uncompressed model.
 
     Raises:
         SlimLSTMError: the folder is incomplete, damaged or altered, or belongs to a model with other names or shapes. The
@@ -38,7 +43,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """
     config, stored = read_folder(Path(folder))
     sites, tensors = _with_names_of(model, config["sites"], stored)
-    # Every error shows on the copy first.
+    # Try on a copy first, so that an error leaves the model as it was.
     trial = copy_model(model)
     with refusing(f"{folder} does not fit the model"):
         _rebuild(trial, sites, tensors).commit()
@@ -83,7 +88,7 @@ def _plain(name: str) -> str:
 
 
 def _shift(sites: set[str], known: set[str], names: Iterable[str]) -> Callable[[str], str]:
-    """Return a function that takes the prefix of a wrapper away, or adds it, so that ``sites`` are among ``known``."""
+    """Return a function that removes or adds the prefix of a wrapper, so that ``sites`` are among ``known``."""
     first = min(sites, default="")
     for key in () if sites <= known else sorted(known):
         surplus, missing = first.removesuffix(f".{key}"), key.removesuffix(f".{first}")
@@ -151,7 +156,7 @@ def _check_sites(known: Mapping[str, Site], sites: Mapping[str, Mapping[str, Any
 
 
 def _complete(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Add the other names that a shared parameter has in ``model``."""
+    """Add entries for the other names that shared parameters have in ``model``."""
     expected = _tensors(model)
     stored = {id(target): name for name, target in expected.items() if name in tensors}
     for name, target in expected.items():
