@@ -101,7 +101,7 @@ class AWDLSTM(nn.Module):
         return self.decoder(hidden), state
 
     def features(self, tokens: Tensor, state: LSTMStates | None = None) -> tuple[Tensor, LSTMStates]:
-        """Return the softmax's inputs, the last layer's outputs [T, B, E] after dropout, and the state."""
+        """Return the inputs of the softmax, which are the last layer's outputs [T, B, E] after dropout, and the state."""
         config, new_state = self.config, LSTMStates()
         x = locked_dropout(self._embed(tokens), config.dropout_input, self.training)
         for index, lstm in enumerate(self.lstms):
@@ -122,7 +122,7 @@ class AWDLSTM(nn.Module):
         rate = self.config.weight_drop
         if not self.training or rate == 0.0:
             return lstm(x, state)
-        # Match by the end of the name: a mask makes it longer. Factors have other names and get no weight dropout.
+        # Match by the end of the name, because a mask makes it longer. Factors have other names and get no weight dropout.
         dropped = {
             name: dropout(weight, rate)
             for name, weight in lstm.named_parameters()
@@ -132,7 +132,7 @@ class AWDLSTM(nn.Module):
 
 
 def config_of(tensors: Mapping[str, Tensor]) -> AWDLSTMConfig:
-    """Return the sizes of the AWD-LSTM that these tensors belong to, dense or compressed, with the published dropout rates.
+    """Return the sizes of the dense or compressed AWD-LSTM with these tensors, and the published dropout rates.
 
     Raises:
         SlimLSTMError: the tensors do not belong to an AWD-LSTM.
@@ -259,7 +259,7 @@ def save_awd_lstm(model: AWDLSTM, folder: str | Path, *, shard_bytes: int = 16_0
 
 
 def _own_shards(folder: Path) -> set[str]:
-    """Return the shards that the folder's index names with their SHA-256, as only slimlstm writes it."""
+    """Return the shards that the folder's index names with a SHA-256, which only indices by slimlstm hold."""
     try:
         _, digests = _read_index(folder / INDEX)
     except (OSError, SlimLSTMError):

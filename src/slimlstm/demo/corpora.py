@@ -1,4 +1,4 @@
-"""Text corpora for language models: find, download, check and read them.
+"""Find, download, check and read text corpora for language models.
 
 The file ``NAME/FILE``, plain or xz-compressed, is read from the folder that the environment variable ``SLIMLSTM_DATA``
 names, or else from the cache, ``$XDG_CACHE_HOME/slimlstm``. If neither has it, it is downloaded into the cache. In every
