@@ -34,7 +34,7 @@ from slimlstm.pipeline.sensitivity import Sensitivity
 from slimlstm.pipeline.site_plan import SitePlan
 from slimlstm.pipeline.source import Size, Sizes
 from slimlstm.pipeline.statistics import SiteStatistics
-from slimlstm.progress import Progress, length_of, shown
+from slimlstm.progress import Progress, count_of, shown
 
 
 def compress_(
@@ -159,7 +159,7 @@ def _calibrated_without_judges(
     """Calibrate on the batches that will not judge the result; return the mean loss on all of them."""
     if isinstance(batches, Iterator) or loss is None:
         raise SlimLSTMError("storage='auto' measures losses; give loss=, and batches that can be iterated more than once")
-    fitting, _ = split_batches(_count(batches), has_costs=True)
+    fitting, _ = split_batches(count_of(batches), has_costs=True)
     return calibrate(model, _First(batches, len(fitting)), loss), mean_loss(model, batches, loss)
 
 
@@ -180,12 +180,7 @@ def _judge(model: nn.Module, hosts: list[Host], batches: Iterable[Any] | None, l
     """Return a judge that measures losses on the last fifth of the batches, or None without batches or a loss."""
     if batches is None or loss is None:
         return None
-    return ModuleJudge(model, hosts, batches, loss, split_batches(_count(batches), has_costs=True)[1])
-
-
-def _count(batches: Iterable[Any]) -> int:
-    count = length_of(batches)
-    return sum(1 for _ in batches) if count is None else count
+    return ModuleJudge(model, hosts, batches, loss, split_batches(count_of(batches), has_costs=True)[1])
 
 
 @plain_mode()

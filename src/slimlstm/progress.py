@@ -78,6 +78,17 @@ def length_of(items: Iterable[object]) -> int | None:
         return None
 
 
+def count_of(items: Iterable[object]) -> int:
+    """Return the number of items; iterate over them where it is unknown before.
+
+    Examples:
+        >>> count_of([3, 4]), count_of(range(5))
+        (2, 5)
+    """
+    count = length_of(items)
+    return sum(1 for _ in items) if count is None else count
+
+
 def _ignore(label: str, fraction: float) -> None: ...
 
 

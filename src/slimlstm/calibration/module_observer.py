@@ -16,7 +16,7 @@ from slimlstm.calibration.refit import Observation
 from slimlstm.modules.host import Host
 from slimlstm.modules.modes import ambient_defaults
 from slimlstm.ops.weights import Matrix
-from slimlstm.progress import length_of
+from slimlstm.progress import count_of
 
 
 class ModuleObserver:
@@ -37,8 +37,7 @@ class ModuleObserver:
     @property
     def batch_count(self) -> int:
         """The number of batches in one pass."""
-        count = length_of(self._batches)
-        return sum(1 for _ in self._batches) if count is None else count
+        return count_of(self._batches)
 
     @property
     def has_costs(self) -> bool:

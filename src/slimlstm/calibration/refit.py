@@ -155,7 +155,8 @@ def _one_pass(
                 found[keys].add(rows, seen.compressed[keys])
             if seen.costs is not None and seen.number in judging:
                 costs.append(seen.costs.detach().double().flatten())
-            progress(f"batch {seen.number + 1}", (seen.number + 1) / max(observer.batch_count, 1))
+            # The judging batches end with the last batch. Asking the observer for its count may iterate over all batches.
+            progress(f"batch {seen.number + 1}", (seen.number + 1) / max(judging.stop, 1))
     cost = float(torch.cat(costs).mean()) if costs else 0.0
     return {keys: moments for keys, moments in found.items() if moments.rows}, cost
 

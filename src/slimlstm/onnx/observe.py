@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence, Sized
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from slimlstm.onnx.probes import ProbedModel
 from slimlstm.onnx.rows import observed_rows
 from slimlstm.onnx.runtime import RunInputs
 from slimlstm.ops.weights import Matrix
+from slimlstm.progress import count_of
 
 
 class GraphObserver:
@@ -47,7 +48,7 @@ class GraphObserver:
     @property
     def batch_count(self) -> int:
         """The number of batches in one pass."""
-        return len(self._batches) if isinstance(self._batches, Sized) else sum(1 for _ in self._batches)
+        return count_of(self._batches)
 
     def observe(self, weights: Mapping[str, Matrix], fitting: range, judging: range) -> Generator[Observation]:
         """Yield the observations of one pass; see :class:`slimlstm.calibration.refit.Observer`."""
