@@ -200,7 +200,7 @@ class MomentSums:
         """Add the rows that receive a gradient, or all rows where no gradients are known.
 
         Args:
-            rows: of one batch.
+            rows: the rows of one batch.
             is_again: whether the inputs were added before, so that only the gradients are new.
         """
         inputs, gradients, reached = list(rows.inputs), rows.gradients, rows.reached

@@ -19,7 +19,7 @@ class Replacement:
         method: the method that made it, or ``"dense"``.
         source_sha256: the SHA-256 of W (:func:`slimlstm.methods.sha256_of`).
         relative_error: ‖W - W'‖_F / ‖W‖_F, rounding included.
-        iterations, converged: of an iterative solver; 0 and True for a direct one.
+        iterations, converged: the iterations of an iterative solver, and whether it converged; 0 and True for a direct one.
         losses: [k], the loss of leaving out each direction, largest first; None where the method does not rank them.
     """
 

@@ -1,4 +1,4 @@
-"""Why a module's matrices cannot be compressed, in words."""
+"""Find the reasons why a module's matrices cannot be compressed, in words."""
 
 from __future__ import annotations
 

@@ -293,7 +293,7 @@ def open_scope(graph: Any, outer: Scope | None, opsets: Mapping[str, int], holde
         holder: the node that holds the graph.
 
     Raises:
-        Exception: whatever the protocol buffers of a damaged file lead to.
+        Exception: a file is damaged; the class depends on the damage.
     """
     from onnx import numpy_helper
 

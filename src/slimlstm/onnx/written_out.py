@@ -86,7 +86,7 @@ def _divided(location: WeightLocation, cell: str) -> list[WeightLocation]:
     hidden = rows // 4
     if rows % 4 or not 0 < hidden < columns:
         return [location]
-    # h is the part whose roots are nearer to those of the cell state.
+    # h is the part whose roots are nearer to the roots of the cell state.
     roots = _roots(cell, location.scope)
     options = [(0, hidden), (hidden, columns)], [(0, columns - hidden), (columns - hidden, columns)]
     divisions = [

@@ -23,7 +23,7 @@ USAGE = """import slimlstm as sl
 sl.save(model, "small")              # after compress_: weights and config
 model = sl.load("small", MyModel())  # anywhere: into a fresh, dense model
 """
-"""How to keep and load a live module."""
+"""Code that saves and loads a live module."""
 _LEGEND = {
     "dense": ("as it was", '<rect x="1.5" y="1.5" width="9" height="9" fill="var(--ink)"/>'),
     "best": ("chosen", '<path d="M6,0L12,6L6,12L0,6Z" fill="var(--warn)"/>'),

@@ -35,7 +35,7 @@ def chosen_plan(
     sensitivity: Sensitivity | None,
     progress: Callable[[str, float], None] | None = None,
 ) -> tuple[Plan, str]:
-    """Return the plan of a configuration with ``storage="auto"``, and a note that tells how it was chosen.
+    """Return the plan of a configuration with ``storage="auto"``, and a note on how it was chosen.
 
     Args:
         source: holds the matrices.

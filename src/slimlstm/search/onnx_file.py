@@ -141,7 +141,7 @@ class _Goal:
 def _agreement(
     path: Path, runs: Sequence[RunInputs], at_most: str | float, measure: str
 ) -> tuple[_Goal, Sequence[RunInputs]]:
-    """Return the goal that outputs agree with those of the uncompressed file, and the runs that calibrate."""
+    """Return the goal that outputs agree with the uncompressed file's outputs, and the runs that calibrate."""
     limit = limit_of(1.0, at_most, "lower") - 1.0
     held_out, calibrating = _split(runs)
     model = read_model(path)
