@@ -103,7 +103,7 @@ def kept_state(model: nn.Module) -> Generator[KeptState]:
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield a module's own attributes. PyTorch's attributes, and private ones, begin with an underscore and are left out."""
+    """Yield a module's own attributes, except PyTorch's and private ones, which begin with an underscore."""
     return ((name, value) for name, value in module.__dict__.items() if not name.startswith("_") and name != "training")
 
 
