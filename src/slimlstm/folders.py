@@ -93,6 +93,12 @@ def write_folder(
 ) -> None:
     """Write tensors and site entries as a folder that :func:`read_folder` reads; aliases are stored once.
 
+    Args:
+        folder: the folder to write; a missing folder is made.
+        state: a model's ``state_dict``.
+        sites: the entries of its compressed sites by key; see :func:`site_entry`.
+        max_shard_bytes: see :func:`save`.
+
     Raises:
         SlimLSTMError: ``state`` holds more than tensors, or weights that their site's storage cannot hold exactly, or a row
             larger than ``max_shard_bytes``; or ``folder`` holds another program's ``config.json``.

@@ -22,6 +22,10 @@ def split(tensors: Mapping[str, Tensor], most: int | None) -> tuple[list[dict[st
     A tensor ``w`` larger than a file is cut along its first axis into ``w.part0``, ``w.part1`` and so on. If ``most`` is
     None, all tensors are one group.
 
+    Args:
+        tensors: the tensors by name.
+        most: the largest number of bytes of a file, its header included; None for no limit.
+
     Raises:
         SlimLSTMError: one row of a tensor is too large, or a part's name belongs to another tensor.
 
@@ -53,6 +57,10 @@ def split(tensors: Mapping[str, Tensor], most: int | None) -> tuple[list[dict[st
 
 def join(tensors: Mapping[str, Tensor], cut: Mapping[str, int]) -> dict[str, Tensor]:
     """Return the tensors, with the parts of every cut tensor joined.
+
+    Args:
+        tensors: the tensors of all files by name, parts included.
+        cut: the number of parts of every cut tensor, by its name; see :func:`split`.
 
     Raises:
         SlimLSTMError: a part is missing.

@@ -163,6 +163,11 @@ def _are_scarce(sums: Mapping[Keys, MomentSums]) -> bool:
 def mean_loss(model: nn.Module, batches: Iterable[Any], loss: Loss) -> float | None:
     """Return the mean of the losses of all batches in evaluation mode; the model's own mode is restored.
 
+    Args:
+        model: any module.
+        batches: an iterable of batches; each is passed to ``loss``.
+        loss: takes the model and a batch; see :data:`slimlstm.calibration.losses.Loss`.
+
     Returns:
         The mean loss, or None where the loss returns a distribution: labels are then sampled for each model, so losses of
         different models are not comparable.

@@ -213,6 +213,11 @@ def save_awd_lstm(model: AWDLSTM, folder: str | Path, *, shard_bytes: int = 16_0
     A tensor larger than a shard is cut along its rows into ``{name}.part0``, ``{name}.part1`` and so on. The weights that
     embedding and softmax share are written once.
 
+    Args:
+        model: a dense model.
+        folder: the folder to write; a missing folder is made.
+        shard_bytes: the largest size of a safetensors file.
+
     Raises:
         SlimLSTMError: the model is compressed or parametrized, a weight is too large for half precision, a row is too large
             for a shard, or the folder holds another checkpoint, which :func:`load_awd_lstm` would read instead.

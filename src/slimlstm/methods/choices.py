@@ -47,6 +47,10 @@ def choose(matrices: Mapping[str, Sequence[Option]], budget: int) -> dict[str, O
     multiple-choice knapsack problem (Sinha and Zoltners 1979, Operations Research 27(3)). Spend the bytes that remain on
     the options that the hull omits.
 
+    Args:
+        matrices: the options of every matrix, by any key.
+        budget: the most bytes that all matrices may take together.
+
     Raises:
         SlimLSTMError: the smallest options together take more than the budget.
 

@@ -125,7 +125,7 @@ def _grid_of(groups: Tensor, largest: int) -> tuple[Tensor, Tensor]:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Return codes int8 of any shape, row by row, as a stream of ``bits`` bits each: uint8 [ceil(count bits / 8)].
+    """Return codes, int8 of any shape, as a stream with ``bits`` bits for each, row by row: uint8 [⌈count · bits / 8⌉].
 
     Examples:
         >>> pack(torch.tensor([[1, -1]], dtype=torch.int8), bits=4)
@@ -137,7 +137,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
-    """Return the codes int8 of a shape that :func:`pack` packed.
+    """Return the codes, int8 of the given shape, in a stream that :func:`pack` made with as many bits.
 
     Examples:
         >>> unpack(torch.tensor([241], dtype=torch.uint8), bits=4, shape=(1, 2))

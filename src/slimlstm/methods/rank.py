@@ -103,6 +103,10 @@ def allocate(matrices: Mapping[str, RankCosts], budget: float) -> dict[str, int 
     is optimal for convex losses (Fox 1966, Operations Research 14(2)), or a whole matrix instead of its factors. Every
     matrix gets at least rank 1. Ranks at or above break-even, and ranks that reduce no loss, are never taken.
 
+    Args:
+        matrices: losses and costs of every matrix, by any key.
+        budget: the most that all matrices may cost together, in the unit of the costs.
+
     Raises:
         SlimLSTMError: rank 1 for every matrix costs more than the budget.
 

@@ -90,7 +90,13 @@ def layer_backward(
     clips: Sequence[float],
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    """Return the gradients of x, h0, c0 and the weights of :func:`layer` that are ``wanted``."""
+    """Return the gradients of the inputs of :func:`layer` that are wanted.
+
+    Args:
+        d_output, d_h, d_c: the gradients of the outputs of :func:`layer`.
+        x, batch_sizes, h0, c0, weights, present, storages, clips: as for :func:`layer`.
+        wanted: for x, h0, c0 and each of ``weights``, whether to return its gradient.
+    """
     inputs = [x, h0, c0, *_with_absent(weights, present)]
     flags = iter(wanted)
     needed = [tensor is not None and next(flags) for tensor in inputs]

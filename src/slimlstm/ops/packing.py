@@ -72,7 +72,11 @@ class PackedLayer:
 
 
 def packed_layer(directions: Sequence[Direction], anew: bool = False) -> PackedLayer:
-    """Return the packed weights of a layer; pack them if they have changed, or if ``anew``."""
+    """Return the packed weights of a layer; pack them if they have changed, or if ``anew``.
+
+    Raises:
+        SlimLSTMError: the weights are not float32 on the CPU, or do not fit each other.
+    """
     cached = directions if type(directions) is CachedLayer else None
     found: PackedLayer | None = None if cached is None or anew else cached.packed
     if cached is not None and found is not None and state_of(cached.tensors, found.counted) == found.state:

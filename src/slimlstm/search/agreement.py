@@ -94,6 +94,11 @@ def disagreement(expected: Outputs, found: Outputs, measures: Sequence[str]) -> 
 
     It is infinite if the shapes of an output differ, or a number is not finite.
 
+    Args:
+        expected: the outputs of the uncompressed file in every run.
+        found: the outputs of the compressed file in the same runs.
+        measures: the measure of every output, keys of :data:`MEASURES`.
+
     Examples:
         >>> one, other = [[np.array([[0.9, 0.1]])]], [[np.array([[0.2, 0.8]])]]
         >>> disagreement(one, one, ["argmax"]), disagreement(one, other, ["argmax"])

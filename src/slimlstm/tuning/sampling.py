@@ -53,6 +53,9 @@ def own_batches(batches: Batches, record: RunRecord, processes: Processes, seed:
 
     The random numbers of a batch depend only on ``seed``, the epoch and the position in it, so that a resumed run draws the
     same batches.
+
+    Raises:
+        SlimLSTMError: an epoch has too few batches for all processes, or fewer than a resumed run has taken of it.
     """
     while True:
         seed_with(seed, "epoch", record.epoch)
