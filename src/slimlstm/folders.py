@@ -212,7 +212,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         check_regular(folder / CONFIG)
         text = (folder / CONFIG).read_text(encoding="utf-8")
     except (OSError, SlimLSTMError) as error:
-        raise SlimLSTMError(f"{folder} holds no compressed model: {CONFIG} cannot be read ({reason_of(error)})") from error
+        raise SlimLSTMError(
+            f"{folder} holds no compressed model: {CONFIG} cannot be read ({reason_of(error)}); name a folder that "
+            "slimlstm saved"
+        ) from error
     except ValueError as error:
         raise SlimLSTMError(f"{folder / CONFIG} is damaged: {reason_of(error)}") from error
     with refusing(f"{folder / CONFIG} is damaged"):
@@ -222,7 +225,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _checked(config: Any, folder: Path) -> dict[str, Any]:
     """Return the content of a folder's ``config.json`` if slimlstm wrote it, in a known format, and it is intact."""
     if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise SlimLSTMError(f"{folder / CONFIG} is not of a model that slimlstm saved")
+        raise SlimLSTMError(f"{folder / CONFIG} is not of a model that slimlstm saved; name another folder")
     config = cast(dict[str, Any], config)
     if config.get("format_version") not in FORMAT_VERSIONS:
         reads = ", ".join(map(str, FORMAT_VERSIONS))
@@ -301,7 +304,10 @@ def _unpacked(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: 
         fits = codes is not None and codes.ndim == 2 and codes.dtype == row.dtype
         found = None if scale is None else tuple(scale.shape)
         if codes is None or not fits or found != row.scale_shape(codes.shape[0], codes.shape[1]):
-            raise SlimLSTMError(f"{folder / CONFIG} says that {name} is stored as {storage!r}, which its tensors are not")
+            raise SlimLSTMError(
+                f"{folder / CONFIG} says that {name} is stored as {storage!r}, which its tensors are not; save the model "
+                "again"
+            )
         unpacked[name] = Encoded(codes, scale).decoded()
     return unpacked
 

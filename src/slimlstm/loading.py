@@ -138,12 +138,20 @@ def _blank(
 def _check_sites(known: Mapping[str, Site], sites: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> None:
     for key, entry in sites.items():
         if key not in known:
-            raise SlimLSTMError(f"the folder's {key} is not in the model, which has {', '.join(known) or 'no LSTM'}")
+            raise SlimLSTMError(
+                f"the folder's {key} is not in the model, which has {', '.join(known) or 'no LSTM'}; load into a model of "
+                "the class that was saved"
+            )
         if list(known[key].shape) != entry["shape"]:
-            raise SlimLSTMError(f"{key} is {entry['shape']} in the folder, {list(known[key].shape)} in the model")
+            raise SlimLSTMError(
+                f"{key} is {entry['shape']} in the folder, {list(known[key].shape)} in the model; load into a model of the "
+                "same sizes"
+            )
         u = tensors.get(f"{key}_u")
         if "rank" in entry and (u is None or list(u.shape) != [entry["shape"][0], entry["rank"]] or not u.numel()):
-            raise SlimLSTMError(f"{CONFIG} gives {key} rank {entry['rank']!r}, which its tensors do not have")
+            raise SlimLSTMError(
+                f"{CONFIG} gives {key} rank {entry['rank']!r}, which its tensors do not have; save the model again"
+            )
         if "rank" not in entry and known[key].rank is not None:
             what = "masked" if "kept" in entry else "dense"
             raise SlimLSTMError(f"{key} is {what} in the folder, but factored in the model; load into a fresh dense model")
@@ -178,14 +186,23 @@ def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         )
     for name, target in expected.items():
         if target.shape != tensors[name].shape:
-            raise SlimLSTMError(f"{name} is {list(tensors[name].shape)} in the folder, {list(target.shape)} in the model")
+            raise SlimLSTMError(
+                f"{name} is {list(tensors[name].shape)} in the folder, {list(target.shape)} in the model; load into a "
+                "model of the same sizes"
+            )
         if target.requires_grad and not (tensors[name].is_floating_point() or tensors[name].is_complex()):
-            raise SlimLSTMError(f"{name} is {tensors[name].dtype} in the folder, a parameter with gradients in the model")
+            raise SlimLSTMError(
+                f"{name} is {tensors[name].dtype} in the folder, a parameter with gradients in the model; load into a "
+                "model of the class that was saved"
+            )
     stored: dict[int, tuple[str, Tensor]] = {}
     for name, target in expected.items():
         other, tensor = stored.setdefault(id(target), (name, tensors[name]))
         if tensor is not tensors[name] and not torch.equal(tensor, tensors[name]):
-            raise SlimLSTMError(f"{name} and {other} are one parameter in the model, but differ in the folder")
+            raise SlimLSTMError(
+                f"{name} and {other} are one parameter in the model, but differ in the folder; load into a model that does "
+                "not tie them"
+            )
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -238,7 +238,10 @@ def save_awd_lstm(model: AWDLSTM, folder: str | Path, *, shard_bytes: int = 16_0
         raise SlimLSTMError(f"only a dense AWD-LSTM can be written in half precision; this model has or lacks {odd}")
     infinite = [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]
     if infinite:
-        raise SlimLSTMError(f"half precision cannot hold {', '.join(infinite)}: beyond 65504, or not finite before")
+        raise SlimLSTMError(
+            f"half precision cannot hold {', '.join(infinite)}, whose numbers exceed 65504 or are not finite; was training "
+            "stable?"
+        )
     for name in (WEIGHTS, PICKLED):
         if (folder / name).exists():
             raise SlimLSTMError(f"{folder / name} exists and would be read instead; name another folder, or remove it")

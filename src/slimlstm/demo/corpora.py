@@ -227,7 +227,9 @@ class Vocabulary:
         try:
             words = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise SlimLSTMError(f"the vocabulary {path} cannot be read: {reason_of(error)}") from error
+            raise SlimLSTMError(
+                f"the vocabulary {path} cannot be read ({reason_of(error)}); name a UTF-8 text file with one word per line"
+            ) from error
         vocabulary = cls(words)
         if len(vocabulary) != len(words):
             raise SlimLSTMError(f"the vocabulary {path} holds a word more than once, so ids would shift; remove the second")

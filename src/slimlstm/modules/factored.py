@@ -107,7 +107,10 @@ class FactoredModule(nn.Module):
         self._check_name(name)
         m, n = self.matrix_shapes[name]
         if u.ndim != 2 or v.ndim != 2 or u.shape[0] != m or v.shape[1] != n or not 0 < u.shape[1] == v.shape[0]:
-            raise SlimLSTMError(f"factors of {list(u.shape)} and {list(v.shape)} do not make {name}, which is {m} x {n}")
+            raise SlimLSTMError(
+                f"factors of {list(u.shape)} and {list(v.shape)} do not make {name}, which is {m} x {n}; give U [{m}, r] "
+                f"and V [r, {n}]"
+            )
         for old in (name, f"{name}_u", f"{name}_v"):
             drop_parametrizations(self, old)
         self._parameters.pop(name, None)
@@ -296,7 +299,10 @@ class FactoredModule(nn.Module):
             if name in factors:
                 continue
             if name not in self._parameters:
-                raise SlimLSTMError(f"{type(dense).__name__} has a parameter {name!r} that a plain LSTM does not have")
+                raise SlimLSTMError(
+                    f"{type(dense).__name__} has a parameter {name!r} that a plain LSTM does not have; use compress_, "
+                    "which keeps such parameters"
+                )
             self.register_parameter(name, parameter)
         for name, (u, v) in factors.items():
             self.set_factors(name, u, v)

@@ -223,7 +223,7 @@ def _inlined_bytes(nodes: Iterable[Any], bodies: Mapping[tuple[str, str], Any]) 
 
     def size(key: tuple[str, str], callers: frozenset[tuple[str, str]]) -> int:
         if key in callers:
-            raise SlimLSTMError(f"the function {key[1]} of the file calls itself")
+            raise SlimLSTMError(f"the function {key[1]} of the file calls itself; the file is damaged")
         if key not in sizes:
             inside = [node for top in bodies[key].node for node in (top, *_inner_nodes(top))]
             sizes[key] = bodies[key].ByteSize() + sum(size(call, callers | {key}) for call in calls(inside))

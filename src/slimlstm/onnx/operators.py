@@ -41,7 +41,9 @@ def read_operator(node: Any, scope: Scope) -> OnnxLSTM:
         return OnnxLSTM(name, node, scope, problem=f"{name}: its weights are no constants of the file; it stays as it is")
     direction = attribute_of(node, "direction", b"forward").decode()
     if direction not in ENDINGS:
-        raise SlimLSTMError(f"the LSTM {name} has the direction {direction!r}, which ONNX does not know")
+        raise SlimLSTMError(
+            f"the LSTM {name} has the direction {direction!r}, which ONNX does not know; is the file damaged?"
+        )
     endings = ENDINGS[direction]
     _check_shapes(name, (w, r, b), len(endings), attribute_of(node, "hidden_size", r.shape[-1]))
     lstm = OnnxLSTM(name, node, scope)

@@ -78,7 +78,9 @@ def quantize_others(
             left += [node.op_type for node in model.graph.node if node.op_type in KINDS[kind] and _is_chosen(node)]
     count = len(chosen) - sum(name != "Gather" for name in left)
     if not count:
-        raise SlimLSTMError(f"ONNX Runtime's quantiser leaves the {', '.join(kinds)} weights of this file as they are")
+        raise SlimLSTMError(
+            f"ONNX Runtime's quantiser leaves the {', '.join(kinds)} weights of this file as they are; leave them out"
+        )
     change = _change(before, model, runs)
     if not change <= LARGEST_CHANGE:
         raise SlimLSTMError(
@@ -164,7 +166,9 @@ def _quantize(model: Any, kind: str, names: list[str]) -> None:
                 extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
             )
         except Exception as error:  # classes of several libraries
-            raise SlimLSTMError(f"ONNX Runtime cannot quantise the {kind} weights: {reason_of(error)}") from error
+            raise SlimLSTMError(
+                f"ONNX Runtime cannot quantise the {kind} weights: {reason_of(error)}; leave {kind} out"
+            ) from error
         model.CopyFrom(onnx.load(output))
 
 

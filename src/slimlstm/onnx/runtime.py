@@ -57,7 +57,9 @@ class Session:
         try:
             return self._session.run(list(names), dict(inputs))
         except Exception as error:  # ONNX Runtime's classes share no base
-            raise SlimLSTMError(f"ONNX Runtime cannot run the model on batch {number}: {reason_of(error)}") from error
+            raise SlimLSTMError(
+                f"ONNX Runtime cannot run the model on batch {number}: {reason_of(error)}; give the inputs that it takes"
+            ) from error
 
 
 class Names:

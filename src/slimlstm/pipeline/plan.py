@@ -51,7 +51,7 @@ class Plan:
         try:
             return cls({key: SitePlan(**entry) for key, entry in data.items()})
         except TypeError as error:
-            raise SlimLSTMError(f"this is no plan: {error}") from error
+            raise SlimLSTMError(f"this is no plan: {error}; give the result of Plan.to_dict()") from error
 
 
 Config = LowRank | Prune | Quantize | Plan

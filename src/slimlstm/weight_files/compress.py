@@ -73,7 +73,9 @@ def compress_file(
     tensors, notes = read_weights(path, part)
     source = FileSource(tensors, read_config(path)["sites"] if path.is_dir() else {})
     if not source.sites():
-        raise SlimLSTMError(f"{path} holds no weights of an LSTM, by names (weight_hh_l0) and shapes ([4H, H])")
+        raise SlimLSTMError(
+            f"{path} holds no weights of an LSTM: no names such as weight_hh_l0 with shapes [4H, H]; give a file that does"
+        )
     if storage is not None:
         config = with_storage(config, storage, source.sites())
     with shown("compressing", progress) as report_progress:
