@@ -344,7 +344,9 @@ def _with_parameters(found: Replacement, is_trained: bool, parameters: dict[int,
 
 
 def size(modules: Iterable[nn.Module], hosts: list[Host]) -> Size:
-    """Return the number of parameters in ``modules`` and their bytes; shared ones count once, masked weights not at all.
+    """Return the number of parameters in ``modules`` and their bytes; shared ones count once.
+
+    A masked weight is no parameter, but takes bytes.
 
     Args:
         modules: modules of one model.

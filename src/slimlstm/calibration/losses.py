@@ -78,7 +78,7 @@ def checked_losses(result: object) -> Tensor:
     """Return ``result`` if it is a tensor of at least one number, all finite.
 
     Raises:
-        SlimLSTMError: it is not.
+        SlimLSTMError: it is no such tensor.
     """
     if not isinstance(result, Tensor):
         raise SlimLSTMError(f"the loss returned {type(result).__name__}; it has to return a tensor or a distribution")

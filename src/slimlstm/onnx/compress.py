@@ -75,8 +75,8 @@ def compress_onnx(
         progress: called with a site's key and the fraction done; None draws a bar on a terminal.
 
     Returns:
-        The report, with the form of every compressed operator; the model's bytes are the bytes of the file, with its
-        weights in other files.
+        The report, with the form of every compressed operator; the model's bytes are the bytes of the file,
+        including weights that it stores in other files.
 
     Raises:
         SlimLSTMError: the file is missing, damaged or holds no LSTM, a site cannot be compressed, nothing would get

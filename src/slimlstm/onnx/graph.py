@@ -288,7 +288,7 @@ def open_scope(graph: Any, outer: Scope | None, opsets: Mapping[str, int], holde
 
     Args:
         graph: the graph.
-        outer: the scope around, or None for the whole model.
+        outer: the surrounding scope, or None for the whole model.
         opsets: versions by domain.
         holder: the node that holds the graph.
 
