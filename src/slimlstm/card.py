@@ -1,4 +1,4 @@
-"""The model card of a folder: a ``README.md`` with figures and the lines that load the model."""
+"""The model card of a folder: a ``README.md`` with the sizes of all matrices and the code that loads the model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write_card(folder: Path, sites: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    """Return whether a file is missing, or a card that slimlstm wrote and nobody adopted."""
+    """Return whether a file is missing, or is a card by slimlstm whose mark the user has not deleted."""
     if path.is_symlink() or not path.exists():
         return not path.is_symlink()
     try:
@@ -41,6 +41,10 @@ def _is_ours(path: Path) -> bool:
 
 def model_card(name: str, sites: Mapping[str, Mapping[str, Any]]) -> str:
     """Return a card in the style of Hugging Face.
+
+    Args:
+        name: the name of the folder.
+        sites: the entries of its compressed sites in ``config.json``.
 
     Examples:
         >>> sites = {"lstm.weight_hh_l0": {"shape": [64, 16], "dtype": "float32", "storage": "int8"}}

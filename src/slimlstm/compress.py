@@ -34,7 +34,7 @@ from slimlstm.pipeline.sensitivity import Sensitivity
 from slimlstm.pipeline.site_plan import SitePlan
 from slimlstm.pipeline.source import Size, Sizes
 from slimlstm.pipeline.statistics import SiteStatistics
-from slimlstm.progress import Progress, length_of, shown
+from slimlstm.progress import Progress, count_of, shown
 
 
 def compress_(
@@ -50,10 +50,11 @@ def compress_(
 ) -> Report:
     """Compress the LSTMs of ``model`` in place, without training.
 
-    Finds ``nn.LSTM`` and ``nn.LSTMCell`` anywhere in the module tree. A shared module or matrix is compressed once and
+    Every ``nn.LSTM`` and ``nn.LSTMCell`` in the module tree is found. A shared module or matrix is compressed once and
     stays shared. Factored and quantised modules become :class:`slimlstm.LowRankLSTM` or ``LowRankLSTMCell``; pruned modules
     keep their class. Weight drop and other parametrizations of a compressed module end, and the report says so. A matrix
-    whose factors would be no smaller stays dense. An optimiser made before does not know the new parameters: make it anew.
+    whose factors would be no smaller stays dense. An optimiser made before does not know the new parameters: make a new
+    one.
 
     Args:
         model: any module. A bare ``nn.LSTM`` becomes a :class:`slimlstm.LowRankLSTM` itself.
@@ -63,8 +64,8 @@ def compress_(
         calibration: a result of :func:`slimlstm.calibrate` for this model, used instead of calibrating anew.
         refit: how often to fit the factors of calibrated methods again to the inputs that the compressed model sees; see
             :mod:`slimlstm.calibration.refit`. Each pass runs both models on all batches. The last fifth of the batches is
-            held out, and decides which factors stay. None means twice, where the batches can be iterated again and both
-            models call their LSTMs equally often; 0 means never.
+            held out, and decides which factors stay. None means twice if the batches can be iterated again and both models
+            call their LSTMs equally often, else never. 0 means never.
         progress: called with a site's key and the fraction done; None draws a bar on a terminal.
         sensitivity: a result of :func:`slimlstm.measure_sensitivity` for this model, for ``storage="auto"``; None measures
             it.
@@ -133,7 +134,7 @@ def _compress(
 def _calibrated(
     model: nn.Module, config: Config, batches: Iterable[Any] | None, loss: Loss | None, calibration: Calibration | None
 ) -> tuple[Calibration | None, float | None]:
-    """Return the calibration, made anew where there is none and it helps, and the mean loss of the uncompressed model."""
+    """Return the calibration, and the mean loss of the uncompressed model; calibrate first if needed or helpful."""
     needs = needs_of(config)
     if batches is None:
         return calibration, None
@@ -158,12 +159,12 @@ def _calibrated_without_judges(
     """Calibrate on the batches that will not judge the result; return the mean loss on all of them."""
     if isinstance(batches, Iterator) or loss is None:
         raise SlimLSTMError("storage='auto' measures losses; give loss=, and batches that can be iterated more than once")
-    fitting, _ = split_batches(_count(batches), has_costs=True)
+    fitting, _ = split_batches(count_of(batches), has_costs=True)
     return calibrate(model, _First(batches, len(fitting)), loss), mean_loss(model, batches, loss)
 
 
 class _First:
-    """The first batches, as often as they are asked for."""
+    """The first ``count`` batches, which can be iterated again and again."""
 
     def __init__(self, batches: Iterable[Any], count: int) -> None:
         self._batches, self._count = batches, count
@@ -176,15 +177,10 @@ class _First:
 
 
 def _judge(model: nn.Module, hosts: list[Host], batches: Iterable[Any] | None, loss: Loss | None) -> ModuleJudge | None:
-    """Return what measures losses on the last fifth of the batches, or None where nothing can be measured."""
+    """Return a judge that measures losses on the last fifth of the batches, or None without batches or a loss."""
     if batches is None or loss is None:
         return None
-    return ModuleJudge(model, hosts, batches, loss, split_batches(_count(batches), has_costs=True)[1])
-
-
-def _count(batches: Iterable[Any]) -> int:
-    count = length_of(batches)
-    return sum(1 for _ in batches) if count is None else count
+    return ModuleJudge(model, hosts, batches, loss, split_batches(count_of(batches), has_costs=True)[1])
 
 
 @plain_mode()
@@ -200,16 +196,17 @@ def measure_sensitivity(
     filter: Filter | None = None,
     progress: Progress | None = None,
 ) -> Sensitivity:
-    """Measure how much a model loses by every size of every matrix; the model does not change.
+    """Measure how much a model loses at every size of every matrix, where a size is a rank and a storage.
 
-    The result makes plans for any number of bytes at once: ``compress_(model, sensitivity.plan(bytes), ...)``. It prints as
-    a table of measurements, and :meth:`Sensitivity.save` keeps it.
+    The model does not change. From the result, plans for any number of bytes follow at once:
+    ``compress_(model, sensitivity.plan(bytes), ...)``. It prints as a table of measurements, and :meth:`Sensitivity.save`
+    writes it to a file.
 
     Args:
         model: an uncompressed module.
-        batches: batches that can be iterated more than once; the last fifth measures.
+        batches: batches that can be iterated more than once; losses are measured on the last fifth.
         loss: see :func:`slimlstm.calibrate`.
-        method: finds the factors, and needs gradients.
+        method: the method that finds the factors; it has to use gradients, as ``"fisher"`` does.
         calibration: a result of :func:`slimlstm.calibrate` for this model, used instead of calibrating anew.
         target, filter: see :class:`LowRank`.
         progress: called with a site's key and the fraction done; None draws a bar on a terminal.
@@ -237,7 +234,7 @@ def measure_sensitivity(
 
 
 def methods_of(config: Config) -> list[str]:
-    """Return the names of the calibrated or uncalibrated methods that a configuration uses, without ``"dense"``."""
+    """Return the names of the methods that a configuration uses, each once and without ``"dense"``."""
     names = [site.method for site in config.sites.values()] if isinstance(config, Plan) else [getattr(config, "method", "")]
     return [name for name in dict.fromkeys(names) if name in METHODS]
 
@@ -260,7 +257,7 @@ class ModuleSource:
         return [host for host in self._hosts if host.problem is None]
 
     def sites(self) -> list[Site]:
-        """Return every recurrent matrix, in the order of the modules."""
+        """Return the site of every recurrent matrix, in the order of the modules."""
         return [site for host in self._hosts for site in host.sites()]
 
     def weight(self, site: Site) -> Matrix:
@@ -276,7 +273,7 @@ class ModuleSource:
         return self._by_key[site.key].parameter(site.name).element_size()
 
     def check(self, site: Site, plan: SitePlan) -> None:
-        """Raise if a projection cannot be rounded, or if a parametrization would change the rounded weights."""
+        """Raise :class:`SlimLSTMError` if a projection is not finite, or a parametrization would change rounded weights."""
         if plan.storage is None:
             return
         host = self._by_key[site.key]
@@ -289,7 +286,7 @@ class ModuleSource:
                 raise SlimLSTMError(f"{', '.join(computed)} is parametrized; remove the parametrization first")
 
     def put(self, replacements: Mapping[str, Replacement]) -> list[str]:
-        """Replace modules and weights; sites that share a replacement share its parameters."""
+        """Replace modules and weights, and return notes for the report; sites with one replacement share its parameters."""
         notes: list[str] = []
         parameters: dict[int, Matrix] = {}
         changes: list[tuple[Host, Mapping[str, Replacement]]] = []
@@ -301,7 +298,7 @@ class ModuleSource:
                 changes.append((host, trained))
         replaced = [host.parameter(name) for host, own in changes for name in own]
         swap = Swap(changes)
-        # Known before it happens, so that an interrupt at any point can be undone.
+        # Set before the swap, so that an interrupt at any point can be undone.
         self.undo = swap.undo
         swap.commit()
         self._find()
@@ -309,12 +306,12 @@ class ModuleSource:
         return notes + _notes_on_optimizers({id(weight) for weight in replaced} - kept)
 
     def size(self) -> Sizes:
-        """Return the size of the LSTMs with their biases and of the model; weights under a mask are no parameters."""
+        """Return the sizes of the LSTMs with their biases and of the model; masked weights do not count as parameters."""
         return Sizes(size([host.module for host in self._hosts], self._hosts), size([self._model], self._hosts))
 
 
 def _notes_on_optimizers(replaced: set[int]) -> list[str]:
-    """Return a note for every optimizer that holds parameters with these ids: it would train weights that nobody reads."""
+    """Return a note for every optimizer that holds parameters with these ids, because it would train unused weights."""
     # PyTorch marks a class of optimizers at its first instance. A search of all objects takes a tenth of a second.
     used = {found for found in _subclasses(torch.optim.Optimizer) if getattr(found.step, "hooked", False)}
     optimizers: list[Any] = [found for found in gc.get_objects() if type(found) in used] if used else []
@@ -347,7 +344,9 @@ def _with_parameters(found: Replacement, is_trained: bool, parameters: dict[int,
 
 
 def size(modules: Iterable[nn.Module], hosts: list[Host]) -> Size:
-    """Return the parameters in ``modules`` and their bytes, shared ones once; weights under a mask are no parameters.
+    """Return the number of parameters in ``modules`` and their bytes; shared ones count once.
+
+    A masked weight is no parameter, but takes bytes.
 
     Args:
         modules: modules of one model.

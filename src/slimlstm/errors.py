@@ -1,4 +1,4 @@
-"""The one exception class of slimlstm, and short reasons taken from the exceptions of others."""
+"""The one exception class of slimlstm, and short reasons taken from exceptions of other libraries."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 _LONGEST = 300
+"""Characters of a reason that is taken from another exception."""
 _LONGEST_MESSAGE = 4000
+"""Characters of a message."""
 
 
 class SlimLSTMError(ValueError):
     """A request that cannot be carried out. The message says what was seen, why it is wrong, and the remedy.
 
-    Names from files may be in the message, so that it is made printable and, in its middle, cut to 4000 characters.
+    Names from files may be in the message, so it is made printable, and a message of more than 4000 characters is cut in
+    its middle.
     """
 
     def __init__(self, message: str) -> None:
@@ -20,7 +23,7 @@ class SlimLSTMError(ValueError):
 
 
 def printable(text: str, longest: int) -> str:
-    """Return ``text`` with ``?`` for unprintable characters other than line breaks, its middle cut if it is longer.
+    """Return ``text`` with ``?`` for unprintable characters other than line breaks; cut its middle beyond ``longest``.
 
     Examples:
         >>> printable("a red \\x1b[31mname", 100)
@@ -51,7 +54,7 @@ def reason_of(error: BaseException) -> str:
 def refusing(problem: str) -> Generator[None]:
     """Turn every exception of the block, or of the decorated function, into one :class:`SlimLSTMError`.
 
-    Damaged files make readers fail in more ways than anybody can list. Errors of slimlstm itself pass unchanged.
+    Damaged files make readers fail in more ways than can be listed. Errors of slimlstm itself pass unchanged.
 
     Args:
         problem: the beginning of the message, such as ``"model.pt is no intact checkpoint"``.

@@ -1,4 +1,4 @@
-"""Perplexity of language models, and their loss on successive batches of a text; for any ``nn.Module``."""
+"""Measure the perplexity of language models, and their loss on successive batches of a text; for any ``nn.Module``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        """Return exp(loss)."""
+        """The perplexity exp(loss), cut at e^700."""
         return math.exp(min(self.loss, 700.0))
 
 
@@ -49,8 +49,7 @@ def perplexity(
     """Measure the perplexity of a language model on a text, with the state carried from call to call.
 
     The text is cut into ``streams`` equal parts, which are read side by side from an empty state; the rest is dropped. The
-    result depends on ``streams`` only at the cuts, and not on ``steps``. The model runs in evaluation mode, and its modes
-    are restored.
+    cuts change the result a little, ``steps`` does not. The model runs in evaluation mode, and its modes are restored.
 
     Args:
         model: called as ``model(tokens, state)`` with ids [T, B] and, at first, the state None; returns logits [T, B, V]
@@ -95,8 +94,8 @@ def pieces(tokens: Tensor, *, streams: int, steps: int) -> list[tuple[int, Tenso
         steps: T, the predictions per batch and stream.
 
     Returns:
-        Pairs of a start in the parts and ids [T + 1, B]. Successive batches share one row, which the first of them predicts
-        and the second reads; the last batch may be shorter.
+        Pairs (start, ids [T + 1, B]), where start counts tokens from the beginning of the parts. Successive batches share
+        one row, which the first of them predicts and the second reads; the last batch may be shorter.
 
     Raises:
         SlimLSTMError: fewer than two tokens per stream, or ``streams`` or ``steps`` below 1.
@@ -110,10 +109,10 @@ def pieces(tokens: Tensor, *, streams: int, steps: int) -> list[tuple[int, Tenso
 
 
 class NextTokens:
-    """The losses of a language model on the batches of a text, in their order, as ``loss(model, piece)``.
+    """A loss function ``loss(model, piece)`` for the batches of a text, which have to come in their order.
 
-    The state passes from batch to batch, detached; the batch that starts at 0 begins without a state. ``state_dict`` holds
-    the state, so that models that take turns can each keep their own.
+    The model's state passes from batch to batch, detached; the batch that starts at 0 begins without a state.
+    ``state_dict`` returns the state, so that several models can take turns, each with its own state.
 
     Examples:
         >>> from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig

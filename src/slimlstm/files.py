@@ -1,4 +1,4 @@
-"""Write files so that a reader finds the old content or the new, whatever happens in between; limits of what is read."""
+"""Write files so that a reader finds either the old or the new content, and limit the memory that reading takes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from typing import Any
 from slimlstm.errors import SlimLSTMError, reason_of
 
 _LEAST_MEMORY, _MEMORY_PER_BYTE = 64 << 20, 256
+"""Bytes of memory that reading any file may take, and further bytes for each byte of the file."""
 _ABANDONED_AFTER = 3600.0
-"""Seconds without a write after which a draft belongs to a process that was killed."""
+"""Seconds without a write after which a draft is taken for the draft of a killed process."""
 
 
 def memory_limit(path: str | os.PathLike[str]) -> int:
-    """Return the bytes that the content of a file or folder may take: 64 MiB, and 256 bytes for each byte on disk.
+    """Return the bytes of memory that the content of a file or folder may take: 64 MiB plus 256 for each byte on disk.
 
-    Small files can declare huge contents. Readers compare the declared sizes with this limit before they make anything.
+    Small files can declare huge contents. Readers compare the declared sizes with this limit before they allocate memory.
 
     Examples:
         >>> import tempfile
@@ -36,7 +37,7 @@ def memory_limit(path: str | os.PathLike[str]) -> int:
 
 
 def memory_limit_of(size: int) -> int:
-    """Return the bytes that a content of this many bytes on disk may take in memory; see :func:`memory_limit`.
+    """Return the bytes of memory that ``size`` bytes on disk may take; see :func:`memory_limit`.
 
     Examples:
         >>> memory_limit_of(0) // 2**20
@@ -110,7 +111,9 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Path]:
 
 @contextmanager
 def alone_in(folder: str | os.PathLike[str]) -> Generator[None]:
-    """Make a folder, and wait until no other block of this kind holds it, on systems that can lock folders.
+    """Make a folder and hold it within the block; wait first until no other such block holds it.
+
+    Systems that cannot lock folders do not wait.
 
     Examples:
         >>> import tempfile
@@ -143,18 +146,18 @@ def sha256(content: bytes) -> str:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` as UTF-8 by :func:`replacing`."""
+    """Write ``text`` to a file as UTF-8, by :func:`replacing`."""
     with replacing(path) as draft:
         draft.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Write JSON types, indented by one space, by :func:`replacing`."""
+    """Write JSON types to a file, indented by one space, by :func:`replacing`."""
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def flush(path: Path) -> None:
-    """Flush a file or a folder to disk; some file systems cannot flush folders, which is no error."""
+    """Flush a file or a folder to disk; do nothing for folders that the file system cannot flush."""
     if path.is_dir():
         with suppress(OSError):
             descriptor = os.open(path, os.O_RDONLY)

@@ -32,25 +32,26 @@ from slimlstm.shards import join, split
 CONFIG = "config.json"
 FORMAT = "slimlstm"
 SCALE = ".scale"
-"""The ending that the name of a tensor gets for the scales of its rows."""
+"""The ending of the names of scales; the name before it is the name of the codes."""
 FORMAT_VERSIONS = (1, 2, 3, 4)
-"""Without sites that are stored in less than float32; with such sites; with codes of less than a byte; in several files."""
+"""The versions that can be read: 1 has no quantised sites, 2 has some, 3 has codes of less than a byte, 4 has several
+weights files."""
 
 
 @plain_mode()
 @plain_defaults()
 def save(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_bytes: int | None = None) -> None:
-    """Write a compressed model to ``folder``, which is made where it is missing.
+    """Write a compressed model to ``folder``; a missing folder is made.
 
     The folder holds all parameters and persistent buffers; the rank, mask and storage of every compressed site; its origin
     (method, and SHA-256 of the dense matrix); versions; and a model card, ``README.md``. Quantised weights are written as
-    their codes and scales. A model that slimlstm saved there before is replaced; other files, and a ``README.md`` of yours,
+    codes and scales. A model that slimlstm saved there before is replaced; other files, and a ``README.md`` of your own,
     stay.
 
     Args:
-        model: stays as it is.
+        model: a compressed model, which does not change.
         folder: the folder to write.
-        max_shard_bytes: size of the largest weights file; None writes one file. Larger tensors are cut along their rows.
+        max_shard_bytes: the largest size of a weights file; None writes one file. Larger tensors are cut along their rows.
 
     Raises:
         SlimLSTMError: nothing in the model is compressed, its state holds more than tensors, quantised weights have changed
@@ -92,9 +93,15 @@ def write_folder(
 ) -> None:
     """Write tensors and site entries as a folder that :func:`read_folder` reads; aliases are stored once.
 
+    Args:
+        folder: the folder to write; a missing folder is made.
+        state: a model's ``state_dict``.
+        sites: the entries of its compressed sites by key; see :func:`site_entry`.
+        max_shard_bytes: see :func:`save`.
+
     Raises:
-        SlimLSTMError: ``state`` holds more than tensors, weights that their site's storage cannot hold, or a row larger
-            than ``max_shard_bytes``; or ``folder`` holds another program's ``config.json``.
+        SlimLSTMError: ``state`` holds more than tensors, or weights that their site's storage cannot hold exactly, or a row
+            larger than ``max_shard_bytes``; or ``folder`` holds another program's ``config.json``.
     """
     others = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if others:
@@ -129,7 +136,7 @@ def write_folder(
 
 
 def _weights_field(contents: Mapping[str, bytes], cut: Mapping[str, int] | None) -> dict[str, Any]:
-    """Return ``weights`` of ``config.json``: one file, or several and the number of parts of each tensor that was cut."""
+    """Return the field ``weights`` of ``config.json``: one file, or several files and the parts of every cut tensor."""
     digests = {name: sha256(content) for name, content in contents.items()}
     if cut is not None:
         return {"files": digests, "cut": cut}
@@ -174,7 +181,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         for name, original in config["aliases"].items():
             if original not in tensors:
                 raise SlimLSTMError(
-                    f"{folder / CONFIG} was altered: {name} is another name of {original}, which is not there"
+                    f"{folder / CONFIG} was altered: {name} is another name of {original}, which is in no weights file"
                 )
             tensors[name] = tensors[original]
         return config, tensors
@@ -199,13 +206,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return ``config.json`` of a folder that :func:`save` wrote.
 
     Raises:
-        SlimLSTMError: it is missing, damaged, altered, of something else or of a later format.
+        SlimLSTMError: the file is missing, damaged, altered, of another program or of a later format.
     """
     try:
         check_regular(folder / CONFIG)
         text = (folder / CONFIG).read_text(encoding="utf-8")
     except (OSError, SlimLSTMError) as error:
-        raise SlimLSTMError(f"{folder} holds no compressed model: {CONFIG} cannot be read ({reason_of(error)})") from error
+        raise SlimLSTMError(
+            f"{folder} holds no compressed model: {CONFIG} cannot be read ({reason_of(error)}); name a folder that "
+            "slimlstm saved"
+        ) from error
     except ValueError as error:
         raise SlimLSTMError(f"{folder / CONFIG} is damaged: {reason_of(error)}") from error
     with refusing(f"{folder / CONFIG} is damaged"):
@@ -213,13 +223,15 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _checked(config: Any, folder: Path) -> dict[str, Any]:
-    """Return a folder's ``config.json`` if it is one of slimlstm's, whole and of a known format."""
+    """Return the content of a folder's ``config.json`` if slimlstm wrote it, in a known format, and it is intact."""
     if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise SlimLSTMError(f"{folder / CONFIG} is not of a model that slimlstm saved")
+        raise SlimLSTMError(f"{folder / CONFIG} is not of a model that slimlstm saved; name another folder")
     config = cast(dict[str, Any], config)
     if config.get("format_version") not in FORMAT_VERSIONS:
-        reads = " and ".join(map(str, FORMAT_VERSIONS))
-        raise SlimLSTMError(f"{folder} has format {config.get('format_version')}, this slimlstm reads {reads}")
+        reads = ", ".join(map(str, FORMAT_VERSIONS))
+        raise SlimLSTMError(
+            f"{folder} has format {config.get('format_version')}, this slimlstm reads {reads}; a newer one may read it"
+        )
     if config.get("sha256") != _config_sha256(config):
         raise SlimLSTMError(f"{folder / CONFIG} was altered after it was written; save the model again")
     missing = [key for key in ("weights", "sites", "aliases") if not isinstance(config.get(key), dict)]
@@ -236,7 +248,7 @@ def _checked(config: Any, folder: Path) -> dict[str, Any]:
 
 
 def _names_files(weights: Mapping[str, Any]) -> bool:
-    """Return whether the field ``weights`` has one of its two forms, with names of files in the folder itself."""
+    """Return whether the field ``weights`` has one of its two forms, and all its files are in the folder itself."""
     files, cut = weights.get("files", {weights.get("file"): weights.get("sha256")}), weights.get("cut", {})
     if not isinstance(files, dict) or not files or not isinstance(cut, dict):
         return False
@@ -260,7 +272,7 @@ def _is_entry(entry: Any) -> bool:
 def _packed(
     tensors: Mapping[str, Tensor], sites: Mapping[str, Mapping[str, Any]]
 ) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-    """Return the tensors with the weights of quantised sites as codes and scales, and the shapes of packed codes."""
+    """Return the tensors, with codes and scales for the weights of quantised sites, and the shapes of packed codes."""
     packed, shapes = dict(tensors), dict[str, list[int]]()
     for name, storage in stored_names(tensors, sites):
         row = storage_called(storage)
@@ -292,7 +304,10 @@ def _unpacked(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: 
         fits = codes is not None and codes.ndim == 2 and codes.dtype == row.dtype
         found = None if scale is None else tuple(scale.shape)
         if codes is None or not fits or found != row.scale_shape(codes.shape[0], codes.shape[1]):
-            raise SlimLSTMError(f"{folder / CONFIG} says that {name} is stored as {storage!r}, which its tensors are not")
+            raise SlimLSTMError(
+                f"{folder / CONFIG} says that {name} is stored as {storage!r}, which its tensors are not; save the model "
+                "again"
+            )
         unpacked[name] = Encoded(codes, scale).decoded()
     return unpacked
 
@@ -326,7 +341,7 @@ def _names(key: str, entry: Mapping[str, Any]) -> list[str]:
 
 
 def _without_aliases(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors, each once and in memory of its own, and the other names that some of them have."""
+    """Return every tensor once, in memory of its own, and the other names of tensors that have several."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     names: dict[tuple[Any, ...], str] = {}

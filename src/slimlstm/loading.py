@@ -29,8 +29,13 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """Turn a fresh dense ``model`` into the compressed model in ``folder``, bit for bit.
 
     ``model`` is changed in place and returned. Its LSTMs are replaced, and all parameters and persistent buffers get the
-    saved numbers and dtypes, on the devices where they are. A prefix that all names of only one of the two have, such as
-    ``module.`` of ``DistributedDataParallel``, is ignored, and so is ``_orig_mod`` of ``torch.compile``.
+    saved numbers and dtypes, on their present devices. If all names on one side have a prefix that the names on the other
+    side lack, such as ``module.`` of ``DistributedDataParallel``, the prefix is ignored. ``_orig_mod`` of ``torch.compile``
+    is ignored too.
+
+    Args:
+        folder: a folder that :func:`slimlstm.save` or :func:`slimlstm.compress_file` wrote.
+        model: a model of the class of the uncompressed model.
 
     Raises:
         SlimLSTMError: the folder is incomplete, damaged or altered, or belongs to a model with other names or shapes. The
@@ -38,7 +43,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """
     config, stored = read_folder(Path(folder))
     sites, tensors = _with_names_of(model, config["sites"], stored)
-    # Every error shows on the copy first.
+    # Try on a copy first, so that an error leaves the model as it was.
     trial = copy_model(model)
     with refusing(f"{folder} does not fit the model"):
         _rebuild(trial, sites, tensors).commit()
@@ -83,7 +88,7 @@ def _plain(name: str) -> str:
 
 
 def _shift(sites: set[str], known: set[str], names: Iterable[str]) -> Callable[[str], str]:
-    """Return a function that takes the prefix of a wrapper away, or adds it, so that ``sites`` are among ``known``."""
+    """Return a function that removes or adds the prefix of a wrapper, so that ``sites`` are among ``known``."""
     first = min(sites, default="")
     for key in () if sites <= known else sorted(known):
         surplus, missing = first.removesuffix(f".{key}"), key.removesuffix(f".{first}")
@@ -133,12 +138,20 @@ def _blank(
 def _check_sites(known: Mapping[str, Site], sites: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> None:
     for key, entry in sites.items():
         if key not in known:
-            raise SlimLSTMError(f"the folder's {key} is not in the model, which has {', '.join(known) or 'no LSTM'}")
+            raise SlimLSTMError(
+                f"the folder's {key} is not in the model, which has {', '.join(known) or 'no LSTM'}; load into a model of "
+                "the class that was saved"
+            )
         if list(known[key].shape) != entry["shape"]:
-            raise SlimLSTMError(f"{key} is {entry['shape']} in the folder, {list(known[key].shape)} in the model")
+            raise SlimLSTMError(
+                f"{key} is {entry['shape']} in the folder, {list(known[key].shape)} in the model; load into a model of the "
+                "same sizes"
+            )
         u = tensors.get(f"{key}_u")
         if "rank" in entry and (u is None or list(u.shape) != [entry["shape"][0], entry["rank"]] or not u.numel()):
-            raise SlimLSTMError(f"{CONFIG} gives {key} rank {entry['rank']!r}, which its tensors do not have")
+            raise SlimLSTMError(
+                f"{CONFIG} gives {key} rank {entry['rank']!r}, which its tensors do not have; save the model again"
+            )
         if "rank" not in entry and known[key].rank is not None:
             what = "masked" if "kept" in entry else "dense"
             raise SlimLSTMError(f"{key} is {what} in the folder, but factored in the model; load into a fresh dense model")
@@ -151,7 +164,7 @@ def _check_sites(known: Mapping[str, Site], sites: Mapping[str, Mapping[str, Any
 
 
 def _complete(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Add the other names that a shared parameter has in ``model``."""
+    """Add entries for the other names that shared parameters have in ``model``."""
     expected = _tensors(model)
     stored = {id(target): name for name, target in expected.items() if name in tensors}
     for name, target in expected.items():
@@ -173,14 +186,23 @@ def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         )
     for name, target in expected.items():
         if target.shape != tensors[name].shape:
-            raise SlimLSTMError(f"{name} is {list(tensors[name].shape)} in the folder, {list(target.shape)} in the model")
+            raise SlimLSTMError(
+                f"{name} is {list(tensors[name].shape)} in the folder, {list(target.shape)} in the model; load into a "
+                "model of the same sizes"
+            )
         if target.requires_grad and not (tensors[name].is_floating_point() or tensors[name].is_complex()):
-            raise SlimLSTMError(f"{name} is {tensors[name].dtype} in the folder, a parameter with gradients in the model")
+            raise SlimLSTMError(
+                f"{name} is {tensors[name].dtype} in the folder, a parameter with gradients in the model; load into a "
+                "model of the class that was saved"
+            )
     stored: dict[int, tuple[str, Tensor]] = {}
     for name, target in expected.items():
         other, tensor = stored.setdefault(id(target), (name, tensors[name]))
         if tensor is not tensors[name] and not torch.equal(tensor, tensors[name]):
-            raise SlimLSTMError(f"{name} and {other} are one parameter in the model, but differ in the folder")
+            raise SlimLSTMError(
+                f"{name} and {other} are one parameter in the model, but differ in the folder; load into a model that does "
+                "not tie them"
+            )
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Progress of long steps: by default bars on a terminal's standard error, and nothing anywhere else."""
+"""Show the progress of long steps: by default bars if standard error is a terminal, and nothing otherwise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 Progress = Callable[[str, float], None]
-"""Called with a label and the fraction done, NaN where it is unknown."""
+"""Called with a label and the fraction done, which is NaN where it is unknown."""
 
 Item = TypeVar("Item")
 
@@ -27,8 +27,8 @@ SECONDS_BEFORE_BARS = 1.0
 def shown(title: str, progress: Progress | None = None) -> Generator[Progress]:
     """Yield ``progress``, or by default a callback that draws a bar while the block runs.
 
-    The bar appears if standard error is a terminal and the step takes longer than a moment. A step within a step has a bar
-    below the outer one; within a step that reports to a callback it has none.
+    The bar appears if standard error is a terminal and the step takes longer than ``SECONDS_BEFORE_BARS``. A step within
+    another step has a bar below the outer bar; within a step that reports to a callback it has none.
 
     Examples:
         >>> with shown("counting") as progress:
@@ -52,7 +52,7 @@ def on_terminal() -> bool:
 
 
 def counted(items: Iterable[Item], progress: Progress, name: str = "batch") -> Generator[Item]:
-    """Yield ``items``, and report after each one how many of them are done.
+    """Yield ``items``, and report after each item how many are done.
 
     Examples:
         >>> seen = []
@@ -71,11 +71,22 @@ def counted(items: Iterable[Item], progress: Progress, name: str = "batch") -> G
 
 
 def length_of(items: Iterable[object]) -> int | None:
-    """Return the number of items, or None where it is known only at their end."""
+    """Return the number of items, or None where it is unknown before iterating over them."""
     try:
         return len(items) if isinstance(items, Sized) else None
     except TypeError:  # a DataLoader of an IterableDataset has a __len__ that fails
         return None
+
+
+def count_of(items: Iterable[object]) -> int:
+    """Return the number of items; iterate over them where it is unknown before.
+
+    Examples:
+        >>> count_of([3, 4]), count_of(range(5))
+        (2, 5)
+    """
+    count = length_of(items)
+    return sum(1 for _ in items) if count is None else count
 
 
 def _ignore(label: str, fraction: float) -> None: ...

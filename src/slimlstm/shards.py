@@ -17,10 +17,14 @@ _ENTRY = 112
 
 
 def split(tensors: Mapping[str, Tensor], most: int | None) -> tuple[list[dict[str, Tensor]], dict[str, int]]:
-    """Return the tensors in groups, each at most ``most`` bytes as a safetensors file, and the number of parts of cut ones.
+    """Return groups of tensors, each at most ``most`` bytes as a safetensors file, and the number of parts of cut tensors.
 
-    A tensor ``w`` larger than a file is cut along its first axis into ``w.part0``, ``w.part1`` and so on. Without a limit,
-    all tensors are one group.
+    A tensor ``w`` larger than a file is cut along its first axis into ``w.part0``, ``w.part1`` and so on. If ``most`` is
+    None, all tensors are one group.
+
+    Args:
+        tensors: the tensors by name.
+        most: the largest number of bytes of a file, its header included; None for no limit.
 
     Raises:
         SlimLSTMError: one row of a tensor is too large, or a part's name belongs to another tensor.
@@ -52,7 +56,11 @@ def split(tensors: Mapping[str, Tensor], most: int | None) -> tuple[list[dict[st
 
 
 def join(tensors: Mapping[str, Tensor], cut: Mapping[str, int]) -> dict[str, Tensor]:
-    """Return the tensors with the cut ones whole.
+    """Return the tensors, with the parts of every cut tensor joined.
+
+    Args:
+        tensors: the tensors of all files by name, parts included.
+        cut: the number of parts of every cut tensor, by its name; see :func:`split`.
 
     Raises:
         SlimLSTMError: a part is missing.
@@ -91,5 +99,5 @@ def _parts(name: str, tensor: Tensor, most: int) -> Iterator[Tensor]:
 
 
 def _cost(name: str, tensor: Tensor) -> int:
-    """Return at least the bytes that a tensor adds to a safetensors file."""
+    """Return an upper bound on the bytes that a tensor adds to a safetensors file."""
     return tensor.numel() * tensor.element_size() + len(json.dumps([name, list(tensor.shape)])) + _ENTRY

@@ -1,4 +1,4 @@
-"""One style for printed tables: few lines, so that they fit 80 columns, and cells that wrap instead of being cut."""
+"""Make printed tables in one style: with few lines, to fit 80 columns, and with cells that wrap instead of being cut."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ if TYPE_CHECKING:
 
 
 def new_table(texts: Sequence[str] = (), numbers: Sequence[str] = ()) -> Table:
-    """Return an empty table with columns of texts, aligned left, and then of numbers, aligned right.
+    """Return an empty table with columns of texts, aligned left, and then columns of numbers, aligned right.
+
+    Args:
+        texts: the headings of the columns of texts.
+        numbers: the headings of the columns of numbers.
 
     Examples:
         >>> table = new_table(["site"], ["rank"])

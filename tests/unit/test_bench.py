@@ -479,4 +479,4 @@ def test_an_early_end_is_said(seconds, ends_early, monkeypatch):
     monkeypatch.setattr(timing, "PATIENCE", -1.0 if ends_early else 1e9)
     layers = {"lstm": LowRankLSTM(3, 4).eval()}
     caption = str(bench.bench_layers(layers, layers, steps=2, seconds=seconds).__rich__().caption)
-    assert ("Timing ended early, of lstm after 2 turns of an engine" in caption) == ends_early
+    assert ("Timing of an engine ended early (lstm after 2 turns)" in caption) == ends_early

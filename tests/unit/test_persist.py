@@ -302,7 +302,7 @@ DAMAGE = {
     "edited shape": (lambda folder: edit(folder, str(4 * H), "16"), "was altered after it was written"),
     "later format": (
         lambda folder: forge(folder, format_version=5),
-        "has format 5, this slimlstm reads 1 and 2 and 3 and 4",
+        "has format 5, this slimlstm reads 1, 2, 3, 4; a newer one may read it",
     ),
     "forged rank": (lambda folder: forge_rank(folder, 3), "weight_hh_l1"),
     "forged rank 0": (lambda folder: forge_rank(folder, 0), "weight_hh_l1"),

@@ -1,4 +1,4 @@
-"""Check the outputs of candidates for one layer, then time those that are right beside each other."""
+"""Check the outputs of candidates for one layer, then time the right ones side by side."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Candidate(NamedTuple):
     """An engine that runs a layer.
 
     Attributes:
-        ours: whether it is slimlstm's.
+        ours: whether the engine is slimlstm's.
         precision: "float32", "bfloat16" or "int8".
         model: the name of the weights that it computes with, such as "dense".
-        call: a function that returns the output.
+        call: runs the layer and returns its output.
     """
 
     ours: bool
@@ -45,16 +45,16 @@ def measure(
 
     Args:
         candidates: the engines by name.
-        exact: the float64 output of each model.
-        refused: engines that are missing already, with the reason.
+        exact: the float64 output for each model, by the model's name.
+        refused: engines that are known not to run, with the reason.
         threads: the number of PyTorch's threads.
         seconds: about how long each candidate is timed.
         tolerance: the largest accepted relative error, by precision.
 
     Returns:
-        ``candidates``: for each its median ``microseconds``, ``quartiles``, ``error`` and ``turns``. Ours also have
-        ``faster``: the best rival of the same precision for the dense model, and for the same model, with the ratios.
-        ``refused``: the others, with the reason.
+        ``candidates``: for each candidate its median ``microseconds``, ``quartiles``, ``error`` and ``turns``. Ours also
+        have ``faster``: the best rival of the same precision with the dense model, and with the same model, and how many
+        times faster ours is. ``refused``: all other candidates, with the reason.
     """
     errors, wrong = _check(candidates, exact, tolerance, threads)
     right = {name: one for name, one in candidates.items() if name in errors and name not in wrong}
@@ -74,7 +74,7 @@ def measure(
 def _check(
     candidates: Mapping[str, Candidate], exact: Mapping[str, Tensor], tolerance: Mapping[str, float], threads: int
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Return the relative errors of all candidates that run, and the reasons against those that fail or are wrong."""
+    """Return the relative errors of all candidates that run, and the reasons why others fail or are wrong."""
     errors: dict[str, float] = {}
     wrong: dict[str, str] = {}
     with using_threads(threads), torch.no_grad():
@@ -96,7 +96,7 @@ def _check(
 def _against_rivals(
     name: str, one: Candidate, candidates: Mapping[str, Candidate], medians: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Return the best rival, among engines of the dense model and of the same model, and its ratio to one of ours."""
+    """Return the best rival with the dense model, and with the same model, and its time over the time of one of ours."""
     # bfloat16 has no rivals of its own here.
     precision = "int8" if one.precision == "int8" else "float32"
     found: dict[str, Any] = {}

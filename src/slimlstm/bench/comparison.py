@@ -23,7 +23,7 @@ class Comparison:
 
     Attributes:
         difference: norm of the difference of all outputs, over the norm of the dense model's outputs.
-        dense, compressed: quartiles of the latency, in seconds.
+        dense, compressed: the three quartiles of each model's latency, in seconds.
         faster: ratio of the medians, dense over compressed.
         threads: the number of PyTorch's threads.
     """
@@ -56,11 +56,13 @@ def compare(
     Args:
         dense, compressed: the models, called as ``model(*inputs)``. They return tensors, also within tuples, lists and
             dictionaries.
+        inputs: arguments of the models.
         threads: the number of PyTorch's threads, unchanged if None.
-        seconds: about how long each is timed.
+        seconds: about how long each model is timed.
 
     Raises:
-        SlimLSTMError: the outputs have different shapes, or the compressed model's are not finite.
+        SlimLSTMError: the models return no floating-point tensors or tensors of different shapes, or the outputs of the
+            compressed model are not finite.
 
     Examples:
         >>> from slimlstm import LowRankLSTM
@@ -80,10 +82,10 @@ def compare(
 
 
 def relative_difference(dense: Sequence[Tensor], compressed: Sequence[Tensor]) -> float:
-    """Return the norm of the difference of all outputs, over the norm of the dense ones.
+    """Return the norm of the difference of all outputs, over the norm of the dense outputs.
 
     Raises:
-        SlimLSTMError: the shapes differ, there are no outputs, or the compressed ones are not finite.
+        SlimLSTMError: the shapes differ, both models have no outputs, or the compressed outputs are not finite.
     """
     if [tensor.shape for tensor in dense] != [tensor.shape for tensor in compressed] or not dense:
         shapes = [[list(tensor.shape) for tensor in tensors] for tensors in (dense, compressed)]

@@ -1,6 +1,6 @@
-"""One LSTM layer in the engines that a user could choose instead: PyTorch, ONNX Runtime and OpenVINO.
+"""Run one LSTM layer in the engines that a user could choose instead: PyTorch, ONNX Runtime and OpenVINO.
 
-Engines that are not installed, or refuse the layer, are listed with their reason. Shapes as in :mod:`slimlstm.ops.weights`.
+Engines that are not installed, or refuse the layer, are listed with the reason. Shapes as in :mod:`slimlstm.ops.weights`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NamedCandidates = Iterator[tuple[str, Candidate]]
 
 
 def dense_rivals(lstm: nn.LSTM, x: Tensor, threads: int, refused: dict[str, str]) -> NamedCandidates:
-    """Yield every rival that runs the dense layer; add those that cannot to ``refused``, with the reason."""
+    """Yield every rival that runs the dense layer; add the others to ``refused``, with the reason."""
     yield from pytorch_rivals(lstm, x, refused)
     yield from onnx_rivals(
         lambda: layer_model(LowRankLSTM.from_dense(lstm).layers()[0], "lstm"), "LSTM", "dense", x, threads, refused

@@ -26,8 +26,8 @@ class LayerChoice:
     """The backend that one layer ran with.
 
     Attributes:
-        module: dotted path of its module, "" for the model itself.
-        layer: its index within the module.
+        module: the dotted path of the layer's module, "" for the model itself.
+        layer: the layer's index within the module.
         backend: a key of :data:`slimlstm.ops.BACKENDS`, or ``"nn.LSTM"`` for PyTorch's own module.
         reason: why this backend was chosen.
         storage: the fused kernel's format of ih and hh: ``"int8"``, or ``"bfloat16, int8"`` if they differ.
@@ -73,7 +73,7 @@ class Explanation:
 def explain(model: nn.Module, *inputs: Any, **named: Any) -> Explanation:
     """Call ``model(*inputs, **named)`` once and return which backend each of its LSTM layers ran with, and why.
 
-    The model runs in its current mode, and with the gradients, autocast and threads of the caller: call ``model.eval()``
+    The model runs in its current mode, with the caller's settings of gradients, autocast and threads. Call ``model.eval()``
     first to learn about inference.
 
     Raises:

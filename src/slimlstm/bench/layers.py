@@ -23,7 +23,7 @@ from slimlstm.provenance import provenance
 from slimlstm.tables import new_table
 
 LARGE_DIFFERENCE = 0.1
-"""The relative difference of outputs above which no speed is reported without a warning before it."""
+"""Relative difference of outputs above which a warning precedes every speed."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class LayerTimes:
     Attributes:
         name: the layer's name.
         sizes: its input, hidden and projection size, and whether it is bidirectional.
-        ranks, storages: of the compressed layer, by matrix.
-        difference: norm of the difference of compressed and dense outputs, over the norm of the dense ones.
+        ranks, storages: the ranks and storages of the compressed layer, by the name of the matrix.
+        difference: norm of the difference of compressed and dense outputs, over the norm of the dense outputs.
         candidates, refused: the result of :func:`slimlstm.bench.candidates.measure`.
     """
 
@@ -49,7 +49,13 @@ class LayerTimes:
 
 @dataclass(frozen=True)
 class LayerBench:
-    """Result of :func:`bench_layers`: the layers of a model, each in every engine; printable by rich."""
+    """Result of :func:`bench_layers`; rich can print it.
+
+    Attributes:
+        layers: the layers of a model, each in every engine.
+        steps, batch: T and B of the inputs.
+        threads: the number of threads of every engine.
+    """
 
     layers: list[LayerTimes]
     steps: int
@@ -57,7 +63,7 @@ class LayerBench:
     threads: int
 
     def totals(self) -> dict[str, float]:
-        """Return the microseconds of all layers together, for each engine that runs them all."""
+        """Return the sum of the layers' median microseconds, for each engine that runs all layers."""
         names = self.layers[0].candidates
         return {
             name: sum(layer.candidates[name]["microseconds"] for layer in self.layers)
@@ -66,7 +72,7 @@ class LayerBench:
         }
 
     def faster(self) -> dict[str, dict[str, Any]]:
-        """Return, for each of ours, the best rival in each precision and its total time over ours."""
+        """Return, for each of our candidates, the best rival in each precision and its total time over ours."""
         totals, first = self.totals(), self.layers[0].candidates
         found: dict[str, dict[str, Any]] = {}
         for name in (name for name in totals if first[name]["ours"]):
@@ -99,8 +105,8 @@ class LayerBench:
         early = [f"{name} after {count} turns" for name, count in turns.items() if count < MIN_TURNS]
         if early:
             yield (
-                f"Timing ended early, of {', '.join(early)} of an engine: waiting threads or other programs held the "
-                "cores; use fewer threads, or a quiet machine"
+                f"Timing of an engine ended early ({', '.join(early)}): waiting threads or other programs held the cores; "
+                "use fewer threads, or a quiet machine"
             )
         largest = max((layer.difference for layer in self.layers), default=0.0)
         for name, ratios in self.faster().items():
@@ -131,7 +137,7 @@ def _add_rows(table: Table, layer: LayerTimes) -> None:
 
 
 def _is_rival(other: Mapping[str, Any], one: Mapping[str, Any]) -> bool:
-    """Return whether ``one`` is ours and ``other`` is an engine for the same model or for the dense one."""
+    """Return whether ``one`` is ours, and ``other`` is another engine with the same or the dense model."""
     return one["ours"] and not other["ours"] and other["model"] in ("dense", one["model"])
 
 
@@ -148,7 +154,7 @@ def bench_layers(
     """Time every layer: the dense one in all engines, the compressed one in ours and as an ONNX Scan.
 
     The input of a layer is the output of the dense layer before it if the sizes fit, and random otherwise. All outputs are
-    first checked against float64 computed with the engine's own weights.
+    first checked against the float64 output for the same weights.
 
     Args:
         dense, compressed: layers of one or two directions, by name, as from :func:`slimlstm.weight_files.layers_of`.

@@ -14,11 +14,11 @@ from slimlstm.errors import SlimLSTMError
 from slimlstm.progress import Progress, shown
 
 SECONDS = 0.3
-"""The default of how long each call is timed in all, in seconds."""
+"""Default time for each call in all, in seconds."""
 MIN_TURNS, MAX_TURNS = 5, 200
-"""The fewest and the most times that each call is timed."""
+"""The smallest and the largest number of turns in which each call is timed."""
 PATIENCE = 10
-"""A run ends early, with two times of each call, after this many times the seconds that it should take."""
+"""A run that takes this many times as long as it should ends early, once every call was timed twice."""
 
 
 def interleaved_seconds(
@@ -30,15 +30,18 @@ def interleaved_seconds(
 ) -> dict[str, list[float]]:
     """Return the wall-clock seconds of each call, timed in turns that are spread evenly over the run.
 
-    A turn is one call that is not timed and one that is, so that each is timed as if it ran repeatedly, with warm caches.
-    All calls are timed for about as long in total, in ``MIN_TURNS`` to ``MAX_TURNS`` turns. They run without
-    gradients, and parametrizations such as masks are applied once, as in a model that is deployed.
+    A turn is one call that is not timed and one that is, so that each call is timed as if it ran repeatedly, with warm
+    caches. Every call gets about the same time in total, in ``MIN_TURNS`` to ``MAX_TURNS`` turns. The calls run without
+    gradients, and parametrizations such as masks are applied once, as in a deployed model.
 
     Args:
         calls: functions without arguments, by name.
-        seconds: about how long each is timed in all.
+        seconds: about how long each call is timed in all.
         threads: the number of PyTorch's threads meanwhile, unchanged if None.
         progress: called before every turn with the name of its call and the fraction done; None draws a bar on a terminal.
+
+    Returns:
+        The seconds of every timed call, by name.
 
     Raises:
         SlimLSTMError: ``calls`` is empty, or ``seconds`` is not above zero.
@@ -74,7 +77,7 @@ def interleaved_seconds(
 
 
 def median_ratios(times: Mapping[str, list[float]], baseline: str) -> dict[str, float]:
-    """Return the median time of ``baseline`` over the median time of each call: above 1 is faster than the baseline.
+    """Return the median time of ``baseline`` over the median time of each call; calls above 1 are faster than it.
 
     Examples:
         >>> median_ratios({"dense": [4.0, 4.0, 6.0], "small": [1.0, 2.0, 30.0]}, "dense")

@@ -22,7 +22,7 @@ from slimlstm.progress import Progress, counted, shown
 _BLOCK = 512
 """Columns in a block of a moment."""
 _MOST_DRAWS = 8
-"""How often gradients are drawn from predicted distributions, at most."""
+"""How often gradients are drawn from predicted distributions at most."""
 _ROWS_WANTED = 4
 """Effective rows for each direction of a matrix, below which gradients are drawn again."""
 NO_BATCH = "no batch was given; if the batches came from an iterator, it may have been used up before"
@@ -46,14 +46,17 @@ def calibrate(
         model: any module with LSTMs, dense or compressed.
         batches: an iterable of batches; each is passed to ``loss``.
         loss: takes the model and a batch; see :data:`slimlstm.calibration.losses.Loss`. Labels drawn from a distribution
-            give the true Fisher information, observed labels the empirical one. Where few predictions send back most of
-            the gradients, the batches run again for more draws, up to eight times, unless they are an iterator; a loss
-            that carries a state from batch to batch then needs ``state_dict`` and ``load_state_dict``. Without a loss, the
-            model is called on each batch (a tuple or list gives its arguments, a mapping its named arguments), and only
-            inputs are recorded; they suffice for ``"activation"``.
-        seed: of the labels that are drawn.
-        progress: called after every batch with its number in words and the fraction done, NaN where the number of batches
-            is unknown; None draws a bar on a terminal.
+            give the true Fisher information, observed labels the empirical one. Where most of the gradients come from few
+            predictions, the batches run again for more draws, up to eight times in all, unless they are an iterator; a
+            loss that carries a state from batch to batch then needs ``state_dict`` and ``load_state_dict``. Without a
+            loss, the model is called on each batch (a tuple or list gives its arguments, a mapping its named arguments),
+            and only inputs are recorded, which is enough for ``"activation"``.
+        seed: the seed for drawing labels.
+        progress: called after every batch with its number in words and the fraction done, which is NaN where the number of
+            batches is unknown; None draws a bar on a terminal.
+
+    Returns:
+        The moments of every site that a batch reached, and the mean loss.
 
     Raises:
         SlimLSTMError: the model holds no LSTM that can be observed, no batch was given, the loss returned no finite losses
@@ -93,7 +96,15 @@ def calibrate(
 
 @dataclass
 class _Pass:
-    """One pass over all batches: how many there were, their losses, and what the losses were."""
+    """Result of one pass over all batches.
+
+    Attributes:
+        batches: the number of batches.
+        total: the sum of all losses.
+        predictions: the number of losses.
+        is_scaled: False where a batch's loss was a single mean.
+        is_drawn: whether labels were drawn from a distribution.
+    """
 
     batches: int = 0
     total: float = 0.0
@@ -111,7 +122,7 @@ def _collect(
     *,
     is_again: bool = False,
 ) -> _Pass:
-    """Run the batches, and add their rows to the sums; again for another draw of the gradients alone."""
+    """Run the batches, and add their rows to the sums; with ``is_again`` only the gradients, as another draw."""
     found = _Pass()
     for batch in batches:
         found.batches += 1
@@ -121,7 +132,7 @@ def _collect(
 
 
 def _run(model: nn.Module, batch: Any, loss: Loss | None, recorder: Recorder, found: _Pass) -> dict[Keys, Rows]:
-    """Run one batch, add its losses to what was found, and return its rows."""
+    """Run one batch, add its losses to ``found``, and return its rows."""
     if loss is None:
         with torch.no_grad():
             call(model, batch)
@@ -138,7 +149,7 @@ def _run(model: nn.Module, batch: Any, loss: Loss | None, recorder: Recorder, fo
 
 
 def _are_scarce(sums: Mapping[Keys, MomentSums]) -> bool:
-    """Return whether some matrix's gradients come from too few effective rows for its directions."""
+    """Return whether the gradients of some matrix come from too few effective rows for its number of directions."""
     for entry in sums.values():
         effective = entry.effective_rows
         if entry.gradients is not None and effective is not None:
@@ -150,10 +161,16 @@ def _are_scarce(sums: Mapping[Keys, MomentSums]) -> bool:
 
 @plain_mode()
 def mean_loss(model: nn.Module, batches: Iterable[Any], loss: Loss) -> float | None:
-    """Return the mean of the losses of all batches, in evaluation mode, which is restored.
+    """Return the mean of the losses of all batches in evaluation mode; the model's own mode is restored.
+
+    Args:
+        model: any module.
+        batches: an iterable of batches; each is passed to ``loss``.
+        loss: takes the model and a batch; see :data:`slimlstm.calibration.losses.Loss`.
 
     Returns:
-        None where the loss returns a distribution, since labels are sampled per model, so losses are not comparable.
+        The mean loss, or None where the loss returns a distribution: labels are then sampled for each model, so losses of
+        different models are not comparable.
 
     Raises:
         SlimLSTMError: no batch was given, or the loss returned no finite losses.
@@ -188,7 +205,7 @@ class MomentSums:
         """Add the rows that receive a gradient, or all rows where no gradients are known.
 
         Args:
-            rows: of one batch.
+            rows: the rows of one batch.
             is_again: whether the inputs were added before, so that only the gradients are new.
         """
         inputs, gradients, reached = list(rows.inputs), rows.gradients, rows.reached
@@ -207,7 +224,7 @@ class MomentSums:
 
     @property
     def effective_rows(self) -> float | None:
-        """The number of rows that would say as much if their gradients were equally large; None without gradients."""
+        """(Σ ‖δ‖²)² / Σ ‖δ‖⁴: so many rows of equal gradients would hold as much information. None without gradients."""
         return None if self.gradients is None else self.squares**2 / self.fourths if self.fourths > 0 else 0.0
 
 
@@ -232,7 +249,7 @@ def moments_of(sums: Mapping[Keys, MomentSums]) -> dict[str, Moments]:
 def _square(rows: Tensor) -> Tensor:
     """Return Σ v vᵀ over the rows v of a matrix, in float64.
 
-    The products of one batch are summed in float32, unless the rows are in float64.
+    The sum over the rows given here is computed in float32, unless they are in float64.
     """
     rows = rows if rows.dtype == torch.float64 else rows.float()
     if rows.shape[1] < 2 * _BLOCK:

@@ -1,4 +1,4 @@
-"""The mean loss of a model with other matrices, on batches that are held out; the model does not change."""
+"""Measure the mean loss of a model with other matrices, on held-out batches; the model does not change."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from slimlstm.modules.modes import ambient_defaults, evaluation_mode, plain_mode
 from slimlstm.ops.weights import Matrix
 
 _WARM_UP = 2
-"""Batches before the first one that counts, for losses that carry a state."""
+"""Number of batches to run before the first one that counts, for losses that carry a state."""
 
 
 class ModuleJudge:
@@ -85,7 +85,7 @@ class ModuleJudge:
     def _run(
         self, number: int, batch: Any, modules: Sequence[tuple[nn.Module, nn.Module]], state: Any
     ) -> tuple[object, Any]:
-        """Run one batch from a state of the loss, or from its present state where None; return its state after."""
+        """Run one batch from a state of the loss, or from its present state if None; return result and next state."""
         torch.manual_seed(number)
         if self._carries and state is not None:
             getattr(self._loss, "load_state_dict")(copy.deepcopy(state))
@@ -99,7 +99,7 @@ class ModuleJudge:
 
 
 def _replaced(host: Host, weights: Mapping[str, Matrix]) -> LowRankLSTM | LowRankLSTMCell | None:
-    """Return a module like the host's with these matrices, or None where none of them is the host's."""
+    """Return a module like the host's with these matrices in place of its own, or None where none belongs to the host."""
     path = host.paths[0]
     if not any(site.key in weights for site in host.sites()):
         return None

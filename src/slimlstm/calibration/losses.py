@@ -1,4 +1,4 @@
-"""Calling a model on batches, and the results that a loss may return."""
+"""Call a model on batches, and read the results that a loss may return."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Loss = Callable[[nn.Module, Any], Tensor | Distribution]
 
 
 def observed_losses(result: object) -> tuple[Tensor, bool]:
-    """Return the losses in the result of a :data:`Loss`, and whether they are one a prediction rather than a mean.
+    """Return the losses in the result of a :data:`Loss`, and whether they are losses of predictions rather than one mean.
 
-    Labels are drawn from a distribution, and their negative log-probabilities are the losses. For classes, and for yes or
-    no, the losses are the entropies, and their gradients come from :func:`_classes` and :func:`_yes_or_no`.
+    If the result is a distribution, labels are drawn from it, and the losses are their negative log-probabilities. For
+    classes, and for yes or no, the losses are the entropies, with gradients from :func:`_classes` and :func:`_yes_or_no`.
 
     Raises:
         SlimLSTMError: the result is neither a tensor nor a distribution, or a loss is not finite.
@@ -57,8 +57,8 @@ def _classes(predicted: Categorical) -> Tensor:
     """Return the entropies of predicted classes, with random gradients whose second moment is the Fisher information.
 
     The gradient of a drawn label's loss has the covariance S Sᵀ = diag(p) - p pᵀ at the logits, where
-    S = diag(√p) - p √pᵀ. So has S v for a standard normal v. A confident prediction sends back a label's large gradient
-    once in thousands of draws and almost nothing otherwise; S v is of the same size at every draw.
+    S = diag(√p) - p √pᵀ. So has S v for a standard normal v. The gradient of a drawn label of a confident prediction is
+    large once in thousands of draws and almost zero otherwise; S v has about the same size at every draw.
     """
     log_p, p = predicted.logits, predicted.probs.detach()
     # A probability of zero has no share, and its logarithm may be infinite.
@@ -78,7 +78,7 @@ def checked_losses(result: object) -> Tensor:
     """Return ``result`` if it is a tensor of at least one number, all finite.
 
     Raises:
-        SlimLSTMError: it is not.
+        SlimLSTMError: it is no such tensor.
     """
     if not isinstance(result, Tensor):
         raise SlimLSTMError(f"the loss returned {type(result).__name__}; it has to return a tensor or a distribution")
@@ -93,7 +93,10 @@ def costs_of(dense: object, compressed: object) -> Tensor:
     """Return the compressed model's losses, or the divergence of its distribution from the uncompressed model's.
 
     Args:
-        dense, compressed: the results of a :data:`Loss` for either model.
+        dense, compressed: the results of a :data:`Loss` for the two models.
+
+    Raises:
+        SlimLSTMError: the compressed model's result is neither a tensor nor a distribution, or a loss is not finite.
     """
     if not isinstance(dense, Distribution) or not isinstance(compressed, Distribution):
         return checked_losses(compressed)

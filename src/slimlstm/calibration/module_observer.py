@@ -16,7 +16,7 @@ from slimlstm.calibration.refit import Observation
 from slimlstm.modules.host import Host
 from slimlstm.modules.modes import ambient_defaults
 from slimlstm.ops.weights import Matrix
-from slimlstm.progress import length_of
+from slimlstm.progress import count_of
 
 
 class ModuleObserver:
@@ -27,8 +27,8 @@ class ModuleObserver:
         hosts: its hosts to observe.
         batches: an iterable that can be iterated more than once.
         loss: as for :func:`slimlstm.calibrate`, or None. A loss that carries a state from batch to batch has
-            ``state_dict`` and ``load_state_dict``, so that each of the two models keeps its own. Where the loss returns a
-            distribution, the cost is the divergence from the uncompressed model's distribution.
+            ``state_dict`` and ``load_state_dict``, so that each of the two models gets a state of its own. Where the loss
+            returns a distribution, the cost is the divergence from the uncompressed model's distribution.
     """
 
     def __init__(self, model: nn.Module, hosts: Sequence[Host], batches: Iterable[Any], loss: Loss | None) -> None:
@@ -37,8 +37,7 @@ class ModuleObserver:
     @property
     def batch_count(self) -> int:
         """The number of batches in one pass."""
-        count = length_of(self._batches)
-        return sum(1 for _ in self._batches) if count is None else count
+        return count_of(self._batches)
 
     @property
     def has_costs(self) -> bool:
@@ -59,7 +58,7 @@ class ModuleObserver:
 
 
 class _Runner:
-    """Runs the model with certain matrices, with a loss state and a last result of its own."""
+    """Runs the model with certain matrices, and keeps its state of the loss and its last result."""
 
     result: object = None
 
@@ -69,7 +68,7 @@ class _Runner:
         self._carried = self._loss_state()
 
     def run(self, number: int, batch: Any, with_gradients: bool) -> dict[Keys, Rows]:
-        """Run one batch; both models draw the same random numbers for it."""
+        """Run one batch and return its rows; its number is the seed, so that both models draw the same random numbers."""
         torch.manual_seed(number)
         if self.carries:
             getattr(self._loss, "load_state_dict")(self._carried)

@@ -31,12 +31,11 @@ class Moments:
     """Moments at one matrix [m, n], in float64.
 
     Attributes:
-        inputs: E[z zᵀ] [n, n] over ``rows`` pairs of time step and sequence, without rows that receive no gradient from a
-            loss, such as padding.
+        inputs: E[z zᵀ] [n, n] over the rows. A row is a pair of time step and sequence.
         gradients: E[δ δᵀ] [m, m], where δ is the gradient of the sum of losses; None without a loss.
-        rows: the number of rows counted.
-        effective_rows: (Σ ‖δ‖²)² / Σ ‖δ‖⁴, the number of rows that would say as much if their gradients were equally
-            large; None without a loss.
+        rows: the number of rows that count. With a loss, rows that receive no gradient, such as padding, do not.
+        effective_rows: (Σ ‖δ‖²)² / Σ ‖δ‖⁴. As many rows with equally large gradients hold as much information. None without
+            a loss.
 
     Examples:
         >>> moments = Moments(torch.eye(3), None, rows=100)
@@ -50,7 +49,7 @@ class Moments:
     effective_rows: float | None = None
 
     def loss_of(self, difference: Tensor) -> float:
-        """Return ½ tr(Δᵀ G Δ A) for Δ [m, n], the predicted rise of the sum of losses a row; without a loss, G = I."""
+        """Return ½ tr(Δᵀ G Δ A) for Δ [m, n], the predicted rise of the sum of losses per row; without a loss, G = I."""
         inputs = difference @ self.inputs.to(difference)
         gradients = difference if self.gradients is None else self.gradients.to(difference) @ difference
         return 0.5 * float((gradients * inputs).sum())
@@ -91,8 +90,8 @@ class Calibration:
         sites: the moments by the sites' keys.
         loss: the mean loss over ``predictions``; None without a loss.
         predictions: the number of losses; 0 without a loss.
-        is_scaled: False where the loss returned a single mean for every batch. Losses predicted from the moments are then
-            right only up to a common factor.
+        is_scaled: False where the loss of a batch was a single mean. Losses predicted from the moments are then right only
+            up to a common factor.
 
     Examples:
         >>> import tempfile

@@ -149,13 +149,13 @@ def _observer(host: Host, recorder: Recorder, weights: Mapping[str, Matrix]) -> 
 
 
 def build_like(host: Host, lstm: type[AnyLSTM], cell: type[AnyCell], matrix: Callable[[str], Matrix]) -> AnyLSTM | AnyCell:
-    """Build a module like the host's, of the class ``lstm`` or ``cell``, in evaluation mode and without gradients.
+    """Build a module like the host's, of the class ``lstm`` or ``cell``, in evaluation mode, with frozen parameters.
 
     Args:
         host: the host to imitate.
         lstm: the class to build where the host is an LSTM.
         cell: the class to build where the host is a cell.
-        matrix: returns the weight of a given name, as factors or dense.
+        matrix: takes the name of a parameter and returns the weight, as factors or dense.
     """
     old = cast(Any, host.lstm)
     if hasattr(old, "num_layers"):

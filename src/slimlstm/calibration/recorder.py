@@ -1,4 +1,4 @@
-"""Recording of the inputs of recurrent matrices, and of the gradients at their gates, while a model runs."""
+"""Record the inputs of recurrent matrices, and the gradients at their gates, while a model runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Rows:
 
     Attributes:
         inputs: the inputs of every matrix in the group; for an LSTM, of ih [N, I] and of hh [N, P].
-        gradients: of the loss at the gates' pre-activations [N, 4H], or None.
+        gradients: the gradients of the loss at the gates' pre-activations [N, 4H], or None.
     """
 
     inputs: tuple[Tensor, ...]
@@ -65,7 +65,7 @@ class Recorder:
         """
         seen, self._seen = self._seen, []
         gradients = [None] * len(seen) if total is None else _gradients(total, [probe for _, _, probe in seen])
-        # Cells are called step by step: one product for all their rows costs a fraction of one for each.
+        # Cells are called step by step: one product for all rows costs a fraction of a product for each call.
         grouped: dict[Keys, list[tuple[tuple[Tensor, ...], Tensor]]] = {}
         for (keys, inputs, probe), gradient in zip(seen, gradients, strict=True):
             grouped.setdefault(keys, []).append((inputs, torch.zeros_like(probe) if gradient is None else gradient))

@@ -35,7 +35,7 @@ Solve = Callable[[Tensor, Tensor], Matrix]
 _ALTERNATIONS = 2
 """How often the matrices of a group are fitted in turn on the moments of one pass."""
 _HELD_OUT = 5
-"""One batch in this many is held out to judge the factors; of fewer batches, all both fit and judge."""
+"""One batch in this many is held out to judge the factors; if there are fewer batches, all of them both fit and judge."""
 
 
 class CallMismatchError(SlimLSTMError):
@@ -93,18 +93,18 @@ def refit(
 ) -> tuple[int, dict[str, Matrix]]:
     """Fit compressed matrices again in every pass over the observer's batches; no model changes.
 
-    Where the observer has costs, the last fifth of the batches does not fit but judges; fewer than five batches do both.
+    Where the observer has costs, the last fifth of the batches only judges; fewer than five batches all fit and judge.
 
     Args:
         observer: runs both models on the batches.
         matrices: the uncompressed matrices [m, n] by key; at least every matrix in a group that the observer reports.
         weights: the compressed matrices by key, as factors or dense.
-        solvers: how to compress each matrix that is to be fitted, by key.
+        solvers: the function that compresses each matrix that is to be fitted, by key.
         passes: how often to fit, at least once.
 
     Returns:
-        The number of the pass with the lowest mean cost, 0 for the given weights, and all compressed matrices after that
-        pass. Without costs, the last pass.
+        The number of the pass with the lowest mean cost, 0 for the given weights, and all compressed matrices after this
+        pass. Without costs, the last pass and its matrices.
 
     Raises:
         CallMismatchError: the number of calls of an LSTM depends on its weights, so that rows cannot be paired.
@@ -155,7 +155,8 @@ def _one_pass(
                 found[keys].add(rows, seen.compressed[keys])
             if seen.costs is not None and seen.number in judging:
                 costs.append(seen.costs.detach().double().flatten())
-            progress(f"batch {seen.number + 1}", (seen.number + 1) / max(observer.batch_count, 1))
+            # The judging batches end with the last batch. Asking the observer for its count may iterate over all batches.
+            progress(f"batch {seen.number + 1}", (seen.number + 1) / max(judging.stop, 1))
     cost = float(torch.cat(costs).mean()) if costs else 0.0
     return {keys: moments for keys, moments in found.items() if moments.rows}, cost
 

@@ -76,7 +76,7 @@ def command(
 
 
 def _compressed_copy(layers: dict[str, LowRankLSTM], request: Request) -> tuple[dict[str, LowRankLSTM], Report]:
-    """Return compressed copies of the layers, and the report, whose sites have the layers' names."""
+    """Return compressed copies of the layers, and the report, in which the layers' names replace the modules' paths."""
     from torch.nn import ModuleList
 
     from slimlstm.compress import compress_

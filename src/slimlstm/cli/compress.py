@@ -67,7 +67,7 @@ def command(
         list[Path] | None,
         typer.Option(
             metavar="<path>",
-            help="As --batches, to compare the outputs of both ONNX files on; by default, random inputs.",
+            help="Compare the outputs of both ONNX files on these inputs, given as for --batches; by default random ones.",
         ),
     ] = None,
     also: Annotated[
@@ -145,7 +145,7 @@ def _to_onnx(
     from slimlstm.onnx.compress import compress_onnx
 
     if request.storage_of_masked():
-        raise SlimLSTMError("of an ONNX file, prune takes no --storage; compress the result again, with --storage alone")
+        raise SlimLSTMError("prune takes no --storage for an ONNX file; compress the result again, with --storage alone")
     runs = [run for path in batches for run in read_batches(path)] if batches else None
     compared = [run for path in inputs for run in read_batches(path)] if inputs else None
     report = compress_onnx(file, request.configuration(), output, batches=runs, also=also, form=form)

@@ -60,7 +60,7 @@ def command(
 
 
 def _counts(file: Path, matrices: Any, entries: list[dict[str, Any]], tensors: Any) -> tuple[int, int]:
-    """Return the numbers in recurrent matrices, and in the whole file; of shared ones, once."""
+    """Return how many numbers the recurrent matrices hold, and the whole file; shared tensors count once."""
     by_content = {
         _contents(names, tensors): entry["parameters"] for names, entry in zip(matrices.values(), entries, strict=True)
     }

@@ -22,7 +22,7 @@ def language_model(name: str, instead: str) -> AWDLSTM:
 
     Args:
         name: ``"embedded"`` or a folder.
-        instead: what to do with another model, as a clause.
+        instead: advice for users with another model, for the end of error messages.
 
     Raises:
         SlimLSTMError: the name is no folder, or the folder holds no AWD-LSTM.

@@ -60,7 +60,8 @@ def check_report(page: Path | None, force: bool) -> None:
     """Check that a report can be written to ``page``, before spending time on its content.
 
     Raises:
-        SlimLSTMError: it is no name of a page, it exists and may not be replaced, or the package that draws is missing.
+        SlimLSTMError: ``page`` does not end in .html, it exists and ``force`` is not given, or the package that draws is
+            not installed.
     """
     if page is None:
         return
@@ -88,14 +89,14 @@ class Request:
     filter: str | None = None
 
     def has_size_or_storage(self) -> bool:
-        """Return whether anything says how small the matrices have to become."""
+        """Return whether a size or a storage was given."""
         return any(value is not None for value in (self.rank, self.keep, self.bytes, self.energy, self.storage))
 
     def configuration(self) -> LowRank | Prune | Quantize:
         """Return the configuration.
 
         Raises:
-            SlimLSTMError: a value out of range, two values that exclude each other, or no regular expression.
+            SlimLSTMError: a value is out of range, two values exclude each other, or the filter is no regular expression.
         """
         from slimlstm.pipeline.config import Quantize, configuration
 

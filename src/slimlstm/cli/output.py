@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _BARS, _PLAIN_BARS = "▁▂▃▄▅▆▇█", "_.-:=+*#"
 _WIDTH_OF_FILES = 10_000
-"""Columns where nothing limits them; tables and sentences take what they need."""
+"""Width of the output in columns if it goes to a file or a pipe, so that nothing is wrapped."""
 
 
 def tolerate_encodings() -> None:
@@ -46,7 +46,7 @@ def print_note(text: str) -> None:
 
 
 def sketch(values: list[float], width: int = 12) -> str:
-    """Draw descending values as bars, relative to the first: at most ``width`` of them, evenly picked."""
+    """Draw descending values as bars, relative to the first value; at most ``width`` evenly picked ones are drawn."""
     bars = _BARS if (sys.stdout.encoding or "").lower().startswith("utf") else _PLAIN_BARS
     picked = [values[index * len(values) // width] for index in range(width)] if len(values) > width else values
     top = max(values[0], 1e-30)

@@ -178,6 +178,6 @@ NB_MODULE(_kernel, module) {
         .def("__init__", &make)
         .def("bytes", &Layer::bytes, "Return the bytes of all packed matrices, without the scales of rows.")
         .def("run", &run,
-             "Run the layer on contiguous float32 memory at the given addresses. Return 0, without running it, if it is told "
-             "to compare the weights with those that were packed and they differ; 1; or 2 if the last hidden states are not finite.");
+             "Run the layer on contiguous float32 memory at the given addresses. Return 0, without running it, if the weights "
+             "are to be compared with the packed ones and differ; else 1, or 2 if the last hidden states are not finite.");
 }

@@ -26,10 +26,10 @@ constexpr ptrdiff_t group_inputs = 64;
 struct Panels {
     const float* data = nullptr;    // 32-bit words of any format
     const float* scales = nullptr;  // int8 and int4: [vectors * L]
-    // int4 only: of each group of inputs in each panel, one a lane; up to 127
+    // int4 only: one multiplier a lane for each group of inputs in each panel; up to 127
     const uint8_t* multipliers = nullptr;
-    // int8 and int4: the largest row norm of the map from these inputs to the gates, which is W, or U V where this is V. It
-    // bounds how far rounded inputs can move a gate. 0 if the inputs never need the remainder.
+    // int8 and int4: the largest row norm of the map from these inputs to the gates. The map is this matrix, or U V if this
+    // matrix is V. The norm bounds how far rounded inputs can move a gate. 0 if the inputs never need the remainder.
     float gain = 0;
     ptrdiff_t vectors = 0;
     ptrdiff_t inputs = 0;
@@ -85,7 +85,7 @@ struct BackwardStep {
     const float *activations, *c_before, *c;
     const float* d_output;  // null: zero
     const void* d_h;        // from the step after, null: zero
-    float* d_c;             // of the step after, replaced by the one of the step before
+    float* d_c;             // gradient of c from later steps, replaced by the gradient of c_before
     void* d_gates;
 };
 
@@ -116,7 +116,7 @@ struct BackwardPass {
     Passes sizes;
     const float *activations, *c;
     const float* d_output;  // [steps, batch, hidden], null: zero
-    float* d_c;             // of the last step, replaced by the one of the first states
+    float* d_c;             // gradient of the last c, replaced by the gradient of the first c
     float* d_h0;            // null: not wanted
     float* d_gates;
 };

@@ -78,8 +78,8 @@ class Layer {
     size_t bytes() const;
 
   private:
-    // How a call is shared out: over ``threads`` in all and ``each`` for a direction, which take a part of the batch, or
-    // all of it and a part of the hidden units.
+    // The division of a call among ``threads`` threads, ``each`` of them for one direction. With ``by_rows`` a thread takes
+    // a part of the batch, otherwise the whole batch and a part of the hidden units.
     struct Shares {
         int threads, each;
         bool by_rows;

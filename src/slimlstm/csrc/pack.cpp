@@ -41,8 +41,8 @@ bool fits(const Source& source, ptrdiff_t row, float scale) {
     return true;
 }
 
-// A scale at which a row holds integers up to 127, without loss: its largest element is one of them times the
-// scale. Otherwise the largest magnitude, divided by 127; NaN if an element is not finite.
+// The scale of a row. If all elements are integers up to 127 times some scale, that scale: the largest element is then one
+// of these integers times the scale. Otherwise the largest magnitude, divided by 127; NaN if an element is not finite.
 float scale_of(const Source& source, ptrdiff_t row) {
     float bound = 0;
     for (ptrdiff_t k = 0; k < source.columns; ++k) {

@@ -107,7 +107,7 @@ struct FineInt8 {
     }
 };
 
-// int4 weights have the same sums as the same weights in int8, bit by bit. A ``Simd`` says how to multiply a group:
+// Sums with int4 weights equal the sums with the same weights in int8 exactly. A ``Simd`` says how to multiply a group:
 //     low, high           the unsigned codes of a word that belong to its first and its last four inputs
 //     begin               a sum that begins with an offset: codes are stored plus 8, which adds 8 times the inputs' sum
 //     add_low, add_high   add products

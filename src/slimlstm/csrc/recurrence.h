@@ -336,7 +336,7 @@ size_t workspace(const Task& task, int team_size) { return Buffers(task, nullptr
 
 void run(const Task& task, float* workspace, const Team& team, int member) { Run(task, workspace, team, member).run(); }
 
-// Keeps two running sums in each lane, the second over the first, so that the hash depends on the order of the values.
+// Keeps two running sums in each lane, of the values and of the first sum, so that the hash depends on the values' order.
 uint64_t digest(const float* values, ptrdiff_t count, uint64_t so_far) {
     constexpr int vectors = 4;
     I sums[vectors], sums_of_sums[vectors];

@@ -1,1 +1,1 @@
-"""The embedded language model and the tour of it."""
+"""The embedded language model, and a tour that compresses it by every method."""

@@ -101,7 +101,7 @@ class AWDLSTM(nn.Module):
         return self.decoder(hidden), state
 
     def features(self, tokens: Tensor, state: LSTMStates | None = None) -> tuple[Tensor, LSTMStates]:
-        """Return the softmax's inputs, the last layer's outputs [T, B, E] after dropout, and the state."""
+        """Return the inputs of the softmax, which are the last layer's outputs [T, B, E] after dropout, and the state."""
         config, new_state = self.config, LSTMStates()
         x = locked_dropout(self._embed(tokens), config.dropout_input, self.training)
         for index, lstm in enumerate(self.lstms):
@@ -122,7 +122,7 @@ class AWDLSTM(nn.Module):
         rate = self.config.weight_drop
         if not self.training or rate == 0.0:
             return lstm(x, state)
-        # Match by the end of the name: a mask makes it longer. Factors have other names and get no weight dropout.
+        # Match by the end of the name, because a mask makes it longer. Factors have other names and get no weight dropout.
         dropped = {
             name: dropout(weight, rate)
             for name, weight in lstm.named_parameters()
@@ -132,7 +132,7 @@ class AWDLSTM(nn.Module):
 
 
 def config_of(tensors: Mapping[str, Tensor]) -> AWDLSTMConfig:
-    """Return the sizes of the AWD-LSTM that these tensors belong to, dense or compressed, with the published dropout rates.
+    """Return the sizes of the dense or compressed AWD-LSTM with these tensors, and the published dropout rates.
 
     Raises:
         SlimLSTMError: the tensors do not belong to an AWD-LSTM.
@@ -213,6 +213,11 @@ def save_awd_lstm(model: AWDLSTM, folder: str | Path, *, shard_bytes: int = 16_0
     A tensor larger than a shard is cut along its rows into ``{name}.part0``, ``{name}.part1`` and so on. The weights that
     embedding and softmax share are written once.
 
+    Args:
+        model: a dense model.
+        folder: the folder to write; a missing folder is made.
+        shard_bytes: the largest size of a safetensors file.
+
     Raises:
         SlimLSTMError: the model is compressed or parametrized, a weight is too large for half precision, a row is too large
             for a shard, or the folder holds another checkpoint, which :func:`load_awd_lstm` would read instead.
@@ -233,7 +238,10 @@ def save_awd_lstm(model: AWDLSTM, folder: str | Path, *, shard_bytes: int = 16_0
         raise SlimLSTMError(f"only a dense AWD-LSTM can be written in half precision; this model has or lacks {odd}")
     infinite = [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]
     if infinite:
-        raise SlimLSTMError(f"half precision cannot hold {', '.join(infinite)}: beyond 65504, or not finite before")
+        raise SlimLSTMError(
+            f"half precision cannot hold {', '.join(infinite)}, whose numbers exceed 65504 or are not finite; was training "
+            "stable?"
+        )
     for name in (WEIGHTS, PICKLED):
         if (folder / name).exists():
             raise SlimLSTMError(f"{folder / name} exists and would be read instead; name another folder, or remove it")
@@ -259,7 +267,7 @@ def save_awd_lstm(model: AWDLSTM, folder: str | Path, *, shard_bytes: int = 16_0
 
 
 def _own_shards(folder: Path) -> set[str]:
-    """Return the shards that the folder's index names with their SHA-256, as only slimlstm writes it."""
+    """Return the shards that the folder's index names with a SHA-256, which only indices by slimlstm hold."""
     try:
         _, digests = _read_index(folder / INDEX)
     except (OSError, SlimLSTMError):

@@ -1,4 +1,4 @@
-"""Text corpora for language models: find, download, check and read them.
+"""Find, download, check and read text corpora for language models.
 
 The file ``NAME/FILE``, plain or xz-compressed, is read from the folder that the environment variable ``SLIMLSTM_DATA``
 names, or else from the cache, ``$XDG_CACHE_HOME/slimlstm``. If neither has it, it is downloaded into the cache. In every
@@ -227,7 +227,9 @@ class Vocabulary:
         try:
             words = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise SlimLSTMError(f"the vocabulary {path} cannot be read: {reason_of(error)}") from error
+            raise SlimLSTMError(
+                f"the vocabulary {path} cannot be read ({reason_of(error)}); name a UTF-8 text file with one word per line"
+            ) from error
         vocabulary = cls(words)
         if len(vocabulary) != len(words):
             raise SlimLSTMError(f"the vocabulary {path} holds a word more than once, so ids would shift; remove the second")

@@ -37,9 +37,9 @@ METHODS = ("svd", "semi-nmf", "fisher", "prune")
 TARGETS: tuple[Target, ...] = ("hh", "ih", "both")
 RANKS = (10, 25, 50, 100)
 STORED = ("svd", "fisher")
-"""The methods whose factors of all matrices are measured in int8 too."""
+"""The methods that are also measured with all matrices as factors in int8."""
 CHOSEN = "fisher"
-"""The method that is measured with rank and storage chosen together, at the bytes of SVD's factors in int8."""
+"""The method that is also measured with rank and storage chosen together, at the bytes of SVD's factors in int8."""
 _DRAWN = ("svd", "fisher", "svd int8", "fisher int8", "int8", "fisher auto")
 # Half of the held-out text, so that the whole tour takes a minute or two.
 _TOKENS = 12_000
@@ -55,8 +55,9 @@ class Row:
 
     Attributes:
         method, target: see :class:`slimlstm.LowRank`; ``"dense"`` and ``""`` for the dense model.
-        storage: ``"float32"``, ``"int8"``, or ``"auto"`` for a choice of every matrix's own.
-        rank: the rank of every matrix. The ranks of ``"fisher"`` differ; its row has the rank of the same size in bytes.
+        storage: ``"float32"`` or ``"int8"``, or ``"auto"`` where every matrix has a storage of its own.
+        rank: the rank of every matrix. With ``"fisher"`` ranks differ between matrices; this is then the rank at which SVD
+            takes as many bytes.
         parameters, bytes: the size of the LSTMs.
         perplexity: per byte-pair token of the held-out text.
         change: the rise in perplexity over the dense model, relative to it.
@@ -87,7 +88,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Return the method and, unless it is float32, the storage."""
+        """The method and, unless it is float32, the storage."""
         words = (self.method, self.storage)
         return " ".join(word for word in words if word not in ("float32", "dense")) or "dense"
 
@@ -98,7 +99,7 @@ class Tour:
 
     Attributes:
         rows: the models.
-        report: of Fisher-weighted factors of every matrix, at the second highest of the ranks.
+        report: the report for Fisher-weighted factors of every matrix, at the second highest of the ranks.
     """
 
     rows: list[Row]
@@ -110,12 +111,12 @@ class Tour:
 
     @property
     def dense(self) -> Row:
-        """Return the row of the dense model."""
+        """The row of the dense model."""
         return self.rows[0]
 
     @property
     def best(self) -> Row:
-        """The row that the report is of."""
+        """The row of the model that ``report`` describes."""
         return self.row("fisher", "both", RANKS[-2])
 
     @property

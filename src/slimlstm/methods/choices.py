@@ -1,4 +1,4 @@
-"""One choice for every matrix from its own list of sizes, within one budget in bytes."""
+"""Choose one of several sizes for every matrix, within one budget in bytes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Option:
     """One way to keep a matrix.
 
     Attributes:
-        rank: of the factors; None for a dense matrix.
+        rank: the rank of the factors; None for a dense matrix.
         storage: a key of :data:`slimlstm.methods.STORAGES`.
-        bytes: in a file, scales included.
-        loss: what it loses, in one unit for all matrices.
+        bytes: the bytes in a file, scales included.
+        loss: the loss of keeping the matrix like this, in one unit for all matrices.
     """
 
     rank: int | None
@@ -41,14 +41,18 @@ def efficient(options: Sequence[Option]) -> list[Option]:
 
 
 def choose(matrices: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
-    """Return one option for every matrix whose bytes fit into ``budget`` and whose losses sum to little.
+    """Return one option for every matrix, such that all bytes fit into ``budget`` and the sum of losses is small.
 
     Greedily take the largest loss reduction per byte along the lower convex hull of every matrix's options, as in the
-    multiple-choice knapsack problem (Sinha and Zoltners 1979, Operations Research 27(3)). Spend what is left on the
-    options between, which the hull omits.
+    multiple-choice knapsack problem (Sinha and Zoltners 1979, Operations Research 27(3)). Spend the bytes that remain on
+    the options that the hull omits.
+
+    Args:
+        matrices: the options of every matrix, by any key.
+        budget: the most bytes that all matrices may take together.
 
     Raises:
-        SlimLSTMError: the smallest option of every matrix is more than the budget.
+        SlimLSTMError: the smallest options together take more than the budget.
 
     Examples:
         >>> small, large = Option(1, "int4", 10, 5.0), Option(2, "int4", 20, 1.0)

@@ -19,7 +19,7 @@ from slimlstm.ops import native
 DAMPING = 0.01
 """Damping of the moments, as a fraction of their mean diagonal."""
 _CHUNKS = 128
-"""At most so many chunks of rows are rounded in turn; the rows of a chunk do not correct each other."""
+"""Largest number of chunks of rows. Chunks are rounded in turn; the rows of a chunk do not correct each other."""
 
 
 def round_with_feedback(weight: Tensor, across: Tensor, down: Tensor | None, bits: int) -> Tensor:
@@ -28,8 +28,8 @@ def round_with_feedback(weight: Tensor, across: Tensor, down: Tensor | None, bit
     Args:
         weight: float32 [m, n]; every group of a row has its own scale.
         across: :func:`inverse_factor` [n, n] of the moment of the inputs.
-        down: :func:`inverse_factor` [m, m] of the moment of the gradients; None for gradients that are all alike and
-            independent, where rows do not correct each other.
+        down: :func:`inverse_factor` [m, m] of the moment of the gradients; None for the identity, with which rows do not
+            correct each other.
         bits: bits of a code.
 
     Examples:
@@ -43,7 +43,7 @@ def round_with_feedback(weight: Tensor, across: Tensor, down: Tensor | None, bit
 class _Rounding:
     """One weight as chunks of rows [k, rows, n], and the blocks of columns that share scales.
 
-    A chunk is one block behind the chunk above it, so that all chunks move on together.
+    Every step rounds one block of every chunk. A chunk is one block behind the chunk above it, whose errors it needs.
     """
 
     def __init__(self, weight: Tensor, across: Tensor, down: Tensor | None, bits: int) -> None:
@@ -54,7 +54,7 @@ class _Rounding:
         missing = self.chunks * self.rows - m, self.blocks * GROUP - n
         padded = pad(weight.double(), (0, missing[1], 0, missing[0]))
         self.base = row_scales(padded.float(), bits).view(self.chunks, self.rows)
-        # Wanted values [chunk, block, row, column]: as the rows above leave them, and corrections by the columns before.
+        # [chunk, block, row, column]: the weights as corrected by the rows above, and corrections by earlier columns.
         self.wanted = padded.view(self.chunks, self.rows, self.blocks, GROUP).transpose(1, 2).contiguous()
         self.corrections, self.result = torch.zeros_like(self.wanted), torch.zeros_like(self.wanted)
         self.across, self.down = _padded(across, missing[1]), None if down is None else _padded(down, missing[0])
@@ -71,14 +71,14 @@ class _Rounding:
         return self.result.transpose(1, 2).reshape(self.chunks * self.rows, -1)[:m, :n].to(self.dtype)
 
     def _round(self, chunks: Tensor, blocks: Tensor) -> Tensor:
-        """Round one block of each of these chunks; return the errors [k, rows, GROUP] over the factor's diagonal."""
+        """Round one block of each of these chunks; return the errors [k, rows, GROUP], divided by the factor's diagonal."""
         work = self.wanted[chunks, blocks] + self.corrections[chunks, blocks]
         rounding = round_blocks_compiled if work.is_cpu and not native.missing else round_blocks
         errors, self.result[chunks, blocks] = rounding(work, self.diagonal[blocks], self.base[chunks], self.bits)
         return errors
 
     def _correct(self, chunk: int, block: int, errors: Tensor) -> None:
-        """Correct the blocks to the right of one that was rounded, and the chunks below it."""
+        """Correct the blocks to the right of a rounded block, and the chunks below it."""
         if block + 1 < self.blocks:
             later = errors @ self.across[self._columns(block), GROUP * (block + 1) :]
             self.corrections[chunk, block + 1 :] -= later.unflatten(1, (-1, GROUP)).transpose(0, 1)
@@ -98,12 +98,12 @@ def round_blocks(work: Tensor, factor: Tensor, base: Tensor, bits: int) -> tuple
 
     Args:
         work: weights, float64 [k, rows, GROUP]; overwritten.
-        factor: for each block the part of :func:`inverse_factor` for its columns, float64 [k, GROUP, GROUP].
+        factor: the part of :func:`inverse_factor` for the columns of each block, float64 [k, GROUP, GROUP].
         base: :func:`row_scales`, float32 [k, rows].
         bits: bits of a code.
 
     Returns:
-        Errors over the factor's diagonal, and weights on the grid, both float64 [k, rows, GROUP].
+        Errors divided by the factor's diagonal, and weights on the grid, both float64 [k, rows, GROUP].
     """
     scale = group_scales(work.float(), bits, base)
     errors, rounded = torch.empty_like(work), torch.empty_like(work)
@@ -132,7 +132,7 @@ def _padded(factor: Tensor, missing: int) -> Tensor:
 
 
 def inverse_factor(moment: Tensor) -> Tensor:
-    """Return the upper Cholesky factor [n, n] of the inverse of the damped moment.
+    """Return the upper Cholesky factor [n, n] of the inverse of a damped moment, [n, n] or the diagonal [n].
 
     Raises:
         SlimLSTMError: the moment is not finite.

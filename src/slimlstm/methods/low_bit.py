@@ -21,7 +21,7 @@ _CLIPS = torch.linspace(1.0, 0.6, 9)
 
 
 def largest_code(bits: int) -> int:
-    """Return the largest code: codes are symmetric around zero.
+    """Return the largest code of so many bits; codes are symmetric around zero.
 
     Examples:
         >>> largest_code(4)
@@ -31,7 +31,7 @@ def largest_code(bits: int) -> int:
 
 
 def largest_step(bits: int) -> int:
-    """Return the largest multiple of a row's scale that a group's scale may be: products with codes have 8 bits.
+    """Return the largest multiple of a row's scale that a group's scale may be, so that products with codes have 8 bits.
 
     Examples:
         >>> largest_step(4)
@@ -41,9 +41,9 @@ def largest_step(bits: int) -> int:
 
 
 def row_scales(weight: Tensor, bits: int) -> Tensor:
-    """Return [m], the number whose multiples are the scales of the groups in a row of a weight [m, n].
+    """Return [m]: for each row of a weight [m, n], the number whose multiples are the scales of its groups.
 
-    It has so few significant bits that the multiples are exact in float16.
+    These numbers have so few significant bits that their multiples are exact in float16.
     """
     significant = _HALF_BITS - largest_step(bits).bit_length()
     least = weight.abs().amax(dim=1).float() / (largest_code(bits) * largest_step(bits))
@@ -93,7 +93,7 @@ def as_scale(scale: Tensor) -> Tensor:
 def encode_groups(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Return codes int8 [m, n] and scales float16 [m, g] of a float32 weight [m, n].
 
-    A weight that is on a grid already is found to the bit, whoever put it there; other weights are rounded to nearest.
+    A group that is on a grid already is encoded exactly, whoever rounded it; other groups are rounded to nearest.
     """
     groups, largest = grouped(weight), largest_code(bits)
     scale, is_exact = _grid_of(groups, largest)
@@ -125,7 +125,7 @@ def _grid_of(groups: Tensor, largest: int) -> tuple[Tensor, Tensor]:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Return codes int8 of any shape, row by row, as a stream of ``bits`` bits each: uint8 [ceil(count bits / 8)].
+    """Return codes, int8 of any shape, as a stream with ``bits`` bits for each, row by row: uint8 [⌈count · bits / 8⌉].
 
     Examples:
         >>> pack(torch.tensor([[1, -1]], dtype=torch.int8), bits=4)
@@ -137,7 +137,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
-    """Return the codes int8 of a shape that :func:`pack` packed.
+    """Return the codes, int8 of the given shape, in a stream that :func:`pack` made with as many bits.
 
     Examples:
         >>> unpack(torch.tensor([241], dtype=torch.uint8), bits=4, shape=(1, 2))

@@ -34,8 +34,13 @@ class Needs(IntEnum):
 
 @dataclass(frozen=True)
 class MatrixProblem:
-    """One matrix to compress: W ``matrix`` [m, n], and where the method needs them the moments A ``inputs`` [n, n] and G
-    ``gradients`` [m, m]."""
+    """One matrix to compress.
+
+    Attributes:
+        matrix: W [m, n].
+        inputs: A, the second moment of the inputs of W, [n, n]; None for methods that need no moments.
+        gradients: G, the second moment of the gradients at the outputs of W, [m, m]; None for methods that do not need it.
+    """
 
     matrix: Tensor
     inputs: Tensor | None = None

@@ -12,7 +12,7 @@ from torch import Tensor
 from slimlstm.errors import SlimLSTMError
 
 RANKS_OF_SPECTRUM = 32
-"""The number of steps in which reports give a spectrum."""
+"""Number of equal steps, from rank 0 to the full rank, at which reports give a spectrum."""
 
 
 def break_even_rank(shape: tuple[int, int]) -> float:
@@ -63,11 +63,11 @@ def rank_for_share(parts: Tensor, fraction: float) -> int:
 
 
 def shares_left_out(losses: Tensor, rank: int | None = None) -> tuple[tuple[int, float], ...]:
-    """Return pairs of a rank and the share of all losses that the directions beyond it hold, at some ranks from 0 to k.
+    """Return pairs (rank, share of all losses that the directions beyond this rank hold), at some ranks from 0 to k.
 
     Args:
         losses: [k], the loss of leaving out each direction, largest first.
-        rank: a rank to include beside at most :data:`RANKS_OF_SPECTRUM` + 1 evenly spaced ones.
+        rank: a rank to include, in addition to at most :data:`RANKS_OF_SPECTRUM` + 1 evenly spaced ones.
 
     Examples:
         >>> shares_left_out(torch.tensor([3.0, 1.0]))
@@ -85,9 +85,9 @@ class RankCosts:
 
     Attributes:
         losses: [k + 1], the losses of ranks 0, 1, ..., k; decreasing and convex, as sums of the smallest σ² are.
-        cost: of one rank, in the unit of the budget.
-        whole: the cost of the matrix as it is, which loses nothing.
-        fixed: a cost that the matrix has at any rank, and as it is.
+        cost: the cost of each rank, in the unit of the budget.
+        whole: the cost of the matrix as it is, which loses nothing; without ``fixed``.
+        fixed: a further cost that is the same at every rank and for the matrix as it is.
     """
 
     losses: Sequence[float]
@@ -97,11 +97,15 @@ class RankCosts:
 
 
 def allocate(matrices: Mapping[str, RankCosts], budget: float) -> dict[str, int | None]:
-    """Return ranks whose costs fit into ``budget`` and whose losses sum to little; None where a matrix stays whole.
+    """Return ranks with a small sum of losses whose costs fit into ``budget``; None where a matrix stays whole.
 
     Greedily take the largest loss reduction per unit of cost, as long as it fits: one rank more for a matrix, which alone
     is optimal for convex losses (Fox 1966, Operations Research 14(2)), or a whole matrix instead of its factors. Every
     matrix gets at least rank 1. Ranks at or above break-even, and ranks that reduce no loss, are never taken.
+
+    Args:
+        matrices: losses and costs of every matrix, by any key.
+        budget: the most that all matrices may cost together, in the unit of the costs.
 
     Raises:
         SlimLSTMError: rank 1 for every matrix costs more than the budget.
@@ -126,7 +130,7 @@ def allocate(matrices: Mapping[str, RankCosts], budget: float) -> dict[str, int 
 
 
 def _moves(key: str, costs: RankCosts, rank: int | None) -> list[tuple[float, float, str, int | None]]:
-    """Return the next steps for a matrix of this rank: loss reduction per unit of cost, cost, and the new rank."""
+    """Return the possible next steps for one matrix, as (loss reduction per unit of cost, cost, key, new rank)."""
     if rank is None:
         return []
     loss, missing = costs.losses[rank], costs.whole - rank * costs.cost

@@ -12,14 +12,14 @@ class Replacement:
     """The compressed form of one matrix W [m, n].
 
     Attributes:
-        weight: the matrix W' [m, n], or its factors (U [m, r], V [r, n]). Where a mask is set and nothing was rounded,
-            None: the weights stay as they are under the mask.
+        weight: the matrix W' [m, n], or its factors (U [m, r], V [r, n]). None where a mask is set and nothing was rounded:
+            the weights then stay as they are under the mask.
         mask: a boolean mask [m, n] of the weights that stay, or None.
         storage: a key of :data:`slimlstm.methods.STORAGES` that ``weight`` is rounded to; None for the matrix's own dtype.
         method: the method that made it, or ``"dense"``.
         source_sha256: the SHA-256 of W (:func:`slimlstm.methods.sha256_of`).
         relative_error: ‖W - W'‖_F / ‖W‖_F, rounding included.
-        iterations, converged: of an iterative solver; 0 and True for a direct one.
+        iterations, converged: the iterations of an iterative solver, and whether it converged; 0 and True for a direct one.
         losses: [k], the loss of leaving out each direction, largest first; None where the method does not rank them.
     """
 
@@ -49,7 +49,7 @@ class Replacement:
         return None if self.factors is None else self.factors[0].shape[1]
 
     def effective(self, matrix: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
-        """Return the weight that the model computes with where it computed with ``matrix`` before."""
+        """Return the weight that the model uses from now on in place of ``matrix``."""
         if self.weight is not None:
             return self.weight
         return matrix * self.mask if self.mask is not None and isinstance(matrix, Tensor) else matrix

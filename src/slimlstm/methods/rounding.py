@@ -1,4 +1,4 @@
-"""Round matrices and factors to a storage, with the moments where they are known."""
+"""Round matrices and factors to a storage, in the metric of their moments where these are known."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from slimlstm.methods.storages import Storage, rounded, storage_called
 from slimlstm.methods.weighted import DAMPING as SMALL_DAMPING
 
 _LEAST = 1e-8
-"""Norm that every column of U and row of V counts as having at least, as a share of the largest one squared."""
+"""Lower bound on the squared norms of U's columns and V's rows, as a share of the largest one."""
 
 
 class Rounder:
-    """Rounds one matrix, or factors of it, in the metric of its moments. Work that does not depend on the storage or the
-    rank is done once.
+    """Rounds one matrix, or factors of it, in the metric of its moments.
+
+    Work that does not depend on the storage or the rank is done once.
 
     Args:
         inputs: A, the second moment of the matrix's inputs, [n, n] or [n]; None rounds everything to nearest.
         gradients: G, the second moment of the gradients at its outputs, [m, m] or [m], or None.
-        factor_of: :func:`slimlstm.methods.feedback.inverse_factor`, or a function that remembers its results; several
-            matrices may have the same gradients.
+        factor_of: :func:`slimlstm.methods.feedback.inverse_factor`, or a version of it that remembers results, because
+            several matrices may have the same gradients.
 
     Examples:
         >>> rounder = Rounder(torch.eye(2))
@@ -49,9 +50,9 @@ class Rounder:
         )
 
     def matrix(self, weight: Tensor, storage: str) -> Tensor:
-        """Return a float32 matrix [m, n] with the numbers that ``storage`` can hold.
+        """Return a float32 matrix [m, n], rounded to numbers that ``storage`` can hold.
 
-        Low-bit storages with grouped scales are rounded with feedback, if the inputs' moment is known; other storages to
+        Rounding to low-bit storages with grouped scales uses feedback if the inputs' moment is known. Otherwise it is to
         nearest.
 
         Raises:
@@ -64,10 +65,13 @@ class Rounder:
         return min(nearest, found, key=lambda after: self._loss(weight - after))
 
     def factors(self, u: Tensor, v: Tensor, matrix: Tensor, storage: str) -> tuple[Tensor, Tensor]:
-        """Return factors U [m, r] and V [r, n] of W ``matrix`` with the numbers that ``storage`` can hold.
+        """Return factors U [m, r] and V [r, n] of W ``matrix`` [m, n], rounded to numbers that ``storage`` can hold.
 
-        For low-bit storages, a change of basis comes first. V is rounded with A and UᵀGU as moments, U is solved again for
-        the rounded V by least squares in the metric A, and then rounded with V A Vᵀ and G.
+        For low-bit storages with grouped scales, a change of basis comes first. V is rounded with A and UᵀGU as moments, U
+        is solved again for the rounded V by least squares in the metric A, and then rounded with V A Vᵀ and G.
+
+        Raises:
+            SlimLSTMError: no storage has that name.
         """
         bits = self._feedback_bits(storage)
         if bits is None or self._inputs is None:

@@ -12,7 +12,7 @@ from slimlstm.methods.matrices import check_matrix, check_rank
 from slimlstm.methods.svd import leading_eigenvectors
 
 _DIRECTION_STEPS = 500
-"""Alternating projections that find the positive direction."""
+"""Number of alternating projections that find the positive direction."""
 _SMALLEST_ENTRY = 0.05
 """Smallest entry of the positive direction, relative to its root mean square."""
 
@@ -38,8 +38,8 @@ def semi_nmf(
         matrix: W [m, n].
         rank: r, from 1 to min(m, n).
         on_iteration: called after each iteration.
-        tolerance: stop when an iteration lowers the squared error by less than this fraction of itself.
-        max_iterations: stop after so many iterations.
+        tolerance: stop when an iteration lowers the squared error by less than this fraction of it.
+        max_iterations: stop after this many iterations.
 
     Raises:
         SlimLSTMError: the matrix is empty, not finite or not of a floating-point dtype, or the rank does not fit.

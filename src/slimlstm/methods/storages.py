@@ -1,4 +1,4 @@
-"""The table of storages. A new storage is one row: codes, and scales that the codes are multiplied with."""
+"""The table of storages. A new storage is one row, which says how to encode a weight as codes and scales."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ _FREE_BITS = 0x7F
 
 @dataclass(frozen=True)
 class Encoded:
-    """A weight [m, n] as ``codes`` [m, n] times ``scale``: one a row [m], one a group of a row [m, g], or None."""
+    """A weight [m, n] as ``codes`` [m, n] times ``scale``: one for each row [m], one for each group of a row [m, g], or
+    None for no scale."""
 
     codes: Tensor
     scale: Tensor | None = None
@@ -40,11 +41,11 @@ class Storage:
     Attributes:
         encode: takes a float32 weight [m, n]; returns its codes and scales. Encoding a decoded weight must return the same
             values.
-        dtype: of the codes in memory.
+        dtype: the dtype of the codes in memory.
         scales: ``"none"``, ``"row"`` (one float32 scale a row) or ``"group"`` (one float16 scale for 64 weights of a row).
-        bits: of a code in a file; None for all bits of ``dtype``.
-        kernel_format: what the fused kernel keeps such a weight in: "float32", "bfloat16" or "int8". It must hold the
-            decoded weight exactly.
+        bits: the bits of a code in a file; None for all bits of ``dtype``.
+        kernel_format: the format in which the fused kernel keeps such a weight: "float32", "bfloat16" or "int8". It must
+            hold the decoded weight exactly.
 
     Examples:
         Half precision is one row::
@@ -81,8 +82,8 @@ class Storage:
 def to_int8(weight: Tensor) -> Encoded:
     """Return integers from -127 to 127 and a scale for every row of a float32 weight [m, n].
 
-    A row that holds NaN or infinite numbers gets the scale NaN. A row whose largest magnitude is below 1.5e-36 becomes
-    zero.
+    A row that holds NaN or infinite numbers gets a scale that is not finite, and decodes to NaN. A row whose largest
+    magnitude is below 1.5e-36 becomes zero.
 
     Examples:
         >>> encoded = to_int8(torch.tensor([[127.0, -63.6]]))

@@ -17,6 +17,10 @@ def svd(matrix: Tensor, rank: int) -> Factors:
     Source: Eckart and Young 1936. The singular values are split evenly, U = U_r Σ_r^½ and V = Σ_r^½ V_rᵀ, so that both
     factors have the same scale in further training and in quantisation.
 
+    Args:
+        matrix: W [m, n], of any floating-point dtype; the factors have the same dtype.
+        rank: r, from 1 to min(m, n).
+
     Raises:
         SlimLSTMError: the matrix is empty, not finite or not of a floating-point dtype, or the rank is not in
             [1, min(m, n)].

@@ -77,7 +77,7 @@ class WeightedSVD:
 
 
 def _unit(moment: Tensor) -> tuple[Tensor, float]:
-    """Return a moment divided by its largest number, and that number: the factors do not depend on it."""
+    """Return a moment divided by its largest magnitude, and this magnitude, on which the factors do not depend."""
     size = float(moment.abs().max())
     return (moment / size, size) if size > 0.0 else (moment, 1.0)
 

@@ -22,7 +22,7 @@ class LowRankLSTMCell(FactoredModule):
 
     Args:
         input_size, hidden_size, bias, device, dtype: as for ``nn.LSTMCell``.
-        ranks: the rank of ``weight_ih`` and of ``weight_hh``, where they are factored.
+        ranks: the rank of every matrix that is factored, by its name, ``"weight_ih"`` or ``"weight_hh"``.
 
     Raises:
         SlimLSTMError: sizes, ranks or inputs do not fit.
@@ -63,7 +63,7 @@ class LowRankLSTMCell(FactoredModule):
     def from_dense(cls, cell: nn.LSTMCell, factors: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> LowRankLSTMCell:
         """Build the same cell, with the (U, V) in ``factors`` instead of the matrices that they name.
 
-        Parameters that stay dense are shared with ``cell``; see :meth:`LowRankLSTM.from_dense`.
+        Parameters that stay dense are shared with ``cell``. Arguments and errors are as of :meth:`LowRankLSTM.from_dense`.
         """
         module = cls(cell.input_size, cell.hidden_size, cell.bias, device="meta")
         module._share_parameters(cell, factors)

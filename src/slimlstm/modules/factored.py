@@ -30,7 +30,8 @@ Provenance = dict[str, str]
 
 @dataclass(frozen=True)
 class _LayerCache:
-    """The layers of a module, and everything they were made from. It is never copied: kernels pack weights per module."""
+    """The layers of a module, and everything they were made from. Copies get none: the kernel packs each module's weights
+    anew."""
 
     parameters: list[nn.Parameter | None]
     storages: dict[str, str]
@@ -54,7 +55,7 @@ class FactoredModule(nn.Module):
     Attributes:
         matrix_shapes: the shape (m, n) of every matrix that may be factored, by name.
         provenance: the origin of compressed matrices, by name; :func:`slimlstm.compress_` and ``load`` set it.
-        storages: the storage of matrices that are not in their own dtype, by name; see :meth:`store`.
+        storages: the storage of every rounded matrix, by name; see :meth:`store`.
         cell_clip, proj_clip: bounds on cells and projected outputs, or None.
 
     Examples:
@@ -94,11 +95,11 @@ class FactoredModule(nn.Module):
         return rebuilt(self.matrix(name))
 
     def set_factors(self, name: str, u: Tensor, v: Tensor) -> None:
-        """Replace the matrix ``name`` by factors. Parametrizations of the matrix end, and so does its storage.
+        """Replace the matrix ``name`` by factors. Its parametrizations and its storage are dropped.
 
         Args:
             name: a matrix of this module.
-            u, v: U [m, r] and V [r, n]. Parameters are registered as they are, other tensors become parameters.
+            u, v: U [m, r] and V [r, n]. Parameters are registered as they are; other tensors become new parameters.
 
         Raises:
             SlimLSTMError: no matrix has that name, or U V does not have its shape.
@@ -106,7 +107,10 @@ class FactoredModule(nn.Module):
         self._check_name(name)
         m, n = self.matrix_shapes[name]
         if u.ndim != 2 or v.ndim != 2 or u.shape[0] != m or v.shape[1] != n or not 0 < u.shape[1] == v.shape[0]:
-            raise SlimLSTMError(f"factors of {list(u.shape)} and {list(v.shape)} do not make {name}, which is {m} x {n}")
+            raise SlimLSTMError(
+                f"factors of {list(u.shape)} and {list(v.shape)} do not make {name}, which is {m} x {n}; give U [{m}, r] "
+                f"and V [r, {n}]"
+            )
         for old in (name, f"{name}_u", f"{name}_v"):
             drop_parametrizations(self, old)
         self._parameters.pop(name, None)
@@ -139,16 +143,14 @@ class FactoredModule(nn.Module):
     def kernel_format(self, name: str) -> str:
         """Return the format that the fused kernel packs the matrix ``name`` in: "float32", "bfloat16" or "int8".
 
-        Products of very wide matrices in int8 would exceed the kernel's integers, so that these are packed in float32.
+        Products of very wide matrices in int8 could exceed the kernel's 32-bit integers, so these are packed in float32.
         """
         found = STORAGES[self.storages.get(name, "float32")].kernel_format
         return "float32" if found == "int8" and self.matrix_shapes[name][1] > _WIDEST_INT8 else found
 
     def stored_parts(self, name: str) -> list[str]:
-        """Return the names of the weights that share the storage of the matrix ``name``.
-
-        They are the matrix or its factors, and for hh the projection too.
-        """
+        """Return the names of the weights that have the storage of the matrix ``name``: itself or its factors, and for hh
+        the projection."""
         projection = name.replace("weight_hh", "weight_hr")
         parts = [f"{name}_u", f"{name}_v"] if name in self.ranks else [name]
         return parts + ([projection] if projection != name and projection in self._parameters else [])
@@ -165,11 +167,11 @@ class FactoredModule(nn.Module):
             raise SlimLSTMError(f"{name} is computed from several parameters; remove its parametrization first") from error
 
     def layers(self) -> Sequence[Sequence[Direction]]:
-        """Return the weights of all layers."""
+        """Return the weights of all layers, for each layer the weights of its directions."""
         return self._make_layers()
 
     def _current_layers(self) -> Sequence[Sequence[Direction]]:
-        """Return :meth:`layers`: the same objects as long as parameters, storages and clips are the same."""
+        """Return :meth:`layers`, and the same objects again as long as parameters, storages and clips are the same."""
         if torch.compiler.is_compiling():
             return self._make_layers()
         cache, parameters = self._layer_cache, self._own_parameters
@@ -209,7 +211,7 @@ class FactoredModule(nn.Module):
         return self.__dict__["_parameters"]
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew: dense ones as in ``nn.LSTM``, factors such that their product has the same variance."""
+        """Draw all weights anew: dense ones as in ``nn.LSTM``, factors so that their product has the same variance."""
         bound = 1.0 / math.sqrt(self.hidden_size) if self.hidden_size > 0 else 0.0
         for name, rank in self.ranks.items():
             factor_bound = math.sqrt(bound * math.sqrt(3.0 / rank))
@@ -297,7 +299,10 @@ class FactoredModule(nn.Module):
             if name in factors:
                 continue
             if name not in self._parameters:
-                raise SlimLSTMError(f"{type(dense).__name__} has a parameter {name!r} that a plain LSTM does not have")
+                raise SlimLSTMError(
+                    f"{type(dense).__name__} has a parameter {name!r} that a plain LSTM does not have; use compress_, "
+                    "which keeps such parameters"
+                )
             self.register_parameter(name, parameter)
         for name, (u, v) in factors.items():
             self.set_factors(name, u, v)

@@ -16,7 +16,7 @@ from slimlstm.modules.walk import REGISTRIES, held_objects
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """Return a deep copy, in which tensors with a gradient history are replaced by their values.
+    """Return a deep copy of a model, with the values of tensors that have a gradient history instead of these tensors.
 
     Examples:
         >>> import torch
@@ -31,7 +31,7 @@ def copy_model(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def detaching(model: nn.Module) -> Generator[None]:
-    """Replace tensors with a gradient history that modules begin to hold within the block by their values, at its end."""
+    """Detach, at the end of the block, the tensors with a gradient history that modules began to hold within it."""
     before = {id(held): held for held in held_objects(model) if _has_history(held)}
     try:
         yield

@@ -1,9 +1,9 @@
 """Read the recurrent matrices of one module.
 
 A *host* is a module that holds sites: ``nn.LSTM`` and ``nn.LSTMCell``, with or without weight drop or other
-parametrizations, and every :class:`slimlstm.modules.FactoredModule`. A subclass of ``nn.LSTM`` with attributes
-``cell_clip`` or ``proj_clip`` is assumed to clip its cells or projected outputs to them where they are not None, as ELMo's
-LSTMs do.
+parametrizations, and every :class:`slimlstm.modules.FactoredModule`. A subclass of ``nn.LSTM`` with an attribute
+``cell_clip`` or ``proj_clip`` that is not None is assumed to clip its cells or its projected outputs to this bound, as
+ELMo's LSTMs do.
 """
 
 from __future__ import annotations
@@ -69,24 +69,24 @@ class Host:
 
     @plain_mode()
     def matrix(self, name: str) -> Tensor:
-        """Return the matrix [m, n] of inference: factors multiplied, masks applied, nothing dropped."""
+        """Return the matrix [m, n] that inference uses: factors multiplied, masks applied, nothing dropped."""
         return rebuilt(self.weight(name))
 
     @plain_mode()
     def weight(self, name: str) -> Matrix:
-        """Return the matrix [m, n] of inference, or its factors where it is factored."""
+        """Return the matrix [m, n] that inference uses, or its factors where it is factored."""
         with torch.no_grad(), evaluation_mode(self.module):
             lstm = self.lstm
             matrix = lstm.matrix(name) if isinstance(lstm, FactoredModule) else self._weight(name)
         return matrix.detach() if isinstance(matrix, Tensor) else (matrix[0].detach(), matrix[1].detach())
 
     def projection(self, name: str) -> Tensor | None:
-        """Return the projection weight_hr [P, H] that shares the storage of the matrix ``name``, or None."""
+        """Return the projection weight_hr [P, H] that has the storage of the matrix ``name``, or None."""
         found = getattr(self.lstm, name.replace("weight_hh", "weight_hr"), None) if "weight_hh" in name else None
         return found.detach() if isinstance(found, Tensor) else None
 
     def parameter(self, name: str) -> Tensor:
-        """Return the parameter of a weight, or the first parameter that it is computed from; U of factors."""
+        """Return the parameter of a weight; the first one where it is computed from several; U where it is factored."""
         if isinstance(self.lstm, FactoredModule) and name in self.lstm.ranks:
             return getattr(self.lstm, f"{name}_u")
         if self._parametrizations(name):
@@ -97,8 +97,8 @@ class Host:
     def dense_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters of an equivalent ``nn.LSTM``, by name.
 
-        They are the host's own parameters where these are the weights themselves, or the weights below a mask. Elsewhere
-        they are new parameters with the weights of inference.
+        These are the host's own parameters where they are the weights themselves, or the weights below a mask. Elsewhere
+        they are new parameters with the weights that inference uses.
         """
         parameters: dict[str, nn.Parameter] = {}
         with torch.no_grad(), evaluation_mode(self.module):
@@ -127,11 +127,11 @@ class Host:
         return any(not isinstance(entry, Mask) for entry in self._parametrizations(name))
 
     def is_plain(self, name: str) -> bool:
-        """Return whether a weight should be a parameter of that very name."""
+        """Return whether a weight should be a parameter of its own name: no weight drop and no parametrization holds it."""
         return self._raw(name) is None and not self._parametrizations(name)
 
     def is_trained(self, name: str) -> bool:
-        """Return whether any parameter of a weight takes gradients."""
+        """Return whether any parameter of a weight requires gradients."""
         if self._parametrizations(name):
             originals = self.lstm.get_submodule(f"parametrizations.{name}").parameters(recurse=False)
             return any(parameter.requires_grad for parameter in originals)

@@ -14,9 +14,9 @@ from slimlstm.modules.sites import Site
 
 
 def find_sites(model: nn.Module) -> list[Site]:
-    """Return every recurrent matrix in ``model``, in the order of its modules; of a shared module, once.
+    """Return the site of every recurrent matrix in ``model``, in the order of its modules; shared modules count once.
 
-    Sites that cannot be compressed are included; :attr:`Site.problem` says why.
+    Sites that cannot be compressed are included; their :attr:`Site.problem` says why they cannot.
 
     Examples:
         >>> [site.key for site in find_sites(nn.Sequential(nn.LSTM(3, 4)))]

@@ -29,8 +29,8 @@ class LowRankLSTM(FactoredModule):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype:
             as for ``nn.LSTM``.
-        ranks: the rank of every matrix that is factored, by its name in ``nn.LSTM``. ``weight_hh_l0_reverse``, for
-            instance, then becomes the parameters ``weight_hh_l0_reverse_u`` and ``..._v``. All others are dense.
+        ranks: the rank of every matrix that is factored, by its name in ``nn.LSTM``; all others are dense. A factored
+            ``weight_hh_l0_reverse``, for instance, is two parameters, ``weight_hh_l0_reverse_u`` and ``..._v``.
         backend: the implementation of the recurrence; see :mod:`slimlstm.ops`. It may be set at any time.
         cell_clip, proj_clip: bounds on cells and on projected outputs, as in ELMo (Peters et al. 2018).
 
@@ -124,7 +124,7 @@ class LowRankLSTM(FactoredModule):
         """Build an ``nn.LSTM`` with the same weights, factors multiplied and masks applied.
 
         Raises:
-            SlimLSTMError: this module clips, which ``nn.LSTM`` cannot.
+            SlimLSTMError: this module clips, which ``nn.LSTM`` cannot do.
         """
         if any(bound is not None for bound in clips(self).values()):
             raise SlimLSTMError("nn.LSTM does not clip cells or projections; set cell_clip and proj_clip to None first")

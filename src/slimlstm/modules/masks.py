@@ -1,4 +1,4 @@
-"""Masks on parameters: weights that are zero for good, while the others can still be trained."""
+"""Masks on parameters: masked weights are zero and stay zero, while the others can still be trained."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Mask(nn.Module):
     """A parametrization that multiplies a weight by a 0/1 mask of the same shape, in training too.
 
     Args:
-        mask: boolean, of the weight's shape.
+        mask: boolean, of the weight's shape; True where a weight stays.
 
     Attributes:
         provenance: the origin of the mask; :func:`slimlstm.compress_` and ``load`` set it.
@@ -70,7 +70,7 @@ def mask_of(module: nn.Module, name: str) -> Mask | None:
 
 
 def drop_parametrizations(module: nn.Module, name: str) -> None:
-    """Remove all parametrizations of the parameter ``name``; nothing happens where it has none.
+    """Remove all parametrizations of the parameter ``name``, if it has any.
 
     The original parameter returns unchanged. Where several parameters make up the weight, their value becomes a parameter.
     """
@@ -80,7 +80,7 @@ def drop_parametrizations(module: nn.Module, name: str) -> None:
 
 
 def _make_copyable(module: nn.RNNBase) -> None:
-    """Let a masked ``nn.LSTM`` be deep-copied after a forward pass too.
+    """Make ``deepcopy`` work on a masked ``nn.LSTM`` after a forward pass too.
 
     PyTorch's LSTM caches its weights. Masked weights carry a gradient history, which ``deepcopy`` refuses. ``parametrize``
     made a class for this module alone, so changing the class affects no other module.

@@ -1,4 +1,4 @@
-"""Run code in a known mode of modules and of PyTorch, and restore the surrounding mode after."""
+"""Run code in a known mode of modules and of PyTorch, and then restore the surrounding mode."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ambient: ContextVar[tuple[torch.dtype, torch.device] | None] = ContextVar("_amb
 
 
 def surely(restore: Callable[[], None]) -> None:
-    """Call ``restore``, and once more if an interrupt stops it half-way; the interrupt is raised after.
+    """Call ``restore``, and once more if an exception such as Ctrl-C stops it half-way; then raise the exception.
 
     Examples:
         >>> calls = []

@@ -1,4 +1,4 @@
-"""Why a module's matrices cannot be compressed, in words."""
+"""Find the reasons why a module's matrices cannot be compressed, in words."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DISTRIBUTED = {
     "FullyShardedDataParallel": "which has flattened and sharded its parameters",
     "FSDPModule": "which has sharded its parameters",
 }
-"""Wrappers of PyTorch that know the parameters of the model within, by class name, and why they do not bear a change."""
+"""PyTorch's wrappers that hold on to the parameters of the model within, by class name, and what replacing these breaks."""
 
 _HARMLESS = {
     *("__init__", "__repr__", "__str__", "extra_repr", "reset_parameters", "flatten_parameters"),
@@ -46,7 +46,7 @@ def problem_of(host: Host, ancestors: Sequence[nn.Module], methods: Sequence[str
     Args:
         host: the host.
         ancestors: all modules around it in the model.
-        methods: the names of its methods that are stored somewhere; see :func:`stored_methods`.
+        methods: the names of its bound methods that the model stores; see :func:`stored_methods`.
     """
     return next(_problems(host, ancestors, methods), None)
 
@@ -120,7 +120,7 @@ def _computed_factors(where: str, lstm: FactoredModule) -> Iterator[str]:
 
 
 def _own_code(where: str, lstm: nn.Module) -> Iterator[str]:
-    """Yield the members of a subclass, or of the instance, that a plain LSTM does not have."""
+    """Yield the problems with members of a subclass, or of the instance, that a plain LSTM does not have."""
     base = nn.LSTM if isinstance(lstm, nn.LSTM) else nn.LSTMCell
     patched = [
         name
@@ -190,8 +190,8 @@ def _is_pytorchs(hook: Any) -> bool:
 def stored_methods(model: nn.Module, modules: Iterable[nn.Module]) -> dict[int, list[str]]:
     """Return the names of methods that ``model`` stores, bound to one of ``modules``, by the ``id`` of that module.
 
-    A module keeps its identity when it is compressed, so references to it stay right. A bound method keeps the function of
-    the old class, and does not. Methods of ``nn.Module`` itself serve every class.
+    A module keeps its identity when it is compressed, so references to it stay valid. A bound method keeps the function of
+    the old class, so it does not. Methods of ``nn.Module`` itself work with every class.
     """
     modules = list(modules)
     wanted = {id(module) for module in modules}

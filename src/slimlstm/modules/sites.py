@@ -22,7 +22,7 @@ class Site:
         nonzeros: the number of weights that its mask leaves, or None without a mask.
         problem: why it cannot be compressed, or None.
         storage: the storage of its numbers, such as ``"int8"``, or None for the model's own dtype.
-        method: the method that made its factors or its mask, or None where that is unknown. It does not count for equality.
+        method: the method that made its factors or its mask, or None where that is unknown. Comparisons ignore it.
 
     Examples:
         >>> site = Site("encoder", "weight_hh_l1_reverse", (16, 4), rank=2)
@@ -62,7 +62,7 @@ class Site:
 
     @property
     def parameters(self) -> int:
-        """The number of parameters of the matrix in its present form: in factors, under a mask, or dense."""
+        """The number of parameters of the matrix in its present form: as factors, under a mask, or dense."""
         m, n = self.shape
         if self.rank is not None:
             return self.rank * (m + n)

@@ -34,19 +34,19 @@ _HOOKS = (
     "_backward_hooks",
     "_is_full_backward_hook",
 )
-"""The hooks that a successor takes over, as the same dictionaries, so that their handles still remove them."""
+"""The dictionaries of hooks. A successor takes over the same objects, so that the hooks' handles can still remove them."""
 
 _COPIED = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_flat_weights", "_flat_weight_refs")
-"""Containers that a copy of a module may change."""
+"""Containers of which a copy of a module gets its own, because it may change them."""
 
 
 def replace(model: nn.Module, host: Host, replacements: Mapping[str, Replacement]) -> nn.Module:
-    """Put replacements, by parameter name, into the host's place in ``model``; everything else stays.
+    """Replace matrices of a host in ``model``, given by parameter name; everything else stays.
 
     The module keeps its identity, its hooks, its training mode, the parameters and masks that are not replaced, and the
     attributes, buffers and submodules that its class does not need. With masks alone, an LSTM that computes with its own
     parameters keeps its class. Factors and dense weights make it a :class:`slimlstm.modules.FactoredModule`. Weights that
-    are parameters are taken as they are, so that tied matrices can share them.
+    are parameters already are registered as they are, so that tied matrices can share them.
 
     Returns:
         The module that now computes.
@@ -56,7 +56,7 @@ def replace(model: nn.Module, host: Host, replacements: Mapping[str, Replacement
 
 
 class Swap:
-    """Replacements for several hosts, built beside them: carried out together, and undone together.
+    """Replacements for several hosts, built without changing them; carried out together, and undone together.
 
     Args:
         changes: every host with its replacements by parameter name; see :func:`replace`.
@@ -71,7 +71,7 @@ class Swap:
         self._before = [(module, type(module), vars(module)) for module, _ in successors]
 
     def commit(self) -> None:
-        """Put all successors in place; after an exception none."""
+        """Put all successors in place, or none of them if an exception is raised meanwhile."""
         try:
             for module, kind, content in self._after:
                 _become(module, kind, content)
@@ -143,7 +143,7 @@ def _store(module: FactoredModule, name: str, storage: str, projections: dict[in
 
 
 def _origin(module: nn.Module, name: str, replacement: Replacement) -> Provenance:
-    """Return where a replacement comes from; a matrix that is only rounded keeps its earlier origin."""
+    """Return the origin of a replaced matrix; a matrix that is only rounded keeps its earlier origin."""
     earlier = provenance_of(module, name)
     if replacement.method == DENSE and earlier:
         return earlier
@@ -152,7 +152,7 @@ def _origin(module: nn.Module, name: str, replacement: Replacement) -> Provenanc
 
 
 def _rebuilt(host: Host, factors: Mapping[str, tuple[Tensor, Tensor]], weights: Mapping[str, nn.Parameter]) -> nn.Module:
-    """Build a module with the host's parameters and masks, but ``factors`` and ``weights`` where they name a matrix."""
+    """Build a module with the host's parameters and masks, except where ``factors`` or ``weights`` name a matrix."""
     old = host.lstm
     plain = _plain(old)
     for name, parameter in {**host.dense_parameters(), **weights}.items():
@@ -209,7 +209,7 @@ def _carry_over(old: nn.Module, module: nn.Module) -> None:
 
 
 def _copy(module: Any) -> Any:
-    """Return a copy that shares all tensors and hooks with ``module``, but whose registrations can change alone."""
+    """Return a copy that shares all tensors and hooks with ``module``, but has its own registrations."""
     kind: Any = type(module)
     content = FactoredModule.__getstate__(module) if isinstance(module, FactoredModule) else dict(vars(module))
     if parametrize.is_parametrized(module):

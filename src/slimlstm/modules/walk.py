@@ -16,10 +16,10 @@ REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
 def held_objects(model: nn.Module) -> Iterator[Any]:
-    """Yield every object that a module of ``model`` holds as an attribute, or within one.
+    """Yield every object that a module of ``model`` holds as an attribute or within one, each once.
 
-    The walk enters lists, tuples, sets, mappings, partial functions, closures and the attributes of plain objects. It does
-    not enter tensors, and each object is yielded once.
+    The walk enters lists, tuples, sets, mappings, partial functions, closures and the attributes of plain objects, but not
+    tensors.
 
     Examples:
         >>> model = nn.Linear(2, 1)

@@ -22,12 +22,12 @@ _LENGTHS, _H0, _C0 = 4, 5, 6
 
 
 def form_of(lstm: OnnxLSTM, directions: Sequence[Direction], opset: int, form: str) -> Form:
-    """Return the form that an operator shall have.
+    """Return the form that an operator gets.
 
     Args:
         lstm: the operator.
         directions: its new weights.
-        opset: of the file.
+        opset: the file's opset.
         form: see :func:`slimlstm.onnx.forms.choose`.
 
     Raises:

@@ -12,7 +12,7 @@ from torch import Tensor
 from slimlstm.methods.low_bit import pack
 
 OPSET = 18
-"""The opset that is used where none is asked for."""
+"""The opset to use where none is asked for."""
 OLDEST_OPSET = 13
 """The oldest opset whose operators have the forms used here."""
 
@@ -35,11 +35,11 @@ _TYPES = {
 
 
 class GraphBuilder:
-    """Collects nodes in their order, and constants; equal ones are stored once.
+    """Collects nodes in their order, and constants; equal constants are stored once.
 
     Args:
         prefix: the beginning of all new names.
-        parent: the builder of the graph around, for the body of a Scan. Its constants are shared by all steps.
+        parent: the builder of the surrounding graph, for the body of a Scan; both share one list of constants.
         opset: the version of ONNX's operators, from ``OLDEST_OPSET`` on.
 
     Examples:
@@ -59,7 +59,7 @@ class GraphBuilder:
         self._count = 0
 
     def add(self, operator: str, *inputs: str, to: str | None = None, **attributes: Any) -> str:
-        """Add a node with one output, named ``to`` or anew; return the output's name."""
+        """Add a node with one output, named ``to`` or by a new name; return the output's name."""
         return self.add_many(operator, inputs, [to or self._new_name()], **attributes)[0]
 
     def add_many(self, operator: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> Sequence[str]:
@@ -83,17 +83,17 @@ class GraphBuilder:
         return self._equal[key]
 
     def int4(self, value: Tensor) -> str:
-        """Add integers of 4 bits, from ``INT4_OPSET`` on; return their name."""
+        """Add a constant of integers of 4 bits, which needs ``INT4_OPSET`` or later; return its name."""
         tensor = int4_tensor(self._new_name(), value)
         self.constants.append(tensor)
         return tensor.name
 
     def once(self, owner: object, kind: str, make: Callable[[], Tensor]) -> str:
-        """Return the name of an object's constant of some kind, which is made at the first call."""
+        """Return the name of a constant that belongs to ``owner`` and has this kind; the first call makes it."""
         return self.shared(owner, kind, lambda: self.constant(make()))
 
     def shared(self, owner: object, kind: str, add: Callable[[], str]) -> str:
-        """Return the name of an object's value of some kind, whose nodes are added at the first call."""
+        """Return the name of a value that belongs to ``owner`` and has this kind; the first call adds its nodes."""
         key = id(owner), kind
         if key not in self._known:
             self._known[key] = owner, add()  # the reference keeps the id from being reused
@@ -104,19 +104,19 @@ class GraphBuilder:
         return [self._new_name() for _ in range(count)]
 
     def cast(self, name: str, dtype: torch.dtype = torch.float32) -> str:
-        """Add a conversion to another dtype."""
+        """Add a conversion to another dtype; return the name of the result."""
         (result,) = self.names(1)
         self.add_many("Cast", [name], [result], to=onnx_type(dtype))
         return result
 
     def size(self, name: str, axis: int) -> str:
-        """Add int64 [1], the size of one axis."""
+        """Add the size of one axis, int64 [1]; return its name."""
         if self.opset >= _SHAPE_HAS_BOUNDS:
             return self.add("Shape", name, start=axis, end=axis + 1)
         return self.add("Gather", self.add("Shape", name), self.constant(torch.tensor([axis])), axis=0)
 
     def largest(self, name: str) -> str:
-        """Add the largest number along the last axis, whose size becomes 1."""
+        """Add the largest number along the last axis, whose size becomes 1; return the result's name."""
         if self.opset >= _AXES_ARE_INPUTS:
             return self.add("ReduceMax", name, self.constant(torch.tensor([-1])))
         return self.add("ReduceMax", name, axes=[-1])
@@ -142,7 +142,7 @@ def onnx_type(dtype: torch.dtype) -> int:
 
 
 def value_info(name: str, dtype: torch.dtype, shape: Sequence[int | None]) -> Any:
-    """Return the entry of a graph's input or output; sizes of None are open."""
+    """Return the entry of a graph's input or output; a size of None is open."""
     from onnx import helper
 
     return helper.make_tensor_value_info(name, onnx_type(dtype), shape)

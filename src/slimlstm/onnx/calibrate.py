@@ -1,4 +1,4 @@
-"""Moments at the LSTMs of an ONNX model, which ONNX Runtime runs on given inputs."""
+"""Collect moments at the LSTMs of an ONNX model, which ONNX Runtime runs on given inputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from slimlstm.onnx.runtime import RunInputs
 
 
 def read_batches(path: Path) -> list[RunInputs]:
-    """Return the runs in a ``.npz`` file, whose arrays are inputs by name with one entry a run along the first axis.
+    """Return the runs in a ``.npz`` file. Each array is the input of its name; its first axis counts the runs.
 
     Raises:
         SlimLSTMError: the file is missing or damaged, or its arrays differ in their number of runs.
@@ -58,16 +58,16 @@ def calibrate_graph(
 
     A file has no loss. The gradients are therefore taken from the outputs of every LSTM on its own: with random signs v for
     every output y, δ is the gradient of v·y at the gates. The moment E[δ δᵀ] is then the Gauss-Newton matrix of half the
-    squared change of the layer's outputs (Hutchinson's estimate). Gradients flow back through all steps of an operator, and
-    through one step of an LSTM that is written out in single operators. Outputs of an operator that the model does not read
-    do not count.
+    squared change of the layer's outputs (Hutchinson's estimate). Gradients flow back through all steps of an operator, but
+    through one step only of an LSTM that is written out in single operators. Outputs that the model does not read do not
+    count.
 
     Args:
         model: an ``onnx.ModelProto``, which does not change.
         lstms: its LSTMs to observe.
         batches: inputs by name, one mapping a run.
         with_gradients: whether the moments of gradients are needed, as for ``"fisher"``.
-        seed: of the random signs.
+        seed: the seed of the random signs.
 
     Returns:
         The moments of every matrix that a batch reached, by ``"<lstm>.<weight>"``.
@@ -91,5 +91,5 @@ def calibrate_graph(
 
 
 def _per_row(moments: Mapping[str, Moments], draws: int) -> dict[str, list[Moments]]:
-    """Count every row once, though each draw of signs saw it."""
+    """Divide the number of rows by the number of draws, because every draw of signs counted each row again."""
     return {key: [Moments(one.inputs, one.gradients, max(1, one.rows // draws))] for key, one in moments.items()}

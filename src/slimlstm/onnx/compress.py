@@ -1,8 +1,9 @@
 """``compress_onnx``: compress the LSTMs of an ONNX file, in operators that every runtime has.
 
-An LSTM operator stays one, with its states, lengths and attributes, and its weights become products of factors, which
-runtimes multiply when they load the file. Or it becomes a Scan, whose steps multiply by the factors, where that is
-predicted to be faster. In an LSTM that is written out in single operators, a product with a constant becomes two thin ones.
+An LSTM operator remains, with its states, lengths and attributes, and its weights become products of factors, which
+runtimes multiply when they load the file. Where a Scan is predicted to be faster, the operator becomes a Scan, whose steps
+multiply by the factors. In an LSTM that is written out in single operators, a product with a constant becomes two thin
+products.
 """
 
 from __future__ import annotations
@@ -54,27 +55,28 @@ def compress_onnx(
 ) -> Report:
     """Compress the LSTMs of an ONNX file, nested graphs included, and write the result to another file.
 
-    Everything else in the file stays, its opset too. LSTMs that share their weights are listed once and go on sharing them.
-    An LSTM whose weights the file computes from its inputs stays as it is, and the report says so.
+    Everything else in the file stays, and so does its opset. LSTMs that share their weights are listed once, and still
+    share them afterwards. An LSTM whose weights the file computes from its inputs stays as it is, and the report says so.
 
     Args:
         path: the file.
-        config: see :func:`slimlstm.compress_`; sites have the names of their nodes, ``"<node>.weight_hh_l0"``. The storage
-            ``"int4"`` needs a file of opset 21 or later.
-        output: the file to write, another than ``path``. An existing file is replaced, after everything else has succeeded.
-        batches: inputs by name, NumPy arrays, one mapping a run. Calibrated methods need them, and ONNX Runtime.
+        config: see :func:`slimlstm.compress_`; the keys of sites begin with the names of nodes, as in
+            ``"<node>.weight_hh_l0"``. The storage ``"int4"`` needs a file of opset 21 or later.
+        output: the file to write, not ``path`` itself. An existing file is replaced after everything else has succeeded.
+        batches: for each run a mapping from the names of inputs to NumPy arrays. Calibrated methods need batches and ONNX
+            Runtime.
         calibration: moments by site key, used instead of batches.
         refit: see :func:`slimlstm.compress_`; the mean squared change of the file's outputs decides which factors stay.
         also: weights outside LSTMs that become int8 by ONNX Runtime's own quantiser: any of ``"linear"`` (MatMul and Gemm),
             ``"conv"`` and ``"embedding"`` (tables that Gather reads). The report says by how much this changes the outputs,
             on the batches or on random inputs; a change of more than a tenth of their norm is an error.
-        form: what LSTM operators become; see :func:`slimlstm.export_onnx`. Operators with clipping, peepholes or other
-            activations, and operators of opsets before 13, stay operators.
+        form: the form of LSTM operators in the result; see :func:`slimlstm.export_onnx`. Operators with clipping, peepholes
+            or other activations, and operators of opsets before 13, stay operators.
         progress: called with a site's key and the fraction done; None draws a bar on a terminal.
 
     Returns:
-        The report, with the form of every compressed operator; the model's bytes are the bytes of the file, with its
-        weights in other files.
+        The report, with the form of every compressed operator; the model's bytes are the bytes of the file,
+        including weights that it stores in other files.
 
     Raises:
         SlimLSTMError: the file is missing, damaged or holds no LSTM, a site cannot be compressed, nothing would get
@@ -123,7 +125,7 @@ def compress_onnx(
 
 
 def _check_size(report: Report, replacements: Mapping[str, Replacement]) -> None:
-    """Raise :class:`SlimLSTMError` if the file would grow; zeros of pruned weights save no bytes."""
+    """Raise :class:`SlimLSTMError` if the file would not get smaller, unless matrices were pruned: zeros save no bytes."""
     before, after = report.model.bytes_before, report.model.bytes_after
     if after >= before and not any(found.mask is not None for found in replacements.values()):
         raise SlimLSTMError(
@@ -177,7 +179,7 @@ def _check_result(model: Any, source: GraphSource, replacements: Mapping[str, Re
 
 
 def _matrices(lstm: OnnxLSTM, found: list[OnnxLSTM], scans: str | None) -> dict[str, Matrix]:
-    """Return the matrices of an LSTM in the new model by name. Scans in place of an operator take the operator's names."""
+    """Return the matrices of an LSTM in the new model, by their old names; Scans may have replaced the operator."""
     if scans is None:
         return {one.name: one.matrix for same in found if same.name == lstm.name for one in same.locations}
     matrices: dict[str, Matrix] = {}

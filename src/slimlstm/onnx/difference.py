@@ -1,4 +1,4 @@
-"""How much the outputs of two ONNX files differ."""
+"""Measure how much the outputs of two ONNX files differ."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from slimlstm.errors import SlimLSTMError, reason_of
 from slimlstm.onnx.runtime import RunInputs
 
 OPEN_SIZE = 4
-"""The size of open axes of random inputs."""
+"""The size that random inputs have along open axes."""
 
 
 def output_difference(one: Path, other: Path, runs: Sequence[RunInputs] | None = None) -> float:
-    """Return the norm of the difference of the files' outputs over the norm of the first file's, the largest of all.
+    """Return the largest relative difference of any output in any run.
+
+    It is the norm of the difference of the two files' outputs, divided by the norm of the first file's output.
 
     Args:
         one, other: ONNX files with the same inputs.
-        runs: inputs by name, one mapping a run; by default one run of random numbers, zeros for integers, with
-            :data:`OPEN_SIZE` for every open axis.
+        runs: inputs by name, one mapping a run; by default one run of random numbers, or zeros for integers, with the size
+            :data:`OPEN_SIZE` along every open axis.
 
     Raises:
         SlimLSTMError: ONNX Runtime is not installed or cannot run a file on the inputs.
@@ -43,7 +45,7 @@ def output_difference(one: Path, other: Path, runs: Sequence[RunInputs] | None =
     except Exception as error:  # ONNX Runtime raises classes of its own
         raise SlimLSTMError(
             f"ONNX Runtime cannot run the files on {'random' if runs is None else 'these'} inputs: {reason_of(error)}; "
-            "give inputs that fit, with --inputs"
+            "give inputs that fit, by --inputs, or by batches= in Python"
         ) from error
     pairs = [pair for run in zip(*outputs, strict=True) for pair in zip(*run, strict=True)]
     return max((_relative(*pair) for pair in pairs), default=0.0)
@@ -63,7 +65,7 @@ def _random_inputs(session: Any) -> dict[str, Any]:
 
 
 def _relative(before: Any, after: Any) -> float:
-    """Return the relative difference; infinity where only one of two numbers is finite."""
+    """Return the relative difference of two outputs; infinity where a number is finite in only one of them."""
     exact, found = np.asarray(before, np.float64), np.asarray(after, np.float64)
     with np.errstate(invalid="ignore"):
         change = np.where((exact == found) | (np.isnan(exact) & np.isnan(found)), 0.0, exact - found)

@@ -36,14 +36,15 @@ class Exported:
     Attributes:
         inputs: the shapes of the inputs by name; open sizes are names.
         outputs: the shapes of the outputs by name.
-        bytes: of the file.
+        bytes: the bytes of the file.
         checked: the sizes of open axes, by name, at which the file's outputs were compared with the model's.
         difference: the largest difference of an output, relative to its norm.
-        engine: the engine that ran the file: ONNX Runtime, or the slow reference of onnx where that is not installed.
+        engine: the engine that ran the file: ONNX Runtime, or the slow reference of onnx where ONNX Runtime is not
+            installed.
         opset: the version of ONNX's operators.
         forms: the form of every layer in the order of the model, ``"lstm"`` or ``"scan"``, and the reason; see
             :func:`slimlstm.onnx.forms.choose`.
-        notes: the sizes for which the file does not hold, because the model's code depends on them.
+        notes: the sizes at which the file is not valid, because the model's code depends on them.
     """
 
     inputs: dict[str, list[int | str]]
@@ -72,26 +73,31 @@ def export_onnx(
 ) -> Exported:
     """Write a model as an ONNX file for any runtime, after comparing the file's outputs with the model's.
 
-    The model runs in evaluation mode and does not change. States that it takes and returns, in tuples, lists or mappings
-    too, become inputs and outputs, one for every tensor. Factors, and weights stored in int8 or bfloat16, stay so in the
-    file.
+    The model runs in evaluation mode and does not change. Every tensor that it takes or returns becomes an input or output
+    of the file, also states in tuples, lists or mappings. Factors stay factors, and weights stored in int8 or bfloat16 keep
+    this storage in the file.
 
     Args:
         model: any module that PyTorch can export; its LSTMs may be dense, factored, masked or quantised.
         example_inputs: a tensor, a tuple of the model's arguments, or a mapping of named arguments. An axis of size 2 or
             more stays open if the model allows other sizes; PyTorch may close an axis of size 1.
-        path: the file. Its folder is made where it is missing, and an existing file is replaced last.
-        input_names: one for every input tensor; by default the names of the model's arguments.
-        output_names: one for every output tensor; by default PyTorch's.
-        dynamic_shapes: as for ``torch.export.export``, where only certain axes shall stay open.
-        opset: the version of ONNX's operators, from 13 on; by default PyTorch's choice, or 21, the first with integers of 4
-            bits, for weights with 3 or 4. Older runtimes need older opsets, in which such weights take a byte.
-        tolerance: the largest difference accepted: of a number, relative to the largest magnitude in its output or to 1,
-            by default 1e-4; where weights are int8, of an output, relative to its norm, by default 0.05.
+        path: the file to write. A missing folder is made, and an existing file is replaced at the very end.
+        input_names: a name for every input tensor; by default the names of the model's arguments.
+        output_names: a name for every output tensor; by default PyTorch's.
+        dynamic_shapes: as for ``torch.export.export``, to leave only certain axes open.
+        opset: the version of ONNX's operators, from 13 on. By default it is PyTorch's choice; for weights of 3 or 4 bits it
+            is 21, the first opset with integers of 4 bits. Older runtimes need older opsets, in which such weights take a
+            byte each.
+        tolerance: the largest difference accepted. For each number, the difference is relative to the largest magnitude in
+            its output or to 1, and the default is 1e-4. Where weights are int8, the difference of a whole output is
+            relative to its norm, and the default is 0.05.
         form: how layers are written. ``"lstm"`` takes the LSTM operator, for which a runtime multiplies factors and widens
             integers once, when it loads the file; it then runs as fast as the dense layer. ``"scan"`` takes a Scan over
-            time, whose steps multiply by the factors, and by int8 weights as integers. ``"auto"`` takes for each layer
-            what ONNX Runtime is predicted to run faster.
+            time, whose steps multiply by the factors, and by int8 weights as integers. ``"auto"`` takes the form that ONNX
+            Runtime is predicted to run faster, layer by layer.
+
+    Returns:
+        A description of the file: its inputs, outputs, size and forms, and how it was checked.
 
     Raises:
         SlimLSTMError: PyTorch is older than 2.8, the model cannot be exported, names do not fit, an axis that
@@ -156,10 +162,10 @@ def export_onnx(
 
 
 def _hosts(model: nn.Module) -> list[Host]:
-    """Return a model's LSTMs, which may be the model itself.
+    """Return a model's LSTMs; the model itself may be one.
 
     Raises:
-        SlimLSTMError: one cannot be written.
+        SlimLSTMError: an LSTM cannot be written.
     """
     hosts = find_hosts(nn.ModuleDict({"model": model}) if isinstance(model, nn.LSTM | nn.LSTMCell) else model)
     problem = next((host.problem for host in hosts if host.problem is not None), None)
@@ -169,7 +175,7 @@ def _hosts(model: nn.Module) -> list[Host]:
 
 
 def _notes(limits: Mapping[Any, tuple[int, int]]) -> list[str]:
-    """Return the sizes for which the file does not hold."""
+    """Return, in words, the sizes at which the file is not valid."""
     bounds = [(symbol, f"below {low}") for symbol, (low, _) in limits.items() if low > 1]
     bounds += [(symbol, f"above {high}") for symbol, (_, high) in limits.items() if high < 2**31 - 1]
     return [
@@ -228,7 +234,7 @@ def _check_outputs(graph: Any, names: Sequence[str] | None) -> None:
 
 
 def _check_open(shapes: Mapping[str, Sequence[int | str]], dynamic_shapes: Any) -> None:
-    """Raise :class:`SlimLSTMError` if an axis is closed that the caller named; PyTorch's exporter closes it silently."""
+    """Raise :class:`SlimLSTMError` if PyTorch's exporter has silently closed an axis that the caller named."""
     asked = {axis.__name__ for axis in _named_axes(dynamic_shapes)}
     closed = sorted(asked - {str(size) for shape in shapes.values() for size in shape})
     if closed:
@@ -287,7 +293,7 @@ def _complete(traced: Traced, opset: int | None, form: str) -> tuple[Any, list[F
 
 
 def _close_axes(graph: Any, closed: Mapping[str, int]) -> None:
-    """Replace the names of sizes that have one value only by that value."""
+    """Replace the names of sizes that have only one possible value by this value."""
     for entry in (*graph.input, *graph.output, *graph.value_info):
         for axis in entry.type.tensor_type.shape.dim:
             if axis.dim_param in closed:

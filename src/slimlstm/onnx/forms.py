@@ -1,7 +1,7 @@
 """The form of a layer in an ONNX file, chosen by predicted time.
 
-A layer is one LSTM operator, whose weights are dense once a runtime has loaded the file, or a Scan over time, whose every
-step multiplies by the factors. A step of a Scan runs some twenty small operators, so it wins only where the matrices are
+A layer is one LSTM operator, whose weights are dense once a runtime has loaded the file, or a Scan over time, whose steps
+multiply by the factors. A step of a Scan runs some twenty small operators, so it is faster only where the matrices are
 large and the factors small. ``python recipes/onnx_forms.py`` measures both forms in ONNX Runtime and fits :data:`COSTS`.
 Shapes as in :mod:`slimlstm.ops.weights`.
 """
@@ -22,9 +22,9 @@ LSTM, SCAN = "lstm", "scan"
 FORMS = ("auto", LSTM, SCAN)
 """Values of ``form=``."""
 STEPS = (1, 100)
-"""Time steps of the calls that are predicted, of one sequence on one thread."""
+"""Numbers of time steps for which calls are predicted, with one sequence on one thread."""
 MARGIN = 0.9
-"""A Scan is taken where it takes at most this fraction of the operator's predicted time at every number of steps."""
+"""A Scan is chosen if its predicted time is at most this fraction of the operator's, at every number of steps."""
 
 COSTS: Mapping[str, float] = {
     "operator_call": 9.23,
@@ -41,9 +41,9 @@ COSTS: Mapping[str, float] = {
     "byte_beyond_cache": 6.04e-05,
     "cache_bytes": 1050000.0,
 }
-"""Microseconds, from ``results/onnx_forms.json``: of a call of one direction, of a step, and of each hidden unit in a step;
-of a product, and of each number that an integer product rounds; of each weight of a product; and of each byte of weights
-that the cache cannot keep from step to step."""
+"""Microseconds, from ``results/onnx_forms.json``, for a call of one direction, a step, and a hidden unit in a step; for a
+product, an input that an integer product rounds, and a weight of a product; and for a byte of weights that the cache cannot
+keep from step to step. ``cache_bytes`` is the size of this cache."""
 
 
 class Form(NamedTuple):
@@ -51,7 +51,7 @@ class Form(NamedTuple):
 
     Attributes:
         name: ``"lstm"`` or ``"scan"``.
-        reason: why this form, in words.
+        reason: why this form was chosen, in words.
         is_integer: whether a Scan multiplies by int8 weights as integers, instead of widening them when it is loaded.
     """
 
@@ -126,10 +126,10 @@ def counts(weights: Direction, name: str, is_integer: bool, steps: int, cache: f
     """Return how often each of :data:`COSTS` arises in a call of one direction.
 
     Args:
-        weights: of the direction.
+        weights: the direction's weights.
         name: ``"lstm"`` or ``"scan"``.
         is_integer: whether a Scan multiplies by int8 weights as integers.
-        steps: T.
+        steps: the number of time steps T.
         cache: the bytes of weights that stay in the cache.
     """
     hidden = rows(weights.hh) // 4
@@ -168,7 +168,7 @@ def _has_int8(directions: Sequence[Direction]) -> bool:
 
 
 def _gains(weights: Direction) -> bool:
-    """Return whether a Scan could multiply by less than the operator."""
+    """Return whether a Scan could multiply by fewer or smaller numbers than the operator."""
     return not isinstance(weights.ih, Tensor) or not isinstance(weights.hh, Tensor) or _has_int8([weights])
 
 

@@ -1,4 +1,4 @@
-"""ONNX graphs: reading, nested graphs, constants that nodes compute, and the locations of LSTM weights in them."""
+"""Read ONNX graphs: nested graphs, constants that nodes compute, and the locations of LSTM weights."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _FOLDED = {
 }
 _WIDEST = 8
 """Bytes of the widest number that an operator makes."""
-# An operator that is an LSTM, or that every LSTM of single operators has.
+# LSTM operators, and the operator that every LSTM written out in single operators contains.
 _LSTM_PARTS = {"LSTM", "DynamicQuantizeLSTM", "Split"}
 # The evaluator knows DequantizeLinear from this opset on only; the operator did not change.
 _DEQUANTIZES = 19
@@ -51,9 +51,9 @@ class Scope:
         graph: the graph.
         constants: the arrays of constants, by name.
         producers: the node that computes each value, by the value's name.
-        outer: the scope around, for a nested graph.
+        outer: the surrounding scope, for a nested graph.
         holder: the node that holds a nested graph.
-        computed: the bytes that all constants of the file that nodes compute may take, and take so far.
+        computed: a limit on the bytes of all constants that the file's nodes compute, and their bytes so far.
     """
 
     graph: Any
@@ -72,7 +72,7 @@ class Scope:
         return set(names[2:]) if kind == "Loop" else set()
 
     def scanned(self, name: str) -> str:
-        """Return the outer value that a Scan's body reads one slice of at every step as ``name``, or ""."""
+        """Return the outer value whose slices a Scan's body reads as ``name``, one at every step; "" if it reads none."""
         names = [entry.name for entry in self.graph.input]
         if getattr(self.holder, "op_type", "") != "Scan" or name not in names or name in self.states():
             return ""
@@ -92,9 +92,9 @@ class WeightLocation:
         index: the position of the matrix among the node's inputs.
         direction: the position of the matrix's direction in that input, for an LSTM operator.
         source: the node that multiplies by the right factor, for an LSTM of single operators that is low-rank already.
-        columns: the matrix's columns, first and end, where ``node`` multiplies [W R] with a Concat of x and h.
-        storage: ``"int8"`` or ``"bfloat16"`` where the file holds such numbers and widens them; otherwise None.
-        rounded: the value that a product of integers rounds, for slimlstm's own Scans; ``node`` then scales that product.
+        storage: ``"int8"``, ``"int4"`` or ``"bfloat16"`` where the file holds such numbers and widens them; otherwise None.
+        columns: first and end of the matrix's columns in [W R], where ``node`` multiplies a Concat of x and h by [W R].
+        rounded: the value that a product of integers rounds, in slimlstm's own Scans; ``node`` then scales that product.
     """
 
     name: str
@@ -111,7 +111,7 @@ class WeightLocation:
 
     @property
     def input(self) -> str:
-        """The name of the value that the matrix is multiplied with, for an LSTM of single operators."""
+        """The name of the value that is multiplied by the matrix, for an LSTM of single operators."""
         if self.rounded:
             return self.rounded
         name = (self.source or self.node).input[0]
@@ -123,14 +123,14 @@ class OnnxLSTM:
     """One LSTM of a graph.
 
     Attributes:
-        name: unique in the model.
+        name: a name that is unique in the model.
         node: the LSTM operator, or the Split that makes the gates of an LSTM of single operators.
         scope: the graph that ``node`` is in.
         locations: the matrices; none where ``problem`` says why they cannot be read.
-        biases: by PyTorch's names, such as ``"bias_ih_l0"``.
+        biases: the biases by PyTorch's names, such as ``"bias_ih_l0"``.
         problem: why the LSTM has no locations, in words.
-        gates: the order of the gates that a Split makes.
-        cell: the name of the previous step's cell state, beside a Split.
+        gates: the order of the gates that the Split makes, for an LSTM of single operators.
+        cell: the name of the previous step's cell state, for an LSTM of single operators.
     """
 
     name: str
@@ -144,7 +144,7 @@ class OnnxLSTM:
 
     @property
     def is_operator(self) -> bool:
-        """Whether the LSTM is one operator, rather than single ones."""
+        """Whether the LSTM is one operator, rather than written out in single operators."""
         return self.node.op_type != "Split"
 
 
@@ -170,7 +170,7 @@ def read_model(path: Path) -> Any:
 
 
 def _check_text(message: Any) -> None:
-    """Raise :class:`ValueError` if a name in a protobuf message is no UTF-8: its reader returns such names as bytes."""
+    """Raise :class:`ValueError` if a name in a protobuf message is not UTF-8; protobuf returns such names as bytes."""
     for entry, value in message.ListFields():
         values = [value] if isinstance(value, (str, bytes)) or hasattr(value, "ListFields") else value
         if entry.type == entry.TYPE_MESSAGE:
@@ -193,7 +193,7 @@ def outside_tensors(model: Any) -> Iterator[Any]:
 
 
 def _with_lstms_inlined(model: Any) -> Any:
-    """Return the model with the bodies of local functions in the place of their calls, where they may hold LSTMs."""
+    """Return the model with the calls of local functions that may hold LSTMs replaced by the functions' bodies."""
     holding: set[tuple[str, str]] = set()
     found = True
     while found:
@@ -223,7 +223,7 @@ def _inlined_bytes(nodes: Iterable[Any], bodies: Mapping[tuple[str, str], Any]) 
 
     def size(key: tuple[str, str], callers: frozenset[tuple[str, str]]) -> int:
         if key in callers:
-            raise SlimLSTMError(f"the function {key[1]} of the file calls itself")
+            raise SlimLSTMError(f"the function {key[1]} of the file calls itself; the file is damaged")
         if key not in sizes:
             inside = [node for top in bodies[key].node for node in (top, *_inner_nodes(top))]
             sizes[key] = bodies[key].ByteSize() + sum(size(call, callers | {key}) for call in calls(inside))
@@ -288,12 +288,12 @@ def open_scope(graph: Any, outer: Scope | None, opsets: Mapping[str, int], holde
 
     Args:
         graph: the graph.
-        outer: the scope around, or None for the whole model.
+        outer: the surrounding scope, or None for the whole model.
         opsets: versions by domain.
         holder: the node that holds the graph.
 
     Raises:
-        Exception: whatever the protocol buffers of a damaged file lead to.
+        Exception: a file is damaged; the class depends on the damage.
     """
     from onnx import numpy_helper
 
@@ -328,14 +328,12 @@ def constant(name: str, scope: Scope) -> Tensor | None:
 
 
 def storage_of(name: str, scope: Scope, direction: int = 0) -> str | None:
-    """Return the storage of a constant that nodes widen: ``"int8"`` (of either sign), ``"int4"``, ``"bfloat16"``, or
-    None.
-
+    """Return the storage of a constant that nodes widen: ``"int8"`` (also for uint8), ``"int4"``, ``"bfloat16"`` or None.
 
     Args:
         name: the widened value.
         scope: the graph that reads it.
-        direction: which part to follow where a Concat joins two directions.
+        direction: the part to follow where a Concat joins two directions.
     """
     while (node := scope.producers.get(name)) is not None:
         if node.op_type in ("Cast", "DequantizeLinear"):
@@ -366,7 +364,7 @@ def _result_bytes(node: Any, inputs: list[Any]) -> int:
 
 
 def _evaluated(node: Any, constants: Mapping[str, Any], opsets: Mapping[str, int]) -> dict[str, Any]:
-    """Return the outputs of a node whose inputs are constants; nothing where it cannot be evaluated."""
+    """Return the outputs of a node whose inputs are constants; an empty dictionary where it cannot be evaluated."""
     from onnx import helper
     from onnx.reference import ReferenceEvaluator
 

@@ -1,4 +1,4 @@
-"""Products of integers that slimlstm's own Scans hold, read back as the matrices that they multiply by."""
+"""Read the products of integers in slimlstm's own Scans back as the matrices that they multiply by."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class _Product(NamedTuple):
 
 
 def integer_product(node: Any, scope: Scope) -> WeightLocation | None:
-    """Return the location of the matrix, or the factors, of a product of integers that a node scales.
+    """Return the location of the matrix, or the factors, of a product of integers that ends in a node.
 
-    Gates are in the file's order.
+    Gates are in the file's order. None where the node ends no such product.
 
     Args:
-        node: the last node of the product, a Mul with the scales of the weight's rows.
+        node: the node, which is a Mul by the scales of the weight's rows if it ends such a product.
         scope: the graph that it is in.
     """
     outer = _product(node, scope)
@@ -38,7 +38,10 @@ def integer_product(node: Any, scope: Scope) -> WeightLocation | None:
 
 
 def make_plain(location: WeightLocation) -> Iterator[str]:
-    """Let a product of integers multiply by plain numbers, whose names the caller gives; yield names no longer read."""
+    """Turn a product of integers into a plain MatMul; yield the names that are no longer read.
+
+    The caller then sets the name of the MatMul's weight.
+    """
     if not location.rounded:
         return
     x = location.rounded

@@ -62,7 +62,7 @@ def add_layer(
         The form that the layer has in the file.
 
     Raises:
-        SlimLSTMError: weights of another dtype than float32 and float64, or a form that cannot compute the layer.
+        SlimLSTMError: the weights are neither float32 nor float64, or ``form`` cannot compute the layer.
         ImportError: onnx is not installed.
     """
     dtype_of(directions)
@@ -88,7 +88,7 @@ def layer_model(directions: Sequence[Direction], form: str = "auto") -> Any:
         form: see :func:`slimlstm.onnx.forms.choose`.
 
     Raises:
-        SlimLSTMError: weights of another dtype than float32 and float64, or a form that cannot compute the layer.
+        SlimLSTMError: the weights are neither float32 nor float64, or ``form`` cannot compute the layer.
         ImportError: onnx is not installed.
 
     Examples:

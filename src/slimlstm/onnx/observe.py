@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence, Sized
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,18 +17,19 @@ from slimlstm.onnx.probes import ProbedModel
 from slimlstm.onnx.rows import observed_rows
 from slimlstm.onnx.runtime import RunInputs
 from slimlstm.ops.weights import Matrix
+from slimlstm.progress import count_of
 
 
 class GraphObserver:
     """Runs a graph with its own and with compressed matrices in ONNX Runtime, without changing it.
 
-    The cost of compressed matrices is the squared change of the graph's outputs, number by number; of an integer output, 1
-    where a number changed.
+    The cost of compressed matrices is the squared change of every number in the graph's outputs. In an integer output, a
+    changed number costs 1.
 
     Args:
         model: the uncompressed ``onnx.ModelProto``; the observer keeps a copy.
-        groups: its LSTMs to observe, those with the same weights together. The first of a group makes the keys,
-            ``"<lstm>.<weight>"``.
+        groups: its LSTMs to observe; LSTMs with the same weights form one group. The keys ``"<lstm>.<weight>"`` begin with
+            the name of the first LSTM of the group.
         batches: inputs by name, one mapping a run; an iterable that can be iterated more than once.
 
     Raises:
@@ -47,7 +48,7 @@ class GraphObserver:
     @property
     def batch_count(self) -> int:
         """The number of batches in one pass."""
-        return len(self._batches) if isinstance(self._batches, Sized) else sum(1 for _ in self._batches)
+        return count_of(self._batches)
 
     def observe(self, weights: Mapping[str, Matrix], fitting: range, judging: range) -> Generator[Observation]:
         """Yield the observations of one pass; see :class:`slimlstm.calibration.refit.Observer`."""

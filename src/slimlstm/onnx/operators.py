@@ -1,4 +1,4 @@
-"""The weights of LSTM operators: ONNX's own, and ONNX Runtime's with int8 weights."""
+"""Read the weights of LSTM operators: ONNX's own, and ONNX Runtime's operator with int8 weights."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def read_operator(node: Any, scope: Scope) -> OnnxLSTM:
         return OnnxLSTM(name, node, scope, problem=f"{name}: its weights are no constants of the file; it stays as it is")
     direction = attribute_of(node, "direction", b"forward").decode()
     if direction not in ENDINGS:
-        raise SlimLSTMError(f"the LSTM {name} has the direction {direction!r}, which ONNX does not know")
+        raise SlimLSTMError(
+            f"the LSTM {name} has the direction {direction!r}, which ONNX does not know; is the file damaged?"
+        )
     endings = ENDINGS[direction]
     _check_shapes(name, (w, r, b), len(endings), attribute_of(node, "hidden_size", r.shape[-1]))
     lstm = OnnxLSTM(name, node, scope)
@@ -57,7 +59,7 @@ def read_operator(node: Any, scope: Scope) -> OnnxLSTM:
 
 
 def peculiarity_of(node: Any) -> str:
-    """Return what an operator computes beyond PyTorch's LSTM, or differently, in words; "" for nothing."""
+    """Return in words the first feature of an operator that PyTorch's LSTM lacks; "" where it has none."""
     activations = [name.decode().lower() for name in attribute_of(node, "activations", [])]
     found = {
         "clip": attribute_of(node, "clip") is not None,
@@ -106,7 +108,13 @@ def _factors(name: str, scope: Scope, index: int, directions: int) -> tuple[Tens
 def quantization(node: Any, scope: Scope, position: int) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return the codes of a quantised operator's W or R, [D, n, 4H], their scales and their zero points.
 
-    Scales and zero points are float32 [D, 1, 1] or [D, 1, 4H]. None where any is no constant.
+    Scales and zero points are float32 [D, 1, 1] or [D, 1, 4H]. Return None where codes, scales or zero points are no
+    constants.
+
+    Args:
+        node: the operator.
+        scope: the graph that it is in.
+        position: the position of W, 1, or of R, 2, among the operator's inputs.
     """
     scale_at = 8 if position == 1 else 10
     names = [node.input[at] if at < len(node.input) else "" for at in (position, scale_at, scale_at + 1)]

@@ -66,9 +66,9 @@ def converted(proto: Any, opset: int | None) -> Any:
 
 
 def _convert(proto: Any, opset: int) -> Any:
-    """Convert all operators; those without a rule of conversion stay as they are, for onnx's checker to judge.
+    """Convert all operators. Operators without a rule of conversion stay as they are, and onnx's checker judges them.
 
-    A newer version of an operator often only takes more dtypes.
+    They are often valid, because a newer version of an operator often only accepts more dtypes.
     """
     from onnx import version_converter
 
@@ -118,7 +118,7 @@ def _prepare(proto: Any, opset: int) -> None:
 
 
 def _name_sizes(graph: Any, node: Any) -> None:
-    """Give a Split the sizes of its parts instead of their number, which is new in opset 18."""
+    """Give a Split the sizes of its parts instead of the attribute ``num_outputs``, which is new in opset 18."""
     import numpy as np
     from onnx import numpy_helper
 
@@ -140,7 +140,7 @@ def _name_sizes(graph: Any, node: Any) -> None:
 
 
 def _slice_shape(graph: Any, node: Any) -> None:
-    """Let a Slice take the part of a shape that attributes of Shape name."""
+    """Replace the attributes start and end of a Shape by a Slice of the whole shape."""
     import numpy as np
     from onnx import helper, numpy_helper
 

@@ -1,4 +1,4 @@
-"""Weights outside LSTMs in int8, by ONNX Runtime's own quantiser."""
+"""Store weights outside LSTMs in int8, by ONNX Runtime's own quantiser."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from typing import Any
 from slimlstm.errors import SlimLSTMError, reason_of
 from slimlstm.onnx.difference import output_difference
 from slimlstm.onnx.graph import OnnxLSTM
+from slimlstm.onnx.opsets import opset_of
 from slimlstm.onnx.runtime import RunInputs
 
 KINDS = {"linear": ("MatMul", "Gemm"), "conv": ("Conv",), "embedding": ("Gather",)}
-"""The operators whose weights each word means."""
+"""The words that users give, and the operators whose weights each word selects."""
 LARGEST_CHANGE = 0.1
 """The largest accepted change of the outputs, as a fraction of their norm."""
 _SMALLEST = 256
@@ -25,7 +26,7 @@ _KEPT, _CHOSEN = "slimlstm.Kept.", "slimlstm.chosen."
 
 
 def check_kinds(kinds: Iterable[str]) -> None:
-    """Check words for weights outside LSTMs.
+    """Check the words that select weights outside LSTMs.
 
     Raises:
         SlimLSTMError: a word is none of :data:`KINDS`.
@@ -77,26 +78,28 @@ def quantize_others(
             left += [node.op_type for node in model.graph.node if node.op_type in KINDS[kind] and _is_chosen(node)]
     count = len(chosen) - sum(name != "Gather" for name in left)
     if not count:
-        raise SlimLSTMError(f"ONNX Runtime's quantiser leaves the {', '.join(kinds)} weights of this file as they are")
+        raise SlimLSTMError(
+            f"ONNX Runtime's quantiser leaves the {', '.join(kinds)} weights of this file as they are; leave them out"
+        )
     change = _change(before, model, runs)
     if not change <= LARGEST_CHANGE:
         raise SlimLSTMError(
             f"with {', '.join(kinds)} weights in int8 the outputs change by {change:.1%} of their norm, more than "
-            f"{LARGEST_CHANGE:.0%}; leave some of them out of --also"
+            f"{LARGEST_CHANGE:.0%}; leave some of them out of --also, or of also= in Python"
         )
     on = "random inputs" if runs is None else "the given inputs"
     return [f"{count} other weights ({', '.join(kinds)}) are int8 too, which changes the outputs by {change:.2%} on {on}"]
 
 
 def _products_of(lstms: Iterable[OnnxLSTM]) -> set[str]:
-    """Return the values that LSTMs of single operators make by their matrices."""
+    """Return the names of the products with the matrices of LSTMs that are written out in single operators."""
     nodes = [node for lstm in lstms for one in lstm.locations for node in (one.node, one.source) if node is not None]
     # Where a matrix became factors, the product with V is a new node.
     return {name for node in nodes for name in (node.output[0], f"{node.output[0]}_thin")}
 
 
 def _weighted(graph: Any, operators: Collection[str]) -> list[Any]:
-    """Return the nodes that read a large constant weight in float32."""
+    """Return the nodes of these operators that read a large constant weight in float32."""
     from onnx import TensorProto
 
     weights = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT}
@@ -148,7 +151,6 @@ def _quantize(model: Any, kind: str, names: list[str]) -> None:
         raise SlimLSTMError(
             "weights are quantised by onnxruntime, which is not installed: pip install onnxruntime"
         ) from error
-    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     with tempfile.TemporaryDirectory() as folder, _quiet():
         output = Path(folder) / "quantised.onnx"
         try:
@@ -156,7 +158,7 @@ def _quantize(model: Any, kind: str, names: list[str]) -> None:
                 model,
                 output,
                 op_types_to_quantize=list(KINDS[kind]),
-                per_channel=kind != "embedding" and opset >= 13,
+                per_channel=kind != "embedding" and opset_of(model) >= 13,
                 # ONNX Runtime's ConvInteger takes unsigned weights only.
                 weight_type=QuantType.QUInt8 if kind == "conv" else QuantType.QInt8,
                 # Gemm nodes become MatMul nodes with longer names first.
@@ -164,7 +166,9 @@ def _quantize(model: Any, kind: str, names: list[str]) -> None:
                 extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
             )
         except Exception as error:  # classes of several libraries
-            raise SlimLSTMError(f"ONNX Runtime cannot quantise the {kind} weights: {reason_of(error)}") from error
+            raise SlimLSTMError(
+                f"ONNX Runtime cannot quantise the {kind} weights: {reason_of(error)}; leave {kind} out"
+            ) from error
         model.CopyFrom(onnx.load(output))
 
 

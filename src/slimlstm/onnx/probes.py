@@ -30,7 +30,7 @@ class Probe:
         lstm: the LSTM in the original model.
         names: the names of outputs, by role. An operator has ``x``, ``y``, and where it reads them ``lengths``, ``h0`` and
             ``c0``. An LSTM of single operators has ``x``, ``h``, ``gates`` (their sum) and ``cell`` (the previous state).
-        used: which of an operator's outputs, 0 to 2 for Y, Y_h and Y_c, the model reads.
+        used: the outputs of an operator that the model reads, 0 for Y, 1 for Y_h and 2 for Y_c.
     """
 
     lstm: OnnxLSTM
@@ -70,6 +70,9 @@ class ProbedModel:
         Args:
             inputs: arrays by name.
             number: the number of the batch, for errors.
+
+        Raises:
+            SlimLSTMError: the model cannot run on these inputs.
         """
         probed = list(dict.fromkeys(name for probe in self.probes for name in probe.names.values()))
         values = self._session.run([*self.outputs, *probed], inputs, number)
@@ -220,7 +223,7 @@ class _Exposer:
 def _extend_scan(scan: Any, inputs: int, outputs: int) -> None:
     """Describe one more scan output: along the first axis, in the order of the scanned inputs.
 
-    Its rows then pair with the rows of values that the graph around computes for all steps.
+    Its rows then correspond to the rows of values that the surrounding graph computes for all steps.
     """
     from onnx import helper
 
@@ -243,7 +246,7 @@ def _extend_scan(scan: Any, inputs: int, outputs: int) -> None:
 
 
 def _parents(graph: Any) -> dict[int, tuple[Any, Any]]:
-    """Return the graph that every node is in and the node that holds this graph, by the node's ``id``."""
+    """Return, by the ``id`` of every node, the graph that it is in and the node that holds this graph, if any."""
     found: dict[int, tuple[Any, Any]] = {}
     pending: list[tuple[Any, Any]] = [(graph, None)]
     while pending:

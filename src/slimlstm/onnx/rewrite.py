@@ -1,4 +1,4 @@
-"""Put replacements into an ONNX graph, and remove what nothing uses any longer."""
+"""Put replacements into an ONNX graph, and remove nodes and constants that are no longer used."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from slimlstm.onnx.forms import LSTM, Form
 from slimlstm.onnx.graph import OnnxLSTM, WeightLocation, attribute_of, graphs_of, inner_graphs
 from slimlstm.onnx.integers import make_plain
 from slimlstm.onnx.opsets import opset_of
+from slimlstm.onnx.runtime import insert
 from slimlstm.onnx.scan import groups_of
 from slimlstm.onnx.separate import separate
 from slimlstm.ops.gates import reordered
@@ -44,11 +45,11 @@ class Rewriter:
         self.scans: dict[str, str] = {}
 
     def replace(self, groups: list[list[OnnxLSTM]], replacements: Mapping[str, Replacement]) -> None:
-        """Put replacements, by key, into all layers of a group.
+        """Put replacements into all layers of every group.
 
         Args:
-            groups: layers that share their weights; the first one's name makes the keys.
-            replacements: by ``"<layer>.<weight>"``.
+            groups: groups of layers that share their weights; keys begin with the name of a group's first layer.
+            replacements: the replacements by key, ``"<layer>.<weight>"``.
         """
         released: list[str] = []
         for group in groups:
@@ -141,7 +142,7 @@ class Rewriter:
                 location.source.input[1] = names[1]
                 return
             thin = self._node("MatMul", [location.node.input[0], names[1]], f"{location.node.output[0]}_thin")
-            _insert(location.scope.graph, thin, before=location.node)
+            insert(location.scope.graph, thin, before=location.node)
             location.node.input[0] = thin.output[0]
 
     def _product_weights(self, location: WeightLocation, key: str, new: Replacement, is_transposed: bool) -> list[str]:
@@ -206,7 +207,7 @@ class Rewriter:
         return helper.make_node(operator, inputs, [output], name=output, **attributes)
 
     def _free_prefix(self, prefix: str) -> str:
-        """Return a beginning that no name has."""
+        """Return a prefix that no name begins with."""
         while any(name.startswith(prefix) for name in self._taken):
             prefix += "_"
         self._taken.add(prefix)
@@ -222,7 +223,7 @@ class Rewriter:
 
 
 def _exact_storage(location: WeightLocation) -> str | None:
-    """Return a location's storage if it holds the matrix exactly, or None: other tools scale integers differently."""
+    """Return a location's storage if it can hold the matrix exactly, else None: other tools scale integers differently."""
     parts = (location.matrix,) if isinstance(location.matrix, Tensor) else location.matrix
     own = location.storage
     is_exact = own is not None and all(
@@ -247,11 +248,6 @@ def _kind(dtype: torch.dtype) -> int:
     if dtype not in kinds:
         raise SlimLSTMError(f"ONNX files cannot hold {dtype} codes here; give another storage")
     return kinds[dtype]
-
-
-def _insert(graph: Any, node: Any, before: Any) -> None:
-    position = next(index for index, other in enumerate(graph.node) if other is before or other.output == before.output)
-    graph.node.insert(position, node)
 
 
 def _names(graph: Any) -> Iterable[str]:

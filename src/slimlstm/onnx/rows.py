@@ -1,4 +1,4 @@
-"""The rows that the matrices of ONNX LSTMs see in one run, and gradients at their gates."""
+"""Compute the rows that the matrices of ONNX LSTMs receive in one run, and gradients at the LSTMs' gates."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from slimlstm.ops.reference import product, recurrence, step
 from slimlstm.ops.weights import Direction
 
 DRAWS = 4
-"""How many random signs every output gets in a batch; the estimate's variance falls with their number."""
+"""Number of random sign vectors for every output in a batch; the estimate's variance falls with this number."""
 
 Values = Mapping[str, NDArray[Any]]
 """The values at one LSTM by role; see :class:`slimlstm.onnx.probes.Probe`."""
@@ -40,7 +40,7 @@ class _Call:
 
 
 def observed_rows(probe: Probe, values: Values) -> dict[Keys, Rows]:
-    """Return the inputs of every matrix of an LSTM in one run, in float64; nothing where the LSTM did not run."""
+    """Return the inputs of every matrix of an LSTM in one run, in float64; an empty dictionary where it did not run."""
     if not values["x"].size:
         return {}
     lstm = probe.lstm
@@ -64,11 +64,11 @@ def rows_with_gradients(probe: Probe, values: Values, generator: torch.Generator
 
     Args:
         probe: the LSTM.
-        values: from one run.
+        values: the values at the LSTM in one run, by role.
         generator: draws the signs v.
 
     Raises:
-        SlimLSTMError: the LSTM has attributes that PyTorch's LSTM lacks, or the rows of x and h differ in number.
+        SlimLSTMError: the LSTM has attributes that PyTorch's LSTM lacks, or x and h have different numbers of rows.
     """
     if not values["x"].size:
         return {}
@@ -123,7 +123,8 @@ def _run_operator(probe: Probe, values: Values, recorder: Recorder) -> list[Tens
 
 
 def _packed(call: _Call) -> tuple[Tensor, list[int], Tensor]:
-    """Return x as packed rows [N, I] with every sequence ``DRAWS`` times, the sizes of its steps, and the order."""
+    """Return x as packed rows [N, I] with every sequence ``DRAWS`` times, the number of sequences at every step, and the
+    order of the sequences."""
     order = call.lengths.argsort(descending=True, stable=True)
     order = order[call.lengths[order] > 0]
     lengths = call.lengths[order].repeat_interleave(DRAWS)
@@ -139,7 +140,7 @@ def _padded(rows: Tensor, sizes: list[int]) -> Tensor:
 
 
 def _check_plain(lstm: OnnxLSTM) -> None:
-    """Raise :class:`SlimLSTMError` if the operator computes something else than PyTorch's LSTM."""
+    """Raise :class:`SlimLSTMError` if the operator has features that PyTorch's LSTM lacks."""
     problem = peculiarity_of(lstm.node)
     if problem:
         raise SlimLSTMError(
@@ -157,7 +158,7 @@ def _direction(lstm: OnnxLSTM, ending: str) -> Direction:
 
 
 def _calls(values: Values) -> Iterator[_Call]:
-    """Yield every call of an operator; inside a Loop or Scan, values have the iterations as further first axes."""
+    """Yield every call of an operator; values inside a Loop or Scan have one more first axis for the iterations of each."""
     y = torch.from_numpy(np.asarray(values["y"])).double()
     y = y.reshape(-1, *y.shape[-4:])
     x = torch.from_numpy(np.asarray(values["x"])).double()

@@ -1,4 +1,4 @@
-"""Run ONNX graphs in ONNX Runtime, forms that it does not support included."""
+"""Run ONNX graphs in ONNX Runtime, also graphs with LSTMs in forms that it does not support."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STATES, _WEIGHTS = (5, 6), (1, 2, 3, 7)
 
 
 class Session:
-    """A model in ONNX Runtime, on the CPU and as many threads as PyTorch has.
+    """A model in ONNX Runtime, on the CPU, with as many threads as PyTorch uses.
 
     Args:
         model: an ``onnx.ModelProto``.
@@ -47,7 +47,7 @@ class Session:
         """Return the outputs with these names.
 
         Args:
-            names: of outputs.
+            names: the names of outputs.
             inputs: arrays by the names of inputs.
             number: the number of the batch, for errors.
 
@@ -57,7 +57,9 @@ class Session:
         try:
             return self._session.run(list(names), dict(inputs))
         except Exception as error:  # ONNX Runtime's classes share no base
-            raise SlimLSTMError(f"ONNX Runtime cannot run the model on batch {number}: {reason_of(error)}") from error
+            raise SlimLSTMError(
+                f"ONNX Runtime cannot run the model on batch {number}: {reason_of(error)}; give the inputs that it takes"
+            ) from error
 
 
 class Names:
@@ -81,7 +83,8 @@ class Names:
 def make_runnable(lstms: Sequence[OnnxLSTM], names: Names) -> None:
     """Rewrite LSTM operators that ONNX Runtime lacks, so that all are time-major and in float32.
 
-    Transposes and casts go around operators with ``layout=1`` or of other dtypes; the graph's inputs and outputs stay.
+    Operators with ``layout=1`` get transposes around them, operators of other dtypes casts. The graph's inputs and outputs
+    stay.
     """
     for lstm in lstms:
         if lstm.node.op_type == "LSTM" and lstm.locations:
@@ -139,6 +142,6 @@ def _convert_output(lstm: OnnxLSTM, position: int, names: Names, operator: str, 
 
 
 def insert(graph: Any, new: Any, before: Any, offset: int = 0) -> None:
-    """Insert a node into a graph, right before another one, or ``offset`` nodes later."""
+    """Insert a node into a graph right before another one, or ``offset`` places after that."""
     at = next(index for index, node in enumerate(graph.node) if node is before or node.output == before.output)
     graph.node.insert(at + offset, new)

@@ -18,7 +18,7 @@ from slimlstm.onnx.builder import GraphBuilder, onnx_type, value_info
 from slimlstm.ops.weights import Direction, Matrix, columns, rows
 
 _INTEGER = "int8 as integers"
-"""The storage of weights that are multiplied as integers."""
+"""The name of the storage of int8 weights that a Scan multiplies as integers."""
 
 
 class End(NamedTuple):
@@ -49,6 +49,12 @@ def add_scans(
         backward: whether each direction runs backward.
         is_integer: whether weights stored in int8 are multiplied as integers, by inputs that are rounded in every step;
             otherwise they are widened when the file is loaded.
+
+    Returns:
+        The names of the outputs of every direction.
+
+    Raises:
+        SlimLSTMError: the weights are neither float32 nor float64.
     """
     if is_integer:
         directions = [_as_integers(weights) for weights in directions]
@@ -75,7 +81,7 @@ def dtype_of(directions: Sequence[Direction]) -> torch.dtype:
     """Return the dtype of a layer's weights.
 
     Raises:
-        SlimLSTMError: it is another one than float32 and float64.
+        SlimLSTMError: it is neither float32 nor float64.
     """
     hh = directions[0].hh
     dtype = (hh if isinstance(hh, Tensor) else hh[0]).dtype
@@ -107,7 +113,7 @@ def _add_is_active(builder: GraphBuilder, x: str, lengths: str) -> str:
 def _add_scan(builder: GraphBuilder, weights: Direction, x: str, states: list[str], is_active: str, reverse: bool) -> End:
     """Add one direction from states h0 [B, P] and c0 [B, H]; return the names of y [T, B, P], h and c.
 
-    Where ``is_active`` [T, B, 1] is given and false, states stay, so the backward direction starts at a sequence's end.
+    Where ``is_active`` [T, B, 1] is false, states stay, so that the backward direction starts at the end of each sequence.
     """
     gates = _add_product(builder, x, weights.ih, weights.ih_storage)
     biases = [bias for bias in (weights.bias_ih, weights.bias_hh) if bias is not None]
@@ -190,7 +196,7 @@ def _add_wide_product(builder: GraphBuilder, x: str, weight: Tensor, storage: st
 def add_widened(builder: GraphBuilder, weight: Tensor, storage: str, outer: tuple[int, ...] = ()) -> str:
     """Add a weight [outer, m, n] as codes that are cast and scaled, which runtimes do once, when they load the file.
 
-    ONNX Runtime would dequantise the codes of a DequantizeLinear at every call.
+    A DequantizeLinear would not do: ONNX Runtime runs it at every call.
     """
     row, shape = storage_called(storage), (*outer, *weight.shape)
     if row.kernel_format == "float32":
@@ -207,7 +213,7 @@ def add_widened(builder: GraphBuilder, weight: Tensor, storage: str, outer: tupl
 
 
 def groups_of(weight: Tensor) -> Tensor:
-    """Return the number of the group [n] that every column of a weight [m, n] is in."""
+    """Return [n], the number of the group that each column of a weight [m, n] is in."""
     return torch.arange(weight.shape[-1]) // GROUP
 
 

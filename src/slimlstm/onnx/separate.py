@@ -15,11 +15,11 @@ from slimlstm.ops.dense import rebuilt
 from slimlstm.ops.gates import reordered
 
 _PLAIN_INPUTS = 8
-"""The inputs that a quantised operator shares with ONNX's LSTM."""
+"""Number of inputs that a quantised operator shares with ONNX's LSTM; they come first."""
 
 
 def separate(lstm: OnnxLSTM, model: Any, new_name: Callable[[str], str], shared: dict[Hashable, Any]) -> list[str]:
-    """Rewrite an LSTM whose matrices are not plain operands; the graph computes the same, but for rounding.
+    """Rewrite an LSTM whose matrices are not plain operands; the graph computes the same, except for rounding.
 
     An operator with int8 weights becomes ONNX's LSTM, with the same integers widened. A product of a Concat of x and h with
     [W R] becomes two products. Other LSTMs stay as they are.
@@ -27,8 +27,8 @@ def separate(lstm: OnnxLSTM, model: Any, new_name: Callable[[str], str], shared:
     Args:
         lstm: the LSTM, whose locations change with the graph.
         model: the model that it is in.
-        new_name: returns a name that is free in the model, given a wish.
-        shared: remembers constants for further LSTMs with the same weights.
+        new_name: takes the preferred name and returns a name that is free in the model.
+        shared: holds constants for further LSTMs with the same weights.
 
     Returns:
         The names of values that the LSTM no longer reads.

@@ -1,4 +1,4 @@
-"""The sites of an ONNX graph, for the common pipeline."""
+"""The sites of an ONNX graph, as a source for the pipeline."""
 
 from __future__ import annotations
 
@@ -28,11 +28,17 @@ class GraphSource:
 
     Args:
         model: the ONNX model, which :meth:`put` changes.
-        lstms: its LSTMs with constant weights. LSTMs with the same weights are one group, whose sites have the name of the
-            first.
+        lstms: its LSTMs with constant weights. LSTMs with the same weights form one group; its sites are named after the
+            first of them.
         form: the form of LSTM operators afterwards; see :func:`slimlstm.onnx.forms.choose`.
-        others: words for weights outside LSTMs that become int8; see :func:`slimlstm.onnx.others.quantize_others`.
-        runs: inputs by name to compare the outputs on after that; None for random ones.
+        others: words that select weights outside LSTMs to store in int8; see
+            :func:`slimlstm.onnx.others.quantize_others`.
+        runs: inputs by name on which to compare the outputs when other weights became int8; None for random ones.
+
+    Attributes:
+        groups: the groups of LSTMs that share their weights.
+        forms: the form of every operator that :meth:`put` changed, by name.
+        scans: the prefix of the names of an operator's Scans, by the operator's name; set by :meth:`put`.
     """
 
     def __init__(
@@ -52,7 +58,7 @@ class GraphSource:
         self._sites = {key: _site(key, location) for key, location in self._locations.items()}
 
     def calibration(self, moments: Mapping[str, list[Moments]]) -> Calibration:
-        """Return the moments of every LSTM, by ``"<lstm>.<weight>"``, as the moments of this source's sites."""
+        """Return a calibration for this source's sites, from the moments of every LSTM by ``"<lstm>.<weight>"``."""
         found: dict[str, Moments] = {}
         for group in self.groups:
             for location in group[0].locations:
@@ -62,7 +68,7 @@ class GraphSource:
         return Calibration(found, None, 0, False)
 
     def sites(self) -> list[Site]:
-        """Return the recurrent matrices, in the order of the graph; shared ones once."""
+        """Return the site of every recurrent matrix, in the order of the graph; shared matrices count once."""
         return list(self._sites.values())
 
     def weight(self, site: Site) -> Matrix:
@@ -70,7 +76,7 @@ class GraphSource:
         return self._locations[site.key].matrix
 
     def identity(self, site: Site) -> Hashable:
-        """Return the key: sites that share their weights are one site."""
+        """Return the site's key, since LSTMs that share their weights have common sites."""
         return site.key
 
     def itemsize(self, site: Site) -> int:
@@ -78,7 +84,7 @@ class GraphSource:
         return _parts(self.weight(site))[0].element_size()
 
     def check(self, site: Site, plan: SitePlan) -> None:
-        """Raise if the file cannot hold the storage in as few bits as the report would say."""
+        """Raise :class:`SlimLSTMError` if ONNX cannot hold the storage in as few bits as the report would say."""
         row, opset = storage_called(plan.storage or "float32"), opset_of(self._model)
         if not row.is_packed or (row.bits == 4 and opset >= INT4_OPSET):
             return
@@ -92,7 +98,7 @@ class GraphSource:
         )
 
     def put(self, replacements: Mapping[str, Replacement]) -> list[str]:
-        """Rewrite the graph; ``forms`` and ``scans`` then tell what became of its operators."""
+        """Rewrite the graph; ``forms`` and ``scans`` then describe its new operators. Return notes for the report."""
         rewriter = Rewriter(self._model, self._form)
         rewriter.replace(self.groups, replacements)
         self.forms, self.scans = rewriter.forms, rewriter.scans
@@ -109,7 +115,7 @@ class GraphSource:
         return notes
 
     def size(self) -> Sizes:
-        """Return the size of the LSTMs with their biases, shared ones once, and of the file, other weights included."""
+        """Return the sizes of the LSTMs with their biases and of the whole file; shared weights count once."""
         biases = [bias for group in self.groups for bias in group[0].biases.values()]
         parameters, bytes_ = sum(bias.numel() for bias in biases), sum(bias.nbytes for bias in biases)
         for site in self._sites.values():

@@ -1,4 +1,4 @@
-"""What a model keeps from call to call in its own attributes and buffers, which an ONNX file cannot keep."""
+"""Watch and restore the state that a model keeps in attributes and buffers, because an ONNX file keeps no state."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MISSING = object()
 
 
 class KeptState:
-    """The attributes and buffers of a model's modules when it was made. slimlstm's own modules are left out.
+    """A snapshot of the attributes and buffers of a model's modules, except slimlstm's own modules.
 
     Examples:
         >>> model = nn.Module()
@@ -45,11 +45,11 @@ class KeptState:
             (f"{path}.{name}".lstrip("."), module, name, buffer, buffer.clone(), buffer._version)
             for path, module in own
             for name, buffer in module.named_buffers(recurse=False)
-            if not buffer.is_inference()  # which nothing can change in place outside inference mode
+            if not buffer.is_inference()  # such buffers cannot be changed in place outside inference mode
         ]
 
     def changed(self) -> str:
-        """Return the path of a tensor, or of an attribute with tensors, that differs now; "" where none does."""
+        """Return the path of a buffer, or of an attribute with tensors, that has changed since; "" where none has."""
         return next(self._changes(), "")
 
     def restore(self) -> None:
@@ -85,7 +85,7 @@ def kept_state(model: nn.Module) -> Generator[KeptState]:
     """Restore a model's attributes and buffers after the block.
 
     Raises:
-        SlimLSTMError: the block raised one, and the model had changed a tensor that it keeps.
+        SlimLSTMError: the block raised one; the message then names a tensor of the model that had changed meanwhile.
     """
     state = KeptState(model)
     try:
@@ -103,7 +103,7 @@ def kept_state(model: nn.Module) -> Generator[KeptState]:
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield a module's own attributes; PyTorch's, and what a module caches for itself, begin with an underscore."""
+    """Yield a module's own attributes, except PyTorch's and private ones, which begin with an underscore."""
     return ((name, value) for name, value in module.__dict__.items() if not name.startswith("_") and name != "training")
 
 

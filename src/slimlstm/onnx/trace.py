@@ -28,7 +28,7 @@ from slimlstm.onnx.builder import INT4_OPSET
 from slimlstm.ops.weights import Direction
 
 DOMAIN, PLACEHOLDER = "slimlstm", "Recurrence"
-"""The domain and the operator of a placeholder, whose attribute ``number`` counts the layers."""
+"""The domain and the operator of a placeholder. Its attribute ``number`` is the position in :attr:`Traced.layers`."""
 
 Shape = tuple[Any, ...]
 """Sizes: integers, or PyTorch's expressions where they are open."""
@@ -43,7 +43,7 @@ class Traced:
         layers: the weights of every placeholder, by number.
         shapes: the shape of every input.
         limits: the smallest and largest value of every open size, by PyTorch's symbol.
-        closed: the sizes that have one value only, by the names they have in the program.
+        closed: the value of every size that has only one possible value, by its name in the program.
     """
 
     program: Any
@@ -158,7 +158,7 @@ def _placeholder_module(host: Host, layers: list[Sequence[Direction]], has_int4:
 
 
 def _with_storages(module: Any) -> list[list[Direction]]:
-    """Return a module's layers; codes of at most 4 bits keep their storage, which for the kernel is int8."""
+    """Return a module's layers, with the storage's own name for codes of at most 4 bits, which the kernel calls int8."""
     names = iter(module.matrix_shapes)  # ih and hh of every layer and direction, in their order
 
     def storage(name: str, of_kernel: str) -> str:
@@ -179,7 +179,7 @@ def _all_open(value: Any) -> Any:
 
 
 def _cause_of(error: BaseException) -> str:
-    """Return the reason at the bottom of a chain of exceptions, our own where it has one."""
+    """Return the reason at the bottom of a chain of exceptions, or slimlstm's own reason where the chain has one."""
     causes = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)

@@ -17,8 +17,8 @@ TOLERANCE = 1e-4
 """The largest difference of a number, relative to the largest magnitude in its output (or to 1, where that is smaller)."""
 INT8_TOLERANCE = 0.05
 """The largest difference of an output, relative to its norm, where weights are int8. The file rounds the inputs of int8
-matrices to 8 bits; that alone moves cell states of trained models by 2%, and a number rounded the other way moves all that
-follow."""
+matrices to 8 bits; this alone changes cell states of trained models by 2%, and one input that rounds differently changes
+all later steps."""
 
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
 """Runs a file on inputs in their order."""
@@ -26,7 +26,7 @@ Run = Callable[[Sequence[Tensor]], list[Tensor]]
 
 @dataclass(frozen=True)
 class Comparison:
-    """How the outputs were compared.
+    """Result of comparing a file's outputs with the model's.
 
     Attributes:
         sizes: the sizes of open axes at every comparison, by name.
@@ -53,8 +53,14 @@ class Bound:
     def check(self, index: int, expected: Tensor, found: Tensor, at: str) -> float:
         """Return the difference of one output, relative to its norm.
 
+        Args:
+            index: the position of the output, for errors.
+            expected: the model's output.
+            found: the file's output, of the same shape.
+            at: the sizes of open axes in words, for errors.
+
         Raises:
-            SlimLSTMError: it is too large.
+            SlimLSTMError: the difference is too large.
         """
         if not expected.is_floating_point():
             # Rounding may change the largest of several nearly equal scores.
@@ -130,7 +136,7 @@ def compare(
     limits: Mapping[Any, tuple[int, int]],
     bound: Bound,
 ) -> Comparison:
-    """Compare outputs at the example's sizes, at larger ones that are even where those are odd, and at the least sizes.
+    """Compare outputs at the example's sizes, at larger ones of the other parity, and at the smallest sizes.
 
     The inputs at other sizes are random, and the same in every call of this function.
 
@@ -138,8 +144,8 @@ def compare(
         model: the model, in evaluation mode.
         inputs: the example, as a pair of positional and named arguments.
         run: runs the file.
-        shapes: of the inputs.
-        limits: of the open sizes, by symbol.
+        shapes: the shapes of the inputs.
+        limits: the smallest and largest value of every open size, by symbol.
         bound: the largest difference that is accepted.
 
     Raises:
@@ -196,7 +202,7 @@ def _size(size: Any, sizes: Mapping[Any, int]) -> int:
 
 
 def _like(example: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return values drawn from the example, in another shape; normal ones where the example's values are all equal."""
+    """Return values drawn from the example, in another shape; normal values where the example's numbers are all equal."""
     if example.is_floating_point() and bool((example == example.flatten()[0]).all()):
         return torch.randn(shape, dtype=example.dtype, device=example.device)
     return example.flatten()[torch.randint(example.numel(), tuple(shape))]

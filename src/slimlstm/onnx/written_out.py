@@ -1,4 +1,4 @@
-"""LSTMs that a graph writes out in single operators, as exporters do with cells.
+"""Read LSTMs that a graph writes out in single operators, as exporters do with cells.
 
 The gates are one sum of x·W, h·R and biases, which a Split divides; c' = σ(f) c + σ(i) tanh(g) and h' = σ(o) tanh(c').
 """
@@ -26,7 +26,7 @@ class _Gates(NamedTuple):
 
 
 def read_written_out(split: Any, scope: Scope) -> OnnxLSTM | None:
-    """Return the LSTM whose gates a Split makes, or None where the Split makes something else.
+    """Return the LSTM whose gates a Split makes, or None where the Split's outputs are no gates of an LSTM.
 
     Args:
         split: a Split with four outputs.
@@ -55,7 +55,7 @@ def read_written_out(split: Any, scope: Scope) -> OnnxLSTM | None:
 
 
 def _ih_and_hh(products: list[WeightLocation], cell: str, scope: Scope) -> tuple[WeightLocation, WeightLocation] | None:
-    """Return the locations of W and R among the products that are summed, or None where these are no LSTM's."""
+    """Return the locations of W and R among the products that are summed, or None where they do not form an LSTM."""
     shapes = [shape_of(location.matrix) or (0, 0) for location in products]
     rows = {shape[0] for shape in shapes}
     if len(products) != 2 or len(rows) != 1 or min(rows) % 4 or not min(rows):
@@ -64,7 +64,7 @@ def _ih_and_hh(products: list[WeightLocation], cell: str, scope: Scope) -> tuple
     recurrent = [location for location, shape in zip(products, shapes, strict=True) if shape[1] == hidden]
     if not recurrent:
         return None
-    # Where both have H columns, R is the one whose input comes from where the cell state comes from.
+    # Where both have H columns, R is the one whose input depends on the same values as the cell state.
     roots = _roots(cell, scope)
     hh = min(recurrent, key=lambda location: _distance(location, roots))
     ih = next(location for location in products if location is not hh)
@@ -72,7 +72,8 @@ def _ih_and_hh(products: list[WeightLocation], cell: str, scope: Scope) -> tuple
 
 
 def _distance(location: WeightLocation, roots: set[str]) -> tuple[bool, int]:
-    """Return how unlike a product's input is to the cell state: whether it is no carried state, and their other roots."""
+    """Return how far a product's input is from the cell state: whether it depends on more than carried states, and the
+    number of roots that only one of the two has."""
     own = _roots(location.input, location.scope)
     return not own <= location.scope.states(), len(own ^ roots)
 
@@ -85,7 +86,7 @@ def _divided(location: WeightLocation, cell: str) -> list[WeightLocation]:
     hidden = rows // 4
     if rows % 4 or not 0 < hidden < columns:
         return [location]
-    # h is the part whose roots are the cell state's.
+    # h is the part whose roots are nearer to the roots of the cell state.
     roots = _roots(cell, location.scope)
     options = [(0, hidden), (hidden, columns)], [(0, columns - hidden), (columns - hidden, columns)]
     divisions = [
@@ -140,7 +141,7 @@ def _gates(split: Any, scope: Scope) -> _Gates | None:
 
 
 def _products(name: str, scope: Scope, users: Mapping[str, int]) -> Iterator[WeightLocation]:
-    """Yield the products with constant matrices whose sum is a value."""
+    """Yield the products with constant matrices that add up to a value."""
     seen, pending = set[str](), [name]
     while pending:
         name = pending.pop()
@@ -189,7 +190,7 @@ def _product(node: Any, scope: Scope, users: Mapping[str, int]) -> WeightLocatio
 
 
 def _are_factors(u: Tensor, v: Tensor) -> bool:
-    """Return whether u [m, r] and the transposed right factor v [n, r] take less room than their product."""
+    """Return whether u [m, r] and the transposed right factor v [n, r] hold fewer numbers than their product."""
     return v.shape[1] == u.shape[1] and v.shape[1] * sum(u.shape) < u.shape[0] * len(v)
 
 

@@ -1,7 +1,7 @@
 """The recurrence of one LSTM layer: one entry point, several backends, and a reason for each choice.
 
-All backends compute the same layer, except for rounding. In int8 the difference is visible, because the fused kernel also
-rounds the inputs of int8 weights, row by row: to eight bits, or to fifteen where eight could move a gate. On the embedded
+All backends compute the same layer, except for rounding. With int8 weights the difference is visible, because the fused
+kernel also rounds their inputs, row by row: to eight bits, or to fifteen where eight could change a gate. On the embedded
 language model the fused kernel's logits then differ from the reference's by less than 0.25% in norm, and by less than int8
 weights change them.
 """
@@ -43,7 +43,7 @@ def layer(
         directions: the weights, forward first.
         backend: a key of ``BACKENDS``, or "auto".
         training: whether the module is in training mode. In training mode PyTorch's operators run whenever gradients are
-            recorded. In evaluation mode the fused kernel runs, and a backward pass, if there is one, recomputes the layer.
+            recorded. In evaluation mode the fused kernel runs, and a backward pass, if any, recomputes the layer.
 
     Returns:
         The outputs [T, B, D P], or packed [N, D P], and the last states h [D, B, P] and c [D, B, H].
@@ -68,7 +68,7 @@ def layer(
         raise SlimLSTMError(f"no backend is called {backend!r}; use 'auto' or one of {', '.join(map(repr, BACKENDS))}")
     if backend == "fused":
         return fused.layer(x, batch_sizes, h0, c0, directions, training)
-    # The training loop leaves products with zero states out.
+    # The training loop takes None for zero states, and then skips their products.
     states: Any = (h0, c0) if backend == "training" else first_states(x, batch_sizes, h0, c0, directions)
     return BACKENDS[backend](x, batch_sizes, states[0], states[1], directions)
 

@@ -1,4 +1,4 @@
-"""The choice of a backend: the fused kernel wherever it can run, else the fastest of PyTorch's operators."""
+"""Choose a backend: the fused kernel wherever it can run, else the fastest of PyTorch's operators."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def choose(
     and PyTorch's LSTM if not.
 
     Args:
-        x, batch_sizes, directions, training: as of :func:`slimlstm.ops.layer`.
+        x, batch_sizes, directions, training: as for :func:`slimlstm.ops.layer`.
         states: h0 and c0, or nothing.
 
     Examples:
@@ -49,8 +49,8 @@ def choose(
 def are_parameters(directions: Sequence[Direction]) -> bool:
     """Return whether all weights are parameters.
 
-    Packing weights that are computed in every call, such as masked weights, would be wasted. Compilers substitute other
-    tensors for parameters, so the answer for them is always yes.
+    Weights that are computed in every call, such as masked weights, are not worth packing. Compilers substitute other
+    tensors for parameters, so within a compiler the answer is always yes.
     """
     if type(directions) is CachedLayer or torch.compiler.is_compiling():
         return True

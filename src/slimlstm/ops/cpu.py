@@ -1,4 +1,4 @@
-"""One call of the compiled CPU kernel: the recurrence of a layer in float32."""
+"""Call the compiled CPU kernel once, for the recurrence of a layer in float32."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from slimlstm.ops.packing import PackedLayer, packed_layer
 from slimlstm.ops.weights import CachedLayer, Direction, LayerOutput, first_states
 
 _NOT_FINITE = 2
-"""Status of a kernel call with infinite inputs: int8 cannot hold them, though an LSTM may saturate and stay finite."""
+"""Status of a kernel call whose last hidden states are not finite. Where inputs are rounded to int8, infinite inputs cause
+it, although an LSTM with infinite inputs may saturate and stay finite."""
 
 
 def run(
@@ -66,7 +67,7 @@ def run(
 
 
 def _as_stored(tensor: Tensor) -> Tensor:
-    """Return a tensor whose memory holds its numbers, row by row; negated views do not."""
+    """Return a tensor whose memory holds its numbers, row by row; the memory of a negated view does not."""
     return (tensor.resolve_neg() if tensor.is_neg() else tensor).contiguous()
 
 

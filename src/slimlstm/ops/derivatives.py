@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def is_transformed() -> bool:
-    """Return whether a transform of ``torch.func`` is on, whose tensors have no memory that compiled code could read."""
+    """Return whether a transform of ``torch.func`` is active: its tensors have no memory that compiled code could read."""
     return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
 
 
@@ -26,7 +26,7 @@ def gradients_again(
     Args:
         run: maps the inputs to the outputs, by PyTorch's operators.
         d_outputs: the gradients of the outputs; None for zero.
-        inputs: of the function.
+        inputs: the inputs of the function.
         wanted: for each input, whether to return its gradient; None is returned otherwise.
 
     Examples:

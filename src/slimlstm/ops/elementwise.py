@@ -1,7 +1,7 @@
-"""Elementwise part of one training step, compiled where the kernel is, and whole passes over small matrices.
+"""Elementwise part of one training step, and whole passes with small matrices; compiled code where the kernel exists.
 
 Shapes: T steps, B sequences, H hidden units. Gates are stacked in PyTorch's order i, f, g, o. "Low" is the precision of
-products, "wide" at least float32.
+products, "wide" is at least float32.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Cells(Protocol):
     """Runs the elementwise part of one step."""
 
     def forward(self, at: Buffers, step: int, before: int, after: int, recurrent: Tensor | None) -> None:
-        """Write the activations, and the states with index ``after`` from those with index ``before``.
+        """Write the activations, and the states with index ``after``, from the states with index ``before``.
 
         Args:
             at: the buffers.
@@ -64,7 +64,7 @@ class Cells(Protocol):
         """Write the step's part of ``d_gates`` [T, B, 4H], low, and replace d_c after the step by d_c before it.
 
         Args:
-            at, step, before, after: as of :meth:`forward`.
+            at, step, before, after: as for :meth:`forward`.
             d_output: the gradients of all outputs [T, B, H], wide; None for zero.
             d_h: the gradient of h by the step after [B, H], low; None for zero.
             d_c: the gradient of c [B, H], wide, changed in place.
@@ -197,7 +197,14 @@ class SmallPasses:
         self._cells: Any = _kernel.Cells(isa)
 
     def forward(self, at: Buffers, factors: Sequence[Tensor], reverse: bool, from_zero: bool) -> None:
-        """Write activations and states; ``factors`` [n, m] multiply rows of h from the right, one after the other."""
+        """Write the activations and states of all steps.
+
+        Args:
+            at: the buffers.
+            factors: one or two matrices that multiply rows of h [B, H] from the right, one after the other.
+            reverse: whether the steps run from the last to the first.
+            from_zero: whether the first h is zero.
+        """
         states, batch, size = at.h.shape
         arguments = states - 1, batch, size, reverse, from_zero, [_matrix(factor) for factor in factors]
         self._cells.forward_all(*arguments, at.active.data_ptr(), at.c.data_ptr(), at.h.data_ptr())
@@ -212,7 +219,16 @@ class SmallPasses:
         d_h0: Tensor | None,
         d_gates: Tensor,
     ) -> None:
-        """Write d_gates [T, B, 4H] and d_h0, and replace d_c of the last step by d_c0; ``factors`` map gates to h."""
+        """Write d_gates [T, B, 4H] and d_h0 [B, H], and replace d_c [B, H] of the last step by the gradient of c0.
+
+        Args:
+            at, reverse: as for :meth:`forward`.
+            factors: one or two matrices that multiply rows of d_gates from the right, one after the other, to give d_h.
+            d_output: the gradients of all outputs [T, B, H]; None for zero.
+            d_c: the gradient of the last c, changed in place.
+            d_h0: takes the gradient of h0; None where it is not wanted.
+            d_gates: takes the gradients of the gates.
+        """
         states, batch, size = at.h.shape
         arguments = states - 1, batch, size, reverse, [_matrix(factor) for factor in factors]
         places = [0 if one is None else one.data_ptr() for one in (at.active, at.c, d_output, d_c, d_h0, d_gates)]
@@ -220,7 +236,7 @@ class SmallPasses:
 
 
 def small_passes(low: torch.dtype, device: torch.device, hidden: int) -> SmallPasses | None:
-    """Return the compiled passes where they are the fastest, else None."""
+    """Return the compiled passes where they are faster than a call of PyTorch for every step, else None."""
     is_small = hidden <= LARGEST_SMALL and low == torch.float32
     return _small_passes(native.instruction_set()) if is_small and device.type == "cpu" and not native.missing else None
 

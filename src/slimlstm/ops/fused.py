@@ -1,4 +1,4 @@
-"""The fused CPU kernel as a backend: when it can run, and why not otherwise."""
+"""The fused CPU kernel as a backend, and the reasons why it cannot run a layer."""
 
 from __future__ import annotations
 

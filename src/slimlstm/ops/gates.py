@@ -1,4 +1,4 @@
-"""The order of stacked gates in the weights of other libraries; slimlstm's is PyTorch's."""
+"""The orders of stacked gates in the weights of other libraries; slimlstm uses PyTorch's order."""
 
 from __future__ import annotations
 

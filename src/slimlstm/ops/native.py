@@ -24,7 +24,7 @@ def _import_failure() -> str | None:
 
 
 missing = _import_failure()
-"""Why the compiled kernel cannot be used; None if it can."""
+"""The reason why the compiled kernel cannot be used; None if it can."""
 
 
 def instruction_sets() -> list[str]:

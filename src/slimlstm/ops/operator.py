@@ -47,11 +47,14 @@ def layer(
     """Run a layer.
 
     Args:
-        x, batch_sizes, h0, c0: as of :func:`slimlstm.ops.cpu.run`.
+        x, batch_sizes, h0, c0: as for :func:`slimlstm.ops.cpu.run`.
         weights: the weights that are not None, in the order of :func:`slimlstm.ops.weights.flat`.
-        present: for every weight in that order, whether it is not None.
-        storages: two for every direction, separated by commas.
+        present: for every weight in this order, whether it is not None.
+        storages: two storages for every direction, separated by commas.
         clips: two bounds for every direction, infinity for no bound.
+
+    Returns:
+        The outputs and the last h and c; see :class:`slimlstm.ops.weights.LayerOutput` for the shapes.
     """
     directions = unflattened(_with_absent(weights, present), storages.split(","), clips)
     result = cpu.run(x, batch_sizes, h0, c0, directions)
@@ -87,7 +90,13 @@ def layer_backward(
     clips: Sequence[float],
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    """Return the gradients of x, h0, c0 and the weights of :func:`layer` that are ``wanted``."""
+    """Return the gradients of the inputs of :func:`layer` that are wanted.
+
+    Args:
+        d_output, d_h, d_c: the gradients of the outputs of :func:`layer`.
+        x, batch_sizes, h0, c0, weights, present, storages, clips: as for :func:`layer`.
+        wanted: for x, h0, c0 and each of ``weights``, whether to return its gradient.
+    """
     inputs = [x, h0, c0, *_with_absent(weights, present)]
     flags = iter(wanted)
     needed = [tensor is not None and next(flags) for tensor in inputs]

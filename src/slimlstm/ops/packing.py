@@ -1,13 +1,14 @@
-"""Weights packed for the compiled kernel: packed once, and again only after they have changed.
+"""Pack weights for the compiled kernel: once, and again only after they have changed.
 
-Before every call these are compared with the packed weights:
+Two comparisons before every call detect changes:
 
-- the identity, memory address and size of each tensor, and PyTorch's counter of in-place changes. This detects optimiser
-  steps, ``load_state_dict``, in-place edits and assignments to ``.data``. The old memory stays alive until the weights are
-  packed again, so that a new tensor cannot have its address;
-- the contents of all weights, because edits through ``.data``, NumPy or DLPack are not counted. That costs as much as a
-  step or several, and is left out where nobody can have edited: the module has given none of its parameters away since the
-  last comparison, and nobody held them, a view of their memory or their dictionary then (:func:`is_private`).
+- of the identity, memory address and size of each tensor, and of PyTorch's counter of in-place changes. This detects
+  optimiser steps, ``load_state_dict``, in-place edits and assignments to ``.data``. The old memory stays alive until the
+  weights are packed again, so that no new tensor can have its address;
+- of the contents of all weights, because PyTorch does not count edits through ``.data``, NumPy or DLPack. This comparison
+  costs as much as one or several time steps. It is skipped where nobody can have edited the weights: since the last
+  comparison the module has handed out none of its parameters, and at that time nobody else held them, a view of their
+  memory or their dictionary (:func:`is_private`).
 """
 
 from __future__ import annotations
@@ -31,13 +32,23 @@ PLAIN_TYPES: tuple[type, ...] = (Tensor, nn.Parameter)
 """Types whose memory the kernel may read; subclasses may hold something else."""
 
 _LEAST_IN_FOUR_BITS = 1 << 20
-"""Weights of a layer; see :func:`_least_in_four_bits`."""
+"""Number of weights of a layer; see :func:`_least_in_four_bits`."""
 
 _Key = tuple[int | float | str, ...]
 
 
 class PackedLayer:
-    """The packed weights of a layer, with the state of the tensors when they were packed."""
+    """The packed weights of a layer, and the state of the tensors when they were packed.
+
+    Attributes:
+        references: weak references to the tensors.
+        memory: aliases of the tensors, which keep the memory alive.
+        counted: whether PyTorch counts in-place changes of the tensors.
+        state: the result of :func:`state_of` when they were packed.
+        sizes: (I, P, H, D).
+        rounds_inputs: whether the kernel rounds inputs to int8.
+        layer: the kernel's layer.
+    """
 
     def __init__(self, key: _Key, directions: Sequence[Direction], tensors: list[Tensor]) -> None:
         from slimlstm.ops import _kernel  # pyright: ignore[reportMissingModuleSource]  # absent without a compiler
@@ -61,7 +72,11 @@ class PackedLayer:
 
 
 def packed_layer(directions: Sequence[Direction], anew: bool = False) -> PackedLayer:
-    """Return the packed weights of a layer; pack them if they have changed, or if ``anew``."""
+    """Return the packed weights of a layer; pack them if they have changed, or if ``anew``.
+
+    Raises:
+        SlimLSTMError: the weights are not float32 on the CPU, or do not fit each other.
+    """
     cached = directions if type(directions) is CachedLayer else None
     found: PackedLayer | None = None if cached is None or anew else cached.packed
     if cached is not None and found is not None and state_of(cached.tensors, found.counted) == found.state:
@@ -103,9 +118,11 @@ def _place_of(tensor: Tensor) -> int:
 @torch.inference_mode(False)
 @torch.enable_grad()
 def _counts_of_one() -> tuple[int, int, int]:
-    """Return what Python and PyTorch add to their counts of who holds a tensor or its memory.
+    """Return how many holders of a tensor Python and PyTorch count beyond those that :func:`is_private` knows.
 
-    They count the call that asks, and PyTorch adds a reference to tensors while its graphs hold them, since version 2.10.
+    Returns:
+        The references that the call of ``getrefcount`` itself adds; the references that a graph adds to a tensor that it
+        holds, which PyTorch does since version 2.10; and the users of the memory that asking for their number adds.
     """
     tensor = torch.zeros(1, device="cpu", requires_grad=True)
     users = _users_of(_place_of(tensor)) - 1 if _users_of else 0
@@ -120,9 +137,10 @@ _asking, _in_graph, _asking_users = _counts_of_one()
 
 
 def is_foreign(parameters: Sequence[Tensor]) -> bool:
-    """Return whether some of the memory is not PyTorch's alone, but a file's, another process's or a NumPy array's.
+    """Return whether PyTorch shares some of the memory with a file, another process or a NumPy array.
 
-    PyTorch says the same of memory that a NumPy array has ever shared, so ask before anyone could make such an array.
+    For memory that a NumPy array has once shared, PyTorch gives the same answer forever, so ask before anyone can make such
+    an array.
     """
     try:
         storages = [parameter.untyped_storage() for parameter in parameters]
@@ -137,7 +155,7 @@ def is_private(parameters: Sequence[Tensor], layers: Sequence[CachedLayer], outs
     Args:
         parameters: all parameters of a module, in a list that nobody else holds.
         layers: the module's layers, whose weights are these parameters.
-        outside: how often the module holds each parameter elsewhere, as in its dictionary.
+        outside: how many more references the module has to each parameter, such as the one in its dictionary.
     """
     if _users_of is None or not all(type(parameter) in PLAIN_TYPES for parameter in parameters):
         return False
@@ -157,7 +175,10 @@ _version_of = Tensor._version.__get__  # pyright: ignore[reportPrivateUsage, rep
 
 
 def state_of(tensors: Sequence[Tensor], counted: bool) -> list[int]:
-    """Return addresses, sizes and, unless the tensors are of inference mode, PyTorch's counters of in-place changes."""
+    """Return addresses and sizes, and, if ``counted``, PyTorch's counters of in-place changes.
+
+    Tensors of inference mode have no counter.
+    """
     places = [*map(Tensor.data_ptr, tensors), *map(Tensor.numel, tensors)]
     return [*places, *map(_version_of, tensors)] if counted else places
 
@@ -168,9 +189,9 @@ def storages_of(directions: Sequence[Direction]) -> list[str]:
 
 
 def _packed_storages(directions: Sequence[Direction], isa: str) -> list[str]:
-    """Return the kernel's storages of ih and hh of each direction: int4 for int8 where four bits are faster.
+    """Return the kernel's storages of ih and hh of each direction, with int4 for int8 where four bits are faster.
 
-    The kernel then packs a matrix in four bits if they hold its integers exactly, and else in eight; results are the same.
+    The kernel then packs a matrix in four bits if these hold its integers exactly, else in eight. The results are the same.
     """
     storages = storages_of(directions)
     weights = sum(tensor.numel() for tensor in flat(directions) if tensor is not None and tensor.ndim > 1)
@@ -182,8 +203,8 @@ def _packed_storages(directions: Sequence[Direction], isa: str) -> list[str]:
 def _least_in_four_bits(isa: str) -> int:
     """Return how many weights a layer needs to be faster in four bits than in eight.
 
-    AVX2 and AVX-512 without VNNI multiply four bits faster. Otherwise unpacking takes longer than reading eight bits from a
-    core's own cache. The bound was measured where that cache has 2 MiB.
+    AVX2 and AVX-512 without VNNI multiply four bits faster. On other instruction sets, unpacking takes longer than reading
+    eight bits from a core's own cache. The bound was measured where this cache has 2 MiB.
     """
     return 0 if isa in ("avx2", "avx512") else _LEAST_IN_FOUR_BITS
 

@@ -1,4 +1,4 @@
-"""PyTorch's operators as backends: the choice among them, and gradients computed by them."""
+"""Choose among the backends that use PyTorch's operators."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ BACKENDS: dict[str, Backend] = {"reference": reference.layer, "dense": dense.lay
 _STEP_OVERHEAD = 1_500_000
 # The cost of the loop's unfused activations for each hidden unit and step, in the same unit.
 _UNIT_OVERHEAD = 700
-# Without the compiled kernel, a loop over thin steps trains faster than PyTorch's LSTM with multiplied factors with this
-# many weights in hh or more, and factors of at most this share of them.
+# Training without the compiled kernel: a loop that multiplies by factors is faster than PyTorch's LSTM with their product
+# if hh has at least so many weights, and its factors have at most this share of them.
 _LARGE, _THIN = 2**19, 0.7
-# With a dense hh it then trains faster only below float32, and with this many weights in ih and hh together or more.
+# Training without the compiled kernel and with a dense hh: the loop is faster only in a precision below float32, and if ih
+# and hh together have at least so many weights.
 _LARGE_TOGETHER = 9 * 2**18
-# With dense matrices in float32, oneDNN trains faster with this many weights in hh or more, and this many inputs or more:
-# it packs the weights in every call.
+# Training dense matrices in float32: oneDNN, which packs the weights in every call, is faster if hh has at least so many
+# weights, and the call at least so many inputs.
 _LARGE_FOR_ONEDNN, _MANY_FOR_ONEDNN = 2**20, 512
 
 
@@ -44,6 +45,9 @@ def choose(x: Tensor, batch_sizes: Tensor | None, directions: Sequence[Direction
     """Choose among PyTorch's operators for a layer that the fused kernel cannot run for the given ``reason``.
 
     A loop over time runs if rebuilding hh would cost more than it saves, and PyTorch's LSTM if not.
+
+    Raises:
+        SlimLSTMError: the call is being traced, and the layer clips.
     """
     if torch._C._get_tracing_state() is not None and not torch.compiler.is_compiling():  # pyright: ignore
         if is_clipped(directions):

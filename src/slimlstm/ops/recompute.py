@@ -1,8 +1,8 @@
 """The fused kernel with gradients on: the forward pass runs the kernel, a backward pass recomputes the layer.
 
-The forward pass saves only its inputs. The backward pass, if there is one, runs the layer again with PyTorch's operators
-and backpropagates through them. In int8 the outputs therefore come from the kernel, which rounds its inputs, and the
-gradients from the same layer without that rounding. Gradients of gradients go through the reference.
+The forward pass saves only its inputs. The backward pass, if any, runs the layer again with PyTorch's operators and
+backpropagates through them. With int8 weights, the outputs therefore come from the kernel, which rounds its inputs, and the
+gradients from the same layer without this rounding. Gradients of gradients go through the reference.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ def gradients(
 
     Args:
         d_outputs: the gradients of output, h and c; None for zero.
-        batch_sizes: as of the layer.
+        batch_sizes: as for the layer.
         inputs: x, h0, c0 and the flat weights.
-        storages, clips: two of each for every direction.
+        storages, clips: two storages and two bounds for every direction.
         wanted: for each input, whether to return its gradient; None is returned otherwise.
     """
     create_graph = torch.is_grad_enabled()

@@ -1,10 +1,10 @@
-"""The recurrence as a plain loop over time: the specification, and the fastest plain PyTorch for few steps.
+"""The recurrence as a plain loop over time: the specification, and for few steps the fastest way in plain PyTorch.
 
 (i, f, g, o) = (σ, σ, tanh, σ)(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)
 c_t = clip(f ⊙ c_{t-1} + i ⊙ g)
 h_t = clip(W_hr (o ⊙ tanh c_t))
 
-Without a projection W_hr is left out, without a bound clip is left out. Factors are applied one after the other:
+Without a projection, W_hr is left out; without a bound, clip is left out. Factors are applied one after the other:
 W x = U (V x).
 
 Source: Hochreiter & Schmidhuber (1997) with the forget gate of Gers et al. (2000); projection: Sak et al. (2014).
@@ -42,7 +42,7 @@ def _clip(x: Tensor, bound: float | None) -> Tensor:
 
 
 def cell(x: Tensor, h: Tensor, c: Tensor, weights: Direction) -> tuple[Tensor, Tensor]:
-    """Return the next h and c, one step from x [B, I], h [B, P] and c [B, H]."""
+    """Return the next h [B, P] and c [B, H], one step from x [B, I], h and c."""
     gates = product(x, weights.ih, weights.bias_ih) + product(h, weights.hh, weights.bias_hh)
     return step(gates, c, weights)
 

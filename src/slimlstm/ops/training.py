@@ -30,7 +30,7 @@ from slimlstm.ops.weights import Direction, LayerOutput, Matrix, flat, is_clippe
 
 
 def obstacle(batch_sizes: Tensor | None, directions: Sequence[Direction]) -> str | None:
-    """Return the feature that this backend cannot run, or None."""
+    """Return the feature of a layer that this backend lacks, or None."""
     if batch_sizes is not None:
         return "packed sequences"
     if any(weights.hr is not None for weights in directions):
@@ -77,9 +77,9 @@ def recurrence(gates: Tensor, h0: Tensor, c0: Tensor, hh: Matrix, *, reverse: bo
 
 
 class _Direction(torch.autograd.Function):
-    """One direction, from x [T, B, I], h0, c0 and the weights to all h [T, B, H] and the last c [B, H].
+    """Function of one direction, from x [T, B, I], h0, c0 and the weights to all h [T, B, H] and the last c [B, H].
 
-    Without ih, x is W_ih x + b.
+    If ih is None, x holds the gates W_ih x + b [T, B, 4H] instead.
     """
 
     @staticmethod
@@ -161,7 +161,7 @@ def _order(steps: int, reverse: bool) -> list[tuple[int, int, int]]:
 
 
 def _advance(at: Buffers, factors: list[Tensor], reverse: bool, from_zero: bool, cells: Cells) -> None:
-    """Run all steps; ``factors`` are the transposed factors of hh, the first one to apply first."""
+    """Run all steps; ``factors`` are the transposed factors of hh in the order in which they multiply rows of h."""
     gates, states = at.gates.unbind(), at.h_low.unbind()
     is_wide = at.active is at.gates
     recurrent = gates[0] if is_wide or not gates else torch.zeros_like(gates[0])
@@ -187,7 +187,7 @@ def _retreat(
     wants_h0: bool,
     d_gates: Tensor,
 ) -> Tensor | None:
-    """Run all steps backward, and return the gradient of h0 if it is wanted; d_c of the last step becomes the one of c0."""
+    """Run all steps backward, and return the gradient of h0 if it is wanted; d_c becomes the gradient of c0."""
     gates, cells, d_h = d_gates.unbind(), cells_for(d_gates.dtype, d_gates.device), None
     for number, (step, before, after) in enumerate(reversed(_order(len(gates), reverse))):
         cells.backward(at, step, before, after, d_output, d_h, d_c, d_gates)
@@ -230,7 +230,10 @@ def _gradients(
 def _product_gradients(
     d_rows: Tensor, x: Tensor, thin: Tensor | None, v: Tensor | None, u: Tensor, wants_x: bool, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of x [N, n], V and U, or W as U, given the gradient of x (U V)ᵀ [N, m] and x Vᵀ or None."""
+    """Return the gradients of x [N, n], V and U from ``d_rows``, the gradient of x (U V)ᵀ [N, m].
+
+    Without V, U is the matrix W itself. ``thin`` is x Vᵀ, or None to compute it here.
+    """
     if v is None:
         return d_rows @ u if wants_x else None, None, d_rows.t() @ x if wanted[1] else None
     d_u = d_rows.t() @ (x @ v.t() if thin is None else thin) if wanted[1] else None

@@ -1,7 +1,7 @@
-"""The weights of a layer, direction by direction, and what a layer returns.
+"""The weights of a layer, direction by direction, and its outputs.
 
-Dimensions: T time steps, B sequences, D directions, I input size, H hidden size, P size of the outputs that hh multiplies
-(the projection size, or H), r rank. Gates are stacked in PyTorch's order i, f, g, o.
+Dimensions: T time steps, B sequences, N rows of a packed batch, D directions, I input size, H hidden size, P output size
+(the projection size, or H without a projection), r rank. Gates are stacked in PyTorch's order i, f, g, o.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Direction(NamedTuple):
 def flat(directions: Sequence[Direction]) -> list[Tensor | None]:
     """Return the weights in the kernel's order, seven for each direction: ih V and U, hh V and U, two biases, hr.
 
-    V is None for a dense matrix, which takes the place of U.
+    For a dense matrix, V is None, and the matrix takes the place of U.
     """
     found: list[Tensor | None] = []
     for ih, hh, bias_ih, bias_hh, hr, *_ in directions:
@@ -78,14 +78,14 @@ def is_clipped(directions: Sequence[Direction]) -> bool:
 
 
 class CachedLayer(tuple[Direction, ...]):
-    """The directions of a layer whose weights are all parameters, with their packed form, reused from call to call."""
+    """The directions of a layer whose weights are all parameters, and their packed form, which calls reuse."""
 
     packed: Any = None
     """The :class:`slimlstm.ops.packing.PackedLayer` of these weights, None before the first call."""
     tensors: Sequence[Tensor] = ()
     """The weights that were packed."""
     exposures: int = 1
-    """How often the weights may have been edited in a way that PyTorch does not count."""
+    """Number of occasions on which somebody may have edited the weights in a way that PyTorch does not count."""
     checked: int = 0
     """The value of ``exposures`` when all weights were last compared with the packed ones."""
 

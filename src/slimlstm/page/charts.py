@@ -1,4 +1,4 @@
-"""Charts as SVG, drawn by Vega-Lite; colours are the page's variables, which differ in light, dark and print."""
+"""Draw charts as SVG, by Vega-Lite. Colours are the page's variables, which differ between light, dark and print."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 from slimlstm.errors import SlimLSTMError
 
 WIDE, NARROW = 736, 340
-"""Widths of charts in pixels: the whole column, and half of it or a telephone's."""
+"""Widths of charts in pixels: of a whole column, and of half a column or a telephone."""
 _BASE = "https://vega.github.io/vega-datasets/"
 """The address that the renderer puts before links, although they lead into the page."""
 _MOST_TICKS = 7
+"""The largest number of ticks on a logarithmic axis with ticks at 1, 2 and 5 times powers of ten."""
 _LEAST_SHARE = 1e-4
-"""The least share of a loss in the picture of a spectrum."""
+"""The smallest share of a loss that the chart of a spectrum shows."""
 _STYLE: dict[str, Any] = {
     "view": {"stroke": None},
     "axis": {
@@ -39,11 +40,11 @@ class Mark(NamedTuple):
     """A point of a scatter chart.
 
     Attributes:
-        x, y: the place.
+        x, y: the position.
         kind: a key of :data:`KINDS`.
-        text: what it is, for readers who point at it.
-        link: the id of an element of the page, or empty.
-        label: printed beside it in wide charts, or empty.
+        text: a description, for readers who point at the mark.
+        link: the id of an element of the page to link to, or empty.
+        label: a label beside the mark in wide charts, or empty.
     """
 
     x: float
@@ -58,10 +59,10 @@ class Bar(NamedTuple):
     """A row of a bar chart.
 
     Attributes:
-        name, note: printed above and below the bar.
-        value: its length.
+        name, note: the texts above and below the bar.
+        value: the length of the bar.
         before: the length of the pale bar behind it, 0 for none.
-        link: the id of an element of the page, or empty.
+        link: the id of an element of the page to link to, or empty.
         is_strong: whether the bar has the colour that stands out.
     """
 
@@ -93,13 +94,13 @@ def check_available() -> None:
 def scatter(
     marks: Sequence[Mark], x_title: str, y_title: str, width: int, *, limit: float | None, lower: bool, x_format: str
 ) -> str:
-    """Return a chart of points, with the better ones at every x joined by steps.
+    """Return a chart of points as SVG; a stepped line joins the points of :func:`frontier`.
 
     Args:
         marks: at least one point.
         x_title, y_title: titles of the axes.
         width: the width in pixels.
-        limit: a y to mark by a line, its good side shaded; None for none.
+        limit: a y to mark by a line, with its good side shaded; None for no line.
         lower: whether a lower y is better.
         x_format: the suffix of the unit of x, such as ``"B"``; SI prefixes come before it.
     """
@@ -137,7 +138,7 @@ def scatter(
 
 
 def frontier(marks: Sequence[Mark], lower: bool) -> list[Mark]:
-    """Return the points that no other betters in y at the same x or less, by increasing x.
+    """Return the points for which no point with the same or a smaller x has a better y, by increasing x.
 
     Examples:
         >>> [mark.x for mark in frontier([Mark(1, 5, "", ""), Mark(2, 6, "", ""), Mark(3, 4, "", "")], lower=True)]
@@ -152,7 +153,7 @@ def frontier(marks: Sequence[Mark], lower: bool) -> list[Mark]:
 
 
 def bars(rows: Sequence[Bar], width: int = NARROW) -> str:
-    """Return a chart of horizontal bars, each between its name and its note."""
+    """Return a chart of horizontal bars as SVG, each between its name and its note."""
     longest = max((max(row.value, row.before) for row in rows), default=0.0) or 1.0
     values = [
         {
@@ -194,12 +195,12 @@ def bars(rows: Sequence[Bar], width: int = NARROW) -> str:
 
 
 def spectrum(points: Sequence[tuple[float, float]], rank: int | None, break_even: float, width: int = NARROW) -> str:
-    """Return a chart of the share of a loss that the directions beyond each rank hold.
+    """Return a chart, as SVG, of the share of a loss that the directions beyond each rank hold.
 
     Args:
         points: pairs of a rank and a share.
         rank: the rank that was chosen, marked by a line.
-        break_even: the rank above which factors are no smaller, marked by a dashed line.
+        break_even: the rank at and above which factors are no smaller than the matrix, marked by a dashed line.
         width: the width in pixels.
     """
     values = [{"x": at, "y": share} for at, share in points if share > _LEAST_SHARE]

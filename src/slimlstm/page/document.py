@@ -1,4 +1,4 @@
-"""HTML of a page: text, tables, figures and sections. Everything is escaped unless it is :class:`Markup`."""
+"""Make the HTML of a page: text, tables, figures and sections. Every text is escaped unless it is :class:`Markup`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 class Markup(str):
-    """HTML that is complete, as opposed to text that has to be escaped."""
+    """Text that is HTML already, and must not be escaped."""
 
     __slots__ = ()
 
@@ -68,13 +68,13 @@ def _side(column: int, texts: int) -> dict[str, str]:
 
 
 def figure(caption: str, alternative: str, charts: Sequence[str], *below: str) -> Markup:
-    """Return a figure: one chart, or a wide and a narrow one of which the page shows the one that fits.
+    """Return a figure with one chart, or with a wide and a narrow one, of which the page shows the one that fits.
 
     Args:
         caption: what the figure shows.
-        alternative: what a reader sees in it, in words.
+        alternative: a description of the charts in words.
         charts: SVG elements.
-        below: more content under the caption, such as a legend.
+        below: further content below the charts, such as a legend.
     """
     names = ("wide", "narrow") if len(charts) == 2 else ("",)
     pictures = [
@@ -85,7 +85,7 @@ def figure(caption: str, alternative: str, charts: Sequence[str], *below: str) -
 
 
 def details(summary: str, *content: str) -> Markup:
-    """Return content that opens by a click, a key, or a link to an id in it."""
+    """Return content that a click, a key, or a link to an id in it unfolds."""
     return element("details", element("summary", summary), *content)
 
 

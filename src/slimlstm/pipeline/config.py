@@ -25,7 +25,7 @@ from slimlstm.pipeline.site_plan import SitePlan
 
 Target = Literal["ih", "hh", "both"]
 AUTO = "auto"
-"""The storage that a plan chooses by matrix, together with the rank."""
+"""The storage to give for a plan that chooses storage and rank of every matrix together."""
 Filter = Callable[[Site], bool]
 
 
@@ -48,8 +48,8 @@ class LowRank:
         bytes: one budget for all selected matrices, in ``storage``; always global.
         energy: the fraction of Σ σ² (of the method's losses) that every matrix preserves, in (0, 1].
         storage: also round the factors to this storage; see :class:`Quantize`. ``"auto"`` chooses rank and storage of
-            every matrix together, from 3 to 8 bits, dense matrices included; it takes ``bytes`` and a method that needs
-            gradients, and measures a few losses for every matrix (:mod:`slimlstm.pipeline.probing`).
+            every matrix together, from 3 to 8 bits, where dense matrices are a choice too. It takes ``bytes`` and a method
+            that needs gradients, and measures a few losses for every matrix (:mod:`slimlstm.pipeline.probing`).
 
     Raises:
         SlimLSTMError: an unknown method, target or storage, a value out of range, or two values that exclude each other.
@@ -172,7 +172,7 @@ class Prune:
         check_target(self.target)
 
     def site_plan(self, site: Site) -> SitePlan:
-        """Return the plan for one site; leaving all weights leaves the site as it is.
+        """Return the plan for one site; a site whose weights would all stay is left as it is.
 
         Raises:
             SlimLSTMError: the site is factored.
@@ -188,12 +188,12 @@ class Prune:
 
 @dataclass(frozen=True)
 class Quantize:
-    """Keep the weights of matrices, or of their factors, in less than float32.
+    """Round the weights of matrices, or of their factors, to a storage smaller than float32.
 
-    int8 has a float32 scale for every row. The parameters stay float32 in memory, rounded to what the storage can hold, so
-    that every backend computes with the same weights and training can go on. The fused kernel reads the small form, and
-    :func:`slimlstm.save` writes it. The projection ``weight_hr`` is rounded together with ``weight_hh``. Weights under a
-    mask become zero.
+    int8 has a float32 scale for every row. The parameters stay float32 in memory, rounded to numbers that the storage can
+    hold, so every backend computes with the same weights, and training can go on. The fused kernel reads the small form,
+    and :func:`slimlstm.save` writes it. The projection ``weight_hr`` is rounded together with ``weight_hh``. Weights that a
+    mask hides become zero.
 
     Attributes:
         storage: ``"int8"``, ``"bfloat16"`` or another row of :data:`slimlstm.methods.STORAGES`, except ``"float32"``.
@@ -218,7 +218,7 @@ class Quantize:
         check_target(self.target)
 
     def site_plan(self, site: Site) -> SitePlan:
-        """Return the plan for any site: factors and masks stay."""
+        """Return the plan for any site: only the storage changes, factors and masks stay."""
         return SitePlan(DENSE, storage=self.storage)
 
 
@@ -233,7 +233,8 @@ def configuration(
         size: ``rank`` or ``keep``, and for factors ``bytes``, ``energy`` and ``allocation``.
 
     Raises:
-        SlimLSTMError: see the configurations; or a storage for a masking method.
+        SlimLSTMError: a masking method gets a storage or a size other than ``rank`` and ``keep``; or see the
+            configurations.
 
     Examples:
         >>> configuration("prune", keep=0.5)

@@ -51,7 +51,7 @@ class Plan:
         try:
             return cls({key: SitePlan(**entry) for key, entry in data.items()})
         except TypeError as error:
-            raise SlimLSTMError(f"this is no plan: {error}") from error
+            raise SlimLSTMError(f"this is no plan: {error}; give the result of Plan.to_dict()") from error
 
 
 Config = LowRank | Prune | Quantize | Plan
@@ -78,7 +78,9 @@ def make_plan(config: Config, sites: list[Site], spectra: Spectra | None = None)
     """Return the plan of a configuration for a model with these sites.
 
     Args:
-        spectra: used only where ranks depend on the numbers in the matrices.
+        config: the configuration. A plan is checked, and its steps that would save nothing become ``"dense"``.
+        sites: all sites of the model.
+        spectra: needed only where ranks depend on the numbers in the matrices.
 
     Raises:
         SlimLSTMError: no site is selected, a selected site cannot be compressed, a plan names an unknown site, a rank is
@@ -108,7 +110,7 @@ def with_storage(config: Config, storage: str, sites: list[Site]) -> Config:
 
 
 def check_config(config: Config, sites: list[Site]) -> None:
-    """Reject a bad configuration before calibrating; see :func:`make_plan` for the errors."""
+    """Reject a bad configuration before time is spent on calibration; see :func:`make_plan` for the errors."""
     if isinstance(config, LowRank) and config.needs_spectra:
         storage = None if config.is_auto else config.storage
         config = replace(config, rank=1, keep=None, bytes=None, energy=None, allocation=None, storage=storage)
@@ -164,7 +166,7 @@ def _rank_costs(config: LowRank, site: Site, spectra: Spectra) -> RankCosts:
 
     losses = spectra.losses(site)
     left_out = [*losses.flip(0).cumsum(0).flip(0).tolist(), 0.0]
-    # Scales of groups make the cost of a rank a step function; the slope over one group bounds it from above.
+    # Scales of groups make the cost a step function of the rank; a line with the slope over one group is an upper bound.
     slope = (cost(1 + GROUP) - cost(1)) / GROUP
     fixed = cost(1) - slope
     return RankCosts(left_out[: (site.rank or len(losses)) + 1], slope, cost(site.rank) - fixed, fixed)

@@ -1,4 +1,7 @@
-"""Find the sizes of every matrix and their losses: prediction by moments, corrected by a few measured losses."""
+"""Find the sizes of every matrix, which are pairs of rank and storage, and their losses.
+
+Moments predict the losses; a few measured losses correct the predictions.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +26,17 @@ from slimlstm.pipeline.statistics import SiteStatistics
 STORAGES = {"int8": 8, "int6": 6, "int5": 5, "int4": 4, "int3": 3}
 """The storages to choose from, and their bits."""
 WIDE = "bfloat16"
-"""The storage of whole matrices that int8 would lose too much of."""
+"""The storage of whole matrices for which int8 would lose too much."""
 _REFERENCE, _COARSEST = "int4", "int3"
+"""The storage in which factors are rounded to predict other storages, and the storage whose loss is measured."""
 _ROUNDED_AT = (0.06, 0.25, 0.9)
 """Fractions of the break-even rank at which factors are rounded, to predict the losses at other ranks."""
 _PROBED_AT = (0.04, 0.15)
 """Fractions of the break-even rank whose losses are measured."""
 _UNMEASURED = 3.0
-"""How much more truncation loses than predicted, compared with rounding, where nothing is measured."""
+"""Assumed ratio of truncation's loss to its prediction where nothing is measured; the ratio of rounding is then 1."""
 _RANK_STEP = 1.08
+"""Ratio of neighbouring ranks on the grid of ranks."""
 _SHRINKAGE = 0.25
 """Weight of the mean ratio of all matrices against the ratio that was measured at one."""
 
@@ -73,10 +78,10 @@ def measure(
 
     Args:
         source: holds the matrices.
-        sites: what to compress; sites that share a parameter have one entry.
-        statistics: moments, with gradients.
-        method: finds the factors.
-        judge: measures a few losses for each matrix; None leaves the moments' predictions.
+        sites: the sites to compress; sites that share a parameter get one common entry.
+        statistics: the sites' moments, with gradients.
+        method: the method that finds the factors.
+        judge: measures a few losses for each matrix; None leaves the moments' predictions as they are.
         progress: called with a site's key and the fraction done.
 
     Raises:
@@ -121,7 +126,7 @@ def _curves(
     rounded = {storage: rounder.matrix(matrix, storage) for storage in (WIDE, "int8", _REFERENCE, _COARSEST)}
     dense = {storage: loss(matrix - after) for storage, after in rounded.items()}
     for storage, bits in STORAGES.items():
-        # The error of a code is proportional to the distance of codes.
+        # Rounding errors are proportional to the distance of neighbouring codes.
         dense.setdefault(storage, dense[_REFERENCE] * (largest_code(4) / largest_code(bits)) ** 2)
     probes: list[Probe] = []
     if judge is not None and baseline is not None:
@@ -134,7 +139,7 @@ def _curves(
 
 
 class _Predicted:
-    """Predicts the rise of the mean loss by an error of a site's matrix."""
+    """Predicts the rise of the mean loss that an error of a site's matrix causes."""
 
     def __init__(self, statistics: SiteStatistics, site: Site, method: str) -> None:
         self._moments = statistics.moments(site, method)
@@ -156,9 +161,12 @@ def _ranks_at(site: Site, fractions: Sequence[float]) -> list[int]:
 
 
 def _ratios(curves: Sequence[_Curves]) -> tuple[list[list[tuple[float, float]]], list[float]]:
-    """Return the measured ratio to the prediction for every matrix: of truncation, as points (loss, ratio); of rounding.
+    """Return the ratios of measured to predicted losses of every matrix.
 
-    Each is drawn towards the ratio of all matrices together, because measurements on few batches are noisy.
+    Each ratio is drawn towards the ratio of all matrices together, because measurements on few batches are noisy.
+
+    Returns:
+        For truncation a list of points (predicted loss, ratio), and for rounding one ratio.
     """
     if not curves[0].probes:
         return [[(1.0, _UNMEASURED)] for _ in curves], [1.0 for _ in curves]

@@ -21,7 +21,7 @@ from slimlstm.tables import new_table
 
 
 def as_text(table: RenderableType) -> str:
-    """Return what a rich table prints in 160 columns, without colour."""
+    """Return a rich table as text of at most 160 columns, without colour."""
     console = Console(file=io.StringIO(), width=160, color_system=None)
     console.print(table)
     assert isinstance(console.file, io.StringIO)  # noqa: S101 (made above)
@@ -33,22 +33,22 @@ class SiteReport:
     """Result of a compression at one site.
 
     Attributes:
-        key, shape: of the site; (m, n).
+        key, shape: the site's key and its shape (m, n).
         method: a key of :data:`slimlstm.methods.METHODS`, or ``"dense"``. A matrix that is only rounded keeps the method
             that made its factors or its mask.
         rank: the rank of the factors afterwards, None for a dense matrix.
         break_even_rank: m n / (m + n), at and above which factors are no smaller than the matrix.
         parameters_before, parameters_after: the numbers in the matrix or its factors; weights under a mask do not count.
-        bytes_before, bytes_after: in the saved file, scales included. A mask saves no bytes. The fused kernel reads as
-            many; the parameters in memory stay float32.
+        bytes_before, bytes_after: the bytes in the saved file, scales included. A mask saves no bytes. The fused kernel
+            reads as many bytes; the parameters in memory stay float32.
         relative_error: ‖W - W'‖_F / ‖W‖_F, rounding included.
-        iterations, converged: of an iterative solver; 0 and True for a direct one.
+        iterations, converged: the iterations of an iterative solver, and whether it converged; 0 and True for a direct one.
         note: why the site was treated differently from its configuration.
         storage: the storage afterwards, None for the matrix's own dtype.
         predicted_rise: the rise of the mean loss that the calibration predicts for this site alone.
         source_sha256: the SHA-256 of the matrix before; empty where nothing changed.
-        spectrum: pairs of a rank and the share of the method's loss that the directions beyond it hold, at some ranks up
-            to the full one; empty where the method does not rank directions.
+        spectrum: pairs (rank, share of the method's loss that the directions beyond this rank hold), at some ranks up to
+            the full one; empty where the method does not rank directions.
     """
 
     key: str
@@ -97,12 +97,12 @@ class Report:
 
     Attributes:
         sites: one report for every selected site.
-        plan: what was decided, with ranks and storages.
+        plan: the decision for every selected site.
         lstm: the total of the LSTMs with their biases.
-        model: the total of the model; for an ONNX file, of the file.
-        notes: what else to know.
+        model: the total of the whole model, or of the whole ONNX file.
+        notes: further remarks, one sentence each.
         loss_before, loss_after: mean losses on the calibration batches, where a loss was given.
-        forms: of an ONNX file, the form of every compressed LSTM operator, ``"lstm"`` or ``"scan"``, and the reason.
+        forms: the form of every compressed LSTM operator of an ONNX file, ``"lstm"`` or ``"scan"``, and the reason.
         lstm_since_dense, model_since_dense: the totals of all compressions together; None where this is the first one.
 
     Examples:
@@ -212,7 +212,8 @@ class Report:
             files: files to list with their sizes and SHA-256.
 
         Raises:
-            SlimLSTMError: the package that draws is not installed, or the path or one of the files is no file.
+            SlimLSTMError: the package that draws is not installed, ``path`` is a folder or has no suffix, or one of
+                ``files`` does not exist.
 
         Examples:
             >>> import slimlstm, tempfile, torch

@@ -23,7 +23,7 @@ USAGE = """import slimlstm as sl
 sl.save(model, "small")              # after compress_: weights and config
 model = sl.load("small", MyModel())  # anywhere: into a fresh, dense model
 """
-"""How to keep and load a live module."""
+"""Code that saves and loads a live module."""
 _LEGEND = {
     "dense": ("as it was", '<rect x="1.5" y="1.5" width="9" height="9" fill="var(--ink)"/>'),
     "best": ("chosen", '<path d="M6,0L12,6L6,12L0,6Z" fill="var(--warn)"/>'),
@@ -223,7 +223,7 @@ def _matrices(report: Report) -> list[str]:
 
 
 def _one(site: SiteReport, link: str) -> Markup:
-    """Return what opens for one matrix: its spectrum and its other facts."""
+    """Return the part of the page that unfolds for one matrix: its spectrum and its other facts."""
     parts: list[str] = []
     if any(share > 0.0 for _, share in site.spectrum):
         rank = site.rank if site.method != "dense" else None
@@ -276,7 +276,7 @@ def _cost(site: SiteReport) -> str:
 
 
 def _loss(report: Report) -> list[str]:
-    """Return the two rises beside each other where both are known, and the note about them."""
+    """Return the note about the loss, and a chart of the predicted and the measured rise where both are known."""
     note = element("p", f"{_capital(report.loss_note)}.")
     predicted, measured = report.predicted_rise, report.measured_rise
     if predicted is None or measured is None:
@@ -323,7 +323,7 @@ def _capital(text: str) -> str:
 
 
 def digest_of(file: Path) -> str:
-    """Return a file's size and SHA-256 in words; for a folder, its weights'.
+    """Return the size and SHA-256 of a file, or of every weights file of a folder, in words.
 
     Raises:
         SlimLSTMError: the file does not exist.

@@ -1,4 +1,4 @@
-"""The way from a configuration to a smaller source: plan, replacements, report."""
+"""Turn a configuration into a smaller source: make a plan, find the replacements, put them in place, and report."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from slimlstm.pipeline.statistics import SiteStatistics
 from slimlstm.progress import Progress
 
 PASSES = 2
-"""How often factors are fitted again by default; a third pass gains nothing more."""
+"""Default number of passes that fit factors again; a third pass gains nothing more."""
 
 
 @dataclass
@@ -52,10 +52,10 @@ class Solution:
     """Everything that a compression will change, before anything has changed.
 
     Attributes:
-        plan: what was decided for every selected site.
-        replacements: by key; sites that stay as they are have none.
-        reports: one for every selected site.
-        notes: what the report has to say beside.
+        plan: the decision for every selected site.
+        replacements: the replacements by site key; sites that stay as they are have none.
+        reports: one report for every selected site.
+        notes: further remarks for the report.
     """
 
     plan: Plan
@@ -65,7 +65,7 @@ class Solution:
 
 
 def needs_of(config: Config) -> Needs:
-    """Return the most that any method of a configuration needs to know."""
+    """Return the statistics that the most demanding method of a configuration needs."""
     if isinstance(config, Plan):
         names = [site.method for site in config.sites.values()]
     else:
@@ -94,12 +94,14 @@ def solve(
     judge: Judge | None = None,
     sensitivity: Sensitivity | None = None,
 ) -> Solution:
-    """Find replacements for all matrices that a configuration selects; nothing changes.
+    """Find replacements for all matrices that a configuration selects; the source does not change.
 
     Args:
+        source: holds the matrices.
+        config: says how to compress them.
         calibration: the moments that calibrated methods need.
         observer: runs the uncompressed and the compressed source side by side, to fit factors again to their new inputs.
-        refit_obstacle: why there is no observer.
+        refit_obstacle: why ``observer`` is None, in words.
         refit: how often to fit again; None means :data:`PASSES` times where it is possible and a method is calibrated.
         progress: called with a site's key and the fraction done.
         judge: measures losses, for configurations that choose rank and storage together.
@@ -151,7 +153,7 @@ def apply(source: Source, solution: Solution) -> Report:
 
 
 def _saved(source: Source) -> Size:
-    """Return the parameters and bytes that earlier compressions saved; shared matrices count once."""
+    """Return the numbers of parameters and bytes that earlier compressions saved; shared matrices count once."""
     parameters = bytes_ = 0
     unique = {source.identity(site): site for site in source.sites() if site.problem is None}
     for site in unique.values():
@@ -161,7 +163,7 @@ def _saved(source: Source) -> Size:
         bytes_ += matrix_bytes(site.shape, None, None, itemsize)
         bytes_ -= matrix_bytes(site.shape, site.rank, site.storage, itemsize)
         if site.storage and site.target == "hh" and 4 * n < m:
-            # The projection [P, H] shares the storage.
+            # The projection [P, H] has the storage of hh.
             bytes_ += matrix_bytes((n, m // 4), None, None, 4) - matrix_bytes((n, m // 4), None, site.storage, 4)
     return Size(parameters, bytes_)
 
@@ -190,7 +192,7 @@ def compress_matrix(
         weight: the matrix [m, n], or its factors; they do not change.
         plan: method, amount and storage.
         problem: the matrix with the moments that the method needs; None for methods that need nothing.
-        on_fraction: called with the fraction done, by iterative solvers.
+        on_fraction: called with the fraction done, where the solver is iterative.
         rounder: rounds in the metric of the matrix's moments; None rounds to nearest.
 
     Returns:
@@ -241,7 +243,7 @@ def compress_matrix(
 
 
 def _stored(result: Replacement, matrix: Tensor, storage: str | None, rounder: Rounder | None) -> Replacement:
-    """Return the replacement rounded to a storage, and with the error of both steps."""
+    """Return the replacement rounded to a storage; its relative error then includes the rounding."""
     if storage is None or result.weight is None:
         return result
     rounder = rounder or Rounder()
@@ -320,7 +322,7 @@ def _fit_again(
             refitted = {key: _refitted(replacements[key], fitted[key], exact[key]) for key in solvers}
             return refitted, f"{len(solvers)} matrices were fitted {best} times again to their new inputs"
     if is_asked:
-        raise SlimLSTMError(f"factors cannot be fitted again: {obstacle}; leave refit out, or 0")
+        raise SlimLSTMError(f"factors cannot be fitted again: {obstacle}; leave refit out, or give refit=0")
     return {}, f"factors were not fitted again to their new inputs: {obstacle}"
 
 
@@ -329,7 +331,7 @@ def _is_calibrated(plan: SitePlan) -> bool:
 
 
 def _solver(source: Source, site: Site, plan: SitePlan, statistics: SiteStatistics) -> Solve:
-    """Return what solves for another matrix at a site, whose inputs have another moment."""
+    """Return a function that compresses another matrix at a site, given another moment of its inputs."""
     gradients = statistics.gradients(site, plan.method)
     weight, rounder = source.weight(site), statistics.rounder(site)
     dtype = (weight if isinstance(weight, Tensor) else weight[0]).dtype

@@ -1,4 +1,4 @@
-"""Choose rank and storage of every matrix together, and let held-out batches judge the result against simpler plans."""
+"""Choose rank and storage of every matrix together, and compare the plan with simpler ones on held-out batches."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from slimlstm.pipeline.source import Source
 from slimlstm.pipeline.statistics import SiteStatistics
 
 TOGETHER = "rank and bits together"
-"""The name of the plan by sensitivities."""
+"""The name of the plan that follows from the sensitivity."""
 
 Replace = Callable[[Plan], dict[str, Replacement]]
-"""Carries out a plan; nothing changes."""
+"""Returns a plan's replacements by site key; the source does not change."""
 
 
 def chosen_plan(
@@ -35,14 +35,14 @@ def chosen_plan(
     sensitivity: Sensitivity | None,
     progress: Callable[[str, float], None] | None = None,
 ) -> tuple[Plan, str]:
-    """Return the plan of a configuration with ``storage="auto"``, and a note that tells how it was chosen.
+    """Return the plan of a configuration with ``storage="auto"``, and a note on how it was chosen.
 
     Args:
         source: holds the matrices.
         config: names the method and the budget.
-        sites: what the configuration selects.
-        statistics: moments, with gradients.
-        replace: carries out a plan.
+        sites: the sites that the configuration selects.
+        statistics: the sites' moments, with gradients.
+        replace: returns the replacements of a plan.
         judge: measures losses on held-out batches. Without one, the plan follows from predictions alone.
         sensitivity: an earlier measurement for the same sites; None measures now.
         progress: called with a site's key and the fraction done.
@@ -68,7 +68,7 @@ def chosen_plan(
 
 
 def _simpler_plans(config: LowRank, sites: list[Site], statistics: SiteStatistics) -> dict[str, Plan]:
-    """Return the plans at the same bytes that the choice must not lose against."""
+    """Return simpler plans within the same bytes; the chosen plan must not have a higher loss than these."""
     budget, plans = config.bytes or 0, dict[str, Plan]()
     for method, storage in ((config.method, "int8"), (config.method, "int5"), ("svd", "int8")):
         simpler = dataclasses.replace(config, method=method, storage=storage)

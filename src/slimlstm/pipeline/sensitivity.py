@@ -1,4 +1,7 @@
-"""How much a model loses by every size of every matrix: predicted from the moments, and corrected by measurements."""
+"""The loss of a model at every size of every matrix: predicted from the moments, and corrected by measurements.
+
+A size is a pair of rank and storage.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,8 @@ class Probe:
     """One measurement: the rise of the mean loss on held-out batches when only this matrix changes.
 
     Attributes:
-        rank: of its factors in float32, or None for a dense matrix.
-        storage: what the dense matrix was rounded to, or ``"float32"``.
+        rank: the rank of its factors in float32, or None for a dense matrix.
+        storage: the storage that the dense matrix was rounded to, or ``"float32"`` for factors.
         predicted: the rise that the moments predict.
         measured: the rise that was measured.
     """
@@ -43,7 +46,7 @@ class SiteSensitivity:
     """One matrix, with all sizes that it may have.
 
     Attributes:
-        keys: of the sites that share it.
+        keys: the keys of the sites that share it.
         shape: (m, n).
         options: its sizes, and the predicted rise of the mean loss for each, corrected by the probes.
         probes: the measurements.
@@ -65,7 +68,7 @@ class Sensitivity:
     """The sizes of every matrix of a model and their losses, from which plans for any budget follow at once.
 
     Attributes:
-        method: finds the factors.
+        method: the method that finds the factors.
         sites: one entry for every matrix.
         is_measured: whether probes corrected the predictions.
 

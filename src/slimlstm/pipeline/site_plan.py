@@ -18,7 +18,7 @@ class SitePlan:
         rank: the rank of the factors, for factoring methods.
         nonzeros: the number of weights that stay, for masking methods.
         note: why the site is treated differently from its configuration.
-        storage: what the weights are rounded to. None leaves the storage as it is; new factors are then float32.
+        storage: the storage to round the weights to. None leaves the storage as it is; new factors are then float32.
 
     Raises:
         SlimLSTMError: an unknown method or storage, or a missing rank or number of nonzeros.
@@ -71,7 +71,7 @@ class SitePlan:
         return matrix_bytes(site.shape, site.rank if self.rank is None else self.rank, self.storage_of(site), 4)
 
     def fitted_to(self, site: Site) -> SitePlan:
-        """Return the plan without steps that would save no bytes at this site, and with a note that says so."""
+        """Return the plan without steps that would save no bytes at this site; its note names them."""
         after = self.storage_of(site)
         before = matrix_bytes(site.shape, site.rank, site.storage, 4)
         if site.storage is None:

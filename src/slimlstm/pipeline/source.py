@@ -31,11 +31,11 @@ class Source(Protocol):
     :class:`slimlstm.weight_files.FileSource` and :class:`slimlstm.onnx.source.GraphSource`."""
 
     def sites(self) -> list[Site]:
-        """Return every recurrent matrix, in the order of the source; shared modules once."""
+        """Return the site of every recurrent matrix, in the order of the source; shared modules count once."""
         ...
 
     def weight(self, site: Site) -> Matrix:
-        """Return the matrix [m, n], or its factors, as inference sees it: with masks and without weight drop."""
+        """Return the matrix [m, n], or its factors, as used in inference: with masks and without weight drop."""
         ...
 
     def identity(self, site: Site) -> Hashable:

@@ -22,7 +22,7 @@ class SiteStatistics:
     Args:
         source: holds the matrices.
         calibration: the moments by site key, or None.
-        method: the method whose losses a plan asks for.
+        method: the method whose losses :meth:`losses` returns.
 
     Raises:
         SlimLSTMError: the calibration belongs to matrices of other shapes.
@@ -53,13 +53,17 @@ class SiteStatistics:
         return self._source.itemsize(site)
 
     def losses(self, site: Site) -> Tensor:
-        """Return [k], the loss of leaving out each direction, largest first, in one unit for all sites."""
+        """Return [k], the loss of leaving out each direction, largest first, in one unit for all sites.
+
+        Raises:
+            SlimLSTMError: the method has no spectrum, or see :meth:`moments`.
+        """
         spectrum = METHODS[self._method].spectrum
         if spectrum is None:
             raise SlimLSTMError(f"{self._method} has no spectrum to choose ranks from; give rank or keep")
         try:
             losses = spectrum(self.problem(site, self._method))
-            # Moments are means over rows; one site may see more rows than another.
+            # Moments are means over rows, but one site may see more rows than another.
             is_calibrated = METHODS[self._method].needs > Needs.NOTHING
             return self.moments(site, self._method).rows * losses if is_calibrated else losses
         except SlimLSTMError as error:
@@ -102,14 +106,14 @@ class SiteStatistics:
         return Moments.together(found) if found else None
 
     def _rounder(self, site: Site) -> Rounder:
-        """Return what rounds the site's matrix or factors, in the metric of its moments where they are known."""
+        """Return the rounder of the site's matrix or factors, in the metric of its moments where they are known."""
         moments = self.known_moments(site)
         return Rounder() if moments is None else Rounder(moments.inputs, moments.gradients, self._factor_of)
 
     def scarcity(self, sites: Iterable[Site]) -> str | None:
         """Return a warning where some of these sites' moments come from too few rows, or None.
 
-        The moments of fewer rows than a matrix has directions say nothing about the others.
+        Moments from fewer rows than a matrix has directions say nothing about some of the directions.
         """
         few: list[tuple[float, str, int]] = []
         for site in sites:

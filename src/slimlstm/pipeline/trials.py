@@ -36,7 +36,7 @@ class Tried(Protocol):
 
 
 class Trials(Protocol):
-    """The result of a search: every model that was tried, and which was best."""
+    """The result of a search: every model that was tried, and the best one."""
 
     @property
     def dense(self) -> Tried:
@@ -50,17 +50,17 @@ class Trials(Protocol):
 
     @property
     def best(self) -> Tried | None:
-        """The one that was chosen, None where none is within the limit."""
+        """The chosen model; None where no model is within the limit."""
         ...
 
     @property
     def limit(self) -> str:
-        """The limit in words; empty without one."""
+        """The limit in words; empty without a limit."""
         ...
 
     @property
     def worst(self) -> float | None:
-        """The worst metric that is accepted; None where the limit is another."""
+        """The worst metric that is accepted; None where the limit is not on the metric."""
         ...
 
     @property

@@ -1,4 +1,4 @@
-"""Search for the smallest model that a metric allows, or the best one within bytes or a latency.
+"""Search for the smallest model that a metric allows, or for the best model within bytes or a latency.
 
 Examples:
     >>> import slimlstm as sl

@@ -1,4 +1,4 @@
-"""Disagreement of a compressed model's outputs with the uncompressed model's, as one number from 0."""
+"""Measure the disagreement of a compressed model's outputs with the uncompressed model's, as one number from 0 up."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Outputs = Sequence[Sequence[NDArray[Any]]]
 
 
 def argmax_disagreement(expected: NDArray[Any], found: NDArray[Any]) -> float:
-    """Return the share of rows whose largest entry is at another place; of unequal entries, if they are not numbers."""
+    """Return the share of rows whose largest entry is at another place; for integers, the share of unequal entries."""
     if not np.issubdtype(expected.dtype, np.floating):
         return float((expected != found).mean())
     return float((expected.argmax(-1) != found.argmax(-1)).mean())
 
 
 def cosine_distance(expected: NDArray[Any], found: NDArray[Any]) -> float:
-    """Return 1 minus the mean cosine between rows of the last axis; rows of zeros agree with rows of zeros only."""
+    """Return 1 minus the mean cosine between the rows along the last axis; a row of zeros agrees only with zeros."""
     one, other = expected.astype(np.float64), found.astype(np.float64)
     norms = np.linalg.norm(one, axis=-1), np.linalg.norm(other, axis=-1)
     product = norms[0] * norms[1]
@@ -31,7 +31,7 @@ def cosine_distance(expected: NDArray[Any], found: NDArray[Any]) -> float:
 
 
 def noise_share(expected: NDArray[Any], found: NDArray[Any]) -> float:
-    """Return the squared difference over the squared output; 1% is a signal-to-noise ratio of 20 dB."""
+    """Return ‖found - expected‖² / ‖expected‖²; 1% is a signal-to-noise ratio of 20 dB."""
     one, difference = expected.astype(np.float64), found.astype(np.float64) - expected.astype(np.float64)
     power, noise = float((one**2).sum()), float((difference**2).sum())
     return noise / power if power > 0 else float(noise > 0)
@@ -70,11 +70,16 @@ def measure_of(outputs: Sequence[NDArray[Any]]) -> str:
 def measures_of(expected: Outputs, names: Sequence[str], measure: str = "auto") -> dict[str, str]:
     """Return the measure of each output by its name.
 
+    Args:
+        expected: the outputs of the uncompressed file in every run.
+        names: the names of the outputs.
+        measure: a key of :data:`MEASURES` for all outputs, or ``"auto"`` to choose one for each.
+
     Raises:
         SlimLSTMError: the measure is unknown, or an output is not finite.
     """
     if measure != "auto" and measure not in MEASURES:
-        raise SlimLSTMError(f"the measure is 'auto', {', '.join(map(repr, MEASURES))}, not {measure!r}")
+        raise SlimLSTMError(f"the measure is 'auto', {' or '.join(map(repr, MEASURES))}, not {measure!r}")
     chosen: dict[str, str] = {}
     for index, name in enumerate(names):
         values = [run[index] for run in expected]
@@ -85,7 +90,14 @@ def measures_of(expected: Outputs, names: Sequence[str], measure: str = "auto") 
 
 
 def disagreement(expected: Outputs, found: Outputs, measures: Sequence[str]) -> float:
-    """Return the largest disagreement of any output, each averaged over the runs; infinite if shapes or numbers are wrong.
+    """Return the largest disagreement of any output, each averaged over the runs.
+
+    It is infinite if the shapes of an output differ, or a number is not finite.
+
+    Args:
+        expected: the outputs of the uncompressed file in every run.
+        found: the outputs of the compressed file in the same runs.
+        measures: the measure of every output, keys of :data:`MEASURES`.
 
     Examples:
         >>> one, other = [[np.array([[0.9, 0.1]])]], [[np.array([[0.2, 0.8]])]]

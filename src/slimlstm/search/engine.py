@@ -1,4 +1,4 @@
-"""Try configurations one after the other, and hold the best so far."""
+"""Try configurations one after the other, and remember the best so far."""
 
 from __future__ import annotations
 
@@ -21,14 +21,19 @@ BITS = ("bfloat16", "int8", "int6", "int5", "int4", "int3")
 FIRST = "int8"
 """The storage to try first: it rarely changes a metric."""
 STEP = 0.45
-"""As long as nothing is refused, the next size is this share of the smallest accepted one."""
+"""As long as no size was refused, the next size is this share of the smallest accepted one."""
 NEAR = 1.04
-"""The search ends where the smallest accepted size is within this ratio of the largest refused one."""
+"""The search ends when the smallest accepted size is at most this many times the largest refused one."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Median seconds of a call, and the dense model's over them."""
+    """Speed of a compressed model.
+
+    Attributes:
+        latency: median seconds of a call.
+        faster: the dense model's median seconds over ``latency``.
+    """
 
     latency: float
     faster: float
@@ -43,9 +48,9 @@ class Engine(Generic[Made]):
         measure: returns a compressed model's metric.
         accepts: says whether a metric and a speed meet the limit.
         is_better: says whether the first trial is preferred to the second.
-        evaluations: how many more times to compute the metric.
+        evaluations: how many more times the metric may be computed.
         speed_of: times a compressed model; returns None where no latency is wanted.
-        on_trial: called after each trial with the trial and the seconds left at most.
+        on_trial: called after each trial with the trial and an upper bound on the seconds left.
         trials: the outcomes, in order.
         refusals: configurations that were impossible, and why.
         best: the preferred accepted trial, with its model and report.
@@ -66,7 +71,7 @@ class Engine(Generic[Made]):
     _started: float = field(default_factory=time.monotonic)
 
     def run(self, strategy: Callable[[], None]) -> None:
-        """Run a strategy; Ctrl-C ends it, with the best so far, if one was found."""
+        """Run a strategy. Ctrl-C ends it; the best trial so far is then the result, if one was accepted."""
         try:
             strategy()
         except KeyboardInterrupt:
@@ -75,11 +80,11 @@ class Engine(Generic[Made]):
             self.interrupted = True
 
     def attempt(self, label: str, config: Config) -> Trial | None:
-        """Try one configuration, and return the trial.
+        """Try one configuration.
 
         Returns:
-            None where the configuration is impossible, makes nothing smaller or repeats an earlier plan, or where no
-            evaluation is left.
+            The trial, or None where the configuration is impossible, makes nothing smaller or repeats an earlier plan, or
+            where no evaluation is left.
         """
         if self.evaluations < 1:
             return None
@@ -119,15 +124,17 @@ def smallest(
     """Look for the smallest model that is accepted: fewer bits of whole matrices first, then rank and bits together.
 
     Args:
-        whole: returns the configuration of whole matrices in a storage.
-        within: returns a configuration for a number of bytes, whose factors bear the given storage; None if there is none.
-        storages: of whole matrices, from the largest to the smallest; the largest is tried only where int8 is refused.
+        engine: tries the configurations.
+        whole: takes a storage and returns the configuration of whole matrices in it.
+        within: takes a number of bytes and a storage for factors, and returns a configuration; None where none fits.
+        storages: storages of whole matrices, from the largest to the smallest; the largest is tried only if int8 is
+            refused.
     """
     bits = [name for name in storages if name in STORAGES]
     lowest = _fewest_bits(engine, whole, bits)
     if engine.best is None:
         return
-    # Low rank and the fewest bits together lose too much: factors get one storage more than whole matrices bear.
+    # Low rank and the fewest bits together lose too much: factors get the next larger storage than whole matrices need.
     storage = bits[max(lowest - 1, bits.index(FIRST))]
     high, low = float(_matrix_bytes(engine.best[2])), 0.0
     while engine.evaluations > 0 and high > max(NEAR * low, 1.0):
@@ -141,7 +148,7 @@ def smallest(
 
 
 def _fewest_bits(engine: Engine[Made], whole: Callable[[str], Quantize], bits: list[str]) -> int:
-    """Return the index of the smallest storage that is accepted, found by bisection; 0 if int8 is not."""
+    """Return the index of the smallest storage that is accepted, found by bisection; 0 if int8 is not accepted."""
 
     def accepts(index: int) -> bool:
         trial = engine.attempt(bits[index], whole(bits[index]))
@@ -158,7 +165,7 @@ def _fewest_bits(engine: Engine[Made], whole: Callable[[str], Quantize], bits: l
 
 
 def try_all(engine: Engine[Made], candidates: Iterable[tuple[str, Config | None]], *, first_only: bool = False) -> None:
-    """Try labelled configurations in order, as long as evaluations are left, or up to the first that is accepted."""
+    """Try labelled configurations in order, as long as evaluations are left; ``first_only`` ends at the first accepted."""
     for label, config in candidates:
         if config is not None:
             trial = engine.attempt(label, config)

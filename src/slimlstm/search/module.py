@@ -1,4 +1,4 @@
-"""Searches on modules: the smallest model that a metric allows, or the best one that bytes or a latency allow."""
+"""Search on modules: for the smallest model that a metric allows, or the best model within bytes or a latency."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ from slimlstm.search.result import (
 )
 
 _SHARES = (0.2, 0.14, 0.1, 0.07, 0.05, 0.035, 0.025)
-"""Shares of the dense matrices' bytes that a search for a latency gives to factors in int8; whole matrices in int8 take a
-quarter."""
+"""Sizes of factors in int8 that a search for a latency tries, as shares of the dense matrices' bytes; whole matrices in
+int8 take a quarter."""
 
 
 @plain_mode()
@@ -62,28 +62,31 @@ def find_smallest(
     metric_name: str = "metric",
     progress: Progress | None = None,
 ) -> SmallerModel:
-    """Return the smallest compressed copy of ``model`` whose metric is at most so much worse; the model does not change.
+    """Return the smallest compressed copy of ``model`` whose metric meets a limit; the model does not change.
 
-    Tries int8 first, then fewer bits of whole matrices, then rank and bits together for fewer and fewer bytes. Batches
-    improve every step after int8, and a loss beside them lets the search weigh matrices against each other. Ctrl-C ends the
-    search with the best model so far.
+    The search tries int8 first, then fewer bits of whole matrices, then rank and bits together for fewer and fewer bytes.
+    Batches improve every step after int8. With a loss too, the search can weigh the matrices against each other. Ctrl-C
+    ends the search with the best model so far.
 
     Args:
         model: any module that :func:`slimlstm.compress_` can compress.
-        metric: takes a compressed copy in evaluation mode, and returns a number, or one value for each example [n]. The
-            mean then has to meet the limit with 95% confidence for new examples. Measure it on data that ``batches`` do
-            not contain.
+        metric: takes a compressed copy in evaluation mode, and returns a number, or one value for each example [n]. With
+            values of examples, their mean has to meet the limit with 95% confidence for new examples. Measure it on data
+            that ``batches`` do not contain.
         better: ``"lower"`` for a perplexity or an error, ``"higher"`` for an accuracy.
         at_most: how much worse the metric may get: a share of the uncompressed model's metric such as ``"1%"``, or a number
             in the metric's units.
         batches, loss, calibration: see :func:`slimlstm.compress_`; batches have to be iterable more than once.
         target, filter: see :class:`slimlstm.LowRank`.
-        evaluations: how often to compute the metric at most, once of it for the uncompressed model.
+        evaluations: the largest number of times to compute the metric, the uncompressed model included.
         inputs: arguments of one call of the model, to time every copy beside the uncompressed model.
         output: a JSON file for the search so far, written after every trial; it holds the best plan.
-        metric_name: what to call the metric in tables.
-        progress: called after each trial with the trial and the seconds left at most; None prints a line for each on a
-            terminal.
+        metric_name: the name of the metric in tables.
+        progress: called after each trial with the trial and an upper bound on the seconds left; None prints a line for
+            each trial on a terminal.
+
+    Returns:
+        The best copy, its report and plan, and every trial.
 
     Raises:
         SlimLSTMError: nothing smaller meets the limit, the metric of the uncompressed model is not finite, an argument is
@@ -148,8 +151,8 @@ def find_best(
 
     Args:
         bytes: the most that all selected matrices together may take when saved. Give this or ``latency``.
-        latency: the most seconds that ``model(*inputs)`` may take, as a median on PyTorch's current threads. The search
-            goes from slow to fast, and ends at the first model that is fast enough.
+        latency: the most seconds that ``model(*inputs)`` may take, as a median with PyTorch's current number of threads.
+            The search goes from slow to fast models, and ends at the first one that is fast enough.
         inputs: arguments of one call; needed for a latency.
         model, metric, better, batches, loss, calibration, target, filter, evaluations, output, metric_name, progress: see
             :func:`find_smallest`.
@@ -216,7 +219,7 @@ class _Subject:
         if isinstance(self.batches, Iterator):
             raise SlimLSTMError("the batches are an iterator, but a search needs them more than once; give a list")
         if self.loss is not None and self.batches is None:
-            raise SlimLSTMError("a loss takes batches beside it")
+            raise SlimLSTMError("a loss takes batches to be computed on; give batches= too")
 
     def dense_trial(self, evaluations: int) -> Trial:
         """Return the trial of the uncompressed model, measured on a copy."""
@@ -243,13 +246,13 @@ class _Subject:
         return trial, compress_(trial, config, calibration=self.moments)
 
     def make_within(self, budget: int) -> Callable[[Config], tuple[nn.Module, Report]]:
-        """Return :meth:`make`, but refusing results of more bytes."""
+        """Return a function like :meth:`make` that refuses results with more than ``budget`` bytes of matrices."""
 
         def make(config: Config) -> tuple[nn.Module, Report]:
             made, report = self.make(config)
             size = sum(site.bytes_after for site in report.sites)
             if size > budget:
-                raise SlimLSTMError(f"{size:,} bytes are over {budget:,}")
+                raise SlimLSTMError(f"the matrices take {size:,} bytes, more than {budget:,}")
             return made, report
 
         return make
@@ -264,7 +267,7 @@ class _Subject:
         return Quantize(storage, self.target, self.filter)
 
     def within(self, budget: int, storage: str) -> Config | None:
-        """Return the plan for a number of bytes, or without a loss factors in one storage."""
+        """Return a plan by sensitivities for a number of bytes, or, without a loss, factors in one storage."""
         if self.sensitivity is not None:
             return self.sensitivity.plan(budget) if budget >= self.sensitivity.smallest_bytes else None
         method = "svd" if self.moments is None else "activation"
@@ -278,7 +281,7 @@ class _Subject:
         return found + [(f"{name} factors, {budget:,} bytes", self.within(budget, name)) for name in ("int8", "int5")]
 
     def fast_candidates(self) -> list[tuple[str, Config]]:
-        """Return configurations from the slowest to the fastest. Fewer bits than int8's are no faster."""
+        """Return configurations from the slowest to the fastest; storages with fewer bits than int8 are no faster."""
         method = "svd" if self.moments is None else "activation" if self.loss is None else "fisher"
         found: list[tuple[str, Config]] = [(name, self.whole(name)) for name in ("bfloat16", "int8")]
         for share in _SHARES:
@@ -313,7 +316,7 @@ def _searched(
     output: str | os.PathLike[str] | None,
     progress: Progress | None,
 ) -> SmallerModel:
-    """Run a strategy, and return its result; the search so far stays on disk whatever happens."""
+    """Run a strategy, and return its result; after every trial the search so far is written to ``output``."""
     report_trial = shown(metric_name) if progress is None else progress
 
     def on_trial(trial: Trial, left: float) -> None:

@@ -53,24 +53,29 @@ def shrink_onnx(
     metric_name: str = "metric",
     progress: Progress | None = None,
 ) -> Search:
-    """Write the smallest version of an ONNX file whose outputs disagree with the file's by so little.
+    """Write the smallest version of an ONNX file whose outputs agree with the outputs of the file, up to a limit.
 
-    The last third of the runs measures, the others calibrate; with a metric all of them do. The output file is written at
-    the first trial that meets the limit and replaced by every smaller one, so an interrupted search leaves the best so far.
+    The last third of the runs measures the disagreement, the others calibrate; with a metric all runs calibrate. The output
+    file is written at the first trial that meets the limit and replaced by every smaller one, so an interrupted search
+    leaves the best version so far.
 
     Args:
         path: the file.
         output: the file to write.
         runs: inputs by name, one mapping a run.
-        at_most: the most disagreement, from 0 to 1, or as a percentage. With a metric see :func:`slimlstm.find_smallest`.
+        at_most: the largest disagreement, a number from 0 to 1 or a percentage such as ``"1%"``. With a metric see
+            :func:`slimlstm.find_smallest`.
         measure: ``"argmax"`` is the share of rows whose largest entry moves, ``"cosine"`` is 1 minus the cosine, and
             ``"noise"`` the squared difference over the squared output. ``"auto"`` chooses one for each output by its kind;
             the worst output counts.
         metric: takes the path of a file, and returns a number or one value for each example; used instead of a measure.
         better: ``"lower"`` or ``"higher"``, the direction in which the metric improves.
-        evaluations: how many files to measure at most, the uncompressed one included.
-        metric_name: what to call the metric in tables.
+        evaluations: the largest number of files to measure, the uncompressed one included.
+        metric_name: the name of the metric in tables.
         progress: see :func:`slimlstm.find_smallest`.
+
+    Returns:
+        The best trial, its report and plan, and every trial.
 
     Raises:
         SlimLSTMError: no runs are given, a metric is given without its direction or beside a measure, nothing smaller meets
@@ -122,7 +127,7 @@ def shrink_onnx(
 
 @dataclass(frozen=True)
 class _Goal:
-    """The limit of a search: a file's ``measure`` has to be at ``limit``, or ``better``."""
+    """The goal of a search: the result of ``measure`` for a file has to be equal to ``limit`` or better."""
 
     measure: Callable[[Path], Measured]
     limit: float
@@ -136,7 +141,7 @@ class _Goal:
 def _agreement(
     path: Path, runs: Sequence[RunInputs], at_most: str | float, measure: str
 ) -> tuple[_Goal, Sequence[RunInputs]]:
-    """Return the goal that outputs agree with the file's, and the runs that calibrate."""
+    """Return the goal that outputs agree with the uncompressed file's outputs, and the runs that calibrate."""
     limit = limit_of(1.0, at_most, "lower") - 1.0
     held_out, calibrating = _split(runs)
     model = read_model(path)
@@ -169,7 +174,7 @@ def _own_metric(
 
 
 def _split(runs: Sequence[RunInputs]) -> tuple[list[RunInputs], list[RunInputs]]:
-    """Return the runs that measure and those that calibrate; a single run does both."""
+    """Return the runs that measure, and the runs that calibrate; a single run does both."""
     if len(runs) == 1:
         return list(runs), list(runs)
     count = max(1, len(runs) // 3)

@@ -1,4 +1,4 @@
-"""Progress of a search on a terminal."""
+"""Show the progress of a search on a terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from slimlstm.progress import on_terminal
 from slimlstm.search.result import Trial
 
 Progress = Callable[[Trial, float], None]
-"""Called after each trial with the trial and the seconds left at most."""
+"""Called after each trial with the trial and an upper bound on the seconds left."""
 
 
 def shown(metric_name: str) -> Progress:

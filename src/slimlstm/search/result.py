@@ -25,19 +25,19 @@ Metric = Callable[[nn.Module], "float | Tensor | ArrayLike"]
 """Takes a model and returns a number, such as a perplexity, or one value for each held-out example [n], such as 1.0 for a
 right answer and 0.0 for a wrong one."""
 CONFIDENCE = 0.995
-"""Probability that the mean of new examples is no worse than a trial's margin says. Ten trials then are all right in about
-95 cases of 100, so that the smallest one that is accepted is no mere stroke of luck."""
+"""Probability that the mean of new examples is no worse than a trial's margin says. The margins of ten trials then all hold
+in about 95 of 100 searches, so that the smallest accepted trial was hardly accepted by chance."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A metric.
+    """Value of a metric.
 
     Attributes:
         value: the number, or the mean over the examples.
         margin: how much worse new examples may be, by a t-test with :data:`CONFIDENCE` on the differences to the
-            uncompressed model; 0 without values of examples.
-        examples: the values of the examples [n], None for a number.
+            uncompressed model; 0 for a number.
+        examples: the values of the examples [n], or None for a number.
     """
 
     value: float
@@ -46,10 +46,15 @@ class Measured:
 
     @classmethod
     def of(cls, found: float | Tensor | ArrayLike, dense: Measured | None = None) -> Measured:
-        """Return the result of a user's metric, beside the uncompressed model's.
+        """Return the value of a user's metric, compared with the uncompressed model's.
+
+        Args:
+            found: the result of the metric: a number, or one value for each example [n].
+            dense: the value for the uncompressed model; None where ``found`` is for the uncompressed model.
 
         Raises:
-            SlimLSTMError: it is neither a number nor a list of numbers, or the examples are not the uncompressed model's.
+            SlimLSTMError: ``found`` is neither a number nor a list of numbers, or has another shape than for the
+                uncompressed model.
 
         Examples:
             >>> dense = Measured.of([1.0, 1.0, 1.0, 1.0])
@@ -101,9 +106,9 @@ class Trial:
 
     Attributes:
         label: the method, storage and size in words.
-        plan: for :func:`slimlstm.compress_`; None for the dense model.
-        bytes: of the whole model, or of the ONNX file.
-        metric: its value.
+        plan: the plan for :func:`slimlstm.compress_`; None for the dense model.
+        bytes: the bytes of the whole model, or of the ONNX file.
+        metric: the value of the metric.
         accepted: whether the metric, and a latency where one was asked for, meet the limit.
         latency: median seconds of a call; None where no example inputs were given.
         faster: the dense model's median seconds over ``latency``, from interleaved calls in one run.
@@ -132,12 +137,12 @@ class Search:
         dense: the uncompressed model.
         trials: every compressed model that was measured, in order.
         best: the chosen trial.
-        report: of its compression.
-        limit: what the search had to meet, in words.
+        report: the report of the chosen trial's compression.
+        limit: the limit that the search had to meet, in words.
         better: the metric's better direction.
-        metric_name: how to call the metric in tables.
+        metric_name: the name of the metric in tables.
         interrupted: whether Ctrl-C ended the search, so that ``best`` is the best so far.
-        notes: what else to know, such as candidates that could not be made.
+        notes: further remarks, such as configurations that were impossible.
         worst: the worst metric that meets the limit; None where the limit is on bytes or a latency.
     """
 
@@ -165,7 +170,7 @@ class Search:
 
     @property
     def frontier(self) -> list[Trial]:
-        """The trials, and the dense model, than which none is both smaller and better; largest first."""
+        """The trials, the dense model included, that no other betters in both bytes and metric; largest first."""
         sign = -1.0 if self.better == "higher" else 1.0
         ordered = sorted([self.dense, *self.trials], key=lambda trial: (trial.bytes, sign * trial.metric))
         frontier: list[Trial] = []
@@ -229,7 +234,8 @@ def limit_of(dense: float, at_most: str | float, better: Better) -> float:
         better: the metric's better direction.
 
     Raises:
-        SlimLSTMError: ``at_most`` is neither, or is a share of zero.
+        SlimLSTMError: ``better`` is no direction, or ``at_most`` is neither a share nor a number, is negative, or is a
+            share of zero.
 
     Examples:
         >>> limit_of(80.0, "1%", "lower"), limit_of(0.875, 0.125, "higher")
@@ -255,7 +261,7 @@ def limit_of(dense: float, at_most: str | float, better: Better) -> float:
 
 
 def limit_in_words(name: str, better: Better, limit: float, dense: Measured) -> str:
-    """Return what a metric has to reach.
+    """Return the limit of a metric in words.
 
     Examples:
         >>> limit_in_words("accuracy", "higher", 0.891, Measured(0.9))

@@ -20,7 +20,12 @@ _DIGITS = 64
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace the file ``path`` by a checkpoint with this content: tensors, numbers, strings, lists and dictionaries."""
+    """Write a checkpoint to the file ``path``, replacing an old one.
+
+    Args:
+        path: the file.
+        content: tensors, numbers, strings, and lists and dictionaries of them.
+    """
     stream = io.BytesIO()
     torch.save({"format": _FORMAT, **content}, stream)
     written = stream.getvalue()

@@ -1,7 +1,7 @@
-"""Train weights that a storage such as int8 holds, so that the model always computes with numbers of that storage.
+"""Train weights that have a storage such as int8, so that the model always computes with numbers that it can hold.
 
 Gradients are taken at the rounded weights and applied to exact copies (straight-through estimator: Bengio, Léonard,
-Courville 2013, arXiv 1308.3432). So steps smaller than the distance of two codes add up.
+Courville 2013, arXiv 1308.3432). In this way, steps smaller than the distance of two codes add up.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Grid:
     """The trained parameters that have a storage.
 
     Args:
-        model: the model, whose modules know the storages.
+        model: the model, whose modules record the storages.
         trained: its trained parameters, by name.
 
     Attributes:
@@ -58,7 +58,7 @@ class Grid:
 
     @torch.no_grad()
     def enter(self) -> None:
-        """Keep the parameters' weights as the exact ones, and round the parameters."""
+        """Copy the parameters' weights to ``exact``, and round the parameters."""
         for name, (parameter, storage) in self._trained.items():
             self.exact[name].copy_(parameter)
             parameter.copy_(rounded(self.exact[name], storage))

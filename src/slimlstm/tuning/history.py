@@ -15,7 +15,7 @@ class History:
         losses: the loss of every step, the mean over all processes.
         validations: pairs of a number of steps and the value that ``validate`` returned after them; the first pair is the
             model before training.
-        best_step: the number of steps after which the model had the weights that it has now.
+        best_step: the number of steps after which the model had its present weights.
         seconds: wall-clock time; a resumed run includes its earlier parts.
         stopped: why the run ended: ``"steps"``, ``"minutes"`` or ``"patience"``.
 
@@ -33,7 +33,7 @@ class History:
 
     @property
     def steps(self) -> int:
-        """Return the number of steps."""
+        """The number of steps."""
         return len(self.losses)
 
     def to_dict(self) -> dict[str, Any]:
@@ -47,8 +47,9 @@ class RunRecord:
 
     Attributes:
         epoch: the current epoch, from 0.
-        position: the steps taken in this epoch.
-        mark: the last point of validation that was passed, from 0; -1 before the first. Points divide the budget evenly.
+        position: the number of steps taken in this epoch.
+        mark: the number of the last validation point that was passed, from 0; -1 before the first. Validation points divide
+            the budget evenly.
         best_step: the number of steps after which ``best_value`` was found.
         best_value: the lowest value that ``validate`` has returned.
         seconds: wall-clock time, earlier parts of a resumed run included.
@@ -70,10 +71,14 @@ class RunRecord:
 
     @property
     def step(self) -> int:
-        """Return the number of steps so far."""
+        """The number of steps so far."""
         return len(self.losses)
 
     def history(self, *, has_best_weights: bool) -> History:
-        """Return the finished run's history; ``has_best_weights`` if the model has the best weights, not the last."""
+        """Return the finished run's history.
+
+        Args:
+            has_best_weights: whether the model has the best weights rather than the last ones.
+        """
         best_step = self.best_step if has_best_weights else self.step
         return History(self.losses, self.validations, best_step, self.seconds, self.stopped)

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Processes:
-    """``count`` processes that train together; this one has number ``rank`` and computes on ``device``."""
+    """Processes that train together.
+
+    Attributes:
+        device: the device of this process.
+        rank: the number of this process, from 0.
+        count: the number of processes.
+    """
 
     device: torch.device
     rank: int = 0

@@ -24,8 +24,11 @@ from slimlstm.tuning.processes import Processes
 from slimlstm.tuning.sampling import Batches, check_not_of_inference, own_batches, seed_with
 
 _WARM_UP = 0.05
+"""Fraction of the budget during which the learning rate rises."""
 _LARGEST_NORM = 1.0
+"""The norm that gradients are clipped to."""
 _SECONDS_BETWEEN_WRITES = 60.0
+"""Seconds between two checkpoints without a validation."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ class Run:
         return True
 
     def _validated(self, validate: Callable[[nn.Module], float]) -> float:
-        """Return the model's value; process 0 computes it."""
+        """Return the value of ``validate``, which process 0 computes for all."""
         value = math.nan
         if self.processes.rank == 0:
             with evaluation_mode(self.model), torch.no_grad():

@@ -1,4 +1,4 @@
-"""The batches of each step and process, and the random numbers of each."""
+"""Give each step and process its batch and its random numbers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,12 @@ def check_batches(batches: Batches) -> None:
 
 
 def check_not_of_inference(tensors: Any, what: str) -> None:
-    """Raise SlimLSTMError if ``tensors``, nested in lists, tuples or mappings, hold one that inference mode made."""
+    """Raise SlimLSTMError if a tensor was made in inference mode.
+
+    Args:
+        tensors: tensors, also nested in lists, tuples or mappings.
+        what: the beginning of the message, such as ``"a batch holds tensors"``.
+    """
     if any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in pytree.tree_leaves(tensors)):
         raise SlimLSTMError(
             f"{what} from torch.inference_mode(), which nothing can train; make them outside of it, or clone them outside"
@@ -42,10 +47,15 @@ def check_not_of_inference(tensors: Any, what: str) -> None:
 
 
 def own_batches(batches: Batches, record: RunRecord, processes: Processes, seed: int) -> Iterator[Any]:
-    """Yield this process's batch of every step, from ``record`` on, without end; update the record's epoch and position.
+    """Yield this process's batches without end, one for each step, beginning at the record's epoch and position.
+
+    The record's epoch and position are updated.
 
     The random numbers of a batch depend only on ``seed``, the epoch and the position in it, so that a resumed run draws the
     same batches.
+
+    Raises:
+        SlimLSTMError: an epoch has too few batches for all processes, or fewer than a resumed run has taken of it.
     """
     while True:
         seed_with(seed, "epoch", record.epoch)

@@ -44,9 +44,10 @@ def finetune(
     falls to zero as a cosine. Gradients are clipped to a norm of 1. The model trains in training mode, so its own dropout
     is active.
 
-    With ``validate`` the model ends with the best weights found, so it never ends worse than it began; without, it ends
-    with the last weights. After an error or an interrupt it has the best weights found, or without ``validate`` the
-    weights from before the run. Training modes, ``requires_grad`` and PyTorch's random numbers are restored.
+    With ``validate`` the model ends with the best weights found, so it never ends worse than it began. Without it, the
+    model ends with the last weights. After an error or an interrupt the model has the best weights found, or, without
+    ``validate``, the weights from before the run. Training modes, ``requires_grad`` and PyTorch's random numbers are
+    restored.
 
     Weights with a storage such as int8 keep it: the model computes with rounded weights at every step and ends with them,
     while the optimizer changes exact copies (:mod:`slimlstm.tuning.grid`). So :func:`slimlstm.save` works afterwards.
@@ -68,11 +69,11 @@ def finetune(
         lr: the highest learning rate. Distillation has less noisy gradients than labels and allows 1e-3.
         parameters: the parameters to train; by default all that require gradients.
         validate: takes the model in evaluation mode and returns a number, lower being better.
-        validations: how many times ``validate`` is called after the first step, evenly spread; it is also called once
-            before.
+        validations: how many times ``validate`` is called after the first step, evenly spread over the budget. It is also
+            called once before the first step.
         patience: stop after this many validations in a row without a new best value.
         dtype: ``torch.bfloat16`` computes under autocast; parameters and optimizer keep their dtype.
-        seed: seed of dropout and of all other use of PyTorch's random numbers, drawing ``batches`` included.
+        seed: the seed of PyTorch's random numbers, for dropout, for drawing ``batches`` and for everything else.
         checkpoint: a file to write at every validation and every minute. If the file exists, the same call with the same
             model continues from it, and after the same number of steps has the same weights.
         progress: called after every step with a line of text and the fraction of the budget used; None draws a bar on a

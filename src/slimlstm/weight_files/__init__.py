@@ -1,4 +1,7 @@
-"""Compress, read and rebuild the LSTMs in weight files, without the code of their models. Names and gates are PyTorch's."""
+"""Compress, read and rebuild the LSTMs in weight files, without the code of their models.
+
+Names, and the order of gates, are PyTorch's.
+"""
 
 from slimlstm.weight_files.compress import compress_file
 from slimlstm.weight_files.layers import layers_of

@@ -1,4 +1,4 @@
-"""Checks that everything with the name of a recurrent weight is understood, and that its tensors fit each other."""
+"""Check that every tensor with the name of a recurrent weight is understood, and that the tensors of a layer fit."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ _MOST_NAMED = 5
 
 
 def check_tensors(tensors: Mapping[str, Tensor], limit: int) -> list[str]:
-    """Return notes on recurrent layers of other kinds, which stay as they are.
+    """Check named tensors; return notes on recurrent layers of other kinds, which stay as they are.
 
     Args:
         tensors: named tensors; see :func:`slimlstm.weight_files.computed.with_whole_weights`.
-        limit: the bytes that all matrices together may take, products of factors included.
+        limit: the most bytes that all matrices together may take, with factors multiplied.
 
     Raises:
-        SlimLSTMError: a recurrent weight is not part of a layer, or tensors of a layer do not fit each other.
+        SlimLSTMError: a recurrent weight is not part of a layer, tensors of a layer do not fit each other, or the matrices
+            take more than ``limit`` bytes.
     """
     matrices = find_matrices(tensors)
     _check(problem for name, tensor in tensors.items() for problem in _plain_problems(name, tensor))

@@ -47,16 +47,20 @@ def compress_file(
     Args:
         path: a weight file or a folder; see :func:`slimlstm.weight_files.read_tensors`.
         config: see :func:`slimlstm.compress_`.
-        folder: the folder to write, another than ``path`` and its own.
+        folder: the folder to write. It must not be ``path``, nor a compressed folder that ``path`` belongs to.
         progress: called with a site's key and the fraction done; None draws a bar on a terminal.
-        storage: also round every selected site to this storage.
+        storage: a storage to which every selected site is rounded in addition.
         part: which state dict of a checkpoint with several; see :func:`slimlstm.weight_files.read_tensors`.
-        calibration: moments from :func:`slimlstm.calibrate` on the model that these weights belong to, for the calibrated
+        calibration: moments from :func:`slimlstm.calibrate` on the model that these weights belong to, for calibrated
             methods. A weight file has no model to run batches through.
 
+    Returns:
+        A report of every site and of the whole file.
+
     Raises:
-        SlimLSTMError: see :func:`slimlstm.weight_files.read_tensors`, :func:`slimlstm.compress_` and :func:`slimlstm.save`;
-            or nothing would get smaller. Nothing is written then.
+        SlimLSTMError: the file holds no LSTM, or nothing would get smaller; or see
+            :func:`slimlstm.weight_files.read_tensors`, :func:`slimlstm.compress_` and :func:`slimlstm.save`. Nothing is
+            written then.
 
     Examples:
         >>> import tempfile, torch, slimlstm
@@ -69,7 +73,9 @@ def compress_file(
     tensors, notes = read_weights(path, part)
     source = FileSource(tensors, read_config(path)["sites"] if path.is_dir() else {})
     if not source.sites():
-        raise SlimLSTMError(f"{path} holds no weights of an LSTM, by names (weight_hh_l0) and shapes ([4H, H])")
+        raise SlimLSTMError(
+            f"{path} holds no weights of an LSTM: no names such as weight_hh_l0 with shapes [4H, H]; give a file that does"
+        )
     if storage is not None:
         config = with_storage(config, storage, source.sites())
     with shown("compressing", progress) as report_progress:
@@ -114,10 +120,10 @@ class FileSource:
 
     Args:
         tensors: a state dict; it does not change.
-        known: the site entries of the folder that it is from, if it is from one.
+        known: the site entries of the folder that the tensors are from, empty if they are from a file.
 
     Attributes:
-        state: the tensors after :meth:`put`, by the names that the compressed module's ``state_dict`` has.
+        state: the tensors after :meth:`put`, by their names in the ``state_dict`` of the compressed model.
         entries: the entries of compressed sites for ``config.json``.
     """
 
@@ -138,7 +144,7 @@ class FileSource:
         return self.state[self._names[site.key][0]]
 
     def sites(self) -> list[Site]:
-        """Return the recurrent matrices, in the order of the file."""
+        """Return the site of every recurrent matrix, in the order of the file."""
         return list(self._sites.values())
 
     def weight(self, site: Site) -> Matrix:
@@ -155,7 +161,7 @@ class FileSource:
         return self._first(site).element_size()
 
     def check(self, site: Site, plan: SitePlan) -> None:
-        """Raise if the projection that is rounded together with an hh matrix is not finite."""
+        """Raise :class:`SlimLSTMError` if the projection that is rounded together with an hh matrix is not finite."""
         projection = self._projection(site)
         if plan.storage is not None and projection is not None:
             check_matrix(self.state[projection])
@@ -189,18 +195,18 @@ class FileSource:
         return name if name != site.key and name in self.state else None
 
     def size(self) -> Sizes:
-        """Return the size of the LSTMs with their biases and of everything; weights under a mask are no parameters."""
+        """Return the sizes of the LSTMs with their biases and of everything; masked weights do not count as parameters."""
         return _sizes(self.state, self.entries)
 
 
 def _with_origin(site: Site, entry: Mapping[str, Any]) -> Site:
-    """Return the site with what only its folder knows: the storage and the method."""
+    """Return the site with its storage and its method, which only its folder's entry names."""
     is_changed = site.rank is not None or site.nonzeros is not None
     return replace(site, storage=entry.get("storage"), method=entry.get("method") if is_changed else None)
 
 
 def _stored_as(site: Site, matrix: Tensor, factors: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensors:
-    """Return the names and tensors that the compressed module's ``state_dict`` has for one matrix."""
+    """Return the tensors of one matrix, by their names in the ``state_dict`` of the compressed model."""
     if factors is not None:
         return {f"{site.key}_u": factors[0], f"{site.key}_v": factors[1]}
     if mask is None:
@@ -211,7 +217,7 @@ def _stored_as(site: Site, matrix: Tensor, factors: tuple[Tensor, Tensor] | None
 
 
 def _sizes(tensors: Mapping[str, Tensor], entries: Mapping[str, Mapping[str, Any]]) -> Sizes:
-    """Return the size of the LSTMs with their biases, and of everything; weights under a mask are no parameters."""
+    """Return the sizes of the LSTMs with their biases and of everything; masked weights do not count as parameters."""
     matrices = find_matrices(tensors)
     masked = {site: names for site, names in matrices.items() if site.nonzeros is not None}
     zeroed = {names[0]: tensors[names[0]].numel() - (site.nonzeros or 0) for site, names in masked.items()}

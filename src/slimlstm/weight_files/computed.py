@@ -1,8 +1,8 @@
-"""Recurrent weights that a file holds in parts: pruned, in weight norm or in spectral norm.
+"""Compute recurrent weights that a file holds in parts: pruned, in weight norm or in spectral norm.
 
 PyTorch's training aids keep a weight in several tensors, and compute it before every call. Each known set of parts has a
-row in :data:`SCHEMES`. Any other tensor that carries the name of a recurrent weight is refused: it says that some code,
-which is not in the file, computes the weight.
+row in :data:`SCHEMES`. Any other tensor that carries the name of a recurrent weight is refused, because code that is not in
+the file would compute the weight from it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MOST_NAMED = 10
 
 
 class Part(NamedTuple):
-    """One tensor of a recurrent weight or bias, by the parts of its name.
+    """The name of a tensor of a recurrent weight or bias, split in two.
 
     Attributes:
         place: the name that the whole weight would have, such as ``"encoder.weight_hh_l0"``.
@@ -38,7 +38,7 @@ class Part(NamedTuple):
 
 
 def part_of(name: str) -> Part | None:
-    """Return the parts of the name of a tensor of a recurrent weight or bias; None for other tensors.
+    """Return the split name of a tensor of a recurrent weight or bias; None for other tensors.
 
     Examples:
         >>> part_of("lstm.weight_hh_l0_orig")
@@ -54,7 +54,7 @@ def part_of(name: str) -> Part | None:
 
 
 def with_whole_weights(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Return named tensors with every recurrent weight in one tensor, or in one and its mask, and notes for the report.
+    """Return named tensors in which every recurrent weight is one tensor, or one and its mask, and notes for the report.
 
     Raises:
         SlimLSTMError: a tensor carries the name of a recurrent weight in an unknown way, or parts do not fit.
@@ -136,9 +136,9 @@ class Scheme(NamedTuple):
     """A known set of tensors that hold one weight.
 
     Attributes:
-        parts: the endings of their names.
-        words: what users call it.
-        whole: computes the tensors to keep instead, from the weight's name and the parts; None where all stay.
+        parts: the endings of the tensors' names.
+        words: the scheme's name for users.
+        whole: takes the weight's name and the parts, and returns the tensors to use instead; None where all parts stay.
     """
 
     parts: tuple[str, ...]

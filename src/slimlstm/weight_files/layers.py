@@ -21,10 +21,13 @@ def layers_of(
     Args:
         tensors: see :func:`slimlstm.weight_files.read_tensors`; factors stay factors.
         sites: the site entries of a folder's ``config.json``, which name the storages.
+
+    Returns:
+        The layers by name, in their order, such as ``"encoder layer 0"``.
     """
     matrices = {site.key: (site, names) for site, names in find_matrices(tensors).items()}
     found: dict[str, LowRankLSTM] = {}
-    # Files order names in their own ways; the layers' numbers give the order here.
+    # Files list names in any order, so sort by the numbers of the layers.
     for key in sorted(matrices, key=_natural):
         site, _ = matrices[key]
         if site.target == "hh" and not site.reverse:

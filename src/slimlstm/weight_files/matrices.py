@@ -17,8 +17,8 @@ _PARAMETRIZED = re.compile(r"(?:(.*)\.)?parametrizations\.(weight_[^.]*)\.origin
 def find_matrices(tensors: Mapping[str, Tensor]) -> dict[Site, tuple[str, ...]]:
     """Return the recurrent matrices among named tensors, each with the names of the tensors that hold it.
 
-    A dense matrix has one name, factors have two, a masked matrix has its own and the mask's. Matrices of a GRU or a plain
-    RNN, recognised by their shapes, are left out.
+    A dense matrix is held by one tensor, factors by two, and a masked matrix by its own tensor and its mask. Matrices of a
+    GRU or a plain RNN, recognised by their shapes, are left out.
     """
     found: dict[tuple[str, str], tuple[str, ...]] = {}
     for name in tensors:
@@ -51,7 +51,7 @@ def stored_matrix(names: tuple[str, ...], tensors: Mapping[str, Tensor]) -> Matr
 
 
 def _as_matrix(name: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The canonical name of the matrix that a tensor is, or is the first factor of, and the tensors it is kept in."""
+    """Yield the canonical name of the matrix that a tensor holds alone or first, and the names of all its tensors."""
     match = _PARAMETRIZED.fullmatch(name)
     if match:
         mask = f"{name.removesuffix('original')}0.mask"

@@ -1,7 +1,8 @@
 """Read PyTorch's pickled checkpoints, without running any code in them, and find the state dicts inside.
 
-``torch.load(weights_only=True)`` reads tensors and plain data. Lightning's and other trainers' checkpoints name classes and
-functions besides (settings, callbacks). Each such name is replaced by an inert :class:`_Unknown`, so the rest can be read.
+``torch.load(weights_only=True)`` reads tensors and plain data. Checkpoints of Lightning and other trainers also name
+classes and functions (settings, callbacks). Each such name is replaced by an inert :class:`_Unknown`, so that the rest can
+be read.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ StateDicts = dict[str, dict[str, Tensor]]
 
 
 class _Unknown:
-    """An inert object in the place of a class or function that is not looked up."""
+    """An inert object in the place of an object whose class or function is not loaded."""
 
     def __new__(cls, *arguments: Any) -> Any:
         """Return an ordered dictionary: PyTorch's unpickler fills it with items and attributes."""
@@ -37,7 +38,7 @@ class _Unknown:
 
 
 class _UnknownArray:
-    """An inert object in the place of NumPy's, whose state is no dictionary."""
+    """An inert object in the place of an object of NumPy, whose state is no dictionary."""
 
     def __init__(self, *arguments: Any) -> None:
         pass
@@ -47,7 +48,7 @@ class _UnknownArray:
 
 
 def read_state_dicts(path: Path) -> StateDicts:
-    """Return the dictionaries of tensors in a checkpoint, by the path of keys that leads to each; "" for the whole.
+    """Return the dictionaries of tensors in a checkpoint, by the keys that lead to each, joined by dots; "" for the whole.
 
     Raises:
         SlimLSTMError: the file is damaged, of a kind that cannot be read without running code, or holds tensors that are no
@@ -89,12 +90,14 @@ def _reason_of_unpickler(error: BaseException) -> str:
 
 
 def _unknown_names(path: Path) -> list[str]:
-    """Return the classes and functions that a checkpoint names, other than PyTorch's own for tensors; files in old formats
-    and archives that cannot be searched give none."""
+    """Return the names of classes and functions in a checkpoint, except PyTorch's own for tensors.
+
+    Old formats and archives that cannot be searched give none.
+    """
     try:
         return torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:
-        return []  # the reader that follows says why
+        return []  # torch.load, which follows, says what is wrong
 
 
 def _state_dicts(content: object, prefix: str, seen: set[int]) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -112,7 +115,7 @@ def _state_dicts(content: object, prefix: str, seen: set[int]) -> Iterator[tuple
 
 
 def _items(content: object) -> dict[str, object]:
-    """Return what a dictionary, a list, a pickled module or another pickled object holds, by names."""
+    """Return the content of a dictionary, a list, a pickled module or another pickled object, by name."""
     if isinstance(content, (list, tuple, set)):
         return {str(index): value for index, value in enumerate(cast(list[object], content))}
     if not isinstance(content, Mapping):
@@ -138,12 +141,13 @@ def _module_items(attributes: Mapping[str, Any]) -> dict[str, object]:
 
 
 def _check_named(items: Mapping[str, object], prefix: str) -> None:
-    """Refuse a recurrent weight that is no tensor, such as a NumPy array; it would be missed otherwise."""
+    """Refuse a recurrent weight that is no tensor, such as a NumPy array, because it would be overlooked."""
     for key, value in items.items():
         part = part_of(key)
         if part is not None and part.place.rpartition(".")[2].startswith("weight") and not isinstance(value, Tensor):
+            name = f"{prefix}.{key}" if prefix else key
             raise SlimLSTMError(
-                f"{prefix}.{key} is no tensor but {'an object of a class that is not loaded' if value else value!r}; save "
+                f"{name} is no tensor but {'an object of a class that is not loaded' if value else value!r}; save "
                 "a state_dict of tensors instead"
             )
 
@@ -163,10 +167,11 @@ def _check_plain(found: StateDicts, path: Path) -> None:
 
 
 def chosen(found: StateDicts, part: str | None, path: Path) -> dict[str, Tensor]:
-    """Return the one dictionary of tensors with recurrent weights, or the tensors under ``part``, a path of keys.
+    """Return the one dictionary of tensors with recurrent weights, or the tensors under ``part``, keys joined by dots.
 
     Raises:
-        SlimLSTMError: several dictionaries have recurrent weights and ``part`` does not choose one, or it names none.
+        SlimLSTMError: several dictionaries have recurrent weights and ``part`` is None, ``part`` names no dictionary, or
+            the checkpoint has none.
     """
     if part is not None:
         below = {prefix: state for prefix, state in found.items() if prefix == part or prefix.startswith(f"{part}.")}

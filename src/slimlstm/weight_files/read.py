@@ -25,16 +25,16 @@ def read_tensors(path: Path, part: str | None = None) -> Tensors:
     """Return all tensors of a weight file, by name, on the CPU.
 
     A state dict inside another dictionary, a list or a pickled module is found. Weights under PyTorch's pruning, weight
-    norm and spectral norm are computed. An ONNX file gives the weights of its LSTM nodes, nested graphs included, under the
-    names of ``nn.LSTM``.
+    norm and spectral norm are computed. From an ONNX file, the weights of its LSTMs are returned, nested graphs included,
+    under the names of ``nn.LSTM``.
 
     Args:
-        path: a file or folder. Its content decides how it is read; the ending only where the content does not say.
-        part: the keys, joined by dots, that lead to one state dict of a checkpoint with several, such as
-            ``"ema.model"``; the name of an outer dictionary joins all below it.
+        path: a file or folder. The content decides how it is read, and the ending only where the content does not.
+        part: the keys, joined by dots, that lead to one state dict of a checkpoint with several, such as ``"ema.model"``.
+            The name of an outer dictionary selects all state dicts below it.
 
     Raises:
-        SlimLSTMError: the file is missing, damaged, of another kind, or holds recurrent weights that cannot be read, or
+        SlimLSTMError: the file is missing, damaged or of another kind, or holds recurrent weights that cannot be read or
             several sets of them.
     """
     return read_weights(path, part)[0]
