@@ -179,6 +179,17 @@ def _remove_abandoned(path: Path) -> None:
                 draft.unlink()
 
 
+def check_output_file(path: Path, output: Path) -> None:
+    """Refuse to write an ONNX file over a folder or over the file that is read, or without an ending.
+
+    Raises:
+        SlimLSTMError: ``output`` is one of these.
+    """
+    if output.is_dir() or not output.suffix:
+        raise SlimLSTMError(f"{output} is no name of a file; name one that ends in .onnx")
+    check_not_input(path, output)
+
+
 def check_not_input(path: Path, output: Path) -> None:
     """Refuse to write over the file or folder that is read.
 

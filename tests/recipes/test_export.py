@@ -367,6 +367,13 @@ def test_an_axis_that_the_model_closes_is_told(tmp_path):
     assert found.inputs == {"x": [T, "batch", IN]}
 
 
+def test_an_axis_may_be_a_multiple_of_a_size(tmp_path):
+    model, x = nn.LSTM(IN, H).eval(), torch.randn(10, 3, IN)
+    found = export_onnx(model, x, tmp_path / "even.onnx", dynamic_shapes=({0: 2 * torch.export.Dim("half", min=2)},))
+    assert found.inputs["input"][0] == "2*half"
+    assert [list(sizes.values()) for sizes in found.checked] == [[5], [8], [2]]
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [

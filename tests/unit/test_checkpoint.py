@@ -66,7 +66,7 @@ def test_a_nested_state_dict_is_found(wrap, tmp_path):
     model["encoder"](torch.ones(2, 1, INPUTS))[0].sum().backward()
     optimizer.step()
     torch.save(wrap(model.state_dict(), optimizer.state_dict()), tmp_path / "checkpoint.pt")
-    assert equal(read_tensors(tmp_path / "checkpoint.pt"), model.state_dict())
+    assert equal(read_tensors(str(tmp_path / "checkpoint.pt")), model.state_dict())
 
 
 def test_one_of_several_models_in_a_file_is_chosen(tmp_path):
@@ -518,7 +518,7 @@ def test_compress_file_does_what_compress_does(make, config, tmp_path):
     fresh, model = inside(make()), inside(make())
     model.load_state_dict(fresh.state_dict())
     compress_(model, config)
-    compress_file(write(fresh.state_dict(), tmp_path / "w.safetensors"), config, tmp_path / "out")
+    compress_file(str(write(fresh.state_dict(), tmp_path / "w.safetensors")), config, str(tmp_path / "out"))
     assert equal(load(tmp_path / "out", fresh).state_dict(), model.state_dict())
     assert find_sites(fresh) == find_sites(model)
 

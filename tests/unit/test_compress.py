@@ -528,6 +528,7 @@ REFUSED = {
     "plan's weights, a part": (plain, lambda: Plan({KEY: SitePlan("prune", nonzeros=2.5)}), f"{KEY}.* cannot be 2.5"),
     "plan's method": (plain, lambda: Plan({KEY: SitePlan("tucker", 2)}), "no plan for a site: 'svd', 'semi-nmf'"),
     "plan without a rank": (plain, lambda: Plan({KEY: SitePlan("svd")}), "no plan for a site: .* need a rank"),
+    "plan of a list": (plain, lambda: Plan.from_dict([]), "this is no plan: .*items"),
     "plan of something else": (plain, lambda: Plan.from_dict({KEY: {"methods": "svd"}}), "this is no plan: .*methods"),
     "mask on factors": (factored, lambda: Prune(rank=2), "lstm.weight_hh_l1 is a product of factors of rank 2; a mask"),
     "mask on factors in a plan": (

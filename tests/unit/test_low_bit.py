@@ -186,6 +186,15 @@ def test_without_moments_weights_are_rounded_to_nearest():
     assert torch.equal(round_matrix(weight, "int4"), rounded(weight, "int4"))
 
 
+@pytest.mark.parametrize("inputs", [None, torch.eye(8)], ids=["nearest", "feedback"])
+def test_only_float32_is_rounded(inputs):
+    weight = torch.randn(12, 8, dtype=torch.float64)
+    with pytest.raises(sl.SlimLSTMError, match=r"only float32 weights .* not torch\.float64"):
+        round_matrix(weight, "int4", inputs)
+    with pytest.raises(sl.SlimLSTMError, match=r"only float32 weights .* not torch\.float64"):
+        round_factors(weight[:, :2], weight[:2], weight, "int4", inputs)
+
+
 class Tagger(nn.Module):
     def __init__(self):
         super().__init__()

@@ -192,6 +192,18 @@ def test_an_empty_batch_has_empty_outputs(backend):
     assert (output.shape, h.shape, c.shape) == ((2, 0, 4), (1, 0, 4), (1, 0, 4))
 
 
+@every_backend
+@pytest.mark.parametrize("is_training", [True, False])
+def test_no_steps_leave_the_states(backend, is_training):
+    module = LowRankLSTM(3, 4, ranks={"weight_hh_l0": 2}, bidirectional=True, backend=backend).train(is_training)
+    x, states = torch.zeros(0, 2, 3, requires_grad=True), (torch.randn(2, 2, 4), torch.randn(2, 2, 4))
+    output, (h, c) = module(x, states)
+    output.sum().backward()
+    assert (output.shape, x.grad.shape) == ((0, 2, 8), (0, 2, 3))
+    assert torch.equal(h, states[0])
+    assert torch.equal(c, states[1])
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @every_backend

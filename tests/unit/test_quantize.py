@@ -311,7 +311,7 @@ REFUSED = {
     "float32": (
         lambda: make("tagger"),
         lambda: Quantize("float32"),
-        "no storage is called 'float32'; the storages are 'bf",
+        "in float32 nothing gets smaller; the storages to round to are 'bfloat16', 'int8'",
     ),
     "target": (lambda: make("tagger"), lambda: Quantize("int8", "all"), "the target is 'ih', 'hh' or 'both', not 'all'"),
     "plan": (
@@ -324,6 +324,11 @@ REFUSED = {
         STRANGERS["tagger"].make,
         lambda: Quantize("int8"),
         r"lstm.weight_ih_l0: only float32 .* not torch.float64",
+    ),
+    "factors in float64": (
+        lambda: make("tagger", LowRank(rank=2)).double(),
+        lambda: Quantize("int4"),
+        "lstm.weight_ih_l0: only float32 .* torch.float64; convert",
     ),
     "half": (lambda: make("cell").half(), lambda: Quantize("bfloat16"), r"cell.weight_ih: only float32 .* torch.float16"),
     "factors in bfloat16": (

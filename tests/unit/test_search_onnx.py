@@ -4,12 +4,14 @@ import math
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from onnx import helper, numpy_helper
 from onnx_files import INPUTS, H, lstm_parts, save
 from onnx_files import run as run_file
 
 import slimlstm as sl
+from slimlstm.onnx.difference import output_difference
 from slimlstm.search import agreement, limit_of, shrink_onnx
 
 STEPS = 12
@@ -64,6 +66,8 @@ REFUSED = {
     "unknown input": ({"runs": [{"y": np.zeros(3)}]}, "cannot run the model"),
     "limit": ({"at_most": "much"}, "at_most is a share"),
     "evaluations": ({"evaluations": 1}, "at least two"),
+    "the input": ({"output": "model.onnx"}, "is the input, which would be lost"),
+    "a folder": ({"output": "."}, "is no name of a file"),
 }
 
 
@@ -72,9 +76,12 @@ def test_refusals_write_nothing(made, tmp_path, name):
     path, runs = made
     changed, message = REFUSED[name]
     (tmp_path / "small.onnx").write_text("mine")
+    changed = {"runs": runs, "output": "small.onnx"} | changed
+    before = path.read_bytes()
     with pytest.raises(sl.SlimLSTMError, match=message):
-        shrink_onnx(path, tmp_path / "small.onnx", **({"runs": runs} | changed))
+        shrink_onnx(path, tmp_path / changed.pop("output"), **changed)
     assert (tmp_path / "small.onnx").read_text() == "mine"
+    assert path.read_bytes() == before
     assert {entry.name for entry in tmp_path.iterdir()} == {"model.onnx", "small.onnx"}
 
 
@@ -116,6 +123,41 @@ def test_the_measure_is_chosen_by_the_kind_of_output(name):
     value, measure = KINDS[name]
     assert agreement.measure_of([value]) == measure
     assert agreement.disagreement([[value]], [[value]], [measure]) == pytest.approx(0.0, abs=1e-12)
+
+
+UNFIT = {
+    "a sequence": ([P], "auto", "the output y is a list and not an array"),
+    "a map": ({"a": 1.0}, "cosine", "the output y is a dict and not an array"),
+    "rows of a scalar": (np.array(0.3), "cosine", "the output y is a single number"),
+    "the largest of a scalar": (np.array(0.3), "argmax", "the output y is a single number"),
+    "not finite": (np.array([math.inf]), "auto", "is not finite"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_outputs_that_no_measure_compares_are_refused(name):
+    value, measure, message = UNFIT[name]
+    with pytest.raises(sl.SlimLSTMError, match=message):
+        agreement.measures_of([[value]], ["y"], measure)
+
+
+def test_only_arrays_of_numbers_have_a_difference(made):
+    path, runs = made
+    model = onnx.load(path)
+    model.graph.node.append(helper.make_node("SequenceConstruct", ["scores"], ["all"]))
+    model.graph.output.append(helper.make_tensor_sequence_value_info("all", 1, None))
+    onnx.save(model, path)
+    found = sl.compress_onnx(path, sl.Quantize("int8"), path.with_name("small.onnx"))
+    assert found.sites
+    assert 0.0 < output_difference(path, path.with_name("small.onnx"), runs) < 0.1
+    with pytest.raises(sl.SlimLSTMError, match="the output all is a list"):
+        shrink_onnx(path, path.with_name("small.onnx"), runs)
+
+
+def test_a_folder_for_the_output_is_made(made, tmp_path):
+    path, runs = made
+    shrink_onnx(path, tmp_path / "new" / "small.onnx", runs, at_most="50%", evaluations=2)
+    assert (tmp_path / "new" / "small.onnx").exists()
 
 
 def test_measures_are_what_their_names_say():

@@ -71,11 +71,11 @@ class Rounder:
         is solved again for the rounded V by least squares in the metric A, and then rounded with V A Vᵀ and G.
 
         Raises:
-            SlimLSTMError: no storage has that name.
+            SlimLSTMError: no storage has that name, or the factors are not float32.
         """
-        bits = self._feedback_bits(storage)
+        nearest, bits = (rounded(u, storage), rounded(v, storage)), self._feedback_bits(storage)
         if bits is None or self._inputs is None:
-            return rounded(u, storage), rounded(v, storage)
+            return nearest
         moment = _damped((torch.diag(self._inputs) if self._inputs.ndim == 1 else self._inputs).to(u.device, torch.float64))
         u, v = self._mixed(u, v, moment)
         down = inverse_factor(self._by_gradients(u.double()))

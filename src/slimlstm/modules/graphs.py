@@ -36,32 +36,43 @@ def detaching(model: nn.Module) -> Generator[None]:
     try:
         yield
     finally:
+        seen = set[int]()
         for module in model.modules():
             content = vars(module)
             for name, value in list(content.items()):
                 if name not in REGISTRIES:
-                    content[name] = _detached(value, before)
+                    content[name] = _detached(value, before, seen)
 
 
 def _has_history(held: Any) -> bool:
     return isinstance(held, Tensor) and not held.is_leaf
 
 
-def _detached(value: Any, before: dict[int, Any]) -> Any:
-    """Return ``value`` without new gradient histories; lists and dictionaries are changed in place."""
+def _detached(value: Any, before: dict[int, Any], seen: set[int]) -> Any:
+    """Return ``value`` without new gradient histories; lists and dictionaries are changed in place.
+
+    Args:
+        value: a tensor, a list, dictionary or tuple with tensors, or anything else.
+        before: the tensors to leave as they are, by id.
+        seen: ids of the lists and dictionaries that were entered before, each of which may hold itself.
+    """
     if isinstance(value, Tensor):
         return value.detach() if _has_history(value) and id(value) not in before else value
+    if isinstance(value, list | dict):
+        if id(cast(object, value)) in seen:
+            return cast(Any, value)
+        seen.add(id(cast(object, value)))
     if isinstance(value, list):
         items = cast(list[Any], value)
         for index, item in enumerate(items):
-            items[index] = _detached(item, before)
+            items[index] = _detached(item, before, seen)
     elif isinstance(value, dict):
         entries = cast(dict[Any, Any], value)
         for key, item in entries.items():
-            entries[key] = _detached(item, before)
+            entries[key] = _detached(item, before, seen)
     elif isinstance(value, tuple):
         old = cast(tuple[Any, ...], value)
-        new = [_detached(item, before) for item in old]
+        new = [_detached(item, before, seen) for item in old]
         if any(one is not other for one, other in zip(old, new, strict=True)):
             return type(value)(*new) if hasattr(value, "_fields") else tuple(new)
     return cast(Any, value)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimlstm.errors import SlimLSTMError
 from slimlstm.methods.low_bit import pack
 
 OPSET = 18
@@ -30,6 +31,8 @@ _TYPES = {
     torch.bfloat16: "BFLOAT16",
     torch.int8: "INT8",
     torch.uint8: "UINT8",
+    torch.int16: "INT16",
+    torch.int32: "INT32",
     torch.int64: "INT64",
 }
 
@@ -135,9 +138,15 @@ def int4_tensor(name: str, value: Tensor) -> Any:
 
 
 def onnx_type(dtype: torch.dtype) -> int:
-    """Return ONNX's number for a dtype."""
+    """Return ONNX's number for a dtype.
+
+    Raises:
+        SlimLSTMError: ONNX has none, or it is not used here.
+    """
     from onnx import TensorProto
 
+    if dtype not in _TYPES:
+        raise SlimLSTMError(f"ONNX files cannot hold {dtype} codes here; give another storage")
     return getattr(TensorProto, _TYPES[dtype])
 
 

@@ -18,7 +18,7 @@ import torch
 
 from slimlstm.calibration.moments import Calibration
 from slimlstm.errors import SlimLSTMError, reason_of
-from slimlstm.files import check_not_input, replacing
+from slimlstm.files import check_output_file, replacing
 from slimlstm.methods import Needs, Replacement
 from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.onnx.calibrate import RunInputs, calibrate_graph
@@ -85,9 +85,7 @@ def compress_onnx(
     check_form(form)
     path, output = Path(path), Path(output)
     check_kinds(also)
-    if output.is_dir() or not output.suffix:
-        raise SlimLSTMError(f"{output} is no name of a file; name one that ends in .onnx")
-    check_not_input(path, output)
+    check_output_file(path, output)
     model = read_model(path)
     _check(model, path)
     lstms = find_lstms(model, path)

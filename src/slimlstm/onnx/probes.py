@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError
+from slimlstm.onnx.builder import onnx_type
 from slimlstm.onnx.find import find_lstms
 from slimlstm.onnx.graph import OnnxLSTM, WeightLocation, attribute_of, graphs_of, inner_graphs
 from slimlstm.onnx.integers import make_plain
@@ -131,7 +132,7 @@ def _probe(lstm: OnnxLSTM, exposer: _Exposer, used: tuple[int, ...]) -> Probe:
     node, names = lstm.node, dict[str, str]()
     if not lstm.is_operator:
         ih, hh = lstm.locations
-        kind = exposer.kind_of(ih.matrix)
+        kind = onnx_type(rebuilt(ih.matrix).dtype)
         names["x"] = exposer.expose(ih.input, ih.source or ih.node, kind)
         names["h"] = exposer.expose(hh.input, hh.source or hh.node, kind)
         names["gates"] = exposer.expose(node.input[0], node, kind)
@@ -161,12 +162,6 @@ class _Exposer:
         # Ids identify objects only while these live.
         self._alive = [node for one in graphs_of(graph) for node in one.node]
         self._known: dict[tuple[int, str], str] = {}
-
-    def kind_of(self, matrix: Matrix) -> int:
-        """Return ONNX's number for the dtype of a matrix."""
-        from onnx import helper
-
-        return helper.np_dtype_to_tensor_dtype(torch.empty(0, dtype=rebuilt(matrix).dtype).numpy().dtype)
 
     def expose(self, name: str, node: Any, kind: int = 1) -> str:
         """Return the name of an output of the whole model that shows a value.

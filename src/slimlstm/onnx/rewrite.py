@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import Replacement, storage_called
 from slimlstm.onnx.as_scan import add_operator_as_scans, directions_of, form_of
-from slimlstm.onnx.builder import INT4_IR_VERSION, GraphBuilder, int4_tensor
+from slimlstm.onnx.builder import INT4_IR_VERSION, GraphBuilder, int4_tensor, onnx_type
 from slimlstm.onnx.forms import LSTM, Form
 from slimlstm.onnx.graph import OnnxLSTM, WeightLocation, attribute_of, graphs_of, inner_graphs
 from slimlstm.onnx.integers import make_plain
@@ -183,7 +182,7 @@ class Rewriter:
 
         name, value = self._free(name), value.detach()
         content = value.flatten().contiguous().view(torch.uint8).numpy().tobytes()
-        self._graph.initializer.append(helper.make_tensor(name, _kind(value.dtype), value.shape, content, raw=True))
+        self._graph.initializer.append(helper.make_tensor(name, onnx_type(value.dtype), value.shape, content, raw=True))
         return name
 
     def _int4(self, name: str, value: Tensor) -> str:
@@ -193,7 +192,7 @@ class Rewriter:
         return tensor.name
 
     def _cast(self, name: str, dtype: torch.dtype) -> str:
-        return self._add("Cast", [name], f"{name}.cast", to=_kind(dtype))
+        return self._add("Cast", [name], f"{name}.cast", to=onnx_type(dtype))
 
     def _add(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> str:
         node = self._node(operator, inputs, output, **attributes)
@@ -230,24 +229,6 @@ def _exact_storage(location: WeightLocation) -> str | None:
         storage_called(own).encode(part.float()).decoded().equal(part.float()) for part in parts
     )
     return own if is_exact else None
-
-
-def _kind(dtype: torch.dtype) -> int:
-    from onnx import TensorProto
-
-    kinds: dict[torch.dtype, int] = {
-        torch.float32: TensorProto.FLOAT,
-        torch.float64: TensorProto.DOUBLE,
-        torch.float16: TensorProto.FLOAT16,
-        torch.bfloat16: TensorProto.BFLOAT16,
-        torch.int8: TensorProto.INT8,
-        torch.uint8: TensorProto.UINT8,
-        torch.int16: TensorProto.INT16,
-        torch.int32: TensorProto.INT32,
-    }
-    if dtype not in kinds:
-        raise SlimLSTMError(f"ONNX files cannot hold {dtype} codes here; give another storage")
-    return kinds[dtype]
 
 
 def _names(graph: Any) -> Iterable[str]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree  # pyright: ignore[reportPrivateUsage]  # the public name is of newer versions
@@ -190,11 +191,15 @@ def compare(
 
 
 def _sizes_of(tensors: Sequence[Tensor], shapes: Sequence[Shape]) -> dict[Any, int]:
-    """Return the values of the open sizes in the example."""
+    """Return the values of the open sizes in the example, also of symbols that occur only in an expression such as 2 s."""
     found: dict[Any, int] = {}
     for tensor, shape in zip(tensors, shapes, strict=True):
         found.update({size: actual for size, actual in zip(shape, tensor.shape, strict=True) if not isinstance(size, int)})
-    return {symbol: size for symbol, size in found.items() if getattr(symbol, "is_symbol", False)}
+    values: dict[Any, int] = {}
+    for size, actual in sorted(found.items(), key=lambda item: not item[0].is_symbol):
+        for symbol in size.free_symbols - values.keys():
+            (values[symbol],) = map(int, sympy.solve(size.subs(values) - actual, symbol))
+    return values
 
 
 def _size(size: Any, sizes: Mapping[Any, int]) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from slimlstm.errors import SlimLSTMError
+from slimlstm.ops import reference
 from slimlstm.ops.weights import Direction, LayerOutput, Matrix, is_clipped
 
 
@@ -23,6 +24,8 @@ def layer(x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, directi
     """
     if is_clipped(directions):
         raise SlimLSTMError("PyTorch's LSTM cannot clip; use backend='auto' or 'reference' for a layer that does")
+    if x.shape[0] == 0:
+        return reference.layer(x, batch_sizes, h0, c0, directions)  # PyTorch's LSTM refuses to take no steps.
     x, ih = _thin_input(x, [weights.ih for weights in directions])
     parameters = [
         tensor

@@ -48,7 +48,13 @@ def cell(x: Tensor, h: Tensor, c: Tensor, weights: Direction) -> tuple[Tensor, T
 
 
 def layer(x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, directions: Sequence[Direction]) -> LayerOutput:
-    """Run a layer over x [T, B, I], or over packed x [N, I] with ``batch_sizes`` [T]; h0 [D, B, P], c0 [D, B, H]."""
+    """Run a layer over x [T, B, I], or over packed x [N, I] with ``batch_sizes`` [T]; h0 [D, B, P], c0 [D, B, H].
+
+    No steps give no outputs, and the first states as the last ones.
+    """
+    if len(x) == 0:
+        empty = x[..., :1].expand(*x.shape[:-1], h0.shape[0] * h0.shape[2])
+        return LayerOutput(empty.clone(), h0.clone(), c0.clone())
     sizes = [x.shape[1]] * x.shape[0] if batch_sizes is None else [int(size) for size in batch_sizes]
     packed = x.flatten(0, 1) if batch_sizes is None else x
     parts = [

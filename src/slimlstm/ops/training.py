@@ -26,7 +26,7 @@ from slimlstm.errors import SlimLSTMError
 from slimlstm.ops import reference
 from slimlstm.ops.derivatives import Run, gradients_again, is_transformed
 from slimlstm.ops.elementwise import Buffers, Cells, cells_for, small_passes
-from slimlstm.ops.weights import Direction, LayerOutput, Matrix, flat, is_clipped, rows, unflattened
+from slimlstm.ops.weights import Direction, LayerOutput, Matrix, first_states, flat, is_clipped, rows, unflattened
 
 
 def obstacle(batch_sizes: Tensor | None, directions: Sequence[Direction]) -> str | None:
@@ -49,6 +49,8 @@ def layer(
     reason = obstacle(batch_sizes, directions)
     if reason is not None:
         raise SlimLSTMError(f"the training backend cannot do {reason}; use backend='auto'")
+    if len(x) == 0:
+        return reference.layer(x, None, *first_states(x, None, h0, c0, directions), directions)
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     # In small layers, conversions would cost more than narrow products save.
     hidden = rows(directions[0].hh) // 4

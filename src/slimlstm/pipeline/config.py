@@ -213,6 +213,10 @@ class Quantize:
 
     def __post_init__(self) -> None:
         small = [name for name in STORAGES if name != "float32"]
+        if self.storage == "float32":
+            raise SlimLSTMError(
+                f"in float32 nothing gets smaller; the storages to round to are {', '.join(map(repr, small))}"
+            )
         if self.storage not in small:
             raise SlimLSTMError(f"no storage is called {self.storage!r}; the storages are {', '.join(map(repr, small))}")
         check_target(self.target)

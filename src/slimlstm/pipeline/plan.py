@@ -50,7 +50,7 @@ class Plan:
         """
         try:
             return cls({key: SitePlan(**entry) for key, entry in data.items()})
-        except TypeError as error:
+        except (AttributeError, TypeError) as error:
             raise SlimLSTMError(f"this is no plan: {error}; give the result of Plan.to_dict()") from error
 
 

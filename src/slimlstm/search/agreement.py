@@ -76,16 +76,27 @@ def measures_of(expected: Outputs, names: Sequence[str], measure: str = "auto") 
         measure: a key of :data:`MEASURES` for all outputs, or ``"auto"`` to choose one for each.
 
     Raises:
-        SlimLSTMError: the measure is unknown, or an output is not finite.
+        SlimLSTMError: the measure is unknown or does not fit an output, or an output is no array or not finite.
     """
     if measure != "auto" and measure not in MEASURES:
         raise SlimLSTMError(f"the measure is 'auto', {' or '.join(map(repr, MEASURES))}, not {measure!r}")
     chosen: dict[str, str] = {}
     for index, name in enumerate(names):
         values = [run[index] for run in expected]
+        other = next((value for value in values if not isinstance(value, np.ndarray)), None)  # pyright: ignore
+        if other is not None:
+            raise SlimLSTMError(
+                f"the output {name} is a {type(other).__name__} and not an array, so no measure compares it; give a metric "
+                "of your own"
+            )
         if any(np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all() for value in values):
             raise SlimLSTMError(f"the output {name} of the uncompressed file is not finite; check the inputs")
         chosen[name] = measure_of(values) if measure == "auto" else measure
+        if chosen[name] != "noise" and any(value.ndim == 0 and value.dtype.kind == "f" for value in values):
+            raise SlimLSTMError(
+                f"the output {name} is a single number, and {chosen[name]!r} compares rows of numbers; use the measure "
+                "'noise'"
+            )
     return chosen
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from slimlstm.calibration.moments import Calibration
 from slimlstm.errors import SlimLSTMError
-from slimlstm.files import replacing
+from slimlstm.files import check_output_file, replacing
 from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.onnx.calibrate import RunInputs, calibrate_graph
 from slimlstm.onnx.compress import compress_onnx
@@ -78,10 +78,11 @@ def shrink_onnx(
         The best trial, its report and plan, and every trial.
 
     Raises:
-        SlimLSTMError: no runs are given, a metric is given without its direction or beside a measure, nothing smaller meets
-            the limit, or see :func:`slimlstm.compress_onnx`.
+        SlimLSTMError: ``output`` is ``path`` or no name of a file, no runs are given, a metric is given without its
+            direction or beside a measure, nothing smaller meets the limit, or see :func:`slimlstm.compress_onnx`.
     """
     path, output = Path(path), Path(output)
+    check_output_file(path, output)
     if not runs:
         raise SlimLSTMError("no runs are given; a search measures the outputs on inputs")
     if type(evaluations) is not int or evaluations < 2:
@@ -91,6 +92,7 @@ def shrink_onnx(
     else:
         goal, calibrating = _own_metric(path, metric, better, at_most, measure, metric_name), runs
     calibration = _calibration(path, calibrating)
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
     sign = 1.0 if goal.better == "lower" else -1.0
     with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=".slimlstm-") as folder:
         engine = Engine(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import replace
@@ -33,9 +34,9 @@ _LSTM_PART = re.compile(r"(parametrizations\.)?(weight|bias)_(ih|hh|hr)[^.]*(\.o
 @plain_mode()
 @plain_defaults()
 def compress_file(
-    path: Path,
+    path: str | os.PathLike[str],
     config: Config,
-    folder: Path,
+    folder: str | os.PathLike[str],
     progress: Progress | None = None,
     storage: str | None = None,
     *,
@@ -69,6 +70,7 @@ def compress_file(
         >>> compress_file(place / "lstm.pt", slimlstm.Quantize("int8"), place / "small").lstm.parameters_after
         1664
     """
+    path, folder = Path(path), Path(folder)
     check_folder(path, folder)
     tensors, notes = read_weights(path, part)
     source = FileSource(tensors, read_config(path)["sites"] if path.is_dir() else {})

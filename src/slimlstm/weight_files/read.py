@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from slimlstm.weight_files.pickled import chosen, read_state_dicts
 Tensors = dict[str, Tensor]
 
 
-def read_tensors(path: Path, part: str | None = None) -> Tensors:
+def read_tensors(path: str | os.PathLike[str], part: str | None = None) -> Tensors:
     """Return all tensors of a weight file, by name, on the CPU.
 
     A state dict inside another dictionary, a list or a pickled module is found. Weights under PyTorch's pruning, weight
@@ -40,8 +41,9 @@ def read_tensors(path: Path, part: str | None = None) -> Tensors:
     return read_weights(path, part)[0]
 
 
-def read_weights(path: Path, part: str | None = None) -> tuple[Tensors, list[str]]:
+def read_weights(path: str | os.PathLike[str], part: str | None = None) -> tuple[Tensors, list[str]]:
     """Return the tensors as :func:`read_tensors` does, and notes on what was computed or stays as it is."""
+    path = Path(path)
     with refusing(f"{path} cannot be read"):
         tensors, notes = _whole(path, part)
         return tensors, notes + check_tensors(tensors, memory_limit(path))
