@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paper import plots
 from slimlstm.bench.candidates import Candidate, measure
 from slimlstm.bench.engines import dense_rivals, exact_output, low_rank_rivals
 from slimlstm.bench.timing import MIN_TURNS, SECONDS, using_threads
-from slimlstm.demo import plots
 from slimlstm.files import write_json
 from slimlstm.methods import KERNEL_FORMATS
 from slimlstm.modules.lstm import LowRankLSTM

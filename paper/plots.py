@@ -1,8 +1,8 @@
-"""Draw norms, spectra and heatmaps of recurrent matrices."""
+"""Draw the pictures of the reproduction and of the results."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,48 @@ import torch
 from torch import Tensor
 
 from paper.analysis import Salient, block_maxima, energy, salient_lines
-from slimlstm.demo.plots import STYLE, Points, check_drawable, save_figure
+from slimlstm.demo.plots import STYLE, Points, check_available, check_drawable, save_figure, subplots
 
 _PICTURE = (200, 160)
 """Rows and columns of a heatmap: enough to see lines, few enough for a small file."""
 _LINES = 0.02
 """Share of the rows and columns that a heatmap marks."""
+_CYCLE = [
+    {"color": color, "marker": marker, "linestyle": dash}
+    for color, marker, dash in zip(
+        ("#0b6e99", "#d9730d", "#2e7d32", "#8b1a62", "#6b6b6b", "#b8860b", "#000000"),
+        "osD^vPX",
+        ("-", "--", "-.", ":", "-", "--", "-."),
+        strict=True,
+    )
+]
+_PRECISIONS = ("float32", "bfloat16", "int8")
+
+
+def quality_curves(
+    panels: Mapping[str, Mapping[str, Points]], dense: float, path: Path, *, x_label: str, y_label: str
+) -> None:
+    """Draw quality against size, a panel per target and a line per method, and write a PNG or PDF.
+
+    Args:
+        panels: the title of every panel; for each, the names and points (x, y) of its lines.
+        dense: the dense model's y, drawn as a dashed line.
+        path: the file to write; its suffix decides the format.
+        x_label, y_label: labels of the axes.
+
+    Raises:
+        SlimLSTMError: matplotlib is not installed.
+    """
+    figure, axes = subplots(len(panels))
+    for axis, (title, curves) in zip(axes, panels.items(), strict=True):
+        axis.axhline(dense, color="black", linestyle=(0, (1, 1)), linewidth=1, label="dense")
+        for name, points in curves.items():
+            axis.plot(*zip(*points, strict=True), label=name, **STYLE.get(name, {"marker": "o"}))
+        axis.set(title=title, xlabel=x_label)
+        axis.grid(True, which="both", alpha=0.25)
+    axes[0].set_ylabel(y_label)
+    axes[-1].legend(frameon=False)
+    save_figure(figure, path, dpi=150, bbox_inches="tight")
 
 
 def norm_curves(panels: Mapping[str, Mapping[str, Points]], dense: Mapping[str, float], path: Path) -> None:
@@ -138,3 +174,122 @@ def _heatmap(axis: Any, matrix: Tensor, lines: Salient, groups: int) -> Any:
     axis.plot([column + 0.5 for column in lines.columns], [1.01 * m] * len(lines.columns), marker=3, **mark)
     axis.set(xlim=(0, n), ylim=(m, 0))
     return image
+
+
+def speed_ratios(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw how many times faster slimlstm is than the best dense engine, and write a PNG or PDF.
+
+    One sequence on one thread: a panel per number of steps and precision, a line per model.
+
+    Args:
+        rows: the results of ``benchmarks/engines.py``, at least one of them for one sequence on one thread.
+        path: the file to write; its suffix decides the format.
+
+    Raises:
+        SlimLSTMError: matplotlib is not installed.
+    """
+    check_available()
+    from matplotlib.figure import Figure
+
+    single = [row for row in rows if (row["batch"], row["threads"]) == (1, 1)]
+    steps = sorted({row["steps"] for row in single})
+    figure = Figure(figsize=(8.0, 2.8 * len(steps) + 0.4), layout="constrained")
+    axes: Any = figure.subplots(len(steps), len(_PRECISIONS), sharex=True, sharey=True, squeeze=False)
+    for line, count in zip(axes, steps, strict=True):
+        for axis, precision in zip(line, _PRECISIONS, strict=True):
+            _ratio_panel(axis, [row for row in single if row["steps"] == count], precision)
+            axis.set_title(f"{precision}, {count} step{'s' * (count != 1)}", fontsize=10)
+        line[0].set_ylabel("times as fast as\nthe best dense engine")
+    for axis in axes[-1]:
+        axis.set_xlabel("H")
+    axes[0][0].legend(frameon=False, fontsize=8)
+    save_figure(figure, path, dpi=150, bbox_inches="tight")
+
+
+def _ratio_panel(axis: Any, rows: Sequence[Mapping[str, Any]], precision: str) -> None:
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        for one in row["candidates"].values():
+            if one["ours"] and one["precision"] == precision and "dense" in one["faster"]:
+                model = one["model"]
+                name = model if model == "dense" else f"rank H/{round(row['hidden'] / int(model.split()[-1]))}"
+                lines.setdefault(name, []).append((row["hidden"], one["faster"]["dense"]["ratio"]))
+    for style, (name, points) in zip(_CYCLE, lines.items(), strict=False):
+        axis.plot(*zip(*sorted(points), strict=True), markersize=5, label=name, **style)
+    _ratio_axis(axis, {row["hidden"] for row in rows})
+
+
+def _ratio_axis(axis: Any, sizes: Collection[int]) -> None:
+    from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullFormatter, NullLocator
+
+    axis.axhline(1.0, color="black", linewidth=1)
+    axis.set(xscale="log", yscale="log")
+    axis.yaxis.set_major_locator(FixedLocator([0.25, 0.5, 1, 2, 4, 8, 16, 32]))
+    axis.yaxis.set_major_formatter(FormatStrFormatter("%gx"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    # Labels of neighbouring sizes, such as 1024 and 1150, would overlap.
+    shown = [size for size in sorted(sizes) if not any(size < other < 1.5 * size for other in sizes)]
+    axis.set_xticks(shown, [str(size) for size in shown], fontsize=8)
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.grid(True, alpha=0.25)
+
+
+def predictions(points: Mapping[str, Points], path: Path) -> None:
+    """Draw measured against predicted rises of the loss: a mark per plan, a marker and colour per method.
+
+    Args:
+        points: pairs (predicted, measured) by method; pairs that are not positive are left out.
+        path: the file to write; its suffix decides the format.
+
+    Raises:
+        SlimLSTMError: see :func:`check_drawable`.
+    """
+    check_drawable(path)
+    from matplotlib.ticker import LogFormatterSciNotation, LogLocator
+
+    figure, (axis,) = subplots(1, width=5.6, height=4.0)
+    for style, (method, pairs) in zip(_CYCLE, points.items(), strict=False):
+        drawn = [(x, y) for x, y in pairs if x > 0 and y > 0]
+        axis.plot(*zip(*drawn, strict=True), label=method, **style | {"linestyle": "none"})
+    low, high = axis.get_xlim()
+    axis.plot((low, high), (low, high), color="black", linewidth=1, linestyle="--", label="measured = predicted")
+    axis.set_xscale("log")
+    axis.yaxis.set_major_locator(LogLocator())
+    axis.yaxis.set_major_formatter(LogFormatterSciNotation())
+    axis.set_xlabel("predicted rise of the loss")
+    axis.set_ylabel("measured rise, held-out text")
+    axis.legend(frameon=False, fontsize=8)
+    save_figure(figure, path, dpi=160)
+
+
+def rises(panels: Mapping[str, Mapping[str, Points]], path: Path, *, x_label: str, y_label: str) -> None:
+    """Draw rises of the loss against bytes, both logarithmic, a panel per model and a line per method or matrix.
+
+    Args:
+        panels: the title of every panel; for each, pairs (bytes, rise) by line; pairs that are not positive are left out.
+        path: the file to write; its suffix decides the format.
+        x_label, y_label: labels of the axes.
+
+    Raises:
+        SlimLSTMError: see :func:`check_drawable`.
+    """
+    check_drawable(path)
+    from matplotlib.ticker import FormatStrFormatter, LogFormatterSciNotation, LogLocator, NullFormatter
+
+    figure, axes = subplots(len(panels), width=4.4, height=3.8)
+    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
+        for style, (name, pairs) in zip(_CYCLE, lines.items(), strict=False):
+            drawn = sorted((x, y) for x, y in pairs if x > 0 and y > 0)
+            every = max(1, len(drawn) // 8)
+            axis.plot(*zip(*drawn, strict=True), label=name, **style | {"markersize": 5, "markevery": every})
+        axis.set(title=title, xlabel=x_label, xscale="log")
+        low, high = axis.get_xlim()
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 50 * low else (1,)))
+        axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_major_locator(LogLocator())
+        axis.yaxis.set_major_formatter(LogFormatterSciNotation())
+        axis.grid(True, which="major", alpha=0.25)
+    axes[0].set_ylabel(y_label)
+    axes[-1].legend(frameon=False, fontsize=8)
+    save_figure(figure, path, dpi=150)

@@ -19,9 +19,9 @@ import statistics
 import sys
 from pathlib import Path
 
+from paper import plots
 from paper.methods import PAPER
 from paper.page.results import MARK, ResultFolder, marked
-from slimlstm.demo import plots
 from slimlstm.errors import SlimLSTMError
 from slimlstm.files import write_text
 from slimlstm.pipeline.sensitivity import Sensitivity

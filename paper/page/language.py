@@ -12,7 +12,7 @@ from paper.methods import FACTORING, PAPER, all_methods, beyond_paper
 from paper.page.results import Cell, Result, marked, perplexity_on_test
 from paper.page.sources import RANKS, SMALLEST, TARGETS, Sources, printed_rows
 from paper.page.tables import Row, counted, formatted, markdown, millions, verdict, write_tables
-from slimlstm.demo.plots import quality_curves
+from paper.plots import quality_curves
 
 CORPORA = {"ptb": ("Penn Treebank", "penn_treebank", 58.8), "wikitext2": ("WikiText-2", "wikitext2", 65.6)}
 """By the name of their files: title, key of the printed table, and the published AWD-LSTM's perplexity."""

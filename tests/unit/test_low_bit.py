@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import slimlstm as sl
-from slimlstm.methods import STORAGES, matrix_bytes, round_factors, round_matrix, rounded, svd
+from slimlstm.methods import STORAGES, Rounder, matrix_bytes, rounded, svd
 from slimlstm.methods.feedback import inverse_factor, round_blocks, round_blocks_compiled, round_with_feedback
 from slimlstm.methods.low_bit import (
     GROUP,
@@ -160,7 +160,7 @@ def test_factors_are_rounded_in_the_metric_of_their_moments():
 
     truncated = rise(found.u, found.v)
     for storage in LOW_BIT:
-        with_feedback = rise(*round_factors(found.u, found.v, matrix, storage, inputs, gradients)) - truncated
+        with_feedback = rise(*Rounder(inputs, gradients).factors(found.u, found.v, matrix, storage)) - truncated
         assert with_feedback < 0.5 * (rise(rounded(found.u, storage), rounded(found.v, storage)) - truncated)
 
 
@@ -172,27 +172,27 @@ def test_factors_beyond_the_rank_of_their_inputs_are_rounded():
     inputs = (few.T @ few).double() / 200 - 1e-5 * torch.eye(40, dtype=torch.float64)
     found = svd(matrix, 12)
     for storage in LOW_BIT:
-        u, v = round_factors(found.u, found.v, matrix, storage, inputs, gradients)
+        u, v = Rounder(inputs, gradients).factors(found.u, found.v, matrix, storage)
         lost = loss(matrix - u.double() @ v.double(), inputs, gradients)
         assert lost < 0.2 * loss(matrix, inputs, gradients)
         for zeros in (torch.zeros_like(gradients), torch.zeros_like(inputs)):
             shown = {"gradients": zeros} if len(zeros) == 60 else {"inputs": zeros, "gradients": gradients}
-            for part in round_factors(found.u, found.v, matrix, storage, **{"inputs": inputs, **shown}):
+            for part in Rounder(**{"inputs": inputs, **shown}).factors(found.u, found.v, matrix, storage):
                 assert bool(torch.isfinite(part).all())
 
 
 def test_without_moments_weights_are_rounded_to_nearest():
     weight = torch.randn(9, 70)
-    assert torch.equal(round_matrix(weight, "int4"), rounded(weight, "int4"))
+    assert torch.equal(Rounder().matrix(weight, "int4"), rounded(weight, "int4"))
 
 
 @pytest.mark.parametrize("inputs", [None, torch.eye(8)], ids=["nearest", "feedback"])
 def test_only_float32_is_rounded(inputs):
     weight = torch.randn(12, 8, dtype=torch.float64)
     with pytest.raises(sl.SlimLSTMError, match=r"only float32 weights .* not torch\.float64"):
-        round_matrix(weight, "int4", inputs)
+        Rounder(inputs).matrix(weight, "int4")
     with pytest.raises(sl.SlimLSTMError, match=r"only float32 weights .* not torch\.float64"):
-        round_factors(weight[:, :2], weight[:2], weight, "int4", inputs)
+        Rounder(inputs).factors(weight[:, :2], weight[:2], weight, "int4")
 
 
 class Tagger(nn.Module):

@@ -1,5 +1,7 @@
 """What the plots of norms, spectra and heatmaps show."""
 
+import itertools
+
 import numpy
 import pytest
 import torch
@@ -97,3 +99,68 @@ def test_unknown_endings_are_refused(draw, tmp_path):
 def test_a_spectrum_of_zeros_is_refused(tmp_path):
     with pytest.raises(SlimLSTMError, match="without a positive value"):
         plots.spectra({"hh": [[0.0, 0.0]]}, tmp_path / "spectra.png")
+
+
+@pytest.mark.slow
+def test_the_picture_of_ratios(tmp_path, drawn):
+    rows = []
+    for threads, batch, steps, hidden in itertools.product((1, 2), (1, 4), (1, 35), (64, 1024, 1150)):
+        candidates = {}
+        for precision, model in itertools.product(("float32", "bfloat16", "int8"), ("dense", f"rank {hidden // 8}")):
+            ratio = hidden / 100 + steps + (model == "dense") + 100 * (threads + batch - 2)
+            faster = {"dense": {"than": "rival", "ratio": ratio}, "same model": {"than": "rival", "ratio": 0.9}}
+            candidates[f"{precision} {model}"] = {"ours": True, "precision": precision, "model": model, "faster": faster}
+        candidates["rival"] = {"ours": False, "precision": "float32", "model": "dense", "faster": {}}
+        setting = {"threads": threads, "batch": batch, "steps": steps, "hidden": hidden}
+        rows.append(setting | {"candidates": candidates, "refused": {}})
+    plots.speed_ratios(rows, tmp_path / "ratios.png")
+    axes = drawn[0].axes
+    names = [f"{precision}, {steps}" for steps in ("1 step", "35 steps") for precision in ("float32", "bfloat16", "int8")]
+    assert [axis.get_title() for axis in axes] == names
+    for axis, steps in zip(axes, (1, 1, 1, 35, 35, 35), strict=True):
+        dense, low_rank, _one = axis.get_lines()
+        assert [dense.get_label(), low_rank.get_label()] == ["dense", "rank H/8"]
+        assert list(dense.get_xdata()) == [64, 1024, 1150]
+        assert list(dense.get_ydata()) == pytest.approx([steps + 1 + size / 100 for size in (64, 1024, 1150)])
+        assert list(low_rank.get_ydata()) == pytest.approx([steps + size / 100 for size in (64, 1024, 1150)])
+        assert dense.get_marker() != low_rank.get_marker()
+        assert dense.get_linestyle() != low_rank.get_linestyle()
+    assert [text.get_text() for text in axes[-1].get_xticklabels()] == ["64", "1150"], "labels do not overlap"
+
+
+def test_predictions_have_a_marker_per_method_and_a_named_line(tmp_path, drawn):
+    plots.predictions({"svd": [(0.01, 0.02), (0.1, 0.2)], "prune": [(0.5, 0.9), (0.0, -0.1)]}, tmp_path / "p.png")
+    (axis,) = drawn[0].axes
+    svd, prune, equal = axis.get_lines()
+    assert [list(svd.get_xdata()), list(svd.get_ydata())] == [[0.01, 0.1], [0.02, 0.2]]
+    assert [list(prune.get_xdata()), list(prune.get_ydata())] == [[0.5], [0.9]], "without the pair that is not positive"
+    assert svd.get_marker() != prune.get_marker()
+    assert list(equal.get_xdata()) == list(equal.get_ydata())
+    names = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert names == ["svd", "prune", "measured = predicted"]
+    assert (axis.get_xscale(), axis.get_yscale()) == ("log", "log")
+
+
+def test_rises_have_a_panel_per_model_and_a_line_per_method(tmp_path, drawn):
+    lines = {"int8": [(8.0, 0.1), (4.0, 0.3), (2.0, -0.1)], "together": [(4.0, 0.1), (8.0, 0.02)]}
+    plots.rises({"one": lines, "two": lines}, tmp_path / "r.png", x_label="bytes (%)", y_label="rise")
+    for axis, title in zip(drawn[0].axes, ("one", "two"), strict=True):
+        int8, together = axis.get_lines()
+        assert [list(int8.get_xdata()), list(int8.get_ydata())] == [[4, 8], [0.3, 0.1]], "sorted, and positive"
+        assert [list(together.get_xdata()), list(together.get_ydata())] == [[4, 8], [0.1, 0.02]]
+        assert int8.get_marker() != together.get_marker()
+        assert int8.get_linestyle() != together.get_linestyle()
+        assert (axis.get_title(), axis.get_xlabel(), axis.get_xscale(), axis.get_yscale()) == (
+            title,
+            "bytes (%)",
+            "log",
+            "log",
+        )
+    assert drawn[0].axes[0].get_ylabel() == "rise"
+
+
+def test_pictures_are_written_in_the_format_of_their_suffix(tmp_path):
+    plots.predictions({"svd": [(0.01, 0.02)]}, tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SlimLSTMError, match="a picture can have"):
+        plots.predictions({}, tmp_path / "p.txt")

@@ -26,7 +26,7 @@ from slimlstm.methods.rank import (
     shares_left_out,
 )
 from slimlstm.methods.replacement import Replacement
-from slimlstm.methods.rounding import Rounder, round_factors, round_matrix
+from slimlstm.methods.rounding import Rounder
 from slimlstm.methods.semi_nmf import semi_nmf
 from slimlstm.methods.storages import (
     KERNEL_FORMATS,
@@ -80,8 +80,6 @@ __all__ = [
     "register_method",
     "register_storage",
     "relative_error",
-    "round_factors",
-    "round_matrix",
     "rounded",
     "semi_nmf",
     "sha256_of",

@@ -139,23 +139,6 @@ class Rounder:
         return self._factor_of(self._gradients)
 
 
-def round_matrix(weight: Tensor, storage: str, inputs: Tensor | None = None) -> Tensor:
-    """Return :meth:`Rounder.matrix` of one matrix.
-
-    Examples:
-        >>> round_matrix(torch.tensor([[0.5, 0.25]]), "int4").shape
-        torch.Size([1, 2])
-    """
-    return Rounder(inputs).matrix(weight, storage)
-
-
-def round_factors(
-    u: Tensor, v: Tensor, matrix: Tensor, storage: str, inputs: Tensor | None = None, gradients: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return :meth:`Rounder.factors` of one matrix W [m, n] and its float32 factors."""
-    return Rounder(inputs, gradients).factors(u, v, matrix, storage)
-
-
 def _damped(moment: Tensor) -> Tensor:
     """Return a moment [n, n] with a little of its mean diagonal, so that rounding errors leave no negative eigenvalue."""
     damping = SMALL_DAMPING * float(moment.diagonal().mean()) or 1.0
