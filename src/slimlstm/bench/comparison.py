@@ -77,7 +77,7 @@ def compare(
             difference = relative_difference(*(list(_tensors(model(*inputs))) for model in (dense, compressed)))
         calls = {"dense": lambda: dense(*inputs), "compressed": lambda: compressed(*inputs)}
         times = interleaved_seconds(calls, seconds=seconds, threads=threads)
-    (a, b, c), (d, e, f) = (statistics.quantiles(times[name], n=4) for name in calls)
+    (a, b, c), (d, e, f) = (statistics.quantiles(times[name], n=4, method="inclusive") for name in calls)
     return Comparison(difference, (a, b, c), (d, e, f), b / e, threads)
 
 
