@@ -25,6 +25,7 @@ from slimlstm.files import write_json
 from slimlstm.onnx import forms
 from slimlstm.onnx.forms import LSTM, SCAN, STEPS, counts
 from slimlstm.onnx.layers import layer_model
+from slimlstm.onnx.runtime import inference_session
 from slimlstm.ops.weights import Direction
 from slimlstm.provenance import provenance
 
@@ -58,10 +59,7 @@ def layer(hidden, keep, storage):
 
 
 def session(directions, form):
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    content = layer_model(directions, form).SerializeToString()
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return inference_session(layer_model(directions, form).SerializeToString(), threads=1)
 
 
 def measured(hidden, keep):

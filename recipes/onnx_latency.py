@@ -33,6 +33,7 @@ from torch.distributions import Normal
 import slimlstm as sl
 from slimlstm.bench import median_ratios
 from slimlstm.files import write_json
+from slimlstm.onnx.runtime import inference_session
 from slimlstm.provenance import provenance
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "real"
@@ -180,9 +181,7 @@ class Decoder(nn.Module):
 
 
 def session(path):
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return inference_session(str(path), threads=1)
 
 
 def named(one, tensors):

@@ -20,6 +20,7 @@ from slimlstm.bench.candidates import Candidate
 from slimlstm.errors import SlimLSTMError, reason_of
 from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.onnx.layers import layer_model
+from slimlstm.onnx.runtime import inference_session
 
 NamedCandidates = Iterator[tuple[str, Candidate]]
 
@@ -101,11 +102,7 @@ def exact_output(layer: LowRankLSTM, x: Tensor) -> Tensor:
 
 
 def _onnx_runtime(path: Path, x: Tensor, threads: int) -> Callable[[], Tensor]:
-    import onnxruntime  # pyright: ignore
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
-    session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = inference_session(str(path), threads)
     array = x.numpy()
     return lambda: torch.from_numpy(session.run(None, {"x": array})[0])
 

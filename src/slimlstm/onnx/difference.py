@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slimlstm.errors import SlimLSTMError, reason_of
-from slimlstm.onnx.runtime import RunInputs
+from slimlstm.onnx.runtime import RunInputs, inference_session
 
 OPEN_SIZE = 4
 """The size that random inputs have along open axes."""
@@ -31,19 +31,13 @@ def output_difference(one: Path, other: Path, runs: Sequence[RunInputs] | None =
         SlimLSTMError: ONNX Runtime is not installed or cannot run a file on the inputs.
     """
     try:
-        import onnxruntime
+        sessions = [inference_session(str(path)) for path in (one, other)]
+        given = [_random_inputs(sessions[0])] if runs is None else runs
+        outputs = [[session.run(None, dict(inputs)) for inputs in given] for session in sessions]
     except ImportError as error:
         raise SlimLSTMError(
             "outputs are compared in onnxruntime, which is not installed: pip install onnxruntime"
         ) from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    try:
-        sessions = [
-            onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]) for path in (one, other)
-        ]
-        given = [_random_inputs(sessions[0])] if runs is None else runs
-        outputs = [[session.run(None, dict(inputs)) for inputs in given] for session in sessions]
     except Exception as error:  # ONNX Runtime raises classes of its own
         raise SlimLSTMError(
             f"ONNX Runtime cannot run the files on {'random' if runs is None else 'these'} inputs: {reason_of(error)}; "

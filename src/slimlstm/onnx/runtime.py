@@ -18,6 +18,25 @@ _STATES, _WEIGHTS = (5, 6), (1, 2, 3, 7)
 """The positions of h0 and c0, and of W, R, B and P, among the inputs of an LSTM operator."""
 
 
+def inference_session(model: str | bytes, threads: int | None = None) -> Any:
+    """Return ONNX Runtime's session for a model, on the CPU and without warnings.
+
+    Args:
+        model: the path or the bytes of a file.
+        threads: the number of threads; None for ONNX Runtime's own default.
+
+    Raises:
+        ImportError: ONNX Runtime is not installed. A model that it cannot load raises one of its own classes.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    if threads is not None:
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
 class Session:
     """A model in ONNX Runtime, on the CPU, with as many threads as PyTorch uses.
 
@@ -30,16 +49,9 @@ class Session:
 
     def __init__(self, model: Any) -> None:
         try:
-            import onnxruntime
+            self._session = inference_session(model.SerializeToString(), torch.get_num_threads())
         except ImportError as error:
             raise SlimLSTMError("ONNX Runtime, which runs the file, is not installed: pip install onnxruntime") from error
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        options.intra_op_num_threads = torch.get_num_threads()
-        try:
-            self._session: Any = onnxruntime.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
         except Exception as error:  # ONNX Runtime's classes share no base
             raise SlimLSTMError(f"ONNX Runtime cannot load the model: {reason_of(error)}") from error
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree  # pyright: ignore[reportPrivateUsage]  # the public name is of newer versions
 
 from slimlstm.errors import SlimLSTMError, reason_of
+from slimlstm.onnx.runtime import inference_session
 from slimlstm.onnx.trace import Shape
 
 TOLERANCE = 1e-4
@@ -101,7 +102,7 @@ def start(content: bytes) -> tuple[Run, str]:
         content: the bytes of the file.
     """
     try:
-        import onnxruntime
+        session = inference_session(content)
     except ImportError:
         import onnx
         from onnx.reference import ReferenceEvaluator
@@ -110,9 +111,6 @@ def start(content: bytes) -> tuple[Run, str]:
         names, engine = [entry.name for entry in model.graph.input], "onnx reference"
         evaluate: Any = ReferenceEvaluator(model).run
     else:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        session: Any = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         names, engine, evaluate = [entry.name for entry in session.get_inputs()], "ONNX Runtime", session.run
 
     def run(inputs: Sequence[Tensor]) -> list[Tensor]:
