@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from slimlstm.calibration.losses import Loss, call, checked_losses, observed_losses
+from slimlstm.calibration.losses import Loss, LossState, call, checked_losses, observed_losses
 from slimlstm.calibration.moments import Calibration, Moments
 from slimlstm.calibration.observe import observable_hosts, observing
 from slimlstm.calibration.recorder import Keys, Recorder, Rows
@@ -71,8 +70,8 @@ def calibrate(
         40
     """
     recorder, sums = Recorder(loss is not None), dict[Keys, MomentSums]()
-    carries = hasattr(loss, "state_dict") and hasattr(loss, "load_state_dict")
-    carried = copy.deepcopy(getattr(loss, "state_dict")()) if carries else None
+    state = LossState(loss)
+    first_state = state.read()
     with (
         shown("calibrating", progress) as report_progress,
         observing(model, observable_hosts(model), recorder),
@@ -82,8 +81,7 @@ def calibrate(
         torch.manual_seed(seed)
         found, draws = _collect(model, counted(batches, report_progress), loss, recorder, sums), 1
         while found.is_drawn and not isinstance(batches, Iterator) and draws < _MOST_DRAWS and _are_scarce(sums):
-            if carries:
-                getattr(loss, "load_state_dict")(copy.deepcopy(carried))
+            state.restore(first_state)
             again = counted(batches, report_progress, f"draw {draws + 1}, batch")
             if not _collect(model, again, loss, recorder, sums, is_again=True).batches:
                 break  # the batches came from a stream

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slimlstm.calibration.collect import NO_BATCH
-from slimlstm.calibration.losses import Loss, costs_of
+from slimlstm.calibration.losses import Loss, LossState, costs_of
 from slimlstm.calibration.observe import build_like, forwards_replaced, key_of
 from slimlstm.errors import SlimLSTMError
 from slimlstm.modules.cell import LowRankLSTMCell
@@ -44,7 +43,7 @@ class ModuleJudge:
     ) -> None:
         self._model, self._hosts, self._batches, self._loss = model, hosts, batches, loss
         self._held_out = held_out
-        self._carries = hasattr(loss, "state_dict") and hasattr(loss, "load_state_dict")
+        self._state = LossState(loss)
         self._first_state: Any = None
         self._is_warm = False
 
@@ -75,11 +74,11 @@ class ModuleJudge:
 
     def _warm_state(self) -> Any:
         """Return the loss's state before the first batch that counts, after a few batches of the uncompressed model."""
-        if self._carries and not self._is_warm:
+        if self._state.exists and not self._is_warm:
             first = max(0, self._held_out.start - _WARM_UP)
             for number, batch in enumerate(itertools.islice(self._batches, first, self._held_out.start), first):
                 self._run(number, batch, [], None)
-            self._first_state, self._is_warm = self._state(), True
+            self._first_state, self._is_warm = self._state.read(), True
         return self._first_state
 
     def _run(
@@ -87,15 +86,10 @@ class ModuleJudge:
     ) -> tuple[object, Any]:
         """Run one batch from a state of the loss, or from its present state if None; return result and next state."""
         torch.manual_seed(number)
-        if self._carries and state is not None:
-            getattr(self._loss, "load_state_dict")(copy.deepcopy(state))
+        self._state.restore(state)
         with forwards_replaced(modules), ambient_defaults():
             result = self._loss(self._model, batch)
-        return result, self._state()
-
-    def _state(self) -> Any:
-        # A copy, because the loss may return the very object that the next batch changes.
-        return copy.deepcopy(getattr(self._loss, "state_dict")()) if self._carries else None
+        return result, self._state.read()
 
 
 def _replaced(host: Host, weights: Mapping[str, Matrix]) -> LowRankLSTM | LowRankLSTMCell | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -20,6 +21,27 @@ Loss = Callable[[nn.Module, Any], Tensor | Distribution]
 - the predicted distribution, from which labels are drawn;
 - one mean loss, which leaves the scale of the predicted losses unknown.
 """
+
+
+class LossState:
+    """The state that a loss may carry from batch to batch, in its ``state_dict`` and ``load_state_dict``.
+
+    Attributes:
+        exists: whether the loss has both methods.
+    """
+
+    def __init__(self, loss: object) -> None:
+        self._loss: Any = loss
+        self.exists = hasattr(loss, "state_dict") and hasattr(loss, "load_state_dict")
+
+    def read(self) -> Any:
+        """Return a copy of the state, because the next batch may change the state itself; None without one."""
+        return copy.deepcopy(self._loss.state_dict()) if self.exists else None
+
+    def restore(self, state: Any) -> None:
+        """Return the loss to a state from :meth:`read`; None changes nothing."""
+        if state is not None:
+            self._loss.load_state_dict(copy.deepcopy(state))
 
 
 def observed_losses(result: object) -> tuple[Tensor, bool]:

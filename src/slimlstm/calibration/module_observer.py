@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from slimlstm.calibration.losses import Loss, call, costs_of, observed_losses
+from slimlstm.calibration.losses import Loss, LossState, call, costs_of, observed_losses
 from slimlstm.calibration.observe import observing
 from slimlstm.calibration.recorder import Keys, Recorder, Rows
 from slimlstm.calibration.refit import Observation
@@ -49,7 +48,7 @@ class ModuleObserver:
         dense, compressed = (_Runner(self._model, self._hosts, own, self._loss) for own in ({}, weights))
         with torch.random.fork_rng():
             for number, batch in enumerate(self._batches):
-                if number not in fitting and number not in judging and not dense.carries:
+                if number not in fitting and number not in judging and not dense.loss_state.exists:
                     continue
                 with_gradients = self._loss is not None and number in fitting
                 rows = dense.run(number, batch, with_gradients), compressed.run(number, batch, False)
@@ -64,14 +63,13 @@ class _Runner:
 
     def __init__(self, model: nn.Module, hosts: Sequence[Host], weights: Mapping[str, Matrix], loss: Loss | None) -> None:
         self._model, self._hosts, self._weights, self._loss = model, hosts, weights, loss
-        self.carries = hasattr(loss, "state_dict") and hasattr(loss, "load_state_dict")
-        self._carried = self._loss_state()
+        self.loss_state = LossState(loss)
+        self._carried = self.loss_state.read()
 
     def run(self, number: int, batch: Any, with_gradients: bool) -> dict[Keys, Rows]:
         """Run one batch and return its rows; its number is the seed, so that both models draw the same random numbers."""
         torch.manual_seed(number)
-        if self.carries:
-            getattr(self._loss, "load_state_dict")(self._carried)
+        self.loss_state.restore(self._carried)
         recorder = Recorder(with_gradients)
         with (
             observing(self._model, self._hosts, recorder, self._weights),
@@ -83,9 +81,5 @@ class _Runner:
             else:
                 self.result = self._loss(self._model, batch)
             rows = recorder.take(observed_losses(self.result)[0].sum() if with_gradients else None)
-        self._carried = self._loss_state()
+        self._carried = self.loss_state.read()
         return rows
-
-    def _loss_state(self) -> Any:
-        # A copy, because the loss may return the very object that the next batch changes.
-        return copy.deepcopy(getattr(self._loss, "state_dict")()) if self.carries else None
