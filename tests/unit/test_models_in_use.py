@@ -1,0 +1,197 @@
+"""Models that hold histories, labels beside inputs, interrupts: verbs work or leave everything as it was."""
+
+import copy
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from one_lstm import (
+    IN,
+    B,
+    Carrying,
+    H,
+    Model,
+    Tied,
+    snapshot,
+    squares,
+    x,
+)
+from torch import nn
+from torch.nn.utils import parametrize
+
+import slimlstm
+from slimlstm import LowRank, LowRankLSTM, Prune, SlimLSTMError, calibrate, compress_, load, save
+from slimlstm.modules.graphs import copy_model
+from slimlstm.search import find_smallest
+
+
+class Holding(nn.Module):
+    """Holds the state of its last call in a tuple, a list and a dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.lstm, self.head = nn.LSTM(IN, H), nn.Linear(H, 3)
+        self.hidden, self.outputs, self.cache = None, [None], {}
+
+    def forward(self, x):
+        out, self.hidden = self.lstm(x)
+        self.outputs[0] = self.cache["last"] = out[-1]
+        return self.head(out)
+
+
+def used():
+    model = Holding()
+    model(x()).sum().backward()
+    model.outputs.append(model.outputs)
+    return model
+
+
+HELD = {
+    "compress_": lambda folder: compress_(used(), LowRank(rank=2)),
+    "calibrate": lambda folder: calibrate(used(), [x()], squares),
+    "fisher": lambda folder: compress_(used(), LowRank("fisher", keep=0.3), batches=[x(), x()], loss=squares),
+    "find_smallest": lambda folder: find_smallest(used(), lambda model: 1.0, better="lower", evaluations=2),
+    "copy_model": lambda folder: copy_model(used()),
+    "save and load": lambda folder: (
+        compress_(model := used(), LowRank(rank=2)),
+        save(model, folder),
+        load(folder, used()),
+    ),
+}
+
+
+@pytest.mark.parametrize("verb", HELD.values(), ids=HELD)
+def test_models_that_hold_tensors_with_a_history(verb, tmp_path):
+    verb(tmp_path / "folder")
+
+
+def test_calibration_leaves_no_history_behind():
+    model = Holding()
+    calibrate(model, [x()], squares)
+    held = [*model.hidden, *model.outputs, *model.cache.values()]
+    assert all(tensor.is_leaf and not tensor.requires_grad for tensor in held)
+    copy.deepcopy(model)
+
+
+COPIED = {
+    "LSTM": lambda: nn.LSTM(IN, H),
+    "LowRankLSTM": lambda: LowRankLSTM(IN, H, ranks={"weight_ih_l0": 2}),
+    "LSTMCell": lambda: nn.LSTMCell(IN, H),
+}
+
+
+@pytest.mark.parametrize("make", COPIED.values(), ids=COPIED)
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_pruned_module_that_has_run_can_be_copied(make, grad):
+    model = nn.Sequential(make()).eval()
+    inputs = x()[0] if isinstance(model[0], nn.LSTMCell) else x()
+    with torch.set_grad_enabled(grad):
+        model(inputs)
+        compress_(model, Prune(keep=0.5, target="hh"))
+        expected = model(inputs)[0]
+        found = copy.deepcopy(model)(inputs)[0]
+    assert torch.equal(found, expected)
+
+
+def test_labels_beside_inputs_are_refused_without_a_loss():
+    with pytest.raises(SlimLSTMError, match="a batch gives 2 arguments, which the model does not take"):
+        calibrate(Model(), [(x(), torch.zeros(B))])
+    with pytest.raises(SlimLSTMError, match="a batch gives the arguments x, labels"):
+        calibrate(Model(), [{"x": x(), "labels": torch.zeros(B)}])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64])
+@pytest.mark.parametrize("kind", ["input", "state"])
+def test_other_dtypes_than_the_weights_are_refused(dtype, kind):
+    lstm, cell = LowRankLSTM(IN, H).eval(), slimlstm.LowRankLSTMCell(IN, H).eval()
+    inputs, state = x(), torch.zeros(1, B, H)
+    inputs, state = (inputs.to(dtype), state) if kind == "input" else (inputs, state.to(dtype))
+    with pytest.raises(SlimLSTMError, match=f"an input or state is {dtype}, but the weights are torch.float32"):
+        lstm(inputs, (state, state))
+    with pytest.raises(SlimLSTMError, match=f"an input or state is {dtype}, but the weights are torch.float32"):
+        cell(inputs[0], (state[0], state[0]))
+
+
+# E and H. Any exception leaves everything as it was.
+
+BATCH = x()
+SOURCE = str(Path(slimlstm.__file__).parent)
+
+
+class Interrupter:
+    """Raises KeyboardInterrupt at one line of slimlstm's source, counted over a run; None only counts."""
+
+    def __init__(self, at):
+        self.at, self.lines = at, 0
+
+    def __call__(self, frame, event, argument):
+        if not frame.f_code.co_filename.startswith(SOURCE):
+            return None
+        if event == "line":
+            self.lines += 1
+            if self.lines == self.at:
+                raise KeyboardInterrupt
+        return self
+
+    def __enter__(self):
+        sys.settrace(self)
+        return self
+
+    def __exit__(self, *error):
+        sys.settrace(None)
+
+
+def interrupted_model():
+    model = nn.ModuleDict({"a": Model(), "b": Model(Carrying), "c": Tied()})
+    model["a"].eval()
+    model["b"].lstm.register_forward_hook(lambda module, inputs, outputs: outputs)
+    return model
+
+
+def interrupted_loss(model, batch):
+    return sum(part(batch).square().mean(-1) for part in model.values())
+
+
+def run_compression(model):
+    compress_(model, LowRank("fisher", keep=0.3, storage="int8"), batches=[BATCH, 2 * BATCH], loss=interrupted_loss)
+
+
+@pytest.mark.slow
+def test_an_interrupt_leaves_everything_as_it_was():
+    with Interrupter(None) as counted:
+        run_compression(interrupted_model())
+    points = random.Random(0).sample(range(1, counted.lines), settings.default.max_examples)  # noqa: S311
+    for point in points:
+        model = interrupted_model()
+        before = snapshot(model)
+        with pytest.raises(KeyboardInterrupt), Interrupter(point):
+            run_compression(model)
+        assert snapshot(model) == before, point
+
+
+def test_a_loss_that_fails_on_the_compressed_model_leaves_everything_as_it_was():
+    model = Model()
+    before = snapshot(model)
+
+    def loss(model, batch):
+        if isinstance(model.lstm, LowRankLSTM):
+            raise RuntimeError("out of memory")
+        return squares(model, batch)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        compress_(model, LowRank(rank=2), batches=[BATCH], loss=loss)
+    assert snapshot(model) == before
+
+
+def test_parametrized_matrices_are_dense_in_the_copy():
+    """A parametrization other than a mask ends, and the report says so."""
+    model = Model()
+    parametrize.register_parametrization(model.lstm, "weight_hh_l0", nn.Tanh())
+    expected = model.lstm.weight_hh_l0.detach().clone()
+    report = compress_(model, LowRank(rank=2, target="ih"))
+    assert torch.equal(model.lstm.weight_hh_l0, expected)
+    assert any("parametrization of its weights ends here" in note for note in report.notes)
