@@ -152,7 +152,8 @@ def _started() -> Bars:
         *(TextColumn("{task.description}", markup=False), BarColumn(bar_width=20)),
         *(TextColumn("{task.fields[label]}", markup=False), TimeElapsedColumn(), TimeRemainingColumn()),
     )
-    # Standard output stays the caller's: it may be a file.
-    bars = Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty())
+    # Standard output stays the caller's: it may be a file, or closed.
+    is_terminal = bool(sys.stdout and sys.stdout.isatty())
+    bars = Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=is_terminal)
     bars.start()
     return bars

@@ -20,6 +20,7 @@ from slimlstm.bench import layers as bench_of_layers
 from slimlstm.bench.candidates import Candidate, measure
 from slimlstm.demo import model as embedded
 from slimlstm.folders import read_config, read_folder
+from slimlstm.methods import STORAGES
 from slimlstm.weight_files import compress_file, layers_of
 
 BRIEF = 0.002
@@ -377,6 +378,24 @@ def test_a_stopped_benchmark_is_resumed(tmp_path, monkeypatch, capsys):
     result.write_text(json.dumps(changed))
     with pytest.raises(SystemExit, match="was written with a different torch; name another file"):
         run(64)
+
+
+@pytest.mark.parametrize("storage", list(STORAGES)[1:])
+def test_layers_in_every_storage_are_timed(storage):
+    dense = {"lstm": LowRankLSTM(5, 8)}
+    small = deepcopy(dense)
+    compress_(small["lstm"], Quantize(storage))
+    found = bench.bench_layers(dense, small, steps=2, seconds=0.001)
+    assert found.layers[0].candidates["slimlstm compressed"]["precision"] == STORAGES[storage].kernel_format
+
+
+def test_layers_of_zeros_are_timed():
+    layers = {"lstm": LowRankLSTM(5, 8, bias=False)}
+    for parameter in layers["lstm"].parameters():
+        nn.init.zeros_(parameter)
+    found = bench.bench_layers(layers, layers, steps=2, seconds=0.001)
+    assert "slimlstm dense" in found.totals()
+    assert "All layers" in str(found.__rich__().caption)
 
 
 def test_no_speed_is_told_without_the_large_difference_before_it():

@@ -1,5 +1,6 @@
 """The verbs of the command: results, and requests that they refuse."""
 
+import itertools
 import json
 import math
 import re
@@ -214,6 +215,10 @@ def without_tensor(folder):
     save_file({name: value for name, value in load_file(file).items() if name != "lstms.1.weight_hh_l0"}, file)
 
 
+def without_vocabulary(folder):
+    (folder / "vocab.txt").unlink()
+
+
 def nothing(_):
     pass
 
@@ -237,6 +242,19 @@ REFUSED = {
         ("compress", FILE, *OUT, "--storage", "int8", "--method", "prune"),
         "give either rank or keep",
     ),
+    "compress: an allocation without a budget": (
+        nothing,
+        ("compress", FILE, *OUT, "--storage", "int8", "--allocation", "global"),
+        "--allocation divides a budget",
+    ),
+    "compress: a report that cannot be written": (
+        writing("plain", b""),
+        ("compress", FILE, *OUT, "--rank", "1", "--report", "{}/plain/report.html"),
+        "plain",
+    ),
+    "bench: a method without an amount": (nothing, ("bench", FILE, "--method", "prune"), "say how much, too: --rank"),
+    "bench: a target without an amount": (nothing, ("bench", FILE, "--target", "hh"), "say how much, too: --rank"),
+    "bench: too many steps": (nothing, ("bench", FILE, "--steps", "1000000000"), "numbers; give fewer"),
     "compress: two amounts": (
         nothing,
         ("compress", FILE, *OUT, "--rank", "1", "--keep", "0.5"),
@@ -268,6 +286,12 @@ REFUSED = {
         nothing,
         ("eval", "{}", "--text", "{}/../text.txt", "--vocab", "{}/none.model"),
         "none.model",
+    ),
+    "eval: no vocabulary of its own": (without_vocabulary, ("eval", "{}", "--text", "held-out"), "the model 11; give the"),
+    "eval: a smaller vocabulary": (
+        writing("short.txt", "\n".join(WORDS[:-1]).encode()),
+        ("eval", "{}", "--text", "{}/t", "--vocab", "{}/short.txt"),
+        "has 10 entries, the model 11|neither",
     ),
     "eval: another vocabulary": (
         writing("long.txt", "\n".join(map(chr, range(40, 150))).encode()),
@@ -346,6 +370,63 @@ def test_compress_of_an_onnx_file_says_how_much_its_outputs_differ(onnx_file, tm
     assert re.search(
         r"On one run of random inputs, its outputs differ from the outputs of .* by \d+\.\d\d% of", " ".join(out.split())
     )
+
+
+UNFIT = {
+    "inputs of another name": (("--rank", 2, "--inputs", "{}/runs.npz"), "cannot run the files on these inputs"),
+    "batches that nothing needs": (("--rank", 2, "--batches", "{}/runs.npz"), "--batches calibrate, which neither"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_runs_that_do_not_fit_are_refused_before_anything_is_written(name, onnx_file, tmp_path, run):
+    options, message = UNFIT[name]
+    np.savez(tmp_path / "runs.npz", y=np.zeros((1, 3, 4, 6), np.float32))
+    small = tmp_path / "small.onnx"
+    status, _, err = run("compress", onnx_file, "-o", small, *(str(option).format(tmp_path) for option in options))
+    assert status == 1
+    assert message in " ".join(err.split())
+    assert not small.exists()
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_a_folder_does_not_lose_weights_of_an_onnx_file(is_shared, tmp_path, run):
+    """Two LSTMs may read the same weights; a layer beside them is lost in a folder, and refused."""
+    onnx = pytest.importorskip("onnx")
+    helper, numpy_helper, TensorProto = onnx.helper, onnx.numpy_helper, onnx.TensorProto
+    names = [("w", "r", "b")] * 2 if is_shared else [("w", "r", "b"), ("w2", "r2", "b2")]
+    rng = np.random.default_rng(0)
+    shapes = {"w": (1, 32, 8), "r": (1, 32, 8), "b": (1, 64)}
+    weights = [
+        numpy_helper.from_array((name[0] != "b") * rng.standard_normal(shapes[name[0]]).astype(np.float32), name)
+        for name in dict.fromkeys(itertools.chain(*names))
+    ]
+    weights += [numpy_helper.from_array(np.array([1]), "axis")]
+    nodes, value = [], "x"
+    for index, own in enumerate(names):
+        nodes.append(helper.make_node("LSTM", [value, *own], [f"y{index}"], hidden_size=8, name=f"lstm{index}"))
+        nodes.append(helper.make_node("Squeeze", [f"y{index}", "axis"], [value := f"s{index}"]))
+    for has_other in (False, True):
+        if has_other:
+            weights.append(numpy_helper.from_array(rng.standard_normal((8, 4)).astype(np.float32), "head"))
+            nodes.append(helper.make_node("MatMul", [value, "head"], ["z"]))
+        x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["T", "B", 8])
+        z = helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, None)
+        model = helper.make_model(
+            helper.make_graph(nodes, "g", [x], [z], weights), opset_imports=[helper.make_opsetid("", 17)]
+        )
+        (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+        status, _, err = run("compress", tmp_path / "model.onnx", "-o", tmp_path / f"out{has_other}", "--storage", "int8")
+        assert status == has_other
+        assert ("32 weights outside its LSTMs" in err) == has_other
+
+
+@pytest.mark.parametrize("columns", ["0", "", "x"])
+def test_an_impossible_width_is_ignored(columns, folder, monkeypatch, run):
+    monkeypatch.setenv("COLUMNS", columns)
+    status, out, _ = run("inspect", folder / "model.safetensors")
+    assert status == 0
+    assert "lstms.0.weight_hh_l0" in out
 
 
 def test_inspect_counts_all_numbers_of_an_onnx_file(onnx_file, run_json):

@@ -12,7 +12,8 @@ from onnx_files import run as run_file
 
 import slimlstm as sl
 from slimlstm.onnx.difference import output_difference
-from slimlstm.search import agreement, limit_of, shrink_onnx
+from slimlstm.search import agreement, shrink_onnx
+from slimlstm.search.result import share_of
 
 STEPS = 12
 
@@ -41,7 +42,7 @@ def test_the_smallest_file_that_agrees(made, tmp_path, at_most):
     assert output.stat().st_size == found.best.bytes < found.dense.bytes == len(before)
     wrong = [(run_file(path, held)[0].argmax(-1) != run_file(output, held)[0].argmax(-1)).mean() for held in runs[-2:]]
     assert np.mean(wrong) == pytest.approx(found.best.metric)
-    assert found.best.metric <= limit_of(1.0, at_most, "lower") - 1.0
+    assert found.best.metric <= share_of(at_most)
     assert found.best.bytes == min(trial.bytes for trial in found.trials if trial.accepted)
     assert "by argmax" in found.limit
     assert {entry.name for entry in tmp_path.iterdir()} == {"model.onnx", "small.onnx"}
@@ -65,6 +66,8 @@ REFUSED = {
     "unknown measure": ({"measure": "bleu"}, "the measure is 'auto', 'argmax'"),
     "unknown input": ({"runs": [{"y": np.zeros(3)}]}, "cannot run the model"),
     "limit": ({"at_most": "much"}, "at_most is a share"),
+    "a limit above 100%": ({"at_most": "150%"}, "from 0 to 1 or from 0% to 100%"),
+    "a limit above 1": ({"at_most": 5}, "from 0 to 1 or from 0% to 100%"),
     "evaluations": ({"evaluations": 1}, "at least two"),
     "the input": ({"output": "model.onnx"}, "is the input, which would be lost"),
     "a folder": ({"output": "."}, "is no name of a file"),
@@ -171,6 +174,14 @@ def test_measures_are_what_their_names_say():
 @pytest.mark.parametrize("wrong", [np.zeros((2, 3)), np.array([[math.nan, 1.0], [0.0, 1.0]])], ids=["shape", "NaN"])
 def test_wrong_outputs_disagree_without_limit(wrong):
     assert agreement.disagreement([[P]], [[wrong]], ["cosine"]) == math.inf
+
+
+@pytest.mark.parametrize("measure", list(agreement.MEASURES))
+def test_a_run_without_rows_hides_nothing(measure):
+    rows, none = np.array([[0.5, -1.0, 2.0]]), np.zeros((0, 3))
+    assert agreement.disagreement([[none], [rows]], [[none], [-rows]], [measure]) >= 1.0
+    with pytest.raises(sl.SlimLSTMError, match="hold no numbers in any run"):
+        agreement.measures_of([[none]], ["y"], measure)
 
 
 def test_the_worst_output_counts():

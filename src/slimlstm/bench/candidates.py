@@ -87,7 +87,7 @@ def _check(
                     raise
                 wrong[name] = reason_of(error)
                 continue
-            errors[name] = float((output.reshape(truth.shape) - truth).norm() / truth.norm())
+            errors[name] = float((output.reshape(truth.shape) - truth).norm() / truth.norm().clamp_min(1e-30))
             if not errors[name] <= tolerance[one.precision]:
                 wrong[name] = f"wrong by {errors[name]:.2g} of the output's norm"
     return errors, wrong

@@ -96,7 +96,7 @@ def relative_difference(dense: Sequence[Tensor], compressed: Sequence[Tensor]) -
     one, other = (torch.cat([tensor.detach().double().flatten() for tensor in tensors]) for tensors in (dense, compressed))
     if not bool(other.isfinite().all()):
         raise SlimLSTMError("the compressed model's outputs are not finite; its speed is not measured, compress it again")
-    return float((one - other).norm() / one.norm())
+    return float((one - other).norm() / one.norm().clamp_min(1e-30))
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

@@ -15,6 +15,7 @@ from slimlstm.bench.comparison import relative_difference
 from slimlstm.bench.engines import dense_rivals, exact_output, low_rank_rivals
 from slimlstm.bench.timing import MIN_TURNS, SECONDS, using_threads
 from slimlstm.errors import SlimLSTMError
+from slimlstm.methods import storage_called
 from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.ops import native
@@ -24,6 +25,10 @@ from slimlstm.tables import new_table
 
 LARGE_DIFFERENCE = 0.1
 """Relative difference of outputs above which a warning precedes every speed."""
+
+
+_MOST_NUMBERS = 10**9
+"""Largest number of inputs and gates that a layer may have in all."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,8 @@ class LayerBench:
         return table
 
     def _verdicts(self) -> Iterator[str]:
-        turns = {layer.name: min(one["turns"] for one in layer.candidates.values()) for layer in self.layers}
+        timed = [layer for layer in self.layers if layer.candidates]
+        turns = {layer.name: min(one["turns"] for one in layer.candidates.values()) for layer in timed}
         early = [f"{name} after {count} turns" for name, count in turns.items() if count < MIN_TURNS]
         if early:
             yield (
@@ -177,6 +183,11 @@ def bench_layers(
             f"{len(dense)} layers of {steps} steps, {batch} sequences, {threads} threads cannot be timed; give at least "
             "one of each"
         )
+    largest = max(layer.input_size + 8 * layer.hidden_size for layer in dense.values())
+    if steps * batch * largest > _MOST_NUMBERS:
+        raise SlimLSTMError(
+            f"{steps:,} steps of {batch:,} sequences would need more than {_MOST_NUMBERS:,} numbers; give fewer of them"
+        )
     for name, layer in dense.items():
         if name not in compressed or layer.matrix_shapes != compressed[name].matrix_shapes:
             raise SlimLSTMError(f"the compressed model has no layer {name} of the same sizes; compress the same model")
@@ -213,6 +224,6 @@ def _bench_layer(
 
 
 def _precision(layer: LowRankLSTM) -> str:
-    """Return the coarsest storage of a layer's matrices."""
-    storages = {layer.storages.get(name, "float32") for name in layer.matrix_shapes}
-    return next(storage for storage in ("int8", "bfloat16", "float32") if storage in storages)
+    """Return the coarsest format in which the kernel keeps a layer's matrices."""
+    formats = {storage_called(layer.storages.get(name, "float32")).kernel_format for name in layer.matrix_shapes}
+    return next(name for name in ("int8", "bfloat16", "float32") if name in formats)

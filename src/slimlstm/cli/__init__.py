@@ -78,6 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (SlimLSTMError, OSError) as error:
         print_error(" ".join(str(error).split()))
         sys.exit(1)
+    except ImportError as error:
+        print_error(f"{error.name or error} cannot be imported; install it, or the extra that brings it: see the README")
+        sys.exit(1)
     except KeyboardInterrupt:
         print_error("interrupted")
         sys.exit(INTERRUPTED)

@@ -61,6 +61,8 @@ def command(
     request = Request(method, rank, keep, target, storage)
     if request.has_size_or_storage() and compressed is not None:
         raise SlimLSTMError("--compressed excludes --rank, --keep and --storage; give the folder, or how to compress")
+    if not request.has_size_or_storage() and (method, target) != ("svd", "both"):
+        raise SlimLSTMError("--method and --target say how to compress; say how much, too: --rank, --keep or --storage")
     if page is not None and not request.has_size_or_storage():
         raise SlimLSTMError("--report is about a compression; say how to compress, with --rank, --keep or --storage")
     check_report(page, force)

@@ -141,14 +141,22 @@ def _to_onnx(
     form: str,
 ) -> tuple[Any, dict[str, Any]]:
     """Compress an ONNX file; return the report, and how much the outputs of both files differ."""
+    from slimlstm.methods import Needs
     from slimlstm.onnx.calibrate import read_batches
     from slimlstm.onnx.compress import compress_onnx
+    from slimlstm.onnx.difference import output_difference
+    from slimlstm.pipeline.run import needs_of, rounds_with_feedback
 
     if request.storage_of_masked():
         raise SlimLSTMError("prune takes no --storage for an ONNX file; compress the result again, with --storage alone")
+    config = request.configuration()
+    if batches and needs_of(config) == Needs.NOTHING and not rounds_with_feedback(config) and not also:
+        raise SlimLSTMError("--batches calibrate, which neither this method nor this storage needs; leave them out")
     runs = [run for path in batches for run in read_batches(path)] if batches else None
     compared = [run for path in inputs for run in read_batches(path)] if inputs else None
-    report = compress_onnx(file, request.configuration(), output, batches=runs, also=also, form=form)
+    if compared:
+        output_difference(file, file, compared[:1])  # Inputs that do not fit are refused before anything is written.
+    report = compress_onnx(file, config, output, batches=runs, also=also, form=form)
     return report, _difference(file, output, compared)
 
 
@@ -190,11 +198,20 @@ def _check_output(file: Path, output: Path, force: bool) -> None:
 
 def _check_that_nothing_is_lost(file: Path, output: Path) -> None:
     """Refuse to write an ONNX file with weights outside LSTMs as a folder, which holds the LSTMs only."""
-    from slimlstm.onnx.graph import count_numbers, read_model
-    from slimlstm.weight_files import read_tensors
+    from torch import Tensor
 
-    in_lstms = sum(tensor.numel() for tensor in read_tensors(file).values())
-    others = count_numbers(read_model(file)) - in_lstms
+    from slimlstm.onnx.find import find_lstms
+    from slimlstm.onnx.graph import count_numbers, read_model
+
+    model, in_lstms = read_model(file), dict[tuple[object, ...], int]()
+    for lstm in find_lstms(model, file):
+        # Several LSTMs may read one weight, which the file holds once.
+        for one in lstm.locations:
+            parts = (one.matrix,) if isinstance(one.matrix, Tensor) else one.matrix
+            in_lstms[one.node.input[one.index], one.direction, one.columns] = sum(part.numel() for part in parts)
+        bias = lstm.node.input[3] if lstm.is_operator and lstm.biases else lstm.name
+        in_lstms[bias, "biases"] = sum(bias.numel() for bias in lstm.biases.values())
+    others = count_numbers(model) - sum(in_lstms.values())
     if others > 0:
         raise SlimLSTMError(
             f"{file} has {others:,} weights outside its LSTMs, which a folder would not hold; name an ONNX file to write, "

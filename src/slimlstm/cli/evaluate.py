@@ -43,7 +43,9 @@ def command(
     from slimlstm.modules.hosts import find_hosts
 
     network = language_model(model, _INSTEAD)
-    tokens, words = _tokens_and_words(text, split, _vocabulary(model, vocab))
+    vocabulary = _vocabulary(model, vocab)
+    tokens, words = _tokens_and_words(text, split, vocabulary)
+    _check_vocabulary(vocabulary, network.config.vocab_size)
     if len(tokens) and int(tokens.max()) >= network.config.vocab_size:
         raise SlimLSTMError(
             f"the text has ids up to {int(tokens.max())}, the model has {network.config.vocab_size} words; check --vocab"
@@ -82,6 +84,23 @@ def _vocabulary(model: str, vocab: Path | None) -> Path:
         return vocab
     beside = Path(model) / "vocab.txt"
     return beside if beside.is_file() else embedded.TOKENIZER
+
+
+def _check_vocabulary(vocab: Path, wanted: int) -> None:
+    """Refuse a vocabulary of another size than the model's: its ids would mean other words."""
+    from slimlstm.demo import corpora
+    from slimlstm.demo import model as embedded
+
+    if vocab == embedded.TOKENIZER:
+        size, name = embedded.embedded_model().config.vocab_size, "of the embedded model"
+    elif vocab.suffix == ".model":
+        return  # Ids beyond the model's are found later.
+    else:
+        size, name = len(corpora.Vocabulary.read(vocab).words), str(vocab)
+    if size != wanted:
+        raise SlimLSTMError(
+            f"the vocabulary {name} has {size:,} entries, the model {wanted:,}; give the model's own by --vocab"
+        )
 
 
 def _tokens_and_words(text: str, split: str, vocab: Path) -> tuple[Tensor, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,9 @@ def check_report(page: Path | None, force: bool) -> None:
         raise SlimLSTMError(f"--report {page} is no name of a page; name a file that ends in .html")
     if page.exists() and not force:
         raise SlimLSTMError(f"{page} exists; add --force to replace it, or name another file")
+    page.absolute().parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(page.absolute().parent, os.W_OK):
+        raise SlimLSTMError(f"--report {page} cannot be written: its folder is read-only; name another")
     from slimlstm.page.charts import check_available
 
     check_available()
@@ -104,6 +108,8 @@ class Request:
         storage = None if self.storage_of_masked() else self.storage
         size: dict[str, Any] = {"rank": self.rank, "keep": self.keep, "bytes": self.bytes, "energy": self.energy}
         if self.storage is not None and self.method == "svd" and all(value is None for value in size.values()):
+            if self.allocation is not None:
+                raise SlimLSTMError("--allocation divides a budget among the matrices; give --keep too, or leave it out")
             return Quantize(self.storage, target, selects)
         size["allocation"] = self.allocation
         return configuration(self.method, storage=storage, target=target, filter=selects, **size)

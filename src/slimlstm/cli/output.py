@@ -47,7 +47,8 @@ def print_note(text: str) -> None:
 
 def sketch(values: list[float], width: int = 12) -> str:
     """Draw descending values as bars, relative to the first value; at most ``width`` evenly picked ones are drawn."""
-    bars = _BARS if (sys.stdout.encoding or "").lower().startswith("utf") else _PLAIN_BARS
+    encoding = getattr(sys.stdout, "encoding", None) or ""
+    bars = _BARS if encoding.lower().startswith("utf") else _PLAIN_BARS
     picked = [values[index * len(values) // width] for index in range(width)] if len(values) > width else values
     top = max(values[0], 1e-30)
     return "".join(bars[min(int(len(bars) * value / top), len(bars) - 1)] for value in picked)
@@ -57,6 +58,7 @@ def _console(*, to_errors: bool) -> Console:
     from rich.console import Console
 
     stream = sys.stderr if to_errors else sys.stdout
-    if stream.isatty() or "COLUMNS" in os.environ:
+    # A closed standard output is None.
+    if (stream is not None and stream.isatty()) or os.environ.get("COLUMNS", "0").strip("0 "):
         return Console(stderr=to_errors)
     return Console(stderr=to_errors, width=_WIDTH_OF_FILES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -97,6 +98,8 @@ def measures_of(expected: Outputs, names: Sequence[str], measure: str = "auto") 
                 f"the output {name} is a single number, and {chosen[name]!r} compares rows of numbers; use the measure "
                 "'noise'"
             )
+    if not any(value.size for run in expected for value in run):
+        raise SlimLSTMError("the outputs hold no numbers in any run, so nothing can be compared; give longer inputs")
     return chosen
 
 
@@ -121,5 +124,8 @@ def disagreement(expected: Outputs, found: Outputs, measures: Sequence[str]) -> 
         for one, other in pairs:
             if one.shape != other.shape or (np.issubdtype(other.dtype, np.floating) and not np.isfinite(other).all()):
                 return float("inf")
-        worst = max(worst, float(np.mean([MEASURES[measure](one, other) for one, other in pairs])))
+        # The mean over no rows would be NaN, which is never larger.
+        values = [MEASURES[measure](one, other) for one, other in pairs if one.size]
+        mean = float(np.mean(values)) if values else 0.0
+        worst = max(worst, float("inf") if math.isnan(mean) else mean)
     return worst

@@ -29,7 +29,7 @@ from slimlstm.pipeline.report import Report
 from slimlstm.search.agreement import Outputs, disagreement, measures_of
 from slimlstm.search.engine import Engine, smallest
 from slimlstm.search.progress import Progress, shown
-from slimlstm.search.result import Better, Measured, Search, Trial, limit_in_words, limit_of, nothing_found
+from slimlstm.search.result import Better, Measured, Search, Trial, limit_in_words, limit_of, nothing_found, share_of
 
 FileMetric = Callable[[Path], "float | Tensor | ArrayLike"]
 """Takes the path of a file and returns a number, or one value for each held-out example [n]."""
@@ -144,7 +144,7 @@ def _agreement(
     path: Path, runs: Sequence[RunInputs], at_most: str | float, measure: str
 ) -> tuple[_Goal, Sequence[RunInputs]]:
     """Return the goal that outputs agree with the uncompressed file's outputs, and the runs that calibrate."""
-    limit = limit_of(1.0, at_most, "lower") - 1.0
+    limit = share_of(at_most)
     held_out, calibrating = _split(runs)
     model = read_model(path)
     names = [value.name for value in model.graph.output]

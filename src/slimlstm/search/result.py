@@ -243,21 +243,45 @@ def limit_of(dense: float, at_most: str | float, better: Better) -> float:
     """
     if better not in ("lower", "higher"):
         raise SlimLSTMError(f"better is 'lower' or 'higher', the direction in which the metric improves, not {better!r}")
-    try:
-        is_share = isinstance(at_most, str)
-        worse = float(at_most.strip().removesuffix("%")) / 100.0 if isinstance(at_most, str) else float(at_most)
-        if isinstance(at_most, str) and not at_most.strip().endswith("%"):
-            raise ValueError
-    except (TypeError, ValueError):
-        raise SlimLSTMError(
-            f"at_most is a share such as '1%', or a number in the metric's units, not {at_most!r}"
-        ) from None
-    if not 0.0 <= worse < float("inf"):
-        raise SlimLSTMError(f"at_most is how much worse the metric may get, at least 0, not {at_most!r}")
+    worse, is_share = _amount_of(at_most), isinstance(at_most, str)
     if is_share and dense == 0.0:
         raise SlimLSTMError(f"{at_most} of a metric of 0 is 0; give at_most as a number in the metric's units")
     amount = worse * abs(dense) if is_share else worse
     return dense + amount if better == "lower" else dense - amount
+
+
+def share_of(at_most: str | float) -> float:
+    """Return the largest acceptable disagreement, from 0 to 1.
+
+    Raises:
+        SlimLSTMError: ``at_most`` is neither a share such as ``"1%"`` nor a number, or not from 0 to 1.
+
+    Examples:
+        >>> share_of("20%"), share_of(0.01)
+        (0.2, 0.01)
+    """
+    found = _amount_of(at_most)
+    if found > 1.0:
+        raise SlimLSTMError(f"at_most is the largest disagreement, from 0 to 1 or from 0% to 100%, not {at_most!r}")
+    return found
+
+
+def _amount_of(at_most: str | float) -> float:
+    """Return ``at_most`` as a finite number of at least 0; a string is a percentage."""
+    try:
+        if isinstance(at_most, str):
+            if not at_most.strip().endswith("%"):
+                raise ValueError
+            found = float(at_most.strip().removesuffix("%")) / 100.0
+        else:
+            found = float(at_most)
+    except (TypeError, ValueError):
+        raise SlimLSTMError(
+            f"at_most is a share such as '1%', or a number in the metric's units, not {at_most!r}"
+        ) from None
+    if not 0.0 <= found < float("inf"):
+        raise SlimLSTMError(f"at_most is how much worse the metric may get, at least 0, not {at_most!r}")
+    return found
 
 
 def limit_in_words(name: str, better: Better, limit: float, dense: Measured) -> str:
