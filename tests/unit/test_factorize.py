@@ -251,8 +251,15 @@ REFUSED_MATRICES = {
     "3-D": (torch.ones(2, 2, 2), r"not a tensor of shape \[2, 2, 2\]"),
     "no rows": (torch.ones(0, 3), r"m, n >= 1 .* \[0, 3\]"),
     "no columns": (torch.ones(3, 0), r"m, n >= 1 .* \[3, 0\]"),
-    "integers": (torch.ones(2, 2, dtype=torch.int8), "floating-point matrix is needed, not torch.int8"),
-    "complex": (torch.ones(2, 2, dtype=torch.complex64), "floating-point matrix is needed, not torch.complex64"),
+    "integers": (torch.ones(2, 2, dtype=torch.int8), "floating-point matrix of at least 16 bits is needed, not torch.int8"),
+    "complex": (
+        torch.ones(2, 2, dtype=torch.complex64),
+        "floating-point matrix of at least 16 bits is needed, not torch.complex64",
+    ),
+    "eight bits": (
+        torch.ones(2, 2).to(torch.float8_e5m2),
+        "floating-point matrix of at least 16 bits is needed, not torch.float8",
+    ),
     "meta": (torch.ones(2, 2, device="meta"), "meta device and holds no numbers; load the weights first"),
 }
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def singular_values(matrix: Tensor) -> Tensor:
     """Return all min(m, n) singular values of a matrix [m, n], largest first, in float64.
@@ -48,8 +50,10 @@ def check_matrix(matrix: Tensor) -> None:
         raise SlimLSTMError(f"a matrix [m, n] with m, n >= 1 is needed, not a tensor of shape {list(matrix.shape)}")
     if matrix.is_meta:
         raise SlimLSTMError("the matrix is on the meta device and holds no numbers; load the weights first")
-    if not matrix.is_floating_point():
-        raise SlimLSTMError(f"a floating-point matrix is needed, not {matrix.dtype}; dequantise it first")
+    if matrix.dtype not in _DTYPES:
+        raise SlimLSTMError(
+            f"a floating-point matrix of at least 16 bits is needed, not {matrix.dtype}; convert or dequantise it first"
+        )
     bad = int((~torch.isfinite(matrix)).sum())
     if bad:
         raise SlimLSTMError(f"the matrix holds {bad} NaN or infinite numbers of {matrix.numel()}; was training stable?")
