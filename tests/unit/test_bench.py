@@ -389,6 +389,14 @@ def test_layers_in_every_storage_are_timed(storage):
     assert found.layers[0].candidates["slimlstm compressed"]["precision"] == STORAGES[storage].kernel_format
 
 
+def test_a_layer_with_a_reverse_direction_only_is_timed():
+    lstm, x = nn.LSTM(5, 8, bidirectional=True).eval(), torch.randn(7, 2, 5)
+    state = {f"rnn.{name}": value for name, value in lstm.state_dict().items() if name.endswith("_reverse")}
+    (layer,) = layers_of(state).values()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x.flip(0))[0].flip(0), lstm(x)[0][..., 8:])
+
+
 def test_layers_of_zeros_are_timed():
     layers = {"lstm": LowRankLSTM(5, 8, bias=False)}
     for parameter in layers["lstm"].parameters():

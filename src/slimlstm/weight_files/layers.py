@@ -16,7 +16,9 @@ from slimlstm.weight_files.matrices import find_matrices, stored_matrix
 def layers_of(
     tensors: Mapping[str, Tensor], sites: Mapping[str, Mapping[str, Any]] | None = None
 ) -> dict[str, LowRankLSTM]:
-    """Return every LSTM layer among named tensors as a module of its own, in float32, with both directions.
+    """Return every LSTM layer among named tensors as a module of its own, in float32, with its directions.
+
+    A layer that has a reverse direction only, as ONNX files may, becomes a module of one direction, which reads forwards.
 
     Args:
         tensors: see :func:`slimlstm.weight_files.read_tensors`; factors stay factors.
@@ -30,7 +32,7 @@ def layers_of(
     # Files list names in any order, so sort by the numbers of the layers.
     for key in sorted(matrices, key=_natural):
         site, _ = matrices[key]
-        if site.target == "hh" and not site.reverse:
+        if site.target == "hh" and not (site.reverse and key.removesuffix("_reverse") in matrices):
             name = f"{site.module} layer {site.layer}".strip() if "_l" in site.name else site.module
             found[name] = _layer(key, matrices, tensors, sites or {})
     return found
@@ -46,9 +48,13 @@ def _layer(
     tensors: Mapping[str, Tensor],
     sites: Mapping[str, Mapping[str, Any]],
 ) -> LowRankLSTM:
-    endings = ["", "_reverse"] if f"{key}_reverse" in matrices else [""]
+    if f"{key}_reverse" in matrices:
+        endings = {"": "", "_reverse": "_reverse"}
+    else:
+        endings = {"_reverse" if key.endswith("_reverse") else "": ""}
     (rows, outputs), (_, inputs) = (matrices[name][0].shape for name in (key, key.replace("weight_hh", "weight_ih")))
     projected = key.replace("weight_hh", "weight_hr") in tensors
+    base = key.removesuffix("_reverse")
     layer = LowRankLSTM(
         inputs,
         rows // 4,
@@ -56,9 +62,9 @@ def _layer(
         bidirectional=len(endings) == 2,
         proj_size=outputs if projected else 0,
     ).eval()
-    for ending in endings:
+    for ending, own in endings.items():
         for kind in ("weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh"):
-            name, place = f"{kind}_l0{ending}", key.replace("weight_hh", kind) + ending
+            name, place = f"{kind}_l0{own}", base.replace("weight_hh", kind) + ending
             if place in matrices:
                 matrix = stored_matrix(matrices[place][1], tensors)
                 if isinstance(matrix, Tensor):
@@ -68,7 +74,7 @@ def _layer(
             elif name in layer.state_dict():
                 layer.get_parameter(name).data = tensors[place].float()
         for kind in ("weight_ih", "weight_hh"):
-            storage = sites.get(key.replace("weight_hh", kind) + ending, {}).get("storage")
+            storage = sites.get(base.replace("weight_hh", kind) + ending, {}).get("storage")
             if storage is not None:
-                layer.store(f"{kind}_l0{ending}", storage)
+                layer.store(f"{kind}_l0{own}", storage)
     return layer
