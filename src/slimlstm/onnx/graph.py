@@ -131,6 +131,7 @@ class OnnxLSTM:
         problem: why the LSTM has no locations, in words.
         gates: the order of the gates that the Split makes, for an LSTM of single operators.
         cell: the name of the previous step's cell state, for an LSTM of single operators.
+        has_computed_bias: whether an operator reads a bias that is no constant; ``biases`` then lacks it.
     """
 
     name: str
@@ -141,6 +142,7 @@ class OnnxLSTM:
     problem: str | None = None
     gates: str = ""
     cell: str = ""
+    has_computed_bias: bool = False
 
     @property
     def is_operator(self) -> bool:

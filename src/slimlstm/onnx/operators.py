@@ -18,6 +18,8 @@ ENDINGS = {"forward": [""], "reverse": ["_reverse"], "bidirectional": ["", "_rev
 
 QUANTIZED = ("com.microsoft", "DynamicQuantizeLSTM")
 """ONNX Runtime's operator, whose weights W [D, I, 4H] and R [D, H, 4H] are integers."""
+_BIAS = 3
+"""The position of the biases among an operator's inputs."""
 _PEEPHOLES = 7
 """The position of the peephole weights among an operator's inputs."""
 _ACTIVATIONS = ["sigmoid", "tanh", "tanh"]
@@ -46,7 +48,8 @@ def read_operator(node: Any, scope: Scope) -> OnnxLSTM:
         )
     endings = ENDINGS[direction]
     _check_shapes(name, (w, r, b), len(endings), attribute_of(node, "hidden_size", r.shape[-1]))
-    lstm = OnnxLSTM(name, node, scope)
+    has_bias = len(node.input) > _BIAS and bool(node.input[_BIAS])
+    lstm = OnnxLSTM(name, node, scope, has_computed_bias=has_bias and b is None)
     for index, ending in enumerate(endings):
         for kind, position, whole in (("weight_ih", 1, w), ("weight_hh", 2, r)):
             location = _location(f"{kind}_l0{ending}", scope, node, position, index, whole)
