@@ -1,9 +1,10 @@
 """ONNX files that other tools write, and that differ in one thing from the usual ones."""
 
 import numpy as np
+import onnx
 import pytest
 from onnx import helper, numpy_helper
-from onnx_files import DIRECTIONS, H, feed, lstm_parts, save
+from onnx_files import DIRECTIONS, INPUTS, H, feed, low_rank, lstm_parts, save, written_out
 
 from slimlstm import LowRank, Quantize, SlimLSTMError
 from slimlstm.onnx.compress import compress_onnx
@@ -54,3 +55,61 @@ def test_a_large_layer_with_a_computed_bias_stays_an_operator(tmp_path, monkeypa
     with pytest.raises(SlimLSTMError, match="lstm has a bias that is no constant of the file"):
         compress_onnx(path, LowRank("fisher", rank=2), tmp_path / "other.onnx", batches=values)
     compress_onnx(path, LowRank("activation", rank=2), tmp_path / "other.onnx", batches=values)
+
+
+def decoder(path, gemm, steps=3, is_same=True):
+    """Steps of a cell whose input is constant: exporters compute its product with W once, and all steps read it."""
+    rng = np.random.default_rng(0)
+    first, weights, _ = written_out(rng, gemm)
+    nodes = list(first)
+    for step in range(1, steps):
+        before = "h" if step == 1 else f"h_{step - 1}", "c" if step == 1 else f"c_{step - 1}"
+        names = {"h0": before[0], "c0": before[1]} | {name: name for name in ("x", "xw", "w", "b", "r")}
+        names |= {} if is_same else {"r": f"r_{step}"}
+        for node in first[1:]:
+            inputs = [names.get(name, f"{name}_{step}") for name in node.input]
+            attributes = {one.name: helper.get_attribute_value(one) for one in node.attribute}
+            outputs = [f"{name}_{step}" for name in node.output]
+            nodes.append(helper.make_node(node.op_type, inputs, outputs, node.name and f"{node.name}_{step}", **attributes))
+    if not is_same:
+        shape = (4 * H, H) if gemm else (H, 4 * H)
+        weights += [numpy_helper.from_array(low_rank(rng, *shape), f"r_{step}") for step in range(1, steps)]
+    model = onnx.load(save(path, nodes, weights, [f"h_{steps - 1}", f"c_{steps - 1}"], 12))
+    for value in model.graph.input:
+        value.CopyFrom(helper.make_tensor_value_info(value.name, 1, ["b", INPUTS if value.name == "x" else H]))
+    onnx.save(model, path)
+    return path
+
+
+def cell_feed():
+    rng = np.random.default_rng(1)
+    return {name: rng.standard_normal((3, n)).astype(np.float32) for name, n in (("x", INPUTS), ("h0", H), ("c0", H))}
+
+
+@pytest.mark.parametrize("gemm", [False, True])
+@pytest.mark.parametrize("method", ["svd", "activation", "fisher"])
+def test_a_product_that_all_steps_read_changes_once(gemm, method, tmp_path):
+    path, small = decoder(tmp_path / "model.onnx", gemm), tmp_path / "small.onnx"
+    report = compress_onnx(path, LowRank(method, rank=2), small, batches=[cell_feed()])
+    assert [site.rank for site in report.sites] == [2, 2]
+    assert output_difference(path, small, [cell_feed()]) < 1e-4  # the matrices have rank 2
+    again = compress_onnx(small, LowRank("svd", rank=1), tmp_path / "smaller.onnx")
+    assert [site.rank for site in again.sites] == [1, 1]
+    assert 0 < output_difference(path, tmp_path / "smaller.onnx", [cell_feed()]) < 1
+
+
+def test_a_product_of_lstms_that_differ_is_refused(tmp_path):
+    path, small = decoder(tmp_path / "model.onnx", gemm=True, is_same=False), tmp_path / "small.onnx"
+    with pytest.raises(SlimLSTMError, match="are one product in the file, xw, of LSTMs that differ"):
+        compress_onnx(path, LowRank("svd", rank=2), small)
+    assert not small.exists()
+    compress_onnx(path, LowRank("svd", rank=2, target="hh"), small)
+    assert output_difference(path, small, [cell_feed()]) < 1e-4
+
+
+def test_shapes_that_do_not_fit_are_noticed(tmp_path, monkeypatch):
+    path, small = decoder(tmp_path / "model.onnx", gemm=True), tmp_path / "small.onnx"
+    monkeypatch.setattr("slimlstm.onnx.rewrite._place", lambda _: object())
+    with pytest.raises(SlimLSTMError, match=r"the shapes in .* would not fit each other"):
+        compress_onnx(path, LowRank("svd", rank=2), small)
+    assert not small.exists()

@@ -88,6 +88,7 @@ def compress_onnx(
     check_output_file(path, output)
     model = read_model(path)
     _check(model, path)
+    is_inferable = not _shape_problem(model)
     lstms = find_lstms(model, path)
     problems = [lstm.problem for lstm in lstms if lstm.problem]
     runs = list(batches) if also and batches is not None and not isinstance(batches, Iterator) else None
@@ -117,6 +118,8 @@ def compress_onnx(
     report = replace(apply(source, solution), forms={name: str(found) for name, found in source.forms.items()})
     _check_size(report, solution.replacements)
     _check_result(model, source, solution.replacements, output)
+    if is_inferable and (problem := _shape_problem(model)):
+        raise SlimLSTMError(f"the shapes in {output} would not fit each other: {problem}; this is a bug, report it")
     with replacing(output) as draft:
         draft.write_bytes(model.SerializeToString())
     return report
@@ -157,6 +160,17 @@ def _with_shapes(model: Any) -> Any:
             if value.type.HasField("tensor_type"):
                 value.type.tensor_type.shape.SetInParent()
     return copy
+
+
+def _shape_problem(model: Any) -> str:
+    """Return what ONNX's shape inference finds wrong with a model; "" if nothing."""
+    from onnx import shape_inference
+
+    try:
+        shape_inference.infer_shapes(model, strict_mode=True)
+    except Exception as error:  # the classes of onnx's C++ code
+        return reason_of(error)
+    return ""
 
 
 def _check_result(model: Any, source: GraphSource, replacements: Mapping[str, Replacement], output: Path) -> None:

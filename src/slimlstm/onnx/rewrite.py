@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import Replacement, storage_called
 from slimlstm.onnx.as_scan import add_operator_as_scans, directions_of, form_of
 from slimlstm.onnx.builder import INT4_IR_VERSION, GraphBuilder, int4_tensor, onnx_type
@@ -49,7 +50,11 @@ class Rewriter:
         Args:
             groups: groups of layers that share their weights; keys begin with the name of a group's first layer.
             replacements: the replacements by key, ``"<layer>.<weight>"``.
+
+        Raises:
+            SlimLSTMError: LSTMs with different weights read a product that would change.
         """
+        _check_products(groups, replacements)
         released: list[str] = []
         for group in groups:
             prefix = group[0].name
@@ -126,7 +131,14 @@ class Rewriter:
     def _replace_product(
         self, location: WeightLocation, prefix: str, new: Replacement, shared: dict[Hashable, Any]
     ) -> Iterable[str]:
-        """Multiply by one new matrix, or by V and then U; yield the names of the old constants."""
+        """Multiply by one new matrix, or by V and then U; yield the names of the old constants.
+
+        Exporters merge the equal products of several steps, so cells of one group may share a node, which changes once.
+        """
+        product = "product", _place(location)
+        if product in shared:
+            return
+        shared[product] = True
         is_transposed = bool(attribute_of(location.node, "transB", 0))
         place = location.name, is_transposed
         if place not in shared:
@@ -219,6 +231,26 @@ class Rewriter:
             free = f"{name}.{count}"
         self._taken.add(free)
         return free
+
+
+def _place(location: WeightLocation) -> Hashable:
+    """Return an identity of a product that is written out; the two columns of one product differ."""
+    return id(location.scope), location.node.output[0], location.columns
+
+
+def _check_products(groups: list[list[OnnxLSTM]], replacements: Mapping[str, Replacement]) -> None:
+    """Raise :class:`SlimLSTMError` if a product that would change is part of LSTMs of several groups."""
+    keys: dict[Hashable, dict[str, str]] = {}
+    for group in groups:
+        for layer in group:
+            for location in layer.locations if not layer.is_operator else ():
+                keys.setdefault(_place(location), {})[f"{group[0].name}.{location.name}"] = location.node.output[0]
+    for found in keys.values():
+        if len(found) > 1 and any(key in replacements for key in found):
+            raise SlimLSTMError(
+                f"{' and '.join(found)} are one product in the file, {next(iter(found.values()))}, of LSTMs that differ in "
+                "their other matrices, so it cannot change for one of them alone; leave these out with filter="
+            )
 
 
 def _exact_storage(location: WeightLocation) -> str | None:
