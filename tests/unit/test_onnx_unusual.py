@@ -113,3 +113,18 @@ def test_shapes_that_do_not_fit_are_noticed(tmp_path, monkeypatch):
     with pytest.raises(SlimLSTMError, match=r"the shapes in .* would not fit each other"):
         compress_onnx(path, LowRank("svd", rank=2), small)
     assert not small.exists()
+
+
+@pytest.mark.parametrize("config", [Quantize, lambda storage: LowRank("svd", rank=2, storage=storage)], ids=["all", "rank"])
+@pytest.mark.parametrize("storage", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("opset", [7, 8, 11, 12, 13, 21])
+def test_storages_are_written_where_the_opset_has_them(opset, storage, config, tmp_path):
+    node, weights = lstm_parts(np.random.default_rng(0), "bidirectional")
+    path, small = save(tmp_path / "model.onnx", [node], weights, node.output, opset), tmp_path / "small.onnx"
+    if opset < {"bfloat16": 13, "int8": 7, "int4": 21}[storage]:
+        with pytest.raises(SlimLSTMError, match=f"the file's opset {opset} has no"):
+            compress_onnx(path, config(storage), small)
+        assert not small.exists()
+    else:
+        compress_onnx(path, config(storage), small)
+        assert output_difference(path, small, [feed(path, directions=2)]) < (0.3 if storage == "int4" else 0.02)

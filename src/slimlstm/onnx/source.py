@@ -22,6 +22,9 @@ from slimlstm.ops.weights import Matrix, shape_of
 from slimlstm.pipeline.site_plan import SitePlan
 from slimlstm.pipeline.source import Size, Sizes, replaced_site
 
+_BFLOAT16_OPSET = 13
+"""The first opset whose Cast reads bfloat16."""
+
 
 class GraphSource:
     """The sites of an ONNX graph; see :class:`slimlstm.pipeline.source.Source`.
@@ -84,8 +87,14 @@ class GraphSource:
         return _parts(self.weight(site))[0].element_size()
 
     def check(self, site: Site, plan: SitePlan) -> None:
-        """Raise :class:`SlimLSTMError` if ONNX cannot hold the storage in as few bits as the report would say."""
+        """Raise :class:`SlimLSTMError` if the file's opset cannot widen the storage, or if ONNX cannot hold it in as few
+        bits as the report would say."""
         row, opset = storage_called(plan.storage or "float32"), opset_of(self._model)
+        if plan.storage == "bfloat16" and opset < _BFLOAT16_OPSET:
+            raise SlimLSTMError(
+                f"the file's opset {opset} has no bfloat16, which came with opset {_BFLOAT16_OPSET}; give 'int8', or convert "
+                f"the file with onnx.version_converter.convert_version(model, {_BFLOAT16_OPSET})"
+            )
         if not row.is_packed or (row.bits == 4 and opset >= INT4_OPSET):
             return
         if row.bits == 4:
