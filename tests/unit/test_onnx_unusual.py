@@ -9,6 +9,7 @@ from onnx_files import DIRECTIONS, INPUTS, H, feed, low_rank, lstm_parts, save, 
 from slimlstm import LowRank, Quantize, SlimLSTMError
 from slimlstm.onnx.compress import compress_onnx
 from slimlstm.onnx.difference import output_difference
+from slimlstm.search import shrink_onnx
 
 COMPUTED = {"W": 1, "R": 2, "B": 3, "lengths": 4, "h0": 5, "c0": 6, "P": 7}
 """The positions of an operator's inputs that a node may compute."""
@@ -128,3 +129,36 @@ def test_storages_are_written_where_the_opset_has_them(opset, storage, config, t
     else:
         compress_onnx(path, config(storage), small)
         assert output_difference(path, small, [feed(path, directions=2)]) < (0.3 if storage == "int4" else 0.02)
+
+
+def with_weights_outside(folder, location="weights.onnx"):
+    node, weights = lstm_parts(np.random.default_rng(0), hidden=H)
+    inside, path = save(folder / "inside.onnx", [node], weights, node.output), folder / "model.onnx"
+    onnx.save(onnx.load(inside), path, save_as_external_data=True, location=location, size_threshold=0)
+    return inside, path
+
+
+OVER_WEIGHTS = {
+    "compress_onnx": lambda path, output, run: compress_onnx(path, Quantize("int8"), output),
+    "shrink_onnx": lambda path, output, run: shrink_onnx(path, output, [feed(path)]),
+    "compress": lambda path, output, run: run("compress", str(path), "-o", str(output), "--storage", "int8", "--force"),
+    "shrink": lambda path, output, run: run("shrink", path, "-o", output, "--inputs", path.parent / "x.npz", "--force"),
+}
+
+
+@pytest.mark.parametrize("is_linked", [False, True])
+@pytest.mark.parametrize("name", OVER_WEIGHTS)
+def test_weights_in_other_files_are_never_the_output(name, is_linked, tmp_path, run):
+    inside, path = with_weights_outside(tmp_path)
+    np.savez(tmp_path / "x.npz", **{key: value[None] for key, value in feed(path).items()})
+    output = tmp_path / "weights.onnx"
+    if is_linked:
+        output = tmp_path / "link.onnx"
+        output.symlink_to("weights.onnx")
+    if name.endswith("_onnx"):
+        with pytest.raises(SlimLSTMError, match="holds weights of the input"):
+            OVER_WEIGHTS[name](path, output, run)
+    else:
+        status, _, err = OVER_WEIGHTS[name](path, output, lambda *words: run(*map(str, words)))
+        assert (status, "holds weights of the input" in " ".join(err.split())) == (1, True)
+    assert output_difference(inside, path, [feed(inside)]) == 0

@@ -18,13 +18,13 @@ import torch
 
 from slimlstm.calibration.moments import Calibration
 from slimlstm.errors import SlimLSTMError, reason_of
-from slimlstm.files import check_output_file, replacing
+from slimlstm.files import replacing
 from slimlstm.methods import Needs, Replacement
 from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.onnx.calibrate import RunInputs, calibrate_graph
 from slimlstm.onnx.find import find_lstms
 from slimlstm.onnx.forms import check_form
-from slimlstm.onnx.graph import OnnxLSTM, graphs_of, read_model
+from slimlstm.onnx.graph import OnnxLSTM, check_onnx_output, graphs_of, read_model
 from slimlstm.onnx.observe import GraphObserver
 from slimlstm.onnx.others import check_kinds
 from slimlstm.onnx.source import GraphSource
@@ -85,7 +85,7 @@ def compress_onnx(
     check_form(form)
     path, output = Path(path), Path(output)
     check_kinds(also)
-    check_output_file(path, output)
+    check_onnx_output(path, output)
     model = read_model(path)
     _check(model, path)
     is_inferable = not _shape_problem(model)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError, refusing
-from slimlstm.files import check_memory, check_regular, memory_limit_of
+from slimlstm.files import check_memory, check_output_file, check_regular, memory_limit_of
 from slimlstm.ops.weights import Matrix
 
 # Exporters transpose, cut, join and quantise PyTorch's weights by these operators.
@@ -156,6 +156,44 @@ def read_model(path: Path) -> Any:
     Raises:
         SlimLSTMError: onnx is not installed, or the file is missing or damaged.
     """
+    model = _without_outside(path)
+    import onnx
+
+    with refusing(f"{path} is no intact ONNX file"):
+        for file in _outside_files(model, path):
+            check_regular(file)
+        onnx.load_external_data_for_model(model, str(path.parent))
+        return _with_lstms_inlined(model)
+
+
+def check_onnx_output(path: Path, output: Path) -> None:
+    """Refuse to write an ONNX file over a folder, over the file that is read or its weights, or without an ending.
+
+    Raises:
+        SlimLSTMError: ``output`` is one of these; or see :func:`read_model`.
+    """
+    check_output_file(path, output)
+    if not output.exists():
+        return
+    for file in _outside_files(_without_outside(path), path):
+        if file.exists() and output.samefile(file):
+            raise SlimLSTMError(f"{output} holds weights of the input {path}, which would be lost; name another output")
+
+
+def bytes_on_disk(path: Path) -> int:
+    """Return the bytes of an ONNX file and of the files that hold its other weights.
+
+    Raises:
+        SlimLSTMError: see :func:`read_model`.
+    """
+    files = [path, *_outside_files(_without_outside(path), path)]
+    for file in files:
+        check_regular(file)
+    return sum(file.stat().st_size for file in {file.resolve() for file in files})
+
+
+def _without_outside(path: Path) -> Any:
+    """Return the ONNX model in a file, without the weights that it stores in other files."""
     try:
         import onnx
     except ImportError as error:
@@ -164,11 +202,16 @@ def read_model(path: Path) -> Any:
     with refusing(f"{path} is no intact ONNX file"):
         model = onnx.load(path, load_external_data=False)
         _check_text(model)
-        for tensor in outside_tensors(model):
-            place = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
-            check_regular(path.parent / place)
-        onnx.load_external_data_for_model(model, str(path.parent))
-        return _with_lstms_inlined(model)
+    return model
+
+
+def _outside_files(model: Any, path: Path) -> list[Path]:
+    """Return the files that hold weights of the model in ``path``, each once."""
+    places = [
+        next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+        for tensor in outside_tensors(model)
+    ]
+    return [path.parent / place for place in dict.fromkeys(places)]
 
 
 def _check_text(message: Any) -> None:

@@ -92,8 +92,8 @@ class GraphSource:
         row, opset = storage_called(plan.storage or "float32"), opset_of(self._model)
         if plan.storage == "bfloat16" and opset < _BFLOAT16_OPSET:
             raise SlimLSTMError(
-                f"the file's opset {opset} has no bfloat16, which came with opset {_BFLOAT16_OPSET}; give 'int8', or convert "
-                f"the file with onnx.version_converter.convert_version(model, {_BFLOAT16_OPSET})"
+                f"the file's opset {opset} has no bfloat16, which opset {_BFLOAT16_OPSET} added; give 'int8', or convert "
+                f"the file first: onnx.version_converter.convert_version(model, {_BFLOAT16_OPSET})"
             )
         if not row.is_packed or (row.bits == 4 and opset >= INT4_OPSET):
             return

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from slimlstm.calibration.moments import Calibration
 from slimlstm.errors import SlimLSTMError
-from slimlstm.files import check_output_file, replacing
+from slimlstm.files import replacing
 from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.onnx.calibrate import RunInputs, calibrate_graph
 from slimlstm.onnx.compress import compress_onnx
 from slimlstm.onnx.find import find_lstms
-from slimlstm.onnx.graph import read_model
+from slimlstm.onnx.graph import check_onnx_output, read_model
 from slimlstm.onnx.runtime import Session
 from slimlstm.onnx.source import GraphSource
 from slimlstm.pipeline.config import LowRank, Quantize
@@ -82,7 +82,7 @@ def shrink_onnx(
             direction or beside a measure, nothing smaller meets the limit, or see :func:`slimlstm.compress_onnx`.
     """
     path, output = Path(path), Path(output)
-    check_output_file(path, output)
+    check_onnx_output(path, output)
     if not runs:
         raise SlimLSTMError("no runs are given; a search measures the outputs on inputs")
     if type(evaluations) is not int or evaluations < 2:
