@@ -4,11 +4,12 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
-from onnx_files import DIRECTIONS, INPUTS, H, feed, low_rank, lstm_parts, save, written_out
+from onnx_files import DIRECTIONS, INPUTS, H, feed, low_rank, lstm_parts, onnxruntime, save, written_out
 
 from slimlstm import LowRank, Quantize, SlimLSTMError
 from slimlstm.onnx.compress import compress_onnx
 from slimlstm.onnx.difference import output_difference
+from slimlstm.onnx.samples import OPEN_SIZE, random_inputs
 from slimlstm.search import shrink_onnx
 
 COMPUTED = {"W": 1, "R": 2, "B": 3, "lengths": 4, "h0": 5, "c0": 6, "P": 7}
@@ -162,3 +163,61 @@ def test_weights_in_other_files_are_never_the_output(name, is_linked, tmp_path, 
         status, _, err = OVER_WEIGHTS[name](path, output, lambda *words: run(*map(str, words)))
         assert (status, "holds weights of the input" in " ".join(err.split())) == (1, True)
     assert output_difference(inside, path, [feed(inside)]) == 0
+
+
+LENGTHS = {
+    "directly": [],
+    "cast": [("Cast", ["given"], {"to": 6})],
+    "identity": [("Identity", ["given"], {})],
+    "squeezed": [("Unsqueeze", ["given", "zero"], {}), ("Squeeze", ["at_0", "zero"], {})],
+    "one less and one more": [("Sub", ["given", "one"], {}), ("Add", ["at_0", "one"], {})],
+    "mask": [("ReduceSum", ["given", "zero"], {"keepdims": 0})],
+    "mask of another type": [("Cast", ["given"], {"to": 6}), ("ReduceSum", ["at_0", "zero"], {"keepdims": 0})],
+}
+TYPES = {"int8": 3, "uint8": 2, "int16": 5, "uint16": 4, "int32": 6, "uint32": 12, "int64": 7, "uint64": 13, "bool": 9}
+
+
+def with_lengths(path, name, kind="int32", steps="t", layout=0):
+    """An operator whose sequence_lens the nodes of this name compute from the input "given"."""
+    node, weights = lstm_parts(np.random.default_rng(0), lengths=True)
+    nodes, last = [], "given"
+    for number, (operator, inputs, attributes) in enumerate(LENGTHS[name]):
+        last = f"at_{number}"
+        nodes.append(helper.make_node(operator, inputs, [last], **attributes))
+    node.input[4] = last
+    weights += [numpy_helper.from_array(np.array([0]), "zero"), numpy_helper.from_array(np.array([1], np.int32), "one")]
+    shape = [steps, "b"] if "mask" in name else ["b"]
+    x = helper.make_tensor_value_info("x", 1, [steps, "b", INPUTS])
+    given = helper.make_tensor_value_info("given", TYPES[kind], shape)
+    y = helper.make_tensor_value_info("lstm_y", 1, [steps, 1, "b", H])
+    graph = helper.make_graph([*nodes, node], "graph", [x, given], [y], weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def own_inputs(path):
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return random_inputs(path, session.get_inputs())
+
+
+@pytest.mark.parametrize("steps", ["t", 3, 7])
+@pytest.mark.parametrize("name", LENGTHS)
+def test_random_inputs_have_all_steps(name, steps, tmp_path):
+    kind = "bool" if name.endswith("type") else "int64" if name == "cast" else "int32"
+    path, small = with_lengths(tmp_path / "model.onnx", name, kind, steps), tmp_path / "small.onnx"
+    count = OPEN_SIZE if steps == "t" else steps
+    assert (own_inputs(path)["given"] == (1 if "mask" in name else count)).all()
+    compress_onnx(path, LowRank("svd", rank=1), small)
+    assert 0.01 < output_difference(path, small) < 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("slimlstm.onnx.compress._check_size", lambda *_: None)
+        compress_onnx(path, LowRank("svd", rank=1), small, form="scan")
+    assert (own_inputs(small)["given"] == (1 if "mask" in name else count)).all()
+    assert 0.01 < output_difference(small, path) < 2
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_integers_of_every_type_are_fed(kind, tmp_path):
+    path = with_lengths(tmp_path / "model.onnx", "cast", kind)
+    assert own_inputs(path)["given"].dtype.name == kind
+    assert output_difference(path, path) == 0
