@@ -221,3 +221,28 @@ def test_integers_of_every_type_are_fed(kind, tmp_path):
     path = with_lengths(tmp_path / "model.onnx", "cast", kind)
     assert own_inputs(path)["given"].dtype.name == kind
     assert output_difference(path, path) == 0
+
+
+@pytest.mark.parametrize("ir_version", [3, 8])
+@pytest.mark.parametrize(
+    ("config", "form", "left"),
+    [
+        (Quantize("bfloat16"), "lstm", ["x", "lstm_B"]),
+        (Quantize("bfloat16"), "scan", ["x"]),
+        (LowRank("svd", rank=2, target="hh"), "lstm", ["x", "lstm_W", "lstm_B"]),
+    ],
+    ids=["operator", "scan", "hh"],
+)
+def test_weights_that_were_inputs_are_fixed_with_a_note(config, form, left, ir_version, tmp_path):
+    node, weights = lstm_parts(np.random.default_rng(0), hidden=64)
+    path, small = save(tmp_path / "model.onnx", [node], weights, node.output, 13, ir_version), tmp_path / "small.onnx"
+    if ir_version > 3:
+        assert not compress_onnx(path, config, small, form=form).notes
+    model = onnx.load(path)
+    model.graph.input.extend(helper.make_tensor_value_info(w.name, w.data_type, w.dims) for w in weights)
+    onnx.save(model, path)
+    report = compress_onnx(path, config, small, form=form)
+    assert [value.name for value in onnx.load(small).graph.input] == left
+    (note,) = report.notes
+    gone = [weight.name for weight in weights if weight.name not in left]
+    assert f"the inputs {', '.join(gone)} of the file" in note

@@ -13,7 +13,7 @@ from slimlstm.methods import Replacement, storage_called
 from slimlstm.onnx.as_scan import add_operator_as_scans, directions_of, form_of
 from slimlstm.onnx.builder import INT4_IR_VERSION, GraphBuilder, int4_tensor, onnx_type
 from slimlstm.onnx.forms import LSTM, Form
-from slimlstm.onnx.graph import OnnxLSTM, WeightLocation, attribute_of, graphs_of, inner_graphs
+from slimlstm.onnx.graph import OnnxLSTM, Scope, WeightLocation, attribute_of, graphs_of, inner_graphs
 from slimlstm.onnx.integers import make_plain
 from slimlstm.onnx.opsets import opset_of
 from slimlstm.onnx.runtime import insert
@@ -33,6 +33,7 @@ class Rewriter:
     Attributes:
         forms: the form of every operator with new weights, by name.
         scans: the beginning of the names of an operator's Scans, by the operator's name.
+        roots: the constants of the file that replaced weights were computed from.
     """
 
     def __init__(self, model: Any, form: str = "auto") -> None:
@@ -43,6 +44,7 @@ class Rewriter:
         self._builder = GraphBuilder(self._free_prefix("slimlstm"), opset=self._opset)
         self.forms: dict[str, Form] = {}
         self.scans: dict[str, str] = {}
+        self.roots: set[str] = set()
 
     def replace(self, groups: list[list[OnnxLSTM]], replacements: Mapping[str, Replacement]) -> None:
         """Put replacements into all layers of every group.
@@ -61,14 +63,15 @@ class Rewriter:
             names = (location.name for location in group[0].locations)
             new = {name: replacements[f"{prefix}.{name}"] for name in names if f"{prefix}.{name}" in replacements}
             shared: dict[Hashable, Any] = {}
-            for layer in group:
-                released += separate(layer, self._model, self._free, shared) if new else []
+            for layer in group if new else ():
+                found = separate(layer, self._model, self._free, shared)
                 if layer.is_operator:
-                    released += self._replace_operator(layer, new, prefix, shared) if new else []
-                    continue
-                for location in layer.locations:
+                    found += self._replace_operator(layer, new, prefix, shared)
+                for location in layer.locations if not layer.is_operator else ():
                     if location.name in new:
-                        released += self._replace_product(location, prefix, new[location.name], shared)
+                        found += self._replace_product(location, prefix, new[location.name], shared)
+                self.roots |= _roots(found, layer.scope)
+                released += found
         nodes = [*self._nodes, *self._graph.node]
         del self._graph.node[:]
         self._graph.node.extend(nodes)
@@ -251,6 +254,22 @@ def _check_products(groups: list[list[OnnxLSTM]], replacements: Mapping[str, Rep
                 f"{' and '.join(found)} are one product in the file, {next(iter(found.values()))}, of LSTMs that differ in "
                 "their other matrices, so it cannot change for one of them alone; leave these out with filter="
             )
+
+
+def _roots(names: Iterable[str], scope: Scope) -> set[str]:
+    """Return the constants without producers that those of these values which are constants are computed from."""
+    roots, seen, pending = set[str](), set[str](), list(names)
+    while pending:
+        name = pending.pop()
+        if name in seen or name not in scope.constants:
+            continue
+        seen.add(name)
+        node = scope.producers.get(name)
+        if node is None:
+            roots.add(name)
+        else:
+            pending += node.input
+    return roots
 
 
 def _exact_storage(location: WeightLocation) -> str | None:

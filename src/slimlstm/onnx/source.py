@@ -108,6 +108,8 @@ class GraphSource:
 
     def put(self, replacements: Mapping[str, Replacement]) -> list[str]:
         """Rewrite the graph; ``forms`` and ``scans`` then describe its new operators. Return notes for the report."""
+        defaults = {tensor.name for tensor in self._model.graph.initializer}
+        inputs = [entry.name for entry in self._model.graph.input if entry.name in defaults]
         rewriter = Rewriter(self._model, self._form)
         rewriter.replace(self.groups, replacements)
         self.forms, self.scans = rewriter.forms, rewriter.scans
@@ -121,6 +123,14 @@ class GraphSource:
         if self._others:
             lstms = [lstm for group in self.groups for lstm in group]
             notes += quantize_others(self._model, lstms, self._others, self._runs)
+        left = {entry.name for entry in self._model.graph.input}
+        fixed = [name for name in inputs if name in rewriter.roots or name not in left]
+        if fixed:
+            others = f" and {len(fixed) - 4} more" if len(fixed) > 4 else ""
+            notes.append(
+                f"the inputs {', '.join(fixed[:4])}{others} of the file had weights as their defaults; these weights are fixed now, and "
+                "values that are given for the inputs no longer replace them"
+            )
         return notes
 
     def size(self) -> Sizes:
