@@ -246,3 +246,20 @@ def test_weights_that_were_inputs_are_fixed_with_a_note(config, form, left, ir_v
     (note,) = report.notes
     gone = [weight.name for weight in weights if weight.name not in left]
     assert f"the inputs {', '.join(gone)} of the file" in note
+
+
+def test_sizes_count_weights_in_other_files(tmp_path, run, run_json):
+    """The command shows them in its results and on its pages, and a search in its first trial."""
+    _, path = with_weights_outside(tmp_path, "weights.data")
+    size = sum((tmp_path / name).stat().st_size for name in ("model.onnx", "weights.data"))
+    assert run_json("inspect", path)["bytes"] == size
+    runs = [feed(tmp_path / "inside.onnx", seed=seed) for seed in range(3)]
+    found = shrink_onnx(path, tmp_path / "small.onnx", runs, at_most="50%", evaluations=2)
+    assert found.dense.bytes == size
+    np.savez(tmp_path / "x.npz", x=np.stack([values["x"] for values in runs]))
+    for number, words in enumerate((["compress", "--storage", "int8"], ["shrink", "--inputs", tmp_path / "x.npz"])):
+        page, output = tmp_path / f"{number}.html", tmp_path / f"{number}.onnx"
+        more = ["--at-most", "50%", "--evaluations", "2"] if words[0] == "shrink" else []
+        status, _, err = run(*map(str, [words[0], path, "-o", output, "--report", page, *words[1:], *more]))
+        assert (status, err) == (0, "")
+        assert "weights.data" in page.read_text(encoding="utf-8")

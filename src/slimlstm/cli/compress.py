@@ -103,9 +103,20 @@ def command(
         use = f"slimlstm.load({str(output)!r}, model) loads it into the model."
     if page is not None:
         usage = USE_OF_ONNX if to_onnx else USE_OF_FOLDER
-        report.to_html(page, title=f"{file.name}, compressed", usage=usage.format(str(output)), files=(file, output))
+        report.to_html(
+            page, title=f"{file.name}, compressed", usage=usage.format(str(output)), files=(*_read(file), output)
+        )
         use += f" The report is in {page}."
     show(report.to_dict() | difference, as_json, report, f"Written to {output}; {use}")
+
+
+def _read(file: Path) -> list[Path]:
+    """Return the file, and the files in which an ONNX file stores its weights."""
+    if file.suffix.lower() != ".onnx":
+        return [file]
+    from slimlstm.onnx.graph import files_of
+
+    return files_of(file)
 
 
 def _check_options(

@@ -175,9 +175,18 @@ def check_onnx_output(path: Path, output: Path) -> None:
     check_output_file(path, output)
     if not output.exists():
         return
-    for file in _outside_files(_without_outside(path), path):
+    for file in files_of(path)[1:]:
         if file.exists() and output.samefile(file):
             raise SlimLSTMError(f"{output} holds weights of the input {path}, which would be lost; name another output")
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return an ONNX file and the files that hold its other weights.
+
+    Raises:
+        SlimLSTMError: see :func:`read_model`.
+    """
+    return [path, *_outside_files(_without_outside(path), path)]
 
 
 def bytes_on_disk(path: Path) -> int:
@@ -186,7 +195,7 @@ def bytes_on_disk(path: Path) -> int:
     Raises:
         SlimLSTMError: see :func:`read_model`.
     """
-    files = [path, *_outside_files(_without_outside(path), path)]
+    files = files_of(path)
     for file in files:
         check_regular(file)
     return sum(file.stat().st_size for file in {file.resolve() for file in files})

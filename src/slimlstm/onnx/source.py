@@ -128,8 +128,8 @@ class GraphSource:
         if fixed:
             others = f" and {len(fixed) - 4} more" if len(fixed) > 4 else ""
             notes.append(
-                f"the inputs {', '.join(fixed[:4])}{others} of the file had weights as their defaults; these weights are fixed now, and "
-                "values that are given for the inputs no longer replace them"
+                f"the inputs {', '.join(fixed[:4])}{others} of the file had weights as their defaults; these weights are "
+                "fixed now, and values that are given for the inputs no longer replace them"
             )
         return notes
 

@@ -20,7 +20,7 @@ from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.onnx.calibrate import RunInputs, calibrate_graph
 from slimlstm.onnx.compress import compress_onnx
 from slimlstm.onnx.find import find_lstms
-from slimlstm.onnx.graph import check_onnx_output, read_model
+from slimlstm.onnx.graph import bytes_on_disk, check_onnx_output, read_model
 from slimlstm.onnx.runtime import Session
 from slimlstm.onnx.source import GraphSource
 from slimlstm.pipeline.config import LowRank, Quantize
@@ -123,7 +123,7 @@ def shrink_onnx(
         raise nothing_found(engine.trials, engine.refusals, goal.words)
     best, _, report = engine.best
     notes, ended = [*engine.refusals, *goal.notes], engine.interrupted
-    dense = Trial("uncompressed", None, path.stat().st_size, goal.dense, accepted=True)
+    dense = Trial("uncompressed", None, bytes_on_disk(path), goal.dense, accepted=True)
     return Search(dense, engine.trials, best, report, goal.words, goal.better, goal.name, ended, notes, goal.limit)
 
 
