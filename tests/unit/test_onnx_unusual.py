@@ -263,3 +263,23 @@ def test_sizes_count_weights_in_other_files(tmp_path, run, run_json):
         status, _, err = run(*map(str, [words[0], path, "-o", output, "--report", page, *words[1:], *more]))
         assert (status, err) == (0, "")
         assert "weights.data" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("head", ["MatMul", "Gemm"])
+@pytest.mark.parametrize("form", ["lstm", "scan"])
+@pytest.mark.parametrize("config", [LowRank("svd", keep=0.8), Quantize("int8"), Quantize("bfloat16")], ids=str)
+def test_the_lstms_own_products_are_no_other_weights(config, form, head, tmp_path):
+    rng, wide = np.random.default_rng(0), 64
+    node, weights = lstm_parts(rng, hidden=wide)
+    weights += [numpy_helper.from_array(rng.standard_normal((wide, 20)).astype(np.float32), "head")]
+    weights += [numpy_helper.from_array(np.array([0]), "zero")]
+    last = helper.make_node("Squeeze", ["lstm_h", "zero"], ["rows"])
+    nodes = [node, last, helper.make_node(head, ["rows", "head"], ["scores"])]
+    path, small = save(tmp_path / "model.onnx", nodes, weights, ["scores"], 13), tmp_path / "small.onnx"
+    report = compress_onnx(path, config, small, also=["linear"], form=form, batches=[feed(path)])
+    assert any(note.startswith("1 other weights (linear)") for note in report.notes)
+    made = onnx.load(small).graph
+    integers = [one for one in made.node if one.op_type == "MatMulInteger"]
+    (own,) = (one for one in integers if any(name.startswith("head") for name in one.input))
+    assert len(integers) == 1 or (form == "scan" and "int8" in str(config)), own
+    assert output_difference(path, small, [feed(path)]) < 0.1
