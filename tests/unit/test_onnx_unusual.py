@@ -283,3 +283,31 @@ def test_the_lstms_own_products_are_no_other_weights(config, form, head, tmp_pat
     (own,) = (one for one in integers if any(name.startswith("head") for name in one.input))
     assert len(integers) == 1 or (form == "scan" and "int8" in str(config)), own
     assert output_difference(path, small, [feed(path)]) < 0.1
+
+
+SHRUNK = {
+    "clip": ({"clip": 50.0}, "lstm has clip"),
+    "input_forget": ({"input_forget": 1}, "lstm has input_forget"),
+    "activations": ({"activations": ["HardSigmoid", "Tanh", "Tanh"]}, "lstm has other activations"),
+    "peepholes": ({}, "lstm has peepholes"),
+    "computed bias": ({}, "lstm has a bias that is no constant of the file"),
+}
+
+
+@pytest.mark.parametrize("name", SHRUNK)
+def test_what_fisher_cannot_differentiate_still_shrinks(name, tmp_path):
+    attributes, reason = SHRUNK[name]
+    node, weights = lstm_parts(np.random.default_rng(0), hidden=64, **attributes)
+    nodes = [node]
+    if name == "peepholes":
+        node.input.extend([""] * (7 - len(node.input)) + ["P"])
+        weights.append(numpy_helper.from_array(np.ones((1, 3 * 64), np.float32), "P"))
+    if name == "computed bias":
+        nodes = [helper.make_node("Abs", ["lstm_B"], ["bias"]), node]
+        node.input[3] = "bias"
+    path, small = save(tmp_path / "model.onnx", nodes, weights, node.output[:1]), tmp_path / "small.onnx"
+    runs = [{"x": np.random.default_rng(seed).standard_normal((9, 2, INPUTS)).astype(np.float32)} for seed in range(3)]
+    found = shrink_onnx(path, small, runs, at_most="20%", evaluations=4)
+    assert found.best.label == "int8"
+    assert f"no factors were tried, because {reason}" in " ".join(found.notes)
+    assert output_difference(path, small, runs) < 0.1
