@@ -311,3 +311,25 @@ def test_what_fisher_cannot_differentiate_still_shrinks(name, tmp_path):
     assert found.best.label == "int8"
     assert f"no factors were tried, because {reason}" in " ".join(found.notes)
     assert output_difference(path, small, runs) < 0.1
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "inside.onnx"])
+@pytest.mark.parametrize("has_length", [False, True])
+def test_files_beyond_the_largest_are_refused_before_they_are_read(name, has_length, tmp_path, monkeypatch, run):
+    with_weights_outside(tmp_path, "weights.data")
+    if not has_length:
+        model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
+        for tensor in model.graph.initializer:
+            kept = [entry for entry in tensor.external_data if entry.key != "length"]
+            del tensor.external_data[:]
+            tensor.external_data.extend(kept)
+        (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    largest = (tmp_path / name).stat().st_size - (name == "inside.onnx")
+    monkeypatch.setattr("slimlstm.onnx.graph.LARGEST_FILE", largest)
+    monkeypatch.setattr("onnx.load_external_data_for_model", lambda *_: pytest.fail("the weights were read"))
+    message = f"bytes, more than the {largest:,} that one ONNX file can hold"
+    with pytest.raises(SlimLSTMError, match=message):
+        compress_onnx(tmp_path / name, Quantize("int8"), tmp_path / "small.onnx")
+    status, _, err = run("inspect", str(tmp_path / name))
+    assert (status, message in " ".join(err.split())) == (1, True)
+    assert not (tmp_path / "small.onnx").exists()

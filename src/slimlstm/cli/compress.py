@@ -201,7 +201,8 @@ def _check_output(file: Path, output: Path, force: bool) -> None:
 
 def _check_that_nothing_is_lost(file: Path, output: Path) -> None:
     """Refuse to write an ONNX file with weights outside LSTMs as a folder, which holds the LSTMs only."""
-    from slimlstm.onnx.graph import count_numbers, read_model
+    from slimlstm.onnx.graph import read_model
+    from slimlstm.onnx.sizes import count_numbers
     from slimlstm.weight_files import read_tensors
 
     in_lstms = sum(tensor.numel() for tensor in read_tensors(file).values())

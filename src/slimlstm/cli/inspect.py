@@ -65,7 +65,8 @@ def _counts(file: Path, matrices: Any, entries: list[dict[str, Any]], tensors: A
         _contents(names, tensors): entry["parameters"] for names, entry in zip(matrices.values(), entries, strict=True)
     }
     if file.suffix.lower() == ".onnx":
-        from slimlstm.onnx.graph import count_numbers, read_model
+        from slimlstm.onnx.graph import read_model
+        from slimlstm.onnx.sizes import count_numbers
 
         # Reading an ONNX file returns every LSTM's own copy of weights that the file holds once.
         return sum(by_content.values()), count_numbers(read_model(file))

@@ -24,7 +24,7 @@ from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.onnx.calibrate import RunInputs, calibrate_graph
 from slimlstm.onnx.find import find_lstms
 from slimlstm.onnx.forms import check_form
-from slimlstm.onnx.graph import OnnxLSTM, check_onnx_output, graphs_of, read_model
+from slimlstm.onnx.graph import LARGEST_FILE, OnnxLSTM, check_onnx_output, graphs_of, read_model
 from slimlstm.onnx.observe import GraphObserver
 from slimlstm.onnx.others import check_kinds
 from slimlstm.onnx.source import GraphSource
@@ -34,9 +34,6 @@ from slimlstm.pipeline.plan import Config, check_config
 from slimlstm.pipeline.report import Report
 from slimlstm.pipeline.run import apply, check_smaller, needs_of, solve
 from slimlstm.progress import Progress, shown
-
-_LARGEST_FILE = 2**31 - 1
-"""Bytes that one ONNX file can hold."""
 
 
 @plain_mode()
@@ -143,7 +140,7 @@ def _check(model: Any, path: Path) -> None:
     version = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
     if version < 7:
         raise SlimLSTMError(f"{path} is of ONNX opset {version}, whose operators differ; convert it to 7 or later first")
-    if model.ByteSize() > _LARGEST_FILE:
+    if model.ByteSize() > LARGEST_FILE:
         raise SlimLSTMError(f"{path} with its outside weights takes over 2 GiB, more than one ONNX file can hold")
     try:
         checker.check_model(_with_shapes(model))

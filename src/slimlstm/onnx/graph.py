@@ -39,6 +39,8 @@ _WIDEST = 8
 """Bytes of the widest number that an operator makes."""
 # LSTM operators, and the operator that every LSTM written out in single operators contains.
 _LSTM_PARTS = {"LSTM", "DynamicQuantizeLSTM", "Split"}
+LARGEST_FILE = 2**31 - 1
+"""Bytes that one ONNX file can hold."""
 # The evaluator knows DequantizeLinear from this opset on only; the operator did not change.
 _DEQUANTIZES = 19
 
@@ -162,6 +164,7 @@ def read_model(path: Path) -> Any:
     with refusing(f"{path} is no intact ONNX file"):
         for file in _outside_files(model, path):
             check_regular(file)
+        _check_largest(model.ByteSize() + sum(_outside_bytes(tensor, path) for tensor in outside_tensors(model)), path)
         onnx.load_external_data_for_model(model, str(path.parent))
         return _with_lstms_inlined(model)
 
@@ -208,10 +211,28 @@ def _without_outside(path: Path) -> Any:
     except ImportError as error:
         raise SlimLSTMError("onnx, which reads ONNX files, is not installed: pip install 'slimlstm[onnx]'") from error
     check_regular(path)
+    _check_largest(path.stat().st_size, path)
     with refusing(f"{path} is no intact ONNX file"):
         model = onnx.load(path, load_external_data=False)
         _check_text(model)
     return model
+
+
+def _check_largest(size: int, path: Path) -> None:
+    """Raise :class:`SlimLSTMError` if a model with its outside weights takes more bytes than one file can hold."""
+    if size > LARGEST_FILE:
+        raise SlimLSTMError(
+            f"{path} with its weights in other files takes {size:,} bytes, more than the {LARGEST_FILE:,} that one ONNX "
+            "file can hold and slimlstm reads; divide the model, or compress its weights before the export"
+        )
+
+
+def _outside_bytes(tensor: Any, path: Path) -> int:
+    """Return the bytes that a tensor has in another file: a given length, or the rest of the file."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    if "length" in entries:
+        return int(entries["length"])
+    return (path.parent / entries.get("location", "")).stat().st_size - int(entries.get("offset", 0))
 
 
 def _outside_files(model: Any, path: Path) -> list[Path]:
@@ -254,7 +275,7 @@ def _with_lstms_inlined(model: Any) -> Any:
         found = False
         for function in model.functions:
             key = function.domain, function.name
-            nodes = [node for top in function.node for node in (top, *_inner_nodes(top))]
+            nodes = [node for top in function.node for node in (top, *inner_nodes(top))]
             is_holding = any(node.op_type in _LSTM_PARTS or (node.domain, node.op_type) in holding for node in nodes)
             if is_holding and key not in holding:
                 holding.add(key)
@@ -279,7 +300,7 @@ def _inlined_bytes(nodes: Iterable[Any], bodies: Mapping[tuple[str, str], Any]) 
         if key in callers:
             raise SlimLSTMError(f"the function {key[1]} of the file calls itself; the file is damaged")
         if key not in sizes:
-            inside = [node for top in bodies[key].node for node in (top, *_inner_nodes(top))]
+            inside = [node for top in bodies[key].node for node in (top, *inner_nodes(top))]
             sizes[key] = bodies[key].ByteSize() + sum(size(call, callers | {key}) for call in calls(inside))
         return sizes[key]
 
@@ -289,7 +310,8 @@ def _inlined_bytes(nodes: Iterable[Any], bodies: Mapping[tuple[str, str], Any]) 
     return sum(size(key, frozenset()) for key in calls(nodes))
 
 
-def _inner_nodes(node: Any) -> Iterator[Any]:
+def inner_nodes(node: Any) -> Iterator[Any]:
+    """Yield the nodes of all graphs that are nested in a node."""
     for inner in inner_graphs(node):
         for graph in graphs_of(inner):
             yield from graph.node
@@ -301,27 +323,6 @@ def graphs_of(graph: Any) -> Iterator[Any]:
     for node in graph.node:
         for inner in inner_graphs(node):
             yield from graphs_of(inner)
-
-
-def count_numbers(model: Any) -> int:
-    """Return the number of weights in a model: floating-point numbers and 8-bit codes, in nested graphs and functions too.
-
-    Scales that slimlstm wrote beside codes do not count, and neither do integers that are no codes, such as shapes.
-    """
-    from onnx import TensorProto
-
-    kinds = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16}
-    kinds |= {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4}
-    graphs, tensors = list(graphs_of(model.graph)), list[Any]()
-    nodes = [node for graph in graphs for node in graph.node]
-    for function in model.functions:
-        for node in function.node:
-            nodes += [node, *_inner_nodes(node)]
-    for graph in graphs:
-        tensors += graph.initializer
-    tensors += [found.t for node in nodes if node.op_type == "Constant" for found in node.attribute if found.HasField("t")]
-    counted = (tensor for tensor in tensors if tensor.data_type in kinds and not tensor.name.endswith(".scale"))
-    return sum(math.prod(tensor.dims) for tensor in counted)
 
 
 def inner_graphs(node: Any) -> Iterator[Any]:

@@ -13,11 +13,12 @@ from slimlstm.methods import Replacement, matrix_bytes, sha256_of, storage_calle
 from slimlstm.modules.sites import Site
 from slimlstm.onnx.builder import INT4_OPSET
 from slimlstm.onnx.forms import Form
-from slimlstm.onnx.graph import OnnxLSTM, WeightLocation, count_numbers
+from slimlstm.onnx.graph import OnnxLSTM, WeightLocation
 from slimlstm.onnx.opsets import opset_of
 from slimlstm.onnx.others import quantize_others
 from slimlstm.onnx.rewrite import Rewriter
 from slimlstm.onnx.runtime import RunInputs
+from slimlstm.onnx.sizes import count_numbers
 from slimlstm.ops.weights import Matrix, shape_of
 from slimlstm.pipeline.site_plan import SitePlan
 from slimlstm.pipeline.source import Size, Sizes, replaced_site

@@ -57,8 +57,8 @@ def shrink_onnx(
 
     The last third of the runs measures the disagreement, the others calibrate; with a metric all runs calibrate. The output
     file is written at the first trial that meets the limit and replaced by every smaller one, so an interrupted search
-    leaves the best version so far. Where gradients of an LSTM cannot be computed, because it has peepholes for instance, only
-    storages of whole matrices are tried, and a note of the result says so.
+    leaves the best version so far. Where gradients of an LSTM cannot be computed, because it has peepholes for instance,
+    only storages of whole matrices are tried, and a note of the result says so.
 
     Args:
         path: the file.
