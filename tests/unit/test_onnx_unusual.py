@@ -10,6 +10,7 @@ from slimlstm import LowRank, Quantize, SlimLSTMError
 from slimlstm.onnx.compress import compress_onnx
 from slimlstm.onnx.difference import output_difference
 from slimlstm.onnx.samples import OPEN_SIZE, random_inputs
+from slimlstm.onnx.sizes import count_numbers
 from slimlstm.search import shrink_onnx
 
 COMPUTED = {"W": 1, "R": 2, "B": 3, "lengths": 4, "h0": 5, "c0": 6, "P": 7}
@@ -333,3 +334,40 @@ def test_files_beyond_the_largest_are_refused_before_they_are_read(name, has_len
     status, _, err = run("inspect", str(tmp_path / name))
     assert (status, message in " ".join(err.split())) == (1, True)
     assert not (tmp_path / "small.onnx").exists()
+
+
+@pytest.mark.parametrize(("dtype", "itemsize"), [("float16", 2), ("float32", 4), ("float64", 8)])
+@pytest.mark.parametrize("kind", ["operator", "both directions", "MatMul", "Gemm"])
+def test_bytes_before_are_those_of_the_dtype_in_the_file(kind, dtype, itemsize, tmp_path):
+    rng = np.random.default_rng(0)
+    if kind in ("MatMul", "Gemm"):
+        nodes, weights, _ = written_out(rng, kind == "Gemm")
+        outputs, names = ["h", "c"], ["w", "r"]
+    else:
+        node, weights = lstm_parts(rng, "bidirectional" if kind == "both directions" else "forward", bias=False)
+        nodes, outputs, names = [node], node.output, ["lstm_W", "lstm_R"]
+    for tensor in weights:
+        if tensor.name in names:
+            array, name = numpy_helper.to_array(tensor), tensor.name
+            tensor.CopyFrom(numpy_helper.from_array(array.astype(dtype), f"{name}_stored"))
+            nodes.insert(0, helper.make_node("Cast", [f"{name}_stored"], [name], to=1))
+    path = save(tmp_path / "model.onnx", nodes, weights, outputs, 12)
+    report = compress_onnx(path, LowRank("svd", rank=2, target="hh"), tmp_path / "small.onnx")
+    site = report.sites[0]
+    rows, columns = site.shape
+    assert (site.bytes_before, site.bytes_after) == (itemsize * rows * columns, 4 * 2 * (rows + columns))
+    directions = 2 if kind == "both directions" else 1
+    others = itemsize * directions * 4 * H * INPUTS
+    assert report.lstm.bytes_before == directions * site.bytes_before + others
+    assert report.lstm.bytes_after == directions * site.bytes_after + others
+
+
+@pytest.mark.parametrize("form", ["lstm", "scan"])
+@pytest.mark.parametrize("config", [Quantize("int8"), LowRank("svd", rank=8, storage="int8")], ids=["all", "rank"])
+def test_scales_are_no_parameters(config, form, tmp_path):
+    node, weights = lstm_parts(np.random.default_rng(0), "bidirectional", hidden=64)
+    path, small = save(tmp_path / "model.onnx", [node], weights, node.output), tmp_path / "small.onnx"
+    report = compress_onnx(path, config, small, form=form)
+    assert report.model.parameters_before == report.lstm.parameters_before
+    summed = 2 * 4 * 64 if form == "scan" else 0  # a Scan adds both biases once
+    assert report.model.parameters_after == report.lstm.parameters_after - summed == count_numbers(onnx.load(small))

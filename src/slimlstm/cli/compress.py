@@ -102,10 +102,8 @@ def command(
         report = compress_file(file, config, output, storage=request.storage_of_masked(), part=part)
         use = f"slimlstm.load({str(output)!r}, model) loads it into the model."
     if page is not None:
-        usage = USE_OF_ONNX if to_onnx else USE_OF_FOLDER
-        report.to_html(
-            page, title=f"{file.name}, compressed", usage=usage.format(str(output)), files=(*_read(file), output)
-        )
+        usage = (USE_OF_ONNX if to_onnx else USE_OF_FOLDER).format(str(output))
+        report.to_html(page, title=f"{file.name}, compressed", usage=usage, files=(*_read(file), output))
         use += f" The report is in {page}."
     show(report.to_dict() | difference, as_json, report, f"Written to {output}; {use}")
 

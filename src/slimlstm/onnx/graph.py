@@ -95,6 +95,7 @@ class WeightLocation:
         direction: the position of the matrix's direction in that input, for an LSTM operator.
         source: the node that multiplies by the right factor, for an LSTM of single operators that is low-rank already.
         storage: ``"int8"``, ``"int4"`` or ``"bfloat16"`` where the file holds such numbers and widens them; otherwise None.
+        stored_itemsize: the bytes of each number that the file holds, where it holds another floating-point dtype.
         columns: first and end of the matrix's columns in [W R], where ``node`` multiplies a Concat of x and h by [W R].
         rounded: the value that a product of integers rounds, in slimlstm's own Scans; ``node`` then scales that product.
     """
@@ -108,6 +109,7 @@ class WeightLocation:
     direction: int = 0
     source: Any = None
     storage: str | None = None
+    stored_itemsize: int | None = None
     columns: tuple[int, int] | None = None
     rounded: str = ""
 
@@ -390,12 +392,23 @@ def storage_of(name: str, scope: Scope, direction: int = 0) -> str | None:
         scope: the graph that reads it.
         direction: the part to follow where a Concat joins two directions.
     """
+    stored = _stored(name, scope, direction)
+    kind = "" if stored is None else stored.dtype.name
+    return {"int8": "int8", "uint8": "int8", "int4": "int4", "bfloat16": "bfloat16"}.get(kind)
+
+
+def stored_itemsize(name: str, scope: Scope, direction: int = 0) -> int | None:
+    """Return the bytes of each number of a floating-point constant that nodes cast, or None; see :func:`storage_of`."""
+    stored = _stored(name, scope, direction)
+    return None if stored is None or stored.dtype.kind != "f" else stored.dtype.itemsize
+
+
+def _stored(name: str, scope: Scope, direction: int) -> Any:
+    """Return the array that nodes widen to a value, or None."""
     while (node := scope.producers.get(name)) is not None:
         if node.op_type in ("Cast", "DequantizeLinear"):
-            stored = scope.constants.get(node.input[0])
             is_computed = getattr(scope.producers.get(node.input[0]), "op_type", "") == "QuantizeLinear"
-            kind = "" if stored is None or is_computed else stored.dtype.name
-            return {"int8": "int8", "uint8": "int8", "int4": "int4", "bfloat16": "bfloat16"}.get(kind)
+            return None if is_computed else scope.constants.get(node.input[0])
         if node.op_type not in ("Concat", "MatMul", "Mul", "Sub", "Reshape", "Squeeze", "Transpose", "Unsqueeze"):
             return None
         name = node.input[direction if node.op_type == "Concat" and direction < len(node.input) else 0]

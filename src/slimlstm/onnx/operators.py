@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.onnx.graph import OnnxLSTM, Scope, WeightLocation, attribute_of, constant, storage_of
+from slimlstm.onnx.graph import OnnxLSTM, Scope, WeightLocation, attribute_of, constant, storage_of, stored_itemsize
 from slimlstm.ops.gates import ONNX, PYTORCH, reordered
 from slimlstm.ops.weights import Matrix
 
@@ -81,7 +81,8 @@ def _location(name: str, scope: Scope, node: Any, position: int, index: int, who
     else:
         matrix = reordered(factors[0], PYTORCH, ONNX), factors[1].contiguous()
     storage = storage_of(node.input[position], scope, index)
-    return WeightLocation(name, matrix, ONNX, scope, node, position, index, storage=storage)
+    size = stored_itemsize(node.input[position], scope, index)
+    return WeightLocation(name, matrix, ONNX, scope, node, position, index, storage=storage, stored_itemsize=size)
 
 
 def _check_shapes(name: str, weights: tuple[Tensor, Tensor, Tensor | None], directions: int, hidden: int) -> None:

@@ -140,7 +140,7 @@ class GraphSource:
         parameters, bytes_ = sum(bias.numel() for bias in biases), sum(bias.nbytes for bias in biases)
         for site in self._sites.values():
             parameters += site.parameters
-            bytes_ += matrix_bytes(site.shape, site.rank, site.storage, self.itemsize(site))
+            bytes_ += matrix_bytes(site.shape, site.rank, site.storage, site.stored_itemsize or self.itemsize(site))
         return Sizes(Size(parameters, bytes_), Size(count_numbers(self._model), self._model.ByteSize()))
 
 
@@ -162,4 +162,4 @@ def _site(key: str, location: WeightLocation) -> Site:
     module, _, name = key.rpartition(".")
     shape = shape_of(location.matrix) or (0, 0)
     rank = None if isinstance(location.matrix, Tensor) else location.matrix[0].shape[1]
-    return Site(module, name, shape, rank, storage=location.storage)
+    return Site(module, name, shape, rank, storage=location.storage, stored_itemsize=location.stored_itemsize)
