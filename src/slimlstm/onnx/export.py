@@ -23,7 +23,7 @@ from slimlstm.onnx.layers import Ports, add_layer
 from slimlstm.onnx.opsets import check_opset, converted, opset_of, traced_opset
 from slimlstm.onnx.state import kept_state
 from slimlstm.onnx.trace import DOMAIN, PLACEHOLDER, Traced, trace
-from slimlstm.onnx.verify import INT8_TOLERANCE, TOLERANCE, Bound, compare, start
+from slimlstm.onnx.verify import INT8_TOLERANCE, TOLERANCE, Bound, compare, is_known_to_numpy, start
 
 _LARGEST = 2**31 - 1
 """Bytes that one ONNX file can hold."""
@@ -206,6 +206,12 @@ def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _check_example(tensors: Sequence[Tensor], input_names: Sequence[str] | None) -> None:
+    unknown = next((tensor.dtype for tensor in tensors if not is_known_to_numpy(tensor.dtype)), None)
+    if unknown is not None:
+        raise SlimLSTMError(
+            f"an example input is of {unknown}, which NumPy lacks, so the file could not be run and checked; give float32, "
+            "and cast it to this dtype within the model"
+        )
     empty = next((list(tensor.shape) for tensor in tensors if tensor.numel() == 0), None)
     if empty is not None:
         raise SlimLSTMError(
