@@ -174,8 +174,27 @@ LENGTHS = {
     "one less and one more": [("Sub", ["given", "one"], {}), ("Add", ["at_0", "one"], {})],
     "mask": [("ReduceSum", ["given", "zero"], {"keepdims": 0})],
     "mask of another type": [("Cast", ["given"], {"to": 6}), ("ReduceSum", ["at_0", "zero"], {"keepdims": 0})],
+    "padding": [
+        ("Not", ["given"], {}),
+        ("Cast", ["at_0"], {"to": 6}),
+        ("ReduceSum", ["at_1", "zero"], {"keepdims": 0}),
+    ],
+    "floating-point mask": [("ReduceSum", ["given", "zero"], {"keepdims": 0}), ("Cast", ["at_0"], {"to": 6})],
+    "floating-point lengths": [("Cast", ["given"], {"to": 6})],
 }
-TYPES = {"int8": 3, "uint8": 2, "int16": 5, "uint16": 4, "int32": 6, "uint32": 12, "int64": 7, "uint64": 13, "bool": 9}
+GIVEN = {"mask of another type": "bool", "cast": "int64", "padding": "bool"}
+TYPES = {
+    "float": 1,
+    "int8": 3,
+    "uint8": 2,
+    "int16": 5,
+    "uint16": 4,
+    "int32": 6,
+    "uint32": 12,
+    "int64": 7,
+    "uint64": 13,
+    "bool": 9,
+}
 
 
 def with_lengths(path, name, kind="int32", steps="t", layout=0):
@@ -187,7 +206,7 @@ def with_lengths(path, name, kind="int32", steps="t", layout=0):
         nodes.append(helper.make_node(operator, inputs, [last], **attributes))
     node.input[4] = last
     weights += [numpy_helper.from_array(np.array([0]), "zero"), numpy_helper.from_array(np.array([1], np.int32), "one")]
-    shape = [steps, "b"] if "mask" in name else ["b"]
+    shape = [steps, "b"] if "mask" in name or name == "padding" else ["b"]
     x = helper.make_tensor_value_info("x", 1, [steps, "b", INPUTS])
     given = helper.make_tensor_value_info("given", TYPES[kind], shape)
     y = helper.make_tensor_value_info("lstm_y", 1, [steps, 1, "b", H])
@@ -204,20 +223,21 @@ def own_inputs(path):
 @pytest.mark.parametrize("steps", ["t", 3, 7])
 @pytest.mark.parametrize("name", LENGTHS)
 def test_random_inputs_have_all_steps(name, steps, tmp_path):
-    kind = "bool" if name.endswith("type") else "int64" if name == "cast" else "int32"
+    kind = "float" if "float" in name else GIVEN.get(name, "int32")
     path, small = with_lengths(tmp_path / "model.onnx", name, kind, steps), tmp_path / "small.onnx"
     count = OPEN_SIZE if steps == "t" else steps
-    assert (own_inputs(path)["given"] == (1 if "mask" in name else count)).all()
+    value = 1 if "mask" in name else 0 if name == "padding" else count
+    assert (own_inputs(path)["given"] == value).all()
     compress_onnx(path, LowRank("svd", rank=1), small)
     assert 0.01 < output_difference(path, small) < 2
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("slimlstm.onnx.compress._check_size", lambda *_: None)
         compress_onnx(path, LowRank("svd", rank=1), small, form="scan")
-    assert (own_inputs(small)["given"] == (1 if "mask" in name else count)).all()
+    assert (own_inputs(small)["given"] == value).all()
     assert 0.01 < output_difference(small, path) < 2
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", [kind for kind in TYPES if kind != "float"])
 def test_integers_of_every_type_are_fed(kind, tmp_path):
     path = with_lengths(tmp_path / "model.onnx", "cast", kind)
     assert own_inputs(path)["given"].dtype.name == kind

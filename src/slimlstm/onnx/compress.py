@@ -67,8 +67,8 @@ def compress_onnx(
         also: weights outside LSTMs that become int8 by ONNX Runtime's own quantiser: any of ``"linear"`` (MatMul and Gemm),
             ``"conv"`` and ``"embedding"`` (tables that Gather reads). The report says by how much this changes the outputs,
             on the batches or on random inputs; a change of more than a tenth of their norm is an error.
-        form: the form of LSTM operators in the result; see :func:`slimlstm.export_onnx`. Operators with clipping, peepholes
-            or other activations, and operators of opsets before 13, stay operators.
+        form: the form of LSTM operators in the result; see :func:`slimlstm.export_onnx`. Operators with clipping,
+            peepholes, other activations or a computed bias, and operators of opsets before 13, stay operators.
         progress: called with a site's key and the fraction done; None draws a bar on a terminal.
 
     Returns:

@@ -27,7 +27,7 @@ _NOT_FOLLOWED = {"If", "Loop", "Scan", "Shape", "Size"}
 def random_inputs(path: Path, entries: list[Any]) -> dict[str, Any]:
     """Return random numbers for the inputs of a file, and zeros for integers.
 
-    Integers that are lengths of sequences are the number of steps.
+    Inputs that lengths of sequences are computed from, such as lengths or a mask, get values with which all steps count.
 
     Args:
         path: the file.
@@ -38,13 +38,13 @@ def random_inputs(path: Path, entries: list[Any]) -> dict[str, Any]:
         entry.name: [size if isinstance(size, int) and size > 0 else OPEN_SIZE for size in entry.shape] for entry in entries
     }
     kinds = {entry.name: entry.type.removeprefix("tensor(").removesuffix(")") for entry in entries}
-    whole = [name for name, kind in kinds.items() if kind not in _FLOATS]
-    values = _lengths(path, shapes) if whole else {}
+    values = _lengths(path, shapes)
     for name, kind in kinds.items():
-        if kind in _FLOATS:
+        if kind in _FLOATS and name not in values:
             inputs[name] = generator.standard_normal(shapes[name]).astype(_FLOATS[kind])
         else:
-            inputs[name] = np.full(shapes[name], values.get(name, 0), _WHOLE.get(kind, np.dtype(np.int64)))
+            dtype = _FLOATS.get(kind) or _WHOLE.get(kind, np.dtype(np.int64))
+            inputs[name] = np.full(shapes[name], values.get(name, 0), dtype)
     return inputs
 
 
@@ -68,12 +68,14 @@ def _lengths(path: Path, shapes: Mapping[str, list[int]]) -> dict[str, int]:
     }
     producers = {name: node for graph in graphs for node in graph.node for name in node.output}
     largest, found = max((size for shape in shapes.values() for size in shape), default=OPEN_SIZE), dict[str, int]()
+    layers = [node for graph in graphs for node in graph.node if node.op_type in _LENGTHS and node.input]
+    rows = {source for node in layers for source, _ in _sources(node.input[0], 0, producers)}
     for graph in graphs:
         for node in graph.node:
             name, steps = _length_of(node, sizes, producers, largest)
             for source, value in _sources(name, steps, producers) if name else ():
                 found[source] = min(found.get(source, value), value)
-    return found
+    return {name: value for name, value in found.items() if name not in rows}
 
 
 def _length_of(node: Any, sizes: Mapping[str, list[int]], producers: Mapping[str, Any], largest: int) -> tuple[str, int]:
@@ -119,5 +121,5 @@ def _sources(name: str, value: int, producers: Mapping[str, Any]) -> Iterator[tu
             yield name, value
         elif node.op_type not in _NOT_FOLLOWED:
             # A mask has a one for every step.
-            value = 1 if node.op_type == "ReduceSum" else value
+            value = 1 if node.op_type == "ReduceSum" else int(not value) if node.op_type == "Not" else value
             pending += [(one, value) for one in (node.input if node.op_type in _WITH_ALL_INPUTS else node.input[:1])]
