@@ -185,9 +185,29 @@ def check_output_file(path: Path, output: Path) -> None:
     Raises:
         SlimLSTMError: ``output`` is one of these.
     """
-    if output.is_dir() or not output.suffix:
+    if not output.suffix:
         raise SlimLSTMError(f"{output} is no name of a file; name one that ends in .onnx")
+    check_file_name(output)
     check_not_input(path, output)
+
+
+def check_file_name(output: Path) -> None:
+    """Refuse to write a file where a folder is, or in a folder that cannot be made because a file has its name.
+
+    Raises:
+        SlimLSTMError: ``output`` is such a path.
+
+    Examples:
+        >>> check_file_name(Path("."))
+        Traceback (most recent call last):
+            ...
+        slimlstm.errors.SlimLSTMError: . is no name of a file, but a folder; name one that ends in .onnx
+    """
+    if output.is_dir():
+        raise SlimLSTMError(f"{output} is no name of a file, but a folder; name one that ends in .onnx")
+    folder = next(parent for parent in output.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise SlimLSTMError(f"{output} cannot be written, because {folder} is a file and no folder; name another file")
 
 
 def check_not_input(path: Path, output: Path) -> None:

@@ -8,7 +8,8 @@ from onnx_files import INPUTS, H, lstm_parts, run, save, written_out
 
 from slimlstm import LowRank, Quantize, SlimLSTMError
 from slimlstm.onnx.compress import compress_onnx
-from slimlstm.onnx.graph import count_numbers, graphs_of
+from slimlstm.onnx.graph import graphs_of
+from slimlstm.onnx.sizes import count_numbers
 
 pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
 WORDS, CLASSES = 200, 50

@@ -102,10 +102,19 @@ def command(
         report = compress_file(file, config, output, storage=request.storage_of_masked(), part=part)
         use = f"slimlstm.load({str(output)!r}, model) loads it into the model."
     if page is not None:
-        usage = USE_OF_ONNX if to_onnx else USE_OF_FOLDER
-        report.to_html(page, title=f"{file.name}, compressed", usage=usage.format(str(output)), files=(file, output))
+        usage = (USE_OF_ONNX if to_onnx else USE_OF_FOLDER).format(str(output))
+        report.to_html(page, title=f"{file.name}, compressed", usage=usage, files=(*_read(file), output))
         use += f" The report is in {page}."
     show(report.to_dict() | difference, as_json, report, f"Written to {output}; {use}")
+
+
+def _read(file: Path) -> list[Path]:
+    """Return the file, and the files in which an ONNX file stores its weights."""
+    if file.suffix.lower() != ".onnx":
+        return [file]
+    from slimlstm.onnx.graph import files_of
+
+    return files_of(file)
 
 
 def _check_options(
@@ -201,7 +210,8 @@ def _check_that_nothing_is_lost(file: Path, output: Path) -> None:
     from torch import Tensor
 
     from slimlstm.onnx.find import find_lstms
-    from slimlstm.onnx.graph import count_numbers, read_model
+    from slimlstm.onnx.graph import read_model
+    from slimlstm.onnx.sizes import count_numbers
 
     model, in_lstms = read_model(file), dict[tuple[object, ...], int]()
     for lstm in find_lstms(model, file):

@@ -12,6 +12,7 @@ from slimlstm.cli.models import Model, language_model
 from slimlstm.cli.options import Force, Form, Json
 from slimlstm.cli.output import show
 from slimlstm.errors import SlimLSTMError
+from slimlstm.files import check_file_name
 
 _INSTEAD = "For a model of yours, call slimlstm.export_onnx(model, inputs, 'small.onnx') in Python"
 
@@ -32,6 +33,7 @@ def command(
     from slimlstm.onnx.export import export_onnx
     from slimlstm.tables import new_table
 
+    check_file_name(output)
     if output.is_file() and not force:
         raise SlimLSTMError(f"{output} exists; add --force to replace it, or name another file")
     network = language_model(model, _INSTEAD)

@@ -46,7 +46,7 @@ def command(
         "part of the energy, the sum of squared singular values. "
         f"These matrices hold {in_matrices:,} of the file's {total:,} numbers ({in_matrices / total:.0%})."
     )
-    size = file.stat().st_size if file.is_file() else sum(path.stat().st_size for path in file.glob("*.safetensors"))
+    size = _bytes(file)
     notes += f" The file has {size:,} bytes."
     result = {
         "file": str(file),
@@ -65,7 +65,8 @@ def _counts(file: Path, matrices: Any, entries: list[dict[str, Any]], tensors: A
         _contents(names, tensors): entry["parameters"] for names, entry in zip(matrices.values(), entries, strict=True)
     }
     if file.suffix.lower() == ".onnx":
-        from slimlstm.onnx.graph import count_numbers, read_model
+        from slimlstm.onnx.graph import read_model
+        from slimlstm.onnx.sizes import count_numbers
 
         # Reading an ONNX file returns every LSTM's own copy of weights that the file holds once.
         return sum(by_content.values()), count_numbers(read_model(file))
@@ -73,6 +74,15 @@ def _counts(file: Path, matrices: Any, entries: list[dict[str, Any]], tensors: A
     places = {tuple(tensors[name].data_ptr() for name in names): _contents(names, tensors) for names in matrices.values()}
     in_matrices = sum(by_content[content] for content in places.values())
     return in_matrices, sum(shared.values())
+
+
+def _bytes(file: Path) -> int:
+    """Return the bytes of a file or folder, with the files in which an ONNX file stores its weights."""
+    if file.suffix.lower() == ".onnx":
+        from slimlstm.onnx.graph import bytes_on_disk
+
+        return bytes_on_disk(file)
+    return file.stat().st_size if file.is_file() else sum(path.stat().st_size for path in file.glob("*.safetensors"))
 
 
 def _contents(names: tuple[str, ...], tensors: Any) -> tuple[str, ...]:

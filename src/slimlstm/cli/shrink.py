@@ -40,6 +40,7 @@ def command(
     The last third of the runs measures, the others calibrate.
     """
     from slimlstm.onnx.calibrate import read_batches
+    from slimlstm.onnx.graph import files_of
     from slimlstm.search.onnx_file import shrink_onnx
 
     if output.suffix.lower() != ".onnx":
@@ -55,7 +56,9 @@ def command(
     note = f"{ending} {output}; it has the inputs and outputs of {file.name}."
     if page is not None:
         usage = USE_OF_ONNX.format(str(output))
-        found.report.to_html(page, title=f"{file.name}, compressed", trials=found, usage=usage, files=(file, output))
+        found.report.to_html(
+            page, title=f"{file.name}, compressed", trials=found, usage=usage, files=(*files_of(file), output)
+        )
         note += f" The report is in {page}."
     show(found.to_dict(), as_json, found, note)
 

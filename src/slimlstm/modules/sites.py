@@ -23,6 +23,7 @@ class Site:
         problem: why it cannot be compressed, or None.
         storage: the storage of its numbers, such as ``"int8"``, or None for the model's own dtype.
         method: the method that made its factors or its mask, or None where that is unknown. Comparisons ignore it.
+        stored_itemsize: the bytes of each number where a file holds another dtype than it computes in, or None.
 
     Examples:
         >>> site = Site("encoder", "weight_hh_l1_reverse", (16, 4), rank=2)
@@ -38,6 +39,7 @@ class Site:
     problem: str | None = None
     storage: str | None = None
     method: str | None = field(default=None, compare=False)
+    stored_itemsize: int | None = field(default=None, compare=False, repr=False)
 
     @property
     def key(self) -> str:

@@ -90,6 +90,8 @@ def _obstacle(lstm: OnnxLSTM, directions: Sequence[Direction], opset: int) -> st
     peculiarity = peculiarity_of(lstm.node) or ("a batch-first layout" if attribute_of(lstm.node, "layout", 0) else "")
     if peculiarity:
         return f"the operator has {peculiarity}"
+    if lstm.has_computed_bias:
+        return "its bias is no constant of the file"
     storages = {storage for one in directions for storage in (one.ih_storage, one.hh_storage)}
     other = sorted(storages - {"float32", "bfloat16", "int8", "int4"})
     if other:

@@ -22,6 +22,8 @@ INT4_OPSET = 21
 INT4_IR_VERSION = 10
 """The first version of the file format with integers of 4 bits."""
 
+SCALE = ".scale"
+"""The ending of the names of scales, which are no weights."""
 _AXES_ARE_INPUTS = 18
 _SHAPE_HAS_BOUNDS = 15
 _TYPES = {
@@ -72,15 +74,15 @@ class GraphBuilder:
         self.nodes.append(helper.make_node(operator, inputs, outputs, name=self._new_name(), **attributes))
         return outputs
 
-    def constant(self, value: Tensor) -> str:
-        """Add a constant, or find an equal one; return its name."""
+    def constant(self, value: Tensor, ending: str = "") -> str:
+        """Add a constant whose name has an ending, or find an equal one; return its name."""
         from onnx import helper
 
         value = value.detach().cpu()
         content = value.flatten().contiguous().view(torch.uint8).numpy().tobytes()
-        key = value.dtype, tuple(value.shape), sha256(content).digest()
+        key = value.dtype, tuple(value.shape), sha256(content).digest(), ending
         if key not in self._equal:
-            self._equal[key] = self._new_name()
+            self._equal[key] = f"{self._new_name()}{ending}"
             tensor = helper.make_tensor(self._equal[key], onnx_type(value.dtype), value.shape, content, raw=True)
             self.constants.append(tensor)
         return self._equal[key]

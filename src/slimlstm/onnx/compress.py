@@ -18,13 +18,13 @@ import torch
 
 from slimlstm.calibration.moments import Calibration
 from slimlstm.errors import SlimLSTMError, reason_of
-from slimlstm.files import check_output_file, replacing
+from slimlstm.files import replacing
 from slimlstm.methods import Needs, Replacement
 from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.onnx.calibrate import RunInputs, calibrate_graph
 from slimlstm.onnx.find import find_lstms
 from slimlstm.onnx.forms import check_form
-from slimlstm.onnx.graph import OnnxLSTM, graphs_of, read_model
+from slimlstm.onnx.graph import LARGEST_FILE, OnnxLSTM, check_onnx_output, graphs_of, read_model
 from slimlstm.onnx.observe import GraphObserver
 from slimlstm.onnx.others import check_kinds
 from slimlstm.onnx.source import GraphSource
@@ -34,9 +34,6 @@ from slimlstm.pipeline.plan import Config, check_config
 from slimlstm.pipeline.report import Report
 from slimlstm.pipeline.run import apply, check_smaller, needs_of, solve
 from slimlstm.progress import Progress, shown
-
-_LARGEST_FILE = 2**31 - 1
-"""Bytes that one ONNX file can hold."""
 
 
 @plain_mode()
@@ -70,8 +67,8 @@ def compress_onnx(
         also: weights outside LSTMs that become int8 by ONNX Runtime's own quantiser: any of ``"linear"`` (MatMul and Gemm),
             ``"conv"`` and ``"embedding"`` (tables that Gather reads). The report says by how much this changes the outputs,
             on the batches or on random inputs; a change of more than a tenth of their norm is an error.
-        form: the form of LSTM operators in the result; see :func:`slimlstm.export_onnx`. Operators with clipping, peepholes
-            or other activations, and operators of opsets before 13, stay operators.
+        form: the form of LSTM operators in the result; see :func:`slimlstm.export_onnx`. Operators with clipping,
+            peepholes, other activations or a computed bias, and operators of opsets before 13, stay operators.
         progress: called with a site's key and the fraction done; None draws a bar on a terminal.
 
     Returns:
@@ -85,9 +82,10 @@ def compress_onnx(
     check_form(form)
     path, output = Path(path), Path(output)
     check_kinds(also)
-    check_output_file(path, output)
+    check_onnx_output(path, output)
     model = read_model(path)
     _check(model, path)
+    is_inferable = not _shape_problem(model)
     lstms = find_lstms(model, path)
     problems = [lstm.problem for lstm in lstms if lstm.problem]
     runs = list(batches) if also and batches is not None and not isinstance(batches, Iterator) else None
@@ -117,6 +115,8 @@ def compress_onnx(
     report = replace(apply(source, solution), forms={name: str(found) for name, found in source.forms.items()})
     _check_size(report, solution.replacements)
     _check_result(model, source, solution.replacements, output)
+    if is_inferable and (problem := _shape_problem(model)):
+        raise SlimLSTMError(f"the shapes in {output} would not fit each other: {problem}; this is a bug, report it")
     with replacing(output) as draft:
         draft.write_bytes(model.SerializeToString())
     return report
@@ -140,7 +140,7 @@ def _check(model: Any, path: Path) -> None:
     version = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
     if version < 7:
         raise SlimLSTMError(f"{path} is of ONNX opset {version}, whose operators differ; convert it to 7 or later first")
-    if model.ByteSize() > _LARGEST_FILE:
+    if model.ByteSize() > LARGEST_FILE:
         raise SlimLSTMError(f"{path} with its outside weights takes over 2 GiB, more than one ONNX file can hold")
     try:
         checker.check_model(_with_shapes(model))
@@ -157,6 +157,17 @@ def _with_shapes(model: Any) -> Any:
             if value.type.HasField("tensor_type"):
                 value.type.tensor_type.shape.SetInParent()
     return copy
+
+
+def _shape_problem(model: Any) -> str:
+    """Return what ONNX's shape inference finds wrong with a model; "" if nothing."""
+    from onnx import shape_inference
+
+    try:
+        shape_inference.infer_shapes(model, strict_mode=True)
+    except Exception as error:  # the classes of onnx's C++ code
+        return reason_of(error)
+    return ""
 
 
 def _check_result(model: Any, source: GraphSource, replacements: Mapping[str, Replacement], output: Path) -> None:

@@ -11,9 +11,7 @@ from numpy.typing import NDArray
 
 from slimlstm.errors import SlimLSTMError, reason_of
 from slimlstm.onnx.runtime import RunInputs, inference_session
-
-OPEN_SIZE = 4
-"""The size that random inputs have along open axes."""
+from slimlstm.onnx.samples import random_inputs
 
 
 def output_difference(one: Path, other: Path, runs: Sequence[RunInputs] | None = None) -> float:
@@ -25,14 +23,14 @@ def output_difference(one: Path, other: Path, runs: Sequence[RunInputs] | None =
     Args:
         one, other: ONNX files with the same inputs.
         runs: inputs by name, one mapping a run; by default one run of random numbers, or zeros for integers, with the size
-            :data:`OPEN_SIZE` along every open axis.
+            :data:`slimlstm.onnx.samples.OPEN_SIZE` along every open axis; lengths of sequences are the number of steps.
 
     Raises:
         SlimLSTMError: ONNX Runtime is not installed or cannot run a file on the inputs.
     """
     try:
         sessions = [inference_session(str(path)) for path in (one, other)]
-        given = [_random_inputs(sessions[0])] if runs is None else runs
+        given = [random_inputs(one, sessions[0].get_inputs())] if runs is None else runs
         outputs = [[session.run(None, dict(inputs)) for inputs in given] for session in sessions]
     except ImportError as error:
         raise SlimLSTMError(
@@ -50,19 +48,6 @@ def output_difference(one: Path, other: Path, runs: Sequence[RunInputs] | None =
 def is_numeric(output: Any) -> bool:
     """Return whether an output of ONNX Runtime is an array of numbers, not of strings, nor a sequence, map or None."""
     return isinstance(output, np.ndarray) and cast("NDArray[Any]", output).dtype.kind in "fiub"
-
-
-def _random_inputs(session: Any) -> dict[str, Any]:
-    generator, inputs = np.random.default_rng(0), dict[str, Any]()
-    for entry in session.get_inputs():
-        shape = [size if isinstance(size, int) and size > 0 else OPEN_SIZE for size in entry.shape]
-        kind = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}.get(entry.type)
-        if kind is not None:
-            inputs[entry.name] = generator.standard_normal(shape).astype(kind)
-        else:
-            whole = {"tensor(int32)": np.int32, "tensor(int64)": np.int64, "tensor(bool)": np.bool_}
-            inputs[entry.name] = np.zeros(shape, whole.get(entry.type, np.int64))
-    return inputs
 
 
 def _relative(before: Any, after: Any) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree  # pyright: ignore[reportPrivateUsage]  # the public name is of newer versions
 
 from slimlstm.errors import SlimLSTMError, reason_of
-from slimlstm.files import replacing
+from slimlstm.files import check_file_name, replacing
 from slimlstm.methods import storage_called
 from slimlstm.modules.host import Host
 from slimlstm.modules.hosts import find_hosts
@@ -23,7 +24,7 @@ from slimlstm.onnx.layers import Ports, add_layer
 from slimlstm.onnx.opsets import check_opset, converted, opset_of, traced_opset
 from slimlstm.onnx.state import kept_state
 from slimlstm.onnx.trace import DOMAIN, PLACEHOLDER, Traced, trace
-from slimlstm.onnx.verify import INT8_TOLERANCE, TOLERANCE, Bound, compare, start
+from slimlstm.onnx.verify import INT8_TOLERANCE, TOLERANCE, Bound, compare, is_known_to_numpy, start
 
 _LARGEST = 2**31 - 1
 """Bytes that one ONNX file can hold."""
@@ -100,10 +101,10 @@ def export_onnx(
         A description of the file: its inputs, outputs, size and forms, and how it was checked.
 
     Raises:
-        SlimLSTMError: PyTorch is older than 2.8, the model cannot be exported, names do not fit, an axis that
-            ``dynamic_shapes`` names cannot stay open, the opset lacks an operator, ``form="lstm"`` cannot compute a layer,
-            outputs differ by more than the tolerance or cannot be compared at other sizes than the example's, or the file
-            would exceed 2 GiB.
+        SlimLSTMError: PyTorch is older than 2.8, ``path`` is a folder, the model cannot be exported, names do not fit, an
+            axis that ``dynamic_shapes`` names cannot stay open, the opset lacks an operator, ``form="lstm"`` cannot compute
+            a layer, outputs differ by more than the tolerance or cannot be compared at other sizes than the example's, or
+            the file would exceed 2 GiB.
         ImportError: onnx or onnxscript is not installed.
 
     Examples:
@@ -115,6 +116,7 @@ def export_onnx(
     """
     if not hasattr(torch.onnx, "ops"):
         raise SlimLSTMError(f"export needs PyTorch 2.8 or newer, and this is {torch.__version__}")
+    check_file_name(Path(path))
     check_opset(opset)
     check_form(form)
     arguments, named = _arguments(example_inputs)
@@ -206,6 +208,12 @@ def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _check_example(tensors: Sequence[Tensor], input_names: Sequence[str] | None) -> None:
+    unknown = next((tensor.dtype for tensor in tensors if not is_known_to_numpy(tensor.dtype)), None)
+    if unknown is not None:
+        raise SlimLSTMError(
+            f"an example input is of {unknown}, which NumPy lacks, so the file could not be run and checked; give float32, "
+            "and cast it to this dtype within the model"
+        )
     empty = next((list(tensor.shape) for tensor in tensors if tensor.numel() == 0), None)
     if empty is not None:
         raise SlimLSTMError(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError, refusing
-from slimlstm.files import check_memory, check_regular, memory_limit_of
+from slimlstm.files import check_memory, check_output_file, check_regular, memory_limit_of
 from slimlstm.ops.weights import Matrix
 
 # Exporters transpose, cut, join and quantise PyTorch's weights by these operators.
@@ -39,6 +39,8 @@ _WIDEST = 8
 """Bytes of the widest number that an operator makes."""
 # LSTM operators, and the operator that every LSTM written out in single operators contains.
 _LSTM_PARTS = {"LSTM", "DynamicQuantizeLSTM", "Split"}
+LARGEST_FILE = 2**31 - 1
+"""Bytes that one ONNX file can hold."""
 # The evaluator knows DequantizeLinear from this opset on only; the operator did not change.
 _DEQUANTIZES = 19
 
@@ -93,6 +95,7 @@ class WeightLocation:
         direction: the position of the matrix's direction in that input, for an LSTM operator.
         source: the node that multiplies by the right factor, for an LSTM of single operators that is low-rank already.
         storage: ``"int8"``, ``"int4"`` or ``"bfloat16"`` where the file holds such numbers and widens them; otherwise None.
+        stored_itemsize: the bytes of each number that the file holds, where it holds another floating-point dtype.
         columns: first and end of the matrix's columns in [W R], where ``node`` multiplies a Concat of x and h by [W R].
         rounded: the value that a product of integers rounds, in slimlstm's own Scans; ``node`` then scales that product.
     """
@@ -106,6 +109,7 @@ class WeightLocation:
     direction: int = 0
     source: Any = None
     storage: str | None = None
+    stored_itemsize: int | None = None
     columns: tuple[int, int] | None = None
     rounded: str = ""
 
@@ -131,6 +135,7 @@ class OnnxLSTM:
         problem: why the LSTM has no locations, in words.
         gates: the order of the gates that the Split makes, for an LSTM of single operators.
         cell: the name of the previous step's cell state, for an LSTM of single operators.
+        has_computed_bias: whether an operator reads a bias that is no constant; ``biases`` then lacks it.
     """
 
     name: str
@@ -141,6 +146,7 @@ class OnnxLSTM:
     problem: str | None = None
     gates: str = ""
     cell: str = ""
+    has_computed_bias: bool = False
 
     @property
     def is_operator(self) -> bool:
@@ -154,19 +160,90 @@ def read_model(path: Path) -> Any:
     Raises:
         SlimLSTMError: onnx is not installed, or the file is missing or damaged.
     """
+    model = _without_outside(path)
+    import onnx
+
+    with refusing(f"{path} is no intact ONNX file"):
+        for file in _outside_files(model, path):
+            check_regular(file)
+        _check_largest(model.ByteSize() + sum(_outside_bytes(tensor, path) for tensor in outside_tensors(model)), path)
+        onnx.load_external_data_for_model(model, str(path.parent))
+        return _with_lstms_inlined(model)
+
+
+def check_onnx_output(path: Path, output: Path) -> None:
+    """Refuse to write an ONNX file over a folder, over the file that is read or its weights, or without an ending.
+
+    Raises:
+        SlimLSTMError: ``output`` is one of these; or see :func:`read_model`.
+    """
+    check_output_file(path, output)
+    if not output.exists():
+        return
+    for file in files_of(path)[1:]:
+        if file.exists() and output.samefile(file):
+            raise SlimLSTMError(f"{output} holds weights of the input {path}, which would be lost; name another output")
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return an ONNX file and the files that hold its other weights.
+
+    Raises:
+        SlimLSTMError: see :func:`read_model`.
+    """
+    return [path, *_outside_files(_without_outside(path), path)]
+
+
+def bytes_on_disk(path: Path) -> int:
+    """Return the bytes of an ONNX file and of the files that hold its other weights.
+
+    Raises:
+        SlimLSTMError: see :func:`read_model`.
+    """
+    files = files_of(path)
+    for file in files:
+        check_regular(file)
+    return sum(file.stat().st_size for file in {file.resolve() for file in files})
+
+
+def _without_outside(path: Path) -> Any:
+    """Return the ONNX model in a file, without the weights that it stores in other files."""
     try:
         import onnx
     except ImportError as error:
         raise SlimLSTMError("onnx, which reads ONNX files, is not installed: pip install 'slimlstm[onnx]'") from error
     check_regular(path)
+    _check_largest(path.stat().st_size, path)
     with refusing(f"{path} is no intact ONNX file"):
         model = onnx.load(path, load_external_data=False)
         _check_text(model)
-        for tensor in outside_tensors(model):
-            place = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
-            check_regular(path.parent / place)
-        onnx.load_external_data_for_model(model, str(path.parent))
-        return _with_lstms_inlined(model)
+    return model
+
+
+def _check_largest(size: int, path: Path) -> None:
+    """Raise :class:`SlimLSTMError` if a model with its outside weights takes more bytes than one file can hold."""
+    if size > LARGEST_FILE:
+        raise SlimLSTMError(
+            f"{path} with its weights in other files takes {size:,} bytes, more than the {LARGEST_FILE:,} that one ONNX "
+            "file can hold and slimlstm reads; divide the model, or compress its weights before the export"
+        )
+
+
+def _outside_bytes(tensor: Any, path: Path) -> int:
+    """Return the bytes that a tensor has in another file: a given length, or the rest of the file."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    if "length" in entries:
+        return int(entries["length"])
+    return (path.parent / entries.get("location", "")).stat().st_size - int(entries.get("offset", 0))
+
+
+def _outside_files(model: Any, path: Path) -> list[Path]:
+    """Return the files that hold weights of the model in ``path``, each once."""
+    places = [
+        next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+        for tensor in outside_tensors(model)
+    ]
+    return [path.parent / place for place in dict.fromkeys(places)]
 
 
 def _check_text(message: Any) -> None:
@@ -200,7 +277,7 @@ def _with_lstms_inlined(model: Any) -> Any:
         found = False
         for function in model.functions:
             key = function.domain, function.name
-            nodes = [node for top in function.node for node in (top, *_inner_nodes(top))]
+            nodes = [node for top in function.node for node in (top, *inner_nodes(top))]
             is_holding = any(node.op_type in _LSTM_PARTS or (node.domain, node.op_type) in holding for node in nodes)
             if is_holding and key not in holding:
                 holding.add(key)
@@ -225,7 +302,7 @@ def _inlined_bytes(nodes: Iterable[Any], bodies: Mapping[tuple[str, str], Any]) 
         if key in callers:
             raise SlimLSTMError(f"the function {key[1]} of the file calls itself; the file is damaged")
         if key not in sizes:
-            inside = [node for top in bodies[key].node for node in (top, *_inner_nodes(top))]
+            inside = [node for top in bodies[key].node for node in (top, *inner_nodes(top))]
             sizes[key] = bodies[key].ByteSize() + sum(size(call, callers | {key}) for call in calls(inside))
         return sizes[key]
 
@@ -235,7 +312,8 @@ def _inlined_bytes(nodes: Iterable[Any], bodies: Mapping[tuple[str, str], Any]) 
     return sum(size(key, frozenset()) for key in calls(nodes))
 
 
-def _inner_nodes(node: Any) -> Iterator[Any]:
+def inner_nodes(node: Any) -> Iterator[Any]:
+    """Yield the nodes of all graphs that are nested in a node."""
     for inner in inner_graphs(node):
         for graph in graphs_of(inner):
             yield from graph.node
@@ -247,27 +325,6 @@ def graphs_of(graph: Any) -> Iterator[Any]:
     for node in graph.node:
         for inner in inner_graphs(node):
             yield from graphs_of(inner)
-
-
-def count_numbers(model: Any) -> int:
-    """Return the number of weights in a model: floating-point numbers and 8-bit codes, in nested graphs and functions too.
-
-    Scales that slimlstm wrote beside codes do not count, and neither do integers that are no codes, such as shapes.
-    """
-    from onnx import TensorProto
-
-    kinds = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16}
-    kinds |= {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4}
-    graphs, tensors = list(graphs_of(model.graph)), list[Any]()
-    nodes = [node for graph in graphs for node in graph.node]
-    for function in model.functions:
-        for node in function.node:
-            nodes += [node, *_inner_nodes(node)]
-    for graph in graphs:
-        tensors += graph.initializer
-    tensors += [found.t for node in nodes if node.op_type == "Constant" for found in node.attribute if found.HasField("t")]
-    counted = (tensor for tensor in tensors if tensor.data_type in kinds and not tensor.name.endswith(".scale"))
-    return sum(math.prod(tensor.dims) for tensor in counted)
 
 
 def inner_graphs(node: Any) -> Iterator[Any]:
@@ -335,12 +392,23 @@ def storage_of(name: str, scope: Scope, direction: int = 0) -> str | None:
         scope: the graph that reads it.
         direction: the part to follow where a Concat joins two directions.
     """
+    stored = _stored(name, scope, direction)
+    kind = "" if stored is None else stored.dtype.name
+    return {"int8": "int8", "uint8": "int8", "int4": "int4", "bfloat16": "bfloat16"}.get(kind)
+
+
+def stored_itemsize(name: str, scope: Scope, direction: int = 0) -> int | None:
+    """Return the bytes of each number of a floating-point constant that nodes cast, or None; see :func:`storage_of`."""
+    stored = _stored(name, scope, direction)
+    return None if stored is None or stored.dtype.kind != "f" else stored.dtype.itemsize
+
+
+def _stored(name: str, scope: Scope, direction: int) -> Any:
+    """Return the array that nodes widen to a value, or None."""
     while (node := scope.producers.get(name)) is not None:
         if node.op_type in ("Cast", "DequantizeLinear"):
-            stored = scope.constants.get(node.input[0])
             is_computed = getattr(scope.producers.get(node.input[0]), "op_type", "") == "QuantizeLinear"
-            kind = "" if stored is None or is_computed else stored.dtype.name
-            return {"int8": "int8", "uint8": "int8", "int4": "int4", "bfloat16": "bfloat16"}.get(kind)
+            return None if is_computed else scope.constants.get(node.input[0])
         if node.op_type not in ("Concat", "MatMul", "Mul", "Sub", "Reshape", "Squeeze", "Transpose", "Unsqueeze"):
             return None
         name = node.input[direction if node.op_type == "Concat" and direction < len(node.input) else 0]

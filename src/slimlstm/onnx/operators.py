@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.onnx.graph import OnnxLSTM, Scope, WeightLocation, attribute_of, constant, storage_of
+from slimlstm.onnx.graph import OnnxLSTM, Scope, WeightLocation, attribute_of, constant, storage_of, stored_itemsize
 from slimlstm.ops.gates import ONNX, PYTORCH, reordered
 from slimlstm.ops.weights import Matrix
 
@@ -18,6 +18,8 @@ ENDINGS = {"forward": [""], "reverse": ["_reverse"], "bidirectional": ["", "_rev
 
 QUANTIZED = ("com.microsoft", "DynamicQuantizeLSTM")
 """ONNX Runtime's operator, whose weights W [D, I, 4H] and R [D, H, 4H] are integers."""
+_BIAS = 3
+"""The position of the biases among an operator's inputs."""
 _PEEPHOLES = 7
 """The position of the peephole weights among an operator's inputs."""
 _ACTIVATIONS = ["sigmoid", "tanh", "tanh"]
@@ -46,7 +48,8 @@ def read_operator(node: Any, scope: Scope) -> OnnxLSTM:
         )
     endings = ENDINGS[direction]
     _check_shapes(name, (w, r, b), len(endings), attribute_of(node, "hidden_size", r.shape[-1]))
-    lstm = OnnxLSTM(name, node, scope)
+    has_bias = len(node.input) > _BIAS and bool(node.input[_BIAS])
+    lstm = OnnxLSTM(name, node, scope, has_computed_bias=has_bias and b is None)
     for index, ending in enumerate(endings):
         for kind, position, whole in (("weight_ih", 1, w), ("weight_hh", 2, r)):
             location = _location(f"{kind}_l0{ending}", scope, node, position, index, whole)
@@ -78,7 +81,8 @@ def _location(name: str, scope: Scope, node: Any, position: int, index: int, who
     else:
         matrix = reordered(factors[0], PYTORCH, ONNX), factors[1].contiguous()
     storage = storage_of(node.input[position], scope, index)
-    return WeightLocation(name, matrix, ONNX, scope, node, position, index, storage=storage)
+    size = stored_itemsize(node.input[position], scope, index)
+    return WeightLocation(name, matrix, ONNX, scope, node, position, index, storage=storage, stored_itemsize=size)
 
 
 def _check_shapes(name: str, weights: tuple[Tensor, Tensor, Tensor | None], directions: int, hidden: int) -> None:

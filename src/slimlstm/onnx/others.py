@@ -12,6 +12,7 @@ from typing import Any
 
 from slimlstm.errors import SlimLSTMError, reason_of
 from slimlstm.onnx.difference import output_difference
+from slimlstm.onnx.find import find_lstms
 from slimlstm.onnx.graph import OnnxLSTM
 from slimlstm.onnx.opsets import opset_of
 from slimlstm.onnx.runtime import RunInputs
@@ -58,7 +59,8 @@ def quantize_others(
             than :data:`LARGEST_CHANGE`.
     """
     check_kinds(kinds)
-    of_lstms = _products_of(lstms)
+    # Some LSTMs are Scans now, and some operators' weights products of factors.
+    of_lstms = _products_of([*lstms, *find_lstms(model, Path("the model"))])
     nodes = {
         kind: [node for node in _weighted(model.graph, KINDS[kind]) if node.output[0] not in of_lstms] for kind in kinds
     }
@@ -92,10 +94,24 @@ def quantize_others(
 
 
 def _products_of(lstms: Iterable[OnnxLSTM]) -> set[str]:
-    """Return the names of the products with the matrices of LSTMs that are written out in single operators."""
+    """Return the names of the products with the matrices of LSTMs that are written out in single operators, and of the
+    values that the weights of operators are computed from."""
+    lstms = list(lstms)
     nodes = [node for lstm in lstms for one in lstm.locations for node in (one.node, one.source) if node is not None]
+    nodes += [node for lstm in lstms if lstm.is_operator for node in _sources(lstm)]
     # Where a matrix became factors, the product with V is a new node.
     return {name for node in nodes for name in (node.output[0], f"{node.output[0]}_thin")}
+
+
+def _sources(lstm: OnnxLSTM) -> list[Any]:
+    """Return the nodes that compute the weights of an LSTM operator."""
+    found, pending = dict[int, Any](), list(lstm.node.input[1:4])
+    while pending:
+        node = lstm.scope.producers.get(pending.pop())
+        if node is not None and id(node) not in found:
+            found[id(node)] = node
+            pending += node.input
+    return list(found.values())
 
 
 def _weighted(graph: Any, operators: Collection[str]) -> list[Any]:

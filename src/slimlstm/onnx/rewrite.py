@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import Replacement, storage_called
 from slimlstm.onnx.as_scan import add_operator_as_scans, directions_of, form_of
 from slimlstm.onnx.builder import INT4_IR_VERSION, GraphBuilder, int4_tensor, onnx_type
 from slimlstm.onnx.forms import LSTM, Form
-from slimlstm.onnx.graph import OnnxLSTM, WeightLocation, attribute_of, graphs_of, inner_graphs
+from slimlstm.onnx.graph import OnnxLSTM, Scope, WeightLocation, attribute_of, graphs_of, inner_graphs
 from slimlstm.onnx.integers import make_plain
 from slimlstm.onnx.opsets import opset_of
 from slimlstm.onnx.runtime import insert
@@ -32,6 +33,7 @@ class Rewriter:
     Attributes:
         forms: the form of every operator with new weights, by name.
         scans: the beginning of the names of an operator's Scans, by the operator's name.
+        roots: the constants of the file that replaced weights were computed from.
     """
 
     def __init__(self, model: Any, form: str = "auto") -> None:
@@ -42,6 +44,7 @@ class Rewriter:
         self._builder = GraphBuilder(self._free_prefix("slimlstm"), opset=self._opset)
         self.forms: dict[str, Form] = {}
         self.scans: dict[str, str] = {}
+        self.roots: set[str] = set()
 
     def replace(self, groups: list[list[OnnxLSTM]], replacements: Mapping[str, Replacement]) -> None:
         """Put replacements into all layers of every group.
@@ -49,21 +52,26 @@ class Rewriter:
         Args:
             groups: groups of layers that share their weights; keys begin with the name of a group's first layer.
             replacements: the replacements by key, ``"<layer>.<weight>"``.
+
+        Raises:
+            SlimLSTMError: LSTMs with different weights read a product that would change.
         """
+        _check_products(groups, replacements)
         released: list[str] = []
         for group in groups:
             prefix = group[0].name
             names = (location.name for location in group[0].locations)
             new = {name: replacements[f"{prefix}.{name}"] for name in names if f"{prefix}.{name}" in replacements}
             shared: dict[Hashable, Any] = {}
-            for layer in group:
-                released += separate(layer, self._model, self._free, shared) if new else []
+            for layer in group if new else ():
+                found = separate(layer, self._model, self._free, shared)
                 if layer.is_operator:
-                    released += self._replace_operator(layer, new, prefix, shared) if new else []
-                    continue
-                for location in layer.locations:
+                    found += self._replace_operator(layer, new, prefix, shared)
+                for location in layer.locations if not layer.is_operator else ():
                     if location.name in new:
-                        released += self._replace_product(location, prefix, new[location.name], shared)
+                        found += self._replace_product(location, prefix, new[location.name], shared)
+                self.roots |= _roots(found, layer.scope)
+                released += found
         nodes = [*self._nodes, *self._graph.node]
         del self._graph.node[:]
         self._graph.node.extend(nodes)
@@ -126,7 +134,14 @@ class Rewriter:
     def _replace_product(
         self, location: WeightLocation, prefix: str, new: Replacement, shared: dict[Hashable, Any]
     ) -> Iterable[str]:
-        """Multiply by one new matrix, or by V and then U; yield the names of the old constants."""
+        """Multiply by one new matrix, or by V and then U; yield the names of the old constants.
+
+        Exporters merge the equal products of several steps, so cells of one group may share a node, which changes once.
+        """
+        product = "product", _place(location)
+        if product in shared:
+            return
+        shared[product] = True
         is_transposed = bool(attribute_of(location.node, "transB", 0))
         place = location.name, is_transposed
         if place not in shared:
@@ -219,6 +234,42 @@ class Rewriter:
             free = f"{name}.{count}"
         self._taken.add(free)
         return free
+
+
+def _place(location: WeightLocation) -> Hashable:
+    """Return an identity of a product that is written out; the two columns of one product differ."""
+    return id(location.scope), location.node.output[0], location.columns
+
+
+def _check_products(groups: list[list[OnnxLSTM]], replacements: Mapping[str, Replacement]) -> None:
+    """Raise :class:`SlimLSTMError` if a product that would change is part of LSTMs of several groups."""
+    keys: dict[Hashable, dict[str, str]] = {}
+    for group in groups:
+        for layer in group:
+            for location in layer.locations if not layer.is_operator else ():
+                keys.setdefault(_place(location), {})[f"{group[0].name}.{location.name}"] = location.node.output[0]
+    for found in keys.values():
+        if len(found) > 1 and any(key in replacements for key in found):
+            raise SlimLSTMError(
+                f"{' and '.join(found)} are one product in the file, {next(iter(found.values()))}, of LSTMs that differ in "
+                "their other matrices, so it cannot change for one of them alone; leave these out with filter="
+            )
+
+
+def _roots(names: Iterable[str], scope: Scope) -> set[str]:
+    """Return the constants without producers that those of these values which are constants are computed from."""
+    roots, seen, pending = set[str](), set[str](), list(names)
+    while pending:
+        name = pending.pop()
+        if name in seen or name not in scope.constants:
+            continue
+        seen.add(name)
+        node = scope.producers.get(name)
+        if node is None:
+            roots.add(name)
+        else:
+            pending += node.input
+    return roots
 
 
 def _exact_storage(location: WeightLocation) -> str | None:

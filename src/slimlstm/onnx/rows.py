@@ -68,7 +68,8 @@ def rows_with_gradients(probe: Probe, values: Values, generator: torch.Generator
         generator: draws the signs v.
 
     Raises:
-        SlimLSTMError: the LSTM has attributes that PyTorch's LSTM lacks, or x and h have different numbers of rows.
+        SlimLSTMError: the LSTM has attributes that PyTorch's LSTM lacks or a computed bias, or x and h have different
+            numbers of rows.
     """
     if not values["x"].size:
         return {}
@@ -140,8 +141,8 @@ def _padded(rows: Tensor, sizes: list[int]) -> Tensor:
 
 
 def _check_plain(lstm: OnnxLSTM) -> None:
-    """Raise :class:`SlimLSTMError` if the operator has features that PyTorch's LSTM lacks."""
-    problem = peculiarity_of(lstm.node)
+    """Raise :class:`SlimLSTMError` if the operator has features that PyTorch's LSTM lacks, or an unknown bias."""
+    problem = peculiarity_of(lstm.node) or ("a bias that is no constant of the file" if lstm.has_computed_bias else "")
     if problem:
         raise SlimLSTMError(
             f"{lstm.name} has {problem}, through which 'fisher' cannot differentiate; take 'activation', or leave it out "

@@ -14,7 +14,7 @@ from torch import Tensor
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods.low_bit import GROUP
 from slimlstm.methods.storages import storage_called, to_int8
-from slimlstm.onnx.builder import GraphBuilder, onnx_type, value_info
+from slimlstm.onnx.builder import SCALE, GraphBuilder, onnx_type, value_info
 from slimlstm.ops.weights import Direction, Matrix, columns, rows
 
 _INTEGER = "int8 as integers"
@@ -207,9 +207,9 @@ def add_widened(builder: GraphBuilder, weight: Tensor, storage: str, outer: tupl
     if encoded.scale is None:
         return value
     if row.scales == "group":
-        scales = builder.cast(builder.constant(encoded.scale.reshape(*outer, *encoded.scale.shape)))
+        scales = builder.cast(builder.constant(encoded.scale.reshape(*outer, *encoded.scale.shape), SCALE))
         return builder.add("Mul", value, builder.add("Gather", scales, builder.constant(groups_of(weight)), axis=-1))
-    return builder.add("Mul", value, builder.constant(encoded.scale.reshape(*outer, -1, 1)))
+    return builder.add("Mul", value, builder.constant(encoded.scale.reshape(*outer, -1, 1), SCALE))
 
 
 def groups_of(weight: Tensor) -> Tensor:
@@ -231,7 +231,7 @@ def _add_integer_product(builder: GraphBuilder, x: str, weight: Tensor) -> str:
     quantized = builder.cast(builder.add("Add", signed, builder.constant(torch.tensor(128.0))), torch.uint8)
     zero = builder.constant(torch.tensor(128, dtype=torch.uint8))
     codes = builder.add("Transpose", builder.once(weight, "codes", lambda: _unsigned(to_int8(weight).codes)), perm=[1, 0])
-    scales = builder.once(weight, "scales", lambda: _scales(weight))
+    scales = builder.shared(weight, "scales", lambda: builder.constant(_scales(weight), SCALE))
     total = builder.cast(builder.add("MatMulInteger", quantized, codes, zero, zero))
     # ONNX Runtime would mistake a product of both scales for its own pattern, which has one scale for all inputs.
     return builder.add("Mul", builder.add("Mul", total, scale), scales)

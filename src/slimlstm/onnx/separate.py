@@ -69,7 +69,12 @@ def _divide(lstm: OnnxLSTM, model: Any, new_name: Callable[[str], str], shared: 
 
     product = lstm.locations[0].node
     graph, output, released = lstm.scope.graph, product.output[0], list(product.input)
+    place = "divided", id(lstm.scope), output
+    if place in shared:
+        _set_products(lstm, shared[place])
+        return []
     parts: list[str] = []
+    shared[place] = parts
     for location in lstm.locations:
         key = "part", location.name
         if key not in shared:
@@ -88,10 +93,15 @@ def _divide(lstm: OnnxLSTM, model: Any, new_name: Callable[[str], str], shared: 
     del graph.node[at]
     for node in reversed(sums):
         graph.node.insert(at, node)
-    for location, part in zip(lstm.locations, parts, strict=True):
-        location.node = next(node for node in graph.node if part in node.output)
-        location.index, location.columns = 1, None
+    _set_products(lstm, parts)
     return [name for name in released if name and name != bias]
+
+
+def _set_products(lstm: OnnxLSTM, parts: list[str]) -> None:
+    """Set the nodes of an LSTM's locations to the products with these outputs."""
+    for location, part in zip(lstm.locations, parts, strict=True):
+        location.node = next(node for node in lstm.scope.graph.node if part in node.output)
+        location.index, location.columns = 1, None
 
 
 def is_divisible(node: Any, scope: Scope) -> bool:

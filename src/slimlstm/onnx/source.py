@@ -13,14 +13,18 @@ from slimlstm.methods import Replacement, matrix_bytes, sha256_of, storage_calle
 from slimlstm.modules.sites import Site
 from slimlstm.onnx.builder import INT4_OPSET
 from slimlstm.onnx.forms import Form
-from slimlstm.onnx.graph import OnnxLSTM, WeightLocation, count_numbers
+from slimlstm.onnx.graph import OnnxLSTM, WeightLocation
 from slimlstm.onnx.opsets import opset_of
 from slimlstm.onnx.others import quantize_others
 from slimlstm.onnx.rewrite import Rewriter
 from slimlstm.onnx.runtime import RunInputs
+from slimlstm.onnx.sizes import count_numbers
 from slimlstm.ops.weights import Matrix, shape_of
 from slimlstm.pipeline.site_plan import SitePlan
 from slimlstm.pipeline.source import Size, Sizes, replaced_site
+
+_BFLOAT16_OPSET = 13
+"""The first opset whose Cast reads bfloat16."""
 
 
 class GraphSource:
@@ -84,8 +88,14 @@ class GraphSource:
         return _parts(self.weight(site))[0].element_size()
 
     def check(self, site: Site, plan: SitePlan) -> None:
-        """Raise :class:`SlimLSTMError` if ONNX cannot hold the storage in as few bits as the report would say."""
+        """Raise :class:`SlimLSTMError` if the file's opset cannot widen the storage, or if ONNX cannot hold it in as few
+        bits as the report would say."""
         row, opset = storage_called(plan.storage or "float32"), opset_of(self._model)
+        if plan.storage == "bfloat16" and opset < _BFLOAT16_OPSET:
+            raise SlimLSTMError(
+                f"the file's opset {opset} has no bfloat16, which opset {_BFLOAT16_OPSET} added; give 'int8', or convert "
+                f"the file first: onnx.version_converter.convert_version(model, {_BFLOAT16_OPSET})"
+            )
         if not row.is_packed or (row.bits == 4 and opset >= INT4_OPSET):
             return
         if row.bits == 4:
@@ -99,6 +109,8 @@ class GraphSource:
 
     def put(self, replacements: Mapping[str, Replacement]) -> list[str]:
         """Rewrite the graph; ``forms`` and ``scans`` then describe its new operators. Return notes for the report."""
+        defaults = {tensor.name for tensor in self._model.graph.initializer}
+        inputs = [entry.name for entry in self._model.graph.input if entry.name in defaults]
         rewriter = Rewriter(self._model, self._form)
         rewriter.replace(self.groups, replacements)
         self.forms, self.scans = rewriter.forms, rewriter.scans
@@ -112,6 +124,14 @@ class GraphSource:
         if self._others:
             lstms = [lstm for group in self.groups for lstm in group]
             notes += quantize_others(self._model, lstms, self._others, self._runs)
+        left = {entry.name for entry in self._model.graph.input}
+        fixed = [name for name in inputs if name in rewriter.roots or name not in left]
+        if fixed:
+            others = f" and {len(fixed) - 4} more" if len(fixed) > 4 else ""
+            notes.append(
+                f"the inputs {', '.join(fixed[:4])}{others} of the file had weights as their defaults; these weights are "
+                "fixed now, and values that are given for the inputs no longer replace them"
+            )
         return notes
 
     def size(self) -> Sizes:
@@ -120,7 +140,7 @@ class GraphSource:
         parameters, bytes_ = sum(bias.numel() for bias in biases), sum(bias.nbytes for bias in biases)
         for site in self._sites.values():
             parameters += site.parameters
-            bytes_ += matrix_bytes(site.shape, site.rank, site.storage, self.itemsize(site))
+            bytes_ += matrix_bytes(site.shape, site.rank, site.storage, site.stored_itemsize or self.itemsize(site))
         return Sizes(Size(parameters, bytes_), Size(count_numbers(self._model), self._model.ByteSize()))
 
 
@@ -142,4 +162,4 @@ def _site(key: str, location: WeightLocation) -> Site:
     module, _, name = key.rpartition(".")
     shape = shape_of(location.matrix) or (0, 0)
     rank = None if isinstance(location.matrix, Tensor) else location.matrix[0].shape[1]
-    return Site(module, name, shape, rank, storage=location.storage)
+    return Site(module, name, shape, rank, storage=location.storage, stored_itemsize=location.stored_itemsize)

@@ -100,18 +100,28 @@ def start(content: bytes) -> tuple[Run, str]:
 
     Args:
         content: the bytes of the file.
-    """
-    try:
-        session = inference_session(content)
-    except ImportError:
-        import onnx
-        from onnx.reference import ReferenceEvaluator
 
-        model = onnx.load_from_string(content)
-        names, engine = [entry.name for entry in model.graph.input], "onnx reference"
-        evaluate: Any = ReferenceEvaluator(model).run
-    else:
-        names, engine, evaluate = [entry.name for entry in session.get_inputs()], "ONNX Runtime", session.run
+    Raises:
+        SlimLSTMError: the engine cannot load the file.
+    """
+    engine = "ONNX Runtime"
+    try:
+        try:
+            session = inference_session(content)
+        except ImportError:
+            import onnx
+            from onnx.reference import ReferenceEvaluator
+
+            engine, model = "onnx reference", onnx.load_from_string(content)
+            names = [entry.name for entry in model.graph.input]
+            evaluate: Any = ReferenceEvaluator(model).run
+        else:
+            names, evaluate = [entry.name for entry in session.get_inputs()], session.run
+    except Exception as error:  # each engine raises classes of its own
+        raise SlimLSTMError(
+            f"{engine} cannot load the file: {reason_of(error)}; nothing was written. If it lacks the dtype of the model's "
+            "weights, convert the model, as model.float() does"
+        ) from error
 
     def run(inputs: Sequence[Tensor]) -> list[Tensor]:
         given = {name: tensor.cpu().numpy() for name, tensor in zip(names, inputs, strict=True)}
@@ -125,6 +135,15 @@ def start(content: bytes) -> tuple[Run, str]:
         return [torch.as_tensor(output) for output in outputs]
 
     return run, engine
+
+
+def is_known_to_numpy(dtype: torch.dtype) -> bool:
+    """Return whether tensors of a dtype become NumPy arrays, which the engines take."""
+    try:
+        torch.empty(0, dtype=dtype).numpy()
+    except TypeError:
+        return False
+    return True
 
 
 def compare(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from slimlstm.onnx.graph import OnnxLSTM, Scope, WeightLocation, attribute_of, constant, storage_of
+from slimlstm.onnx.graph import OnnxLSTM, Scope, WeightLocation, attribute_of, constant, storage_of, stored_itemsize
 from slimlstm.onnx.integers import integer_product
 from slimlstm.onnx.separate import is_divisible
 from slimlstm.ops.gates import PYTORCH, reordered
@@ -181,6 +181,7 @@ def _product(node: Any, scope: Scope, users: Mapping[str, int]) -> WeightLocatio
         return None
     u = matrix if attribute_of(node, "transB", 0) else matrix.T
     location = WeightLocation("", u, "", scope, node, 1, storage=storage_of(node.input[1], scope))
+    location.stored_itemsize = stored_itemsize(node.input[1], scope)
     inner = scope.producers.maps[0].get(node.input[0])
     if inner is not None and inner.op_type == "MatMul" and users.get(node.input[0]) == 1:
         v = constant(inner.input[1], scope)

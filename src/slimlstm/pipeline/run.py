@@ -361,7 +361,7 @@ def site_report(
     after = site.parameters if rank is None else rank * (m + n)
     if found.mask is not None:
         after = int(found.mask.sum())
-    storage = plan.storage_of(site)
+    storage, stored = plan.storage_of(site), site.stored_itemsize or itemsize
     return SiteReport(
         key=site.key,
         shape=site.shape,
@@ -370,8 +370,8 @@ def site_report(
         break_even_rank=break_even_rank(site.shape),
         parameters_before=site.parameters,
         parameters_after=after,
-        bytes_before=matrix_bytes(site.shape, site.rank, site.storage, itemsize),
-        bytes_after=matrix_bytes(site.shape, rank, storage, itemsize),
+        bytes_before=matrix_bytes(site.shape, site.rank, site.storage, stored),
+        bytes_after=matrix_bytes(site.shape, rank, storage, stored if replacement is None else itemsize),
         relative_error=found.relative_error,
         iterations=found.iterations,
         converged=found.converged,

@@ -64,4 +64,5 @@ def replaced_site(site: Site, found: Replacement) -> Site:
     is_factored = found.factors is not None
     nonzeros = int(found.mask.sum()) if found.mask is not None else None if is_factored else site.nonzeros
     storage = found.storage or (None if is_factored else site.storage)
-    return dataclasses.replace(site, rank=found.rank, nonzeros=nonzeros, storage=None if storage == "float32" else storage)
+    kept = None if storage == "float32" else storage
+    return dataclasses.replace(site, rank=found.rank, nonzeros=nonzeros, storage=kept, stored_itemsize=None)

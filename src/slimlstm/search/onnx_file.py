@@ -15,12 +15,12 @@ from torch import Tensor
 
 from slimlstm.calibration.moments import Calibration
 from slimlstm.errors import SlimLSTMError
-from slimlstm.files import check_output_file, replacing
+from slimlstm.files import replacing
 from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.onnx.calibrate import RunInputs, calibrate_graph
 from slimlstm.onnx.compress import compress_onnx
 from slimlstm.onnx.find import find_lstms
-from slimlstm.onnx.graph import read_model
+from slimlstm.onnx.graph import bytes_on_disk, check_onnx_output, read_model
 from slimlstm.onnx.runtime import Session
 from slimlstm.onnx.source import GraphSource
 from slimlstm.pipeline.config import LowRank, Quantize
@@ -57,7 +57,8 @@ def shrink_onnx(
 
     The last third of the runs measures the disagreement, the others calibrate; with a metric all runs calibrate. The output
     file is written at the first trial that meets the limit and replaced by every smaller one, so an interrupted search
-    leaves the best version so far.
+    leaves the best version so far. Where gradients of an LSTM cannot be computed, because it has peepholes for instance,
+    only storages of whole matrices are tried, and a note of the result says so.
 
     Args:
         path: the file.
@@ -82,7 +83,7 @@ def shrink_onnx(
             direction or beside a measure, nothing smaller meets the limit, or see :func:`slimlstm.compress_onnx`.
     """
     path, output = Path(path), Path(output)
-    check_output_file(path, output)
+    check_onnx_output(path, output)
     if not runs:
         raise SlimLSTMError("no runs are given; a search measures the outputs on inputs")
     if type(evaluations) is not int or evaluations < 2:
@@ -91,7 +92,7 @@ def shrink_onnx(
         goal, calibrating = _agreement(path, runs, at_most, measure)
     else:
         goal, calibrating = _own_metric(path, metric, better, at_most, measure, metric_name), runs
-    calibration = _calibration(path, calibrating)
+    calibration, obstacles = _calibration(path, calibrating)
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
     sign = 1.0 if goal.better == "lower" else -1.0
     with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=".slimlstm-") as folder:
@@ -115,15 +116,15 @@ def shrink_onnx(
             lambda: smallest(
                 engine,
                 Quantize,
-                lambda budget, storage: LowRank("fisher", bytes=budget, storage=storage),
+                lambda budget, storage: None if obstacles else LowRank("fisher", bytes=budget, storage=storage),
                 _STORAGES,
             )
         )
     if engine.best is None:
-        raise nothing_found(engine.trials, engine.refusals, goal.words)
+        raise nothing_found(engine.trials, [*engine.refusals, *obstacles], goal.words)
     best, _, report = engine.best
-    notes, ended = [*engine.refusals, *goal.notes], engine.interrupted
-    dense = Trial("uncompressed", None, path.stat().st_size, goal.dense, accepted=True)
+    notes, ended = [*engine.refusals, *obstacles, *goal.notes], engine.interrupted
+    dense = Trial("uncompressed", None, bytes_on_disk(path), goal.dense, accepted=True)
     return Search(dense, engine.trials, best, report, goal.words, goal.better, goal.name, ended, notes, goal.limit)
 
 
@@ -188,11 +189,17 @@ def _outputs(model: object, names: Sequence[str], runs: Sequence[RunInputs]) -> 
     return [session.run(names, inputs, number) for number, inputs in enumerate(runs)]
 
 
-def _calibration(path: Path, runs: Sequence[RunInputs]) -> Calibration:
+def _calibration(path: Path, runs: Sequence[RunInputs]) -> tuple[Calibration, list[str]]:
+    """Return the moments of the runs, and in words why they lack the gradients that factors need, if they do."""
     model = read_model(path)
     source = GraphSource(model, [lstm for lstm in find_lstms(model, path) if lstm.locations])
     observed = [lstm for group in source.groups for lstm in group]
-    return source.calibration(calibrate_graph(model, observed, runs, with_gradients=True))
+    try:
+        return source.calibration(calibrate_graph(model, observed, runs, with_gradients=True)), []
+    except SlimLSTMError as error:
+        # A model that cannot run at all fails here again.
+        moments = calibrate_graph(model, observed, runs, with_gradients=False)
+        return source.calibration(moments), [f"no factors were tried, because {str(error).partition(';')[0]}"]
 
 
 def _made(path: Path, config: Config, folder: Path, calibration: Calibration) -> tuple[Path, Report]:

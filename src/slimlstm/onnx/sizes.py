@@ -1,0 +1,34 @@
+"""Count the numbers that an ONNX model holds."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from slimlstm.onnx.builder import SCALE
+from slimlstm.onnx.graph import graphs_of, inner_nodes
+
+_SCALE = re.compile(rf"{re.escape(SCALE)}(\.\d+)?$")
+
+
+def count_numbers(model: Any) -> int:
+    """Return the number of weights in a model: floating-point numbers and 8-bit codes, in nested graphs and functions too.
+
+    Scales that slimlstm wrote beside codes do not count, and neither do single numbers without axes, such as zero points,
+    and integers that are no codes, such as shapes.
+    """
+    from onnx import TensorProto
+
+    kinds = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16}
+    kinds |= {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4}
+    graphs, tensors = list(graphs_of(model.graph)), list[Any]()
+    nodes = [node for graph in graphs for node in graph.node]
+    for function in model.functions:
+        for node in function.node:
+            nodes += [node, *inner_nodes(node)]
+    for graph in graphs:
+        tensors += graph.initializer
+    tensors += [found.t for node in nodes if node.op_type == "Constant" for found in node.attribute if found.HasField("t")]
+    counted = (tensor for tensor in tensors if tensor.data_type in kinds and not _SCALE.search(tensor.name))
+    return sum(math.prod(tensor.dims) for tensor in counted if tensor.dims)
