@@ -21,6 +21,7 @@ from one_lstm import (
 )
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 import slimlstm
 from slimlstm import LowRank, LowRankLSTM, Prune, SlimLSTMError, calibrate, compress_, load, save
@@ -75,6 +76,56 @@ def test_calibration_leaves_no_history_behind():
     held = [*model.hidden, *model.outputs, *model.cache.values()]
     assert all(tensor.is_leaf and not tensor.requires_grad for tensor in held)
     copy.deepcopy(model)
+
+
+class Checkpointing(nn.Module):
+    """Runs its LSTM under activation checkpointing, or plainly."""
+
+    def __init__(self, lstm, use_reentrant):
+        super().__init__()
+        self.lstm, self.head, self.use_reentrant = lstm, nn.Linear(IN, IN), use_reentrant
+
+    def forward(self, x):
+        h = self.head(x)
+        if self.use_reentrant is None:
+            return self.lstm(h)[0]
+        return checkpoint(lambda y: self.lstm(y)[0], h, use_reentrant=self.use_reentrant)
+
+
+CHECKPOINTED = {
+    "dense": lambda: nn.LSTM(IN, H),
+    "factors": lambda: LowRankLSTM(IN, H, ranks={"weight_hh_l0": 2}),
+    "both ways": lambda: LowRankLSTM(IN, H, ranks={"weight_hh_l0": 2}, bidirectional=True),
+    "projected": lambda: LowRankLSTM(IN, H, ranks={"weight_hh_l0": 2}, proj_size=3),
+}
+
+
+@pytest.mark.parametrize("make", CHECKPOINTED.values(), ids=CHECKPOINTED)
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_under_activation_checkpointing(make, use_reentrant, training):
+    model, gradients = Checkpointing(make(), None).train(training), []
+    for kind in (None, use_reentrant):
+        model.use_reentrant = kind
+        model.zero_grad()
+        model(x()).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", ["dense", "factors"])
+def test_calibration_under_activation_checkpointing(name):
+    model = Checkpointing(CHECKPOINTED[name](), None)
+    expected = calibrate(model, [x(), x()], squares)
+    model.use_reentrant = False
+    found = calibrate(model, [x(), x()], squares)
+    for key, moments in expected.sites.items():
+        assert torch.equal(found.sites[key].inputs, moments.inputs)
+        assert torch.equal(found.sites[key].gradients, moments.gradients)
+    model.use_reentrant = True
+    with pytest.raises(SlimLSTMError, match="use_reentrant=False"):
+        calibrate(model, [x()], squares)
 
 
 COPIED = {
