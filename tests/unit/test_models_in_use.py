@@ -24,7 +24,8 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import slimlstm
-from slimlstm import LowRank, LowRankLSTM, Prune, SlimLSTMError, calibrate, compress_, load, save
+from slimlstm import LowRank, LowRankLSTM, Prune, Quantize, Report, SlimLSTMError, calibrate, compress_, load, save
+from slimlstm.calibration.collect import mean_loss
 from slimlstm.modules.graphs import copy_model
 from slimlstm.search import find_smallest
 
@@ -76,6 +77,53 @@ def test_calibration_leaves_no_history_behind():
     held = [*model.hidden, *model.outputs, *model.cache.values()]
     assert all(tensor.is_leaf and not tensor.requires_grad for tensor in held)
     copy.deepcopy(model)
+
+
+class Counting:
+    """A loss that adds the number of batches it has seen, as a state."""
+
+    def __init__(self):
+        self.seen = 3
+
+    def __call__(self, model, batch):
+        self.seen += 1
+        return model(batch)[0].square() + self.seen
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"]
+
+
+def sensitivity_of(model, given, loss):
+    return slimlstm.measure_sensitivity(model, given, loss)
+
+
+PASSES = {
+    "calibrate": calibrate,
+    "mean_loss": mean_loss,
+    "measure_sensitivity": sensitivity_of,
+    "int8": lambda model, given, loss: compress_(model, Quantize("int8"), batches=given, loss=loss),
+    "fisher": lambda model, given, loss: compress_(model, LowRank("fisher", rank=2), batches=given, loss=loss),
+    "calibrated": lambda model, given, loss: compress_(
+        model, LowRank("fisher", rank=2), batches=given, loss=loss, calibration=calibrate(model, given, loss)
+    ),
+    "auto": lambda model, given, loss: compress_(
+        model, LowRank("fisher", bytes=900, storage="auto"), batches=given, loss=loss
+    ),
+}
+
+
+@pytest.mark.parametrize("run", PASSES.values(), ids=PASSES)
+def test_every_pass_starts_from_the_state_that_a_loss_was_given_in(run):
+    torch.manual_seed(0)
+    loss, given = Counting(), [x() for _ in range(5)]
+    found = run(nn.Sequential(nn.LSTM(IN, H)), given, loss)
+    assert loss.seen == 3
+    if isinstance(found, Report):
+        assert 6 < found.loss_before < 7
+        assert abs(found.measured_rise) < 1
 
 
 class Checkpointing(nn.Module):

@@ -73,6 +73,7 @@ def calibrate(
     state = LossState(loss)
     first_state = state.read()
     with (
+        state.kept(),
         shown("calibrating", progress) as report_progress,
         observing(model, observable_hosts(model), recorder),
         torch.random.fork_rng(),
@@ -178,7 +179,13 @@ def mean_loss(model: nn.Module, batches: Iterable[Any], loss: Loss) -> float | N
         3.0
     """
     total, count = 0.0, 0
-    with shown("measuring the loss") as report, evaluation_mode(model), torch.no_grad(), ambient_defaults():
+    with (
+        LossState(loss).kept(),
+        shown("measuring the loss") as report,
+        evaluation_mode(model),
+        torch.no_grad(),
+        ambient_defaults(),
+    ):
         for batch in counted(batches, report):
             result = loss(model, batch)
             if isinstance(result, Distribution):

@@ -55,7 +55,13 @@ class ModuleJudge:
             SlimLSTMError: no batch was given, or the loss returned no finite losses.
         """
         modules = [(host.lstm, made) for host in self._hosts if (made := _replaced(host, weights)) is not None]
-        with torch.random.fork_rng(), torch.no_grad(), detaching(self._model), evaluation_mode(self._model):
+        with (
+            self._state.kept(),
+            torch.random.fork_rng(),
+            torch.no_grad(),
+            detaching(self._model),
+            evaluation_mode(self._model),
+        ):
             found = [costs.double().flatten() for costs in self._costs(modules)]
         if not found:
             raise SlimLSTMError(NO_BATCH)

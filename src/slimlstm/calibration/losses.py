@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,9 @@ Loss = Callable[[nn.Module, Any], Tensor | Distribution]
 - the loss of every prediction, of any shape, without padding;
 - the predicted distribution, from which labels are drawn;
 - one mean loss, which leaves the scale of the predicted losses unknown.
+
+A loss that carries a state from batch to batch has ``state_dict`` and ``load_state_dict``. Every pass over the batches then
+starts from the state that the loss was given in, and the loss has that state again afterwards.
 """
 
 
@@ -42,6 +46,15 @@ class LossState:
         """Return the loss to a state from :meth:`read`; None changes nothing."""
         if state is not None:
             self._loss.load_state_dict(copy.deepcopy(state))
+
+    @contextmanager
+    def kept(self) -> Generator[None]:
+        """Return the loss, at the end of the block, to its state at the beginning: every pass starts alike."""
+        first = self.read()
+        try:
+            yield
+        finally:
+            self.restore(first)
 
 
 def observed_losses(result: object) -> tuple[Tensor, bool]:

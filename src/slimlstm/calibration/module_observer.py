@@ -46,7 +46,7 @@ class ModuleObserver:
     def observe(self, weights: Mapping[str, Matrix], fitting: range, judging: range) -> Generator[Observation]:
         """Yield the observations of one pass; see :class:`slimlstm.calibration.refit.Observer`."""
         dense, compressed = (_Runner(self._model, self._hosts, own, self._loss) for own in ({}, weights))
-        with torch.random.fork_rng():
+        with LossState(self._loss).kept(), torch.random.fork_rng():
             for number, batch in enumerate(self._batches):
                 if number not in fitting and number not in judging and not dense.loss_state.exists:
                     continue
