@@ -3,6 +3,7 @@
 import copy
 import random
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,63 @@ HELD = {
 @pytest.mark.parametrize("verb", HELD.values(), ids=HELD)
 def test_models_that_hold_tensors_with_a_history(verb, tmp_path):
     verb(tmp_path / "folder")
+
+
+class Trainer:
+    def __init__(self):
+        self.methods = []
+
+
+def with_proxies(trainer):
+    """Return a model whose modules hold weak proxies, as Lightning's do, and one module that it holds unregistered."""
+    model = Model()
+    model.trainer = weakref.proxy(trainer)
+    model.lstm.held = {"trainers": [weakref.proxy(trainer)]}
+    model.lstm.trainer = weakref.proxy(trainer)
+    vars(model.lstm)["owner"] = model
+    trainer.methods.append(model.lstm.forward)
+    return model
+
+
+PROXIES = {
+    "find_sites": lambda make, folder: slimlstm.find_sites(make()),
+    "int8": lambda make, folder: compress_(make(), Quantize("int8")),
+    "prune": lambda make, folder: compress_(make(), Prune(keep=0.5)),
+    "fisher": lambda make, folder: compress_(make(), LowRank("fisher", rank=2), batches=[x(), x()], loss=squares),
+    "find_smallest": lambda make, folder: find_smallest(make(), lambda model: 1.0, better="lower", evaluations=2),
+    "save and load": lambda make, folder: (
+        compress_(model := make(), LowRank(rank=2)),
+        save(model, folder),
+        load(folder, make()),
+    ),
+}
+
+
+@pytest.mark.parametrize("verb", PROXIES.values(), ids=PROXIES)
+@pytest.mark.parametrize("alive", [True, False])
+def test_weak_proxies_are_left_alone(verb, alive, tmp_path):
+    kept = []
+
+    def make():
+        kept.append(Trainer())
+        model = with_proxies(kept[-1])
+        if not alive:
+            kept.clear()
+        return model
+
+    verb(make, tmp_path / "folder")
+
+
+def test_modules_that_an_lstm_holds_unregistered_stay_so():
+    model = with_proxies(trainer := Trainer())
+    proxy, names = model.lstm.trainer, [name for name, _ in model.named_modules()]
+    compress_(model, LowRank(rank=2))
+    assert [name for name, _ in model.named_modules()] == names
+    assert vars(model.lstm)["owner"] is model
+    assert model.lstm.trainer is proxy
+    copied = copy_model(model)
+    assert copied.lstm.trainer is proxy
+    assert copied.trainer.methods is trainer.methods
 
 
 def test_calibration_leaves_no_history_behind():

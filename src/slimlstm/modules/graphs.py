@@ -12,11 +12,13 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from slimlstm.modules.walk import REGISTRIES, held_objects
+from slimlstm.modules.walk import REGISTRIES, held_objects, held_proxies, is_proxy
 
 
 def copy_model(model: nn.Module) -> nn.Module:
     """Return a deep copy of a model, with the values of tensors that have a gradient history instead of these tensors.
+
+    Weak proxies stand for the same objects in the copy.
 
     Examples:
         >>> import torch
@@ -26,6 +28,7 @@ def copy_model(model: nn.Module) -> nn.Module:
         False
     """
     memo: dict[int, Any] = {id(held): held.detach().clone() for held in held_objects(model) if _has_history(held)}
+    memo.update({id(proxy): proxy for proxy in held_proxies(model)})
     return copy.deepcopy(model, memo)
 
 
@@ -56,6 +59,8 @@ def _detached(value: Any, before: dict[int, Any], seen: set[int]) -> Any:
         before: the tensors to leave as they are, by id.
         seen: ids of the lists and dictionaries that were entered before, each of which may hold itself.
     """
+    if is_proxy(value):
+        return value
     if isinstance(value, Tensor):
         return value.detach() if _has_history(value) and id(value) not in before else value
     if isinstance(value, list | dict):

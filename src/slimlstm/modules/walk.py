@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, cast
+from weakref import ProxyTypes
 
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ def held_objects(model: nn.Module) -> Iterator[Any]:
     """Yield every object that a module of ``model`` holds as an attribute or within one, each once.
 
     The walk enters lists, tuples, sets, mappings, partial functions, closures and the attributes of plain objects, but not
-    tensors.
+    tensors. It leaves weak proxies out, because a module does not own what they stand for, and they raise once that is gone.
 
     Examples:
         >>> model = nn.Linear(2, 1)
@@ -27,6 +28,21 @@ def held_objects(model: nn.Module) -> Iterator[Any]:
         >>> [found for found in held_objects(model) if isinstance(found, float)]
         [42.5]
     """
+    return (found for found in _walk(model) if not is_proxy(found))
+
+
+def held_proxies(model: nn.Module) -> Iterator[Any]:
+    """Yield every ``weakref.proxy`` that :func:`held_objects` leaves out."""
+    return (found for found in _walk(model) if is_proxy(found))
+
+
+def is_proxy(found: Any) -> bool:
+    """Return whether an object is a ``weakref.proxy``; ``isinstance`` would ask the object that it stands for."""
+    return type(found) in ProxyTypes
+
+
+def _walk(model: nn.Module) -> Iterator[Any]:
+    """Yield what the modules hold, proxies included; equal small strings and numbers may come twice."""
     seen = {id(module) for module in model.modules()}
     pending: deque[Any] = deque()
     for module in model.modules():
@@ -34,6 +50,10 @@ def held_objects(model: nn.Module) -> Iterator[Any]:
     while pending:
         found = pending.popleft()
         if id(found) in seen:
+            continue
+        if is_proxy(found):
+            seen.add(id(found))
+            yield found
             continue
         if not isinstance(found, str | int):  # equal small ones share an id
             seen.add(id(found))
