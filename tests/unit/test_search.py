@@ -106,6 +106,35 @@ def test_a_frontier_has_no_trial_that_another_one_beats(net):
     assert "chosen" in text
 
 
+def compressed_net(net):
+    model = copy.deepcopy(net)
+    sl.compress_(model, sl.LowRank(rank=6))
+    return model, {}
+
+
+def calibrated_without_a_loss(net):
+    return net, {"calibration": sl.calibrate(net, BATCHES)}
+
+
+def impossible_loss(net):
+    return net, {"loss": lambda model, batch: losses(model, batch).sum() * math.nan, "calibration": sl.calibrate(net, BATCHES)}
+
+
+UNMEASURABLE = {"compressed": compressed_net, "calibration without a loss": calibrated_without_a_loss, "NaN": impossible_loss}
+
+
+@pytest.mark.parametrize("make", UNMEASURABLE.values(), ids=UNMEASURABLE)
+@pytest.mark.parametrize("find", [find_smallest, find_best])
+def test_a_refused_step_leaves_what_was_accepted(net, make, find):
+    model, given = make(net)
+    limit = {"at_most": "50%", "evaluations": 8} if find is find_smallest else {"bytes": 9000}
+    found = find(model, loss_of, better="lower", **{"batches": BATCHES, "loss": losses, **given, **limit})
+    assert found.best.plan is not None
+    assert sum("rank and bits chosen together: " in note for note in found.notes) == 1
+    errors = [note.partition(": ")[2] for note in found.notes]
+    assert len(set(errors)) == len(errors)
+
+
 def test_nothing_smaller_is_said_plainly(net):
     dense = loss_of(net)
     with pytest.raises(sl.SlimLSTMError, match=r"nothing smaller meets the limit .*Tried: int8: .*bfloat16: "):

@@ -91,7 +91,8 @@ class Engine(Generic[Made]):
         try:
             made, report = self.make(config)
         except SlimLSTMError as error:
-            self.refusals.append(f"{label}: {error}")
+            if not any(refusal.endswith(f": {error}") for refusal in self.refusals):
+                self.refusals.append(f"{label}: {error}")
             return None
         if report.model.bytes_after >= report.model.bytes_before or self._is_known(report.plan):
             return None

@@ -6,7 +6,7 @@ import math
 import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -113,6 +113,7 @@ def find_smallest(
         lambda new, old: new.bytes < old.bytes,
         evaluations - 1,
         subject.speed_of,
+        refusals=subject.refusals,
     )
     words = limit_in_words(metric_name, better, limit, subject.dense_metric)
     return _searched(
@@ -186,6 +187,7 @@ def find_best(
         lambda new, old: sign * new.metric < sign * old.metric,
         evaluations - 1,
         subject.speed_of,
+        refusals=subject.refusals,
     )
     words = f"{bytes:,} bytes of matrices" if bytes is not None else f"a latency of at most {1e6 * (latency or 0):,.0f} us"
     candidates = subject.fast_candidates() if bytes is None else subject.candidates(bytes)
@@ -204,7 +206,7 @@ def find_best(
 
 @dataclass
 class _Subject:
-    """A module to compress, and everything that a search asks about it."""
+    """A module to compress, and everything that a search asks about it; ``refusals`` says what was impossible, and why."""
 
     model: nn.Module
     metric: Metric
@@ -214,6 +216,7 @@ class _Subject:
     target: Target
     filter: Filter | None
     inputs: Sequence[Any] | None
+    refusals: list[str] = field(default_factory=list[str])
 
     def __post_init__(self) -> None:
         if isinstance(self.batches, Iterator):
@@ -298,11 +301,15 @@ class _Subject:
 
     @cached_property
     def sensitivity(self) -> Sensitivity | None:
+        """The sensitivities of all matrices; None without a loss, or where they cannot be measured."""
         if self.batches is None or self.loss is None:
             return None
-        return measure_sensitivity(
-            self.model, self.batches, self.loss, calibration=self.moments, target=self.target, filter=self.filter
-        )
+        chosen = {"target": self.target, "filter": self.filter}
+        try:
+            return measure_sensitivity(self.model, self.batches, self.loss, calibration=self.moments, **chosen)
+        except SlimLSTMError as error:
+            self.refusals.append(f"rank and bits chosen together: {error}")
+            return None
 
 
 def _searched(
