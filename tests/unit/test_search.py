@@ -200,6 +200,11 @@ def test_the_best_within_a_latency(net):
         find_best(net, loss_of, better="lower", latency=1e-12, inputs=(HELD_OUT[:-1],), evaluations=3)
 
 
+def test_a_metric_runs_without_gradients(net):
+    found = find_smallest(net, lambda model: model(HELD_OUT).numpy().mean(), better="lower", evaluations=2, at_most=1.0)
+    assert math.isfinite(found.best.metric)
+
+
 def test_a_metric_that_is_not_a_number_is_never_accepted(net):
     def broken(model):
         return loss_of(model) if isinstance(model.lstm, nn.LSTM) else math.nan

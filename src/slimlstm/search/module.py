@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
 
 from slimlstm.bench import compare
@@ -70,9 +71,9 @@ def find_smallest(
 
     Args:
         model: any module that :func:`slimlstm.compress_` can compress.
-        metric: takes a compressed copy in evaluation mode, and returns a number, or one value for each example [n]. With
-            values of examples, their mean has to meet the limit with 95% confidence for new examples. Measure it on data
-            that ``batches`` do not contain.
+        metric: takes a compressed copy in evaluation mode, and returns a number, or one value for each example [n]. It runs
+            without gradients. With values of examples, their mean has to meet the limit with 95% confidence for new
+            examples. Measure it on data that ``batches`` do not contain.
         better: ``"lower"`` for a perplexity or an error, ``"higher"`` for an accuracy.
         at_most: how much worse the metric may get: a share of the uncompressed model's metric such as ``"1%"``, or a number
             in the metric's units.
@@ -241,7 +242,7 @@ class _Subject:
         return self._measured(model, self.dense_metric)
 
     def _measured(self, model: nn.Module, dense: Measured | None) -> Measured:
-        with evaluation_mode(model):
+        with evaluation_mode(model), torch.no_grad():
             return Measured.of(self.metric(model), dense)
 
     def make(self, config: Config) -> tuple[nn.Module, Report]:
