@@ -187,6 +187,28 @@ def test_the_best_within_bytes(net, data):
     assert found.best.metric == min(trial.metric for trial in found.trials)
 
 
+def test_shared_matrices_count_once():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.LSTM(SIZE, SIZE), nn.LSTM(SIZE, SIZE)
+            self.second.weight_ih_l0, self.second.weight_hh_l0 = self.first.weight_ih_l0, self.first.weight_hh_l0
+
+        def forward(self, x):
+            return self.second(self.first(x)[0])[0]
+
+    model, x = Shared(), torch.randn(5, 2, SIZE)
+    with torch.no_grad():
+        expected = model(x)
+    one = 4 * SIZE * SIZE + 4 * 4 * SIZE
+
+    def error(model):
+        return float((model(x) - expected).norm())
+
+    found = find_best(model, error, better="lower", bytes=2 * one)
+    assert found.best.label == "int8"
+
+
 def planned(net, trial):
     return [(site, trial.plan.sites[site.key]) for site in sl.find_sites(net)]
 

@@ -17,7 +17,7 @@ from slimlstm.bench import compare
 from slimlstm.calibration.collect import calibrate
 from slimlstm.calibration.losses import Loss
 from slimlstm.calibration.moments import Calibration
-from slimlstm.compress import compress_, measure_sensitivity
+from slimlstm.compress import ModuleSource, compress_, measure_sensitivity
 from slimlstm.errors import SlimLSTMError
 from slimlstm.files import write_json
 from slimlstm.modules.graphs import copy_model
@@ -115,6 +115,7 @@ def find_smallest(
         evaluations - 1,
         subject.speed_of,
         refusals=subject.refusals,
+        matrix_bytes=matrix_bytes,
     )
     words = limit_in_words(metric_name, better, limit, subject.dense_metric)
     return _searched(
@@ -189,6 +190,7 @@ def find_best(
         evaluations - 1,
         subject.speed_of,
         refusals=subject.refusals,
+        matrix_bytes=matrix_bytes,
     )
     words = f"{bytes:,} bytes of matrices" if bytes is not None else f"a latency of at most {1e6 * (latency or 0):,.0f} us"
     candidates = subject.fast_candidates() if bytes is None else subject.candidates(bytes)
@@ -234,7 +236,7 @@ class _Subject:
         value = self.dense_metric.value
         if not math.isfinite(value):
             raise SlimLSTMError(f"the metric of the uncompressed model is {value}; it has to be a finite number")
-        self.dense_bytes = sum(site.bytes_before for site in report.sites)
+        self.dense_bytes = _once_each(self.model, {site.key: site.bytes_before for site in report.sites})
         return Trial("uncompressed", None, report.model.bytes_before, value, accepted=True)
 
     def measure(self, model: nn.Module) -> Measured:
@@ -254,7 +256,7 @@ class _Subject:
 
         def make(config: Config) -> tuple[nn.Module, Report]:
             made, report = self.make(config)
-            size = sum(site.bytes_after for site in report.sites)
+            size = matrix_bytes(made, report)
             if size > budget:
                 raise SlimLSTMError(f"the matrices take {size:,} bytes, more than {budget:,}")
             return made, report
@@ -311,6 +313,25 @@ class _Subject:
         except SlimLSTMError as error:
             self.refusals.append(f"rank and bits chosen together: {error}")
             return None
+
+
+def matrix_bytes(model: nn.Module, report: Report) -> int:
+    """Return the bytes of the matrices in a report of ``model``; one that several sites share counts once.
+
+    Examples:
+        >>> model = nn.Sequential(nn.LSTM(8, 8), nn.LSTM(8, 8))
+        >>> model[1].weight_hh_l0 = model[0].weight_hh_l0
+        >>> report = compress_(model, Quantize("bfloat16"))
+        >>> matrix_bytes(model, report) // (2 * 32 * 8)
+        3
+    """
+    return _once_each(model, {site.key: site.bytes_after for site in report.sites})
+
+
+def _once_each(model: nn.Module, sizes: dict[str, int]) -> int:
+    """Return the sum of the sizes of matrices, by key; sites that share a matrix count once."""
+    source = ModuleSource(model)
+    return sum({source.identity(site): sizes[site.key] for site in source.sites() if site.key in sizes}.values())
 
 
 def _searched(
