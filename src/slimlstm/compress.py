@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import METHODS, Needs, Replacement, check_matrix, stored_bytes
 from slimlstm.modules.factored import FactoredModule
 from slimlstm.modules.hosts import Host, find_hosts
+from slimlstm.modules.masks import Mask
 from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.modules.sites import Site
 from slimlstm.modules.swap import Swap
@@ -123,6 +124,7 @@ def _compress(
         progress=progress,
         judge=_judge(model, hosts, repeatable, loss),
         sensitivity=sensitivity,
+        mask_itemsize=1,
     )
     report = apply(source, solution)
     if repeatable is None or loss is None or loss_before is None:
@@ -343,10 +345,10 @@ def _with_parameters(found: Replacement, is_trained: bool, parameters: dict[int,
     return dataclasses.replace(found, weight=parameters[key])
 
 
-def size(modules: Iterable[nn.Module], hosts: list[Host]) -> Size:
+def size(modules: Sequence[nn.Module], hosts: list[Host]) -> Size:
     """Return the number of parameters in ``modules`` and their bytes; shared ones count once.
 
-    A masked weight is no parameter, but takes bytes.
+    A masked weight is no parameter, but takes bytes, and its mask takes one more.
 
     Args:
         modules: modules of one model.
@@ -368,4 +370,5 @@ def size(modules: Iterable[nn.Module], hosts: list[Host]) -> Size:
         for part in host.lstm.stored_parts(name)
     }
     stored = (stored_bytes(tuple(p.shape), storages.get(key), p.element_size()) for key, p in parameters.items())
-    return Size(count, sum(stored))
+    masks = {part.mask.data_ptr(): part.mask for module in modules for part in module.modules() if isinstance(part, Mask)}
+    return Size(count, sum(stored) + sum(mask.nbytes for mask in masks.values()))

@@ -55,8 +55,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_bytes: i
 
     Raises:
         SlimLSTMError: nothing in the model is compressed, its state holds more than tensors, quantised weights have changed
-            since they were rounded or are no longer float32, ``folder`` holds another program's ``config.json``, or a row of
-            a tensor is larger than ``max_shard_bytes``. Nothing is written then.
+            since they were rounded or are no longer float32, ``folder`` holds another program's ``config.json``, or a row
+            of a tensor is larger than ``max_shard_bytes``. Nothing is written then.
 
     Examples:
         >>> import tempfile, slimlstm
@@ -278,8 +278,8 @@ def _packed(
         row = storage_called(storage)
         if packed[name].dtype != torch.float32:
             raise SlimLSTMError(
-                f"{name} was rounded to {storage}, which stores float32 weights, and then became {packed[name].dtype}; turn "
-                "the model back with model.float(), save it, and convert it again after load"
+                f"{name} was rounded to {storage}, which stores float32 weights, and then became {packed[name].dtype}; "
+                "turn the model back with model.float(), save it, and convert it again after load"
             )
         encoded = row.encode(packed[name])
         if not torch.equal(encoded.decoded(), packed[name]):

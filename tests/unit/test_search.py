@@ -117,10 +117,17 @@ def calibrated_without_a_loss(net):
 
 
 def impossible_loss(net):
-    return net, {"loss": lambda model, batch: losses(model, batch).sum() * math.nan, "calibration": sl.calibrate(net, BATCHES)}
+    return net, {
+        "loss": lambda model, batch: losses(model, batch).sum() * math.nan,
+        "calibration": sl.calibrate(net, BATCHES),
+    }
 
 
-UNMEASURABLE = {"compressed": compressed_net, "calibration without a loss": calibrated_without_a_loss, "NaN": impossible_loss}
+UNMEASURABLE = {
+    "compressed": compressed_net,
+    "calibration without a loss": calibrated_without_a_loss,
+    "NaN": impossible_loss,
+}
 
 
 @pytest.mark.parametrize("make", UNMEASURABLE.values(), ids=UNMEASURABLE)

@@ -20,7 +20,7 @@ def held_objects(model: nn.Module) -> Iterator[Any]:
     """Yield every object that a module of ``model`` holds as an attribute or within one, each once.
 
     The walk enters lists, tuples, sets, mappings, partial functions, closures and the attributes of plain objects, but not
-    tensors. It leaves weak proxies out, because a module does not own what they stand for, and they raise once that is gone.
+    tensors. It leaves weak proxies out, because a module does not own what they stand for, and they raise if that is gone.
 
     Examples:
         >>> model = nn.Linear(2, 1)

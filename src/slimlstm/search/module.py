@@ -307,9 +307,10 @@ class _Subject:
         """The sensitivities of all matrices; None without a loss, or where they cannot be measured."""
         if self.batches is None or self.loss is None:
             return None
-        chosen = {"target": self.target, "filter": self.filter}
         try:
-            return measure_sensitivity(self.model, self.batches, self.loss, calibration=self.moments, **chosen)
+            return measure_sensitivity(
+                self.model, self.batches, self.loss, calibration=self.moments, target=self.target, filter=self.filter
+            )
         except SlimLSTMError as error:
             self.refusals.append(f"rank and bits chosen together: {error}")
             return None
