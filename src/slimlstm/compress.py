@@ -150,19 +150,18 @@ def _calibrated(
     if loss is None and needs == Needs.NOTHING and not rounds_with_feedback(config):
         return None, None
     if isinstance(config, LowRank) and config.is_auto:
-        return _calibrated_without_judges(model, batches, loss)
+        calibration = _calibrated_without_judges(model, batches, loss)
+        return calibration, None if loss is None else mean_loss(model, batches, loss)
     calibration = calibrate(model, batches, loss)
     return calibration, calibration.loss if is_repeatable else None
 
 
-def _calibrated_without_judges(
-    model: nn.Module, batches: Iterable[Any], loss: Loss | None
-) -> tuple[Calibration, float | None]:
-    """Calibrate on the batches that will not judge the result; return the mean loss on all of them."""
+def _calibrated_without_judges(model: nn.Module, batches: Iterable[Any], loss: Loss | None) -> Calibration:
+    """Calibrate on the batches that will not judge the result."""
     if isinstance(batches, Iterator) or loss is None:
         raise SlimLSTMError("storage='auto' measures losses; give loss=, and batches that can be iterated more than once")
     fitting, _ = split_batches(count_of(batches), has_costs=True)
-    return calibrate(model, _First(batches, len(fitting)), loss), mean_loss(model, batches, loss)
+    return calibrate(model, _First(batches, len(fitting)), loss)
 
 
 class _First:
@@ -206,7 +205,8 @@ def measure_sensitivity(
 
     Args:
         model: an uncompressed module.
-        batches: batches that can be iterated more than once; losses are measured on the last fifth.
+        batches: batches that can be iterated more than once; losses are measured on the last fifth. Give them in a fixed
+            order: where a loader shuffles them, the calibration sees batches of that fifth too.
         loss: see :func:`slimlstm.calibrate`.
         method: the method that finds the factors; it has to use gradients, as ``"fisher"`` does.
         calibration: a result of :func:`slimlstm.calibrate` for this model, used instead of calibrating anew.
@@ -229,7 +229,7 @@ def measure_sensitivity(
     config, source = LowRank(method, bytes=1, storage=AUTO, target=target, filter=filter), ModuleSource(model)
     check_config(config, source.sites())
     with shown("measuring sensitivity", progress) as report_progress:
-        calibration = calibration or _calibrated_without_judges(model, batches, loss)[0]
+        calibration = calibration or _calibrated_without_judges(model, batches, loss)
         statistics = SiteStatistics(source, calibration, method)
         judge = _judge(model, source.compressible_hosts(), batches, loss)
         return measure(source, selected_sites(config, source.sites()), statistics, method, judge, report_progress)

@@ -32,6 +32,7 @@ class ModuleObserver:
 
     def __init__(self, model: nn.Module, hosts: Sequence[Host], batches: Iterable[Any], loss: Loss | None) -> None:
         self._model, self._hosts, self._batches, self._loss = model, hosts, batches, loss
+        self._judging: dict[int, Any] = {}
 
     @property
     def batch_count(self) -> int:
@@ -50,6 +51,9 @@ class ModuleObserver:
             for number, batch in enumerate(self._batches):
                 if number not in fitting and number not in judging and not dense.loss_state.exists:
                     continue
+                if number in judging:
+                    # The same at every pass, even if the iterable shuffles them.
+                    batch = self._judging.setdefault(number, batch)
                 with_gradients = self._loss is not None and number in fitting
                 rows = dense.run(number, batch, with_gradients), compressed.run(number, batch, False)
                 is_judged = self._loss is not None and number in judging
