@@ -184,6 +184,30 @@ def test_every_pass_starts_from_the_state_that_a_loss_was_given_in(run):
         assert abs(found.measured_rise) < 1
 
 
+COMPILED = {
+    "whole": lambda model: torch.compile(model, backend="eager"),
+    "in place": lambda model: model.compile(backend="eager") or model,
+    "a part": lambda model: nn.Sequential(torch.compile(model, backend="eager")),
+}
+
+
+@pytest.mark.parametrize("compiled", COMPILED.values(), ids=COMPILED)
+@pytest.mark.parametrize("used", [False, True])
+def test_compiled_models_are_calibrated_as_written(compiled, used):
+    model = Model()
+    expected = calibrate(model, [x()], squares).sites["lstm.weight_hh_l0"]
+    model = compiled(model)
+    if used:
+        model(x())
+    (found,) = (
+        moments for key, moments in calibrate(model, [x()], squares).sites.items() if key.endswith("lstm.weight_hh_l0")
+    )
+    assert torch.equal(found.inputs, expected.inputs)
+    assert torch.equal(found.gradients, expected.gradients)
+    report = compress_(model, LowRank("fisher", rank=2), batches=[x(), x()], loss=squares)
+    assert report.loss_after is not None
+
+
 class Checkpointing(nn.Module):
     """Runs its LSTM under activation checkpointing, or plainly."""
 

@@ -16,7 +16,7 @@ from slimlstm.modules.cell import LowRankLSTMCell
 from slimlstm.modules.graphs import detaching
 from slimlstm.modules.host import Host
 from slimlstm.modules.lstm import LowRankLSTM
-from slimlstm.modules.modes import ambient_defaults, evaluation_mode, plain_mode
+from slimlstm.modules.modes import ambient_defaults, evaluation_mode, plain_mode, uncompiled
 from slimlstm.ops.weights import Matrix
 
 _WARM_UP = 2
@@ -57,6 +57,7 @@ class ModuleJudge:
         modules = [(host.lstm, made) for host in self._hosts if (made := _replaced(host, weights)) is not None]
         with (
             self._state.kept(),
+            uncompiled(),
             torch.random.fork_rng(),
             torch.no_grad(),
             detaching(self._model),

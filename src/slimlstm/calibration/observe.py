@@ -21,7 +21,7 @@ from slimlstm.modules.graphs import detaching
 from slimlstm.modules.host import Host, parameter_names
 from slimlstm.modules.hosts import find_hosts
 from slimlstm.modules.lstm import LowRankLSTM
-from slimlstm.modules.modes import evaluation_mode, surely
+from slimlstm.modules.modes import evaluation_mode, surely, uncompiled
 from slimlstm.modules.shapes import LSTMState, clips, lstm_arguments
 from slimlstm.ops import training
 from slimlstm.ops.reference import product, recurrence, step
@@ -60,7 +60,7 @@ def observing(
         weights: matrices to compute with instead of the model's own, by key.
     """
     observers = ((host.lstm, _observer(host, recorder, weights or {})) for host in hosts)
-    with detaching(model), evaluation_mode(model), forwards_replaced(observers):
+    with uncompiled(), detaching(model), evaluation_mode(model), forwards_replaced(observers):
         yield
 
 

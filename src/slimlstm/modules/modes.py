@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,6 +58,20 @@ def evaluation_mode(model: nn.Module) -> Generator[None]:
         yield
     finally:
         surely(lambda: set_all(True))
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Return a context in which models of ``torch.compile`` run as written, because their LSTMs are replaced for a time.
+
+    Examples:
+        >>> with uncompiled():
+        ...     nn.Linear(2, 1)(torch.ones(2)).shape
+        torch.Size([1])
+    """
+    # Before PyTorch imports its compiler, nothing can be compiled. set_stance came with PyTorch 2.6.
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager
