@@ -27,7 +27,9 @@ from torch.utils.checkpoint import checkpoint
 import slimlstm
 from slimlstm import LowRank, LowRankLSTM, Prune, Quantize, Report, SlimLSTMError, calibrate, compress_, load, save
 from slimlstm.calibration.collect import mean_loss
+from slimlstm.modules import graphs
 from slimlstm.modules.graphs import copy_model
+from slimlstm.modules.walk import held_objects
 from slimlstm.search import find_smallest
 
 
@@ -256,6 +258,32 @@ def test_calibration_under_activation_checkpointing(name):
     model.use_reentrant = True
     with pytest.raises(SlimLSTMError, match="use_reentrant=False"):
         calibrate(model, [x()], squares)
+
+
+class Frozen(dict):
+    def __setitem__(self, key, value):
+        raise TypeError("frozen")
+
+
+class FrozenList(list):
+    def __setitem__(self, index, value):
+        raise TypeError("frozen")
+
+
+def test_what_did_not_change_is_not_assigned_again():
+    model = Holding()
+    model.frozen = [Frozen(a=1, b=torch.ones(2)), FrozenList([torch.ones(2), "b", None])]
+    model.cache["inside"] = Frozen(a=1)
+    calibrate(model, [x()], squares)
+    assert not model.cache["last"].requires_grad
+
+
+def test_a_pass_walks_through_the_model_once(monkeypatch):
+    walks = []
+    monkeypatch.setattr(graphs, "held_objects", lambda model: walks.append(1) or held_objects(model))
+    model, given = Model(), [x() for _ in range(20)]
+    compress_(model, LowRank("fisher", rank=2), batches=given, loss=squares, refit=2)
+    assert 3 <= len(walks) < len(given)
 
 
 COPIED = {

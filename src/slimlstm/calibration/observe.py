@@ -59,8 +59,17 @@ def observing(
         recorder: receives the rows of every call.
         weights: matrices to compute with instead of the model's own, by key.
     """
+    with detaching(model), observing_again(model, hosts, recorder, weights):
+        yield
+
+
+@contextmanager
+def observing_again(
+    model: nn.Module, hosts: Iterable[Host], recorder: Recorder, weights: Mapping[str, Matrix] | None = None
+) -> Generator[None]:
+    """Do as :func:`observing` does, within a block of :func:`detaching`, which would take long for every batch."""
     observers = ((host.lstm, _observer(host, recorder, weights or {})) for host in hosts)
-    with uncompiled(), detaching(model), evaluation_mode(model), forwards_replaced(observers):
+    with uncompiled(), evaluation_mode(model), forwards_replaced(observers):
         yield
 
 

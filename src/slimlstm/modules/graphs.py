@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from slimlstm.modules.walk import REGISTRIES, held_objects, held_proxies, is_proxy
+from slimlstm.modules.walk import PLAIN, REGISTRIES, held_objects, held_proxies, is_proxy
 
 
 def copy_model(model: nn.Module) -> nn.Module:
@@ -43,8 +43,8 @@ def detaching(model: nn.Module) -> Generator[None]:
         for module in model.modules():
             content = vars(module)
             for name, value in list(content.items()):
-                if name not in REGISTRIES:
-                    content[name] = _detached(value, before, seen)
+                if name not in REGISTRIES and (new := _detached(value, before, seen)) is not value:
+                    content[name] = new
 
 
 def _has_history(held: Any) -> bool:
@@ -52,14 +52,14 @@ def _has_history(held: Any) -> bool:
 
 
 def _detached(value: Any, before: dict[int, Any], seen: set[int]) -> Any:
-    """Return ``value`` without new gradient histories; lists and dictionaries are changed in place.
+    """Return ``value`` without new gradient histories; lists and dictionaries are changed in place, where they hold any.
 
     Args:
         value: a tensor, a list, dictionary or tuple with tensors, or anything else.
         before: the tensors to leave as they are, by id.
         seen: ids of the lists and dictionaries that were entered before, each of which may hold itself.
     """
-    if is_proxy(value):
+    if type(value) in PLAIN or is_proxy(value):
         return value
     if isinstance(value, Tensor):
         return value.detach() if _has_history(value) and id(value) not in before else value
@@ -70,11 +70,13 @@ def _detached(value: Any, before: dict[int, Any], seen: set[int]) -> Any:
     if isinstance(value, list):
         items = cast(list[Any], value)
         for index, item in enumerate(items):
-            items[index] = _detached(item, before, seen)
+            if (new := _detached(item, before, seen)) is not item:
+                items[index] = new
     elif isinstance(value, dict):
         entries = cast(dict[Any, Any], value)
         for key, item in entries.items():
-            entries[key] = _detached(item, before, seen)
+            if (new := _detached(item, before, seen)) is not item:
+                entries[key] = new
     elif isinstance(value, tuple):
         old = cast(tuple[Any, ...], value)
         new = [_detached(item, before, seen) for item in old]
