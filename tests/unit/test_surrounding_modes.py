@@ -1,5 +1,9 @@
 """Every public verb gives the same result in every mode that surrounds it."""
 
+import subprocess
+import sys
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +14,8 @@ import slimlstm
 from slimlstm import LowRank, LowRankLSTM, Prune, Quantize, SlimLSTMError, calibrate, compress_, find_sites, load, save
 from slimlstm.bench import bench_layers
 from slimlstm.folders import read_folder
+from slimlstm.methods import low_bit
+from slimlstm.modules.modes import ambient_defaults, plain_defaults, uncompiled
 from slimlstm.search import find_best, find_smallest
 from slimlstm.weight_files import read_tensors
 
@@ -194,6 +200,31 @@ def test_verbs_give_the_same_result_in_every_mode(verb, mode, tmp_path):
         assert ours.dtype == theirs.dtype
         assert torch.equal(ours, theirs)
     assert numbers == expected[1]
+
+
+IMPORTS = """
+import importlib, pkgutil, torch
+torch.set_default_device("meta")
+torch.set_default_dtype(torch.float64)
+import slimlstm
+for found in pkgutil.walk_packages(slimlstm.__path__, "slimlstm."):
+    if "__main__" not in found.name and "_kernel" not in found.name:
+        try:
+            module = importlib.import_module(found.name)
+        except ImportError:  # an extra that is not installed
+            continue
+        made = [name for name, value in vars(module).items() if isinstance(value, torch.Tensor)]
+        assert not made, (found.name, made)
+"""
+
+
+@pytest.mark.slow
+def test_no_tensor_is_made_at_import():
+    subprocess.run([sys.executable, "-c", IMPORTS], check=True)  # noqa: S603
+
+
+def test_grids_do_not_depend_on_the_defaults_at_the_first_import():
+    assert torch.equal(torch.tensor(low_bit._CLIPS), torch.linspace(1.0, 0.6, 9))
 
 
 @pytest.mark.parametrize("make", [pruned_factor, normed_factor])
