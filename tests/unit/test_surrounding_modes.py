@@ -9,6 +9,7 @@ import pytest
 import torch
 from one_lstm import Model, normed_factor, pruned_factor, snapshot, squares, x
 from safetensors.torch import save_file
+from torch import nn
 
 import slimlstm
 from slimlstm import LowRank, LowRankLSTM, Prune, Quantize, SlimLSTMError, calibrate, compress_, find_sites, load, save
@@ -202,6 +203,52 @@ def test_verbs_give_the_same_result_in_every_mode(verb, mode, tmp_path):
     assert numbers == expected[1]
 
 
+def take_turns(block):
+    """Let three threads enter and leave a block in turns, each before the one before has left; return what each saw."""
+    gates, seen = [threading.Barrier(2) for _ in range(3)], []
+
+    def run(index):
+        with block():
+            seen.append(torch.get_default_dtype())
+            with ambient_defaults():
+                gates[index].wait()  # the next thread may enter
+                gates[index].wait()  # the next thread has entered
+            seen.append(torch.get_default_dtype())
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(3)]
+    for index, thread in enumerate(threads):
+        thread.start()
+        gates[index].wait()
+        if index:
+            gates[index - 1].wait()
+            threads[index - 1].join()
+    gates[-1].wait()
+    threads[-1].join()
+    return seen
+
+
+def test_threads_restore_the_default_dtype_together():
+    with default_dtype():
+        assert take_turns(plain_defaults) == 6 * [torch.float32]
+        assert torch.get_default_dtype() == torch.float64
+        with plain_defaults(), ambient_defaults():
+            assert torch.get_default_dtype() == torch.float64
+            with plain_defaults():
+                assert torch.get_default_dtype() == torch.float32
+            assert torch.get_default_dtype() == torch.float64
+
+
+def test_threads_restore_the_compiler_together():
+    calls = []
+    model = torch.compile(nn.Linear(2, 2), backend=lambda graph, inputs: calls.append(1) or graph.forward)
+    take_turns(uncompiled)
+    with uncompiled():
+        model(torch.ones(2))
+    assert calls == []
+    model(torch.ones(2))
+    assert calls == [1]
+
+
 IMPORTS = """
 import importlib, pkgutil, torch
 torch.set_default_device("meta")
@@ -220,7 +267,7 @@ for found in pkgutil.walk_packages(slimlstm.__path__, "slimlstm."):
 
 @pytest.mark.slow
 def test_no_tensor_is_made_at_import():
-    subprocess.run([sys.executable, "-c", IMPORTS], check=True)  # noqa: S603
+    subprocess.run([sys.executable, "-c", IMPORTS], check=True)
 
 
 def test_grids_do_not_depend_on_the_defaults_at_the_first_import():

@@ -17,7 +17,7 @@ GROUP = 64
 _HALF_BITS = 11
 """Significant bits of float16."""
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.70000005, 0.65000004, 0.6)
-"""Fractions of a group's largest magnitude that the highest code may represent: those of ``linspace(1, 0.6, 9)`` in float32."""
+"""Fractions of a group's largest magnitude that the highest code may represent, as float32 has ``linspace(1, 0.6, 9)``."""
 
 
 def largest_code(bits: int) -> int:
