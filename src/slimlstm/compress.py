@@ -20,7 +20,7 @@ from slimlstm.calibration.refit import split_batches
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import METHODS, Needs, Replacement, check_matrix, stored_bytes
 from slimlstm.modules.factored import FactoredModule
-from slimlstm.modules.hosts import Host, find_hosts
+from slimlstm.modules.hosts import Host, check_materialised, find_hosts
 from slimlstm.modules.masks import Mask
 from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.modules.sites import Site
@@ -110,6 +110,8 @@ def _compress(
     sensitivity: Sensitivity | None,
 ) -> Report:
     check_config(config, source.sites())
+    _check_data(config, batches, loss, calibration, sensitivity)
+    check_materialised(model)
     repeatable = batches if batches is not None and not isinstance(batches, Iterator) else None
     calibration, loss_before = _calibrated(model, config, batches, loss, calibration)
     hosts = source.compressible_hosts()
@@ -131,6 +133,17 @@ def _compress(
         return report
     loss_after = mean_loss(model, repeatable, loss)
     return dataclasses.replace(report, loss_before=None if loss_after is None else loss_before, loss_after=loss_after)
+
+
+def _check_data(config: Config, batches: object, loss: object, calibration: object, sensitivity: object) -> None:
+    """Raise :class:`SlimLSTMError` if an argument is of another type, or would be ignored."""
+    if loss is not None and batches is None:
+        raise SlimLSTMError("a loss takes batches to be computed on; give batches= too")
+    for name, value, kind in (("calibration", calibration, Calibration), ("sensitivity", sensitivity, Sensitivity)):
+        if value is not None and not isinstance(value, kind):
+            raise SlimLSTMError(f"{name} is a {kind.__name__}, not {value!r}; {kind.__name__}.load reads one from a file")
+    if sensitivity is not None and not (isinstance(config, LowRank) and config.is_auto):
+        raise SlimLSTMError("a sensitivity chooses rank and storage; give LowRank(..., bytes=..., storage='auto') with it")
 
 
 def _calibrated(

@@ -14,7 +14,7 @@ from slimlstm.errors import SlimLSTMError, refusing
 from slimlstm.folders import CONFIG, read_folder
 from slimlstm.methods import Replacement
 from slimlstm.modules.graphs import copy_model
-from slimlstm.modules.hosts import Host, find_hosts
+from slimlstm.modules.hosts import Host, check_materialised, find_hosts
 from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.modules.sites import Site
 from slimlstm.modules.swap import Swap
@@ -41,6 +41,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         SlimLSTMError: the folder is incomplete, damaged or altered, or belongs to a model with other names or shapes. The
             model has not changed then.
     """
+    check_materialised(model)
     config, stored = read_folder(Path(folder))
     sites, tensors = _with_names_of(model, config["sites"], stored)
     # Try on a copy first, so that an error leaves the model as it was.

@@ -3,6 +3,7 @@
 import copy
 import random
 import sys
+import threading
 import weakref
 from pathlib import Path
 
@@ -137,6 +138,37 @@ def test_calibration_leaves_no_history_behind():
     held = [*model.hidden, *model.outputs, *model.cache.values()]
     assert all(tensor.is_leaf and not tensor.requires_grad for tensor in held)
     copy.deepcopy(model)
+
+
+LOCKED = {
+    "find_smallest": lambda make, folder: find_smallest(make(), lambda model: 1.0, better="lower", evaluations=2),
+    "load": lambda make, folder: (compress_(model := make(), LowRank(rank=2)), save(model, folder), load(folder, make())),
+}
+
+
+@pytest.mark.parametrize("verb", LOCKED.values(), ids=LOCKED)
+def test_what_cannot_be_copied_is_refused_in_words(verb, tmp_path):
+    def make():
+        model = Model()
+        model.lock = threading.Lock()
+        return model
+
+    with pytest.raises(SlimLSTMError, match=r"the model cannot be copied \(cannot pickle .*lock.*\); take what"):
+        verb(make, tmp_path / "folder")
+
+
+def test_batches_of_inference_mode_are_refused_only_where_gradients_flow():
+    with torch.inference_mode():
+        given = [x(), x()]
+    model = nn.Sequential(nn.Linear(IN, IN), Model())
+    for run in (
+        lambda: calibrate(model, given, squares),
+        lambda: compress_(model, LowRank("fisher", rank=2), batches=given, loss=squares),
+    ):
+        with pytest.raises(SlimLSTMError, match=r"from torch\.inference_mode\(\), through which no gradients flow"):
+            run()
+    calibrate(model, given)
+    calibrate(model, given, lambda model, batch: squares(model, batch.clone()))
 
 
 class Counting:

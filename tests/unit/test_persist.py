@@ -475,6 +475,40 @@ def test_state_that_is_no_tensor_is_not_saved(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+UNSTORABLE = {
+    "complex128": (lambda: {"buffer": torch.zeros(2, dtype=torch.complex128)}, {}, "buffer is torch.complex128, which saf"),
+    "lazy": (lambda: {"buffer": nn.UninitializedBuffer()}, {}, "buffer of a lazy module has no numbers yet"),
+    "bytes in words": (lambda: {"buffer": torch.zeros(2)}, {"max_shard_bytes": "1GB"}, "a number of bytes, .* not '1GB'"),
+    "no bytes": (lambda: {"buffer": torch.zeros(2)}, {"max_shard_bytes": 0}, "a number of bytes, .* not 0"),
+}
+
+
+@pytest.mark.parametrize("name", UNSTORABLE)
+def test_what_files_cannot_hold_is_refused(name, tmp_path):
+    make, given, message = UNSTORABLE[name]
+    model = compressed()
+    for key, value in make().items():
+        model.register_buffer(key, value)
+    with pytest.raises(SlimLSTMError, match=message):
+        save(model, tmp_path / "small", **given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lazy_model_is_not_loaded_into(folder):
+    model = fresh()
+    model.more = nn.LazyLinear(2)
+    with pytest.raises(SlimLSTMError, match=r"more\.weight, more\.bias of a lazy module has no numbers yet"):
+        load(folder, model)
+
+
+def test_empty_buffers_are_kept_in_small_files(tmp_path):
+    model, other = compressed(), fresh()
+    for one in (model, other):
+        one.register_buffer("empty_" + 100 * "x", torch.zeros(0, 3))
+    save(model, tmp_path, max_shard_bytes=1200)
+    assert_equal_bits(load(tmp_path, other).state_dict(), state_of(model))
+
+
 @pytest.mark.parametrize("content", ['{"model_type": "bert"}', "[]", "not JSON", '"text"'])
 def test_the_config_of_something_else_is_never_overwritten(tmp_path, content):
     (tmp_path / "config.json").write_text(content)

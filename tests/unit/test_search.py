@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -229,6 +230,19 @@ def test_the_best_within_a_latency(net):
         find_best(net, loss_of, better="lower", latency=1e-12, inputs=(HELD_OUT[:-1],), evaluations=3)
 
 
+def test_a_frontier_leaves_out_metrics_that_are_not_numbers(net):
+    found = find_smallest(
+        net,
+        lambda model: math.nan if "int5" in str(sl.find_sites(model)) else loss_of(model),
+        better="lower",
+        evaluations=5,
+    )
+    nans = replace(found.best, metric=math.nan, bytes=1)
+    found = replace(found, trials=[nans, *found.trials])
+    assert nans not in found.frontier
+    assert found.best in found.frontier
+
+
 def test_a_metric_runs_without_gradients(net):
     found = find_smallest(net, lambda model: model(HELD_OUT).numpy().mean(), better="lower", evaluations=2, at_most=1.0)
     assert math.isfinite(found.best.metric)
@@ -292,6 +306,7 @@ WRONG = {
     "one evaluation": ({"evaluations": 1}, "at least two evaluations"),
     "iterator": ({"batches": iter(BATCHES)}, "the batches are an iterator"),
     "loss alone": ({"loss": losses}, "a loss takes batches"),
+    "a folder": ({"output": "."}, r"\. is a folder; give output= the name of a JSON file"),
     "metric": ({"metric": lambda model: math.inf}, "it has to be a finite number"),
 }
 
@@ -308,7 +323,14 @@ def test_bad_arguments_are_refused_before_anything_is_tried(net, name):
 
 @pytest.mark.parametrize(
     ("limits", "message"),
-    [({}, "give either bytes or latency"), ({"bytes": 9, "latency": 1.0}, "either"), ({"latency": 1.0}, "takes inputs")],
+    [
+        ({"bytes": "1500"}, "bytes is an int of at least 1, not '1500'"),
+        ({"bytes": 0}, "bytes is an int of at least 1"),
+        ({"latency": "1", "inputs": [1]}, "a latency is a number of seconds above 0"),
+        ({}, "give either bytes or latency"),
+        ({"bytes": 9, "latency": 1.0}, "either"),
+        ({"latency": 1.0}, "takes inputs"),
+    ],
 )
 def test_one_limit_is_given(net, limits, message):
     with pytest.raises(sl.SlimLSTMError, match=message):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from slimlstm.calibration.losses import Loss, LossState, call, checked_losses, observed_losses
+from slimlstm.calibration.losses import Loss, LossState, call, checked_losses, observed_losses, result_of
 from slimlstm.calibration.moments import Calibration, Moments
 from slimlstm.calibration.observe import observable_hosts, observing
 from slimlstm.calibration.recorder import Keys, Recorder, Rows
@@ -137,7 +137,7 @@ def _run(model: nn.Module, batch: Any, loss: Loss | None, recorder: Recorder, fo
             call(model, batch)
         return recorder.take(None)
     with torch.enable_grad():
-        result = loss(model, batch)
+        result = result_of(loss, model, batch)
         losses, is_scaled = observed_losses(result)
         rows = recorder.take(losses.sum())
     found.total += float(losses.detach().double().sum())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, kl_divergence
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree  # pyright: ignore[reportPrivateUsage]  # the public name is of newer versions
 
 from slimlstm.errors import SlimLSTMError
 
@@ -122,6 +123,23 @@ def checked_losses(result: object) -> Tensor:
     if not bool(torch.isfinite(result).all()):
         raise SlimLSTMError("the loss returned NaN or infinite numbers; check the batches and the model's outputs")
     return result
+
+
+def result_of(loss: Loss, model: nn.Module, batch: object) -> Tensor | Distribution:
+    """Return the result of a loss.
+
+    Raises:
+        SlimLSTMError: gradients would have to pass through tensors of the batch that were made in inference mode.
+    """
+    try:
+        return loss(model, batch)
+    except RuntimeError as error:
+        if any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in pytree.tree_leaves(batch)):
+            raise SlimLSTMError(
+                f"a batch holds tensors from torch.inference_mode(), through which no gradients flow ({error}); make them "
+                "outside of it, or clone them outside"
+            ) from error
+        raise
 
 
 def costs_of(dense: object, compressed: object) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimlstm.calibration.losses import Loss, LossState, call, costs_of, observed_losses
+from slimlstm.calibration.losses import Loss, LossState, call, costs_of, observed_losses, result_of
 from slimlstm.calibration.observe import observing_again
 from slimlstm.calibration.recorder import Keys, Recorder, Rows
 from slimlstm.calibration.refit import Observation
@@ -83,7 +83,7 @@ class _Runner:
             if self._loss is None:
                 call(self._model, batch)
             else:
-                self.result = self._loss(self._model, batch)
+                self.result = result_of(self._loss, self._model, batch)
             rows = recorder.take(observed_losses(self.result)[0].sum() if with_gradients else None)
         self._carried = self.loss_state.read()
         return rows

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from slimlstm.errors import SlimLSTMError
 from slimlstm.modules.walk import PLAIN, REGISTRIES, held_objects, held_proxies, is_proxy
 
 
@@ -19,6 +20,9 @@ def copy_model(model: nn.Module) -> nn.Module:
     """Return a deep copy of a model, with the values of tensors that have a gradient history instead of these tensors.
 
     Weak proxies stand for the same objects in the copy.
+
+    Raises:
+        SlimLSTMError: the model holds something that cannot be copied.
 
     Examples:
         >>> import torch
@@ -29,7 +33,13 @@ def copy_model(model: nn.Module) -> nn.Module:
     """
     memo: dict[int, Any] = {id(held): held.detach().clone() for held in held_objects(model) if _has_history(held)}
     memo.update({id(proxy): proxy for proxy in held_proxies(model)})
-    return copy.deepcopy(model, memo)
+    try:
+        return copy.deepcopy(model, memo)
+    except TypeError as error:
+        raise SlimLSTMError(
+            f"the model cannot be copied ({error}); take what cannot be copied out of it, such as a lock or an open file, "
+            "or give its class a __deepcopy__"
+        ) from error
 
 
 @contextmanager

@@ -115,6 +115,8 @@ def solve(
     """
     sites = {site.key: site for site in source.sites()}
     check_config(config, list(sites.values()))
+    if refit is not None and (type(refit) is not int or refit < 0):
+        raise SlimLSTMError(f"refit is a number of passes, at least 0, or None, not {refit!r}")
     statistics = SiteStatistics(source, calibration, getattr(config, "method", ""))
     notes: list[str] = []
     if isinstance(config, LowRank) and config.is_auto:

@@ -8,7 +8,8 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -103,7 +104,7 @@ def find_smallest(
         >>> found.best.metric <= 0.02, found.best.bytes < 0.4 * found.dense.bytes
         (True, True)
     """
-    subject = _Subject(model, metric, batches, loss, calibration, target, filter, inputs)
+    subject = _Subject(model, metric, batches, loss, calibration, target, filter, inputs, output)
     dense = subject.dense_trial(evaluations)
     limit = limit_of(dense.metric, at_most, better)
     sign = 1.0 if better == "lower" else -1.0
@@ -176,9 +177,13 @@ def find_best(
     """
     if (bytes is None) == (latency is None):
         raise SlimLSTMError(f"give either bytes or latency, not bytes={bytes} and latency={latency}")
+    if bytes is not None and (type(bytes) is not int or bytes < 1):
+        raise SlimLSTMError(f"bytes is an int of at least 1, not {bytes!r}")
+    if latency is not None and not (isinstance(cast(object, latency), int | float) and latency > 0):
+        raise SlimLSTMError(f"a latency is a number of seconds above 0, not {latency!r}")
     if latency is not None and inputs is None:
         raise SlimLSTMError("a latency takes inputs=, the arguments of one call to time")
-    subject = _Subject(model, metric, batches, loss, calibration, target, filter, inputs)
+    subject = _Subject(model, metric, batches, loss, calibration, target, filter, inputs, output)
     dense = subject.dense_trial(evaluations)
     limit_of(dense.metric, 0.0, better)
     sign = 1.0 if better == "lower" else -1.0
@@ -219,6 +224,7 @@ class _Subject:
     target: Target
     filter: Filter | None
     inputs: Sequence[Any] | None
+    output: str | os.PathLike[str] | None
     refusals: list[str] = field(default_factory=list[str])
 
     def __post_init__(self) -> None:
@@ -226,6 +232,8 @@ class _Subject:
             raise SlimLSTMError("the batches are an iterator, but a search needs them more than once; give a list")
         if self.loss is not None and self.batches is None:
             raise SlimLSTMError("a loss takes batches to be computed on; give batches= too")
+        if self.output is not None and Path(self.output).is_dir():
+            raise SlimLSTMError(f"{self.output} is a folder; give output= the name of a JSON file")
 
     def dense_trial(self, evaluations: int) -> Trial:
         """Return the trial of the uncompressed model, measured on a copy."""
