@@ -365,7 +365,7 @@ def _without_aliases(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
 
 def _check_storable(state: Mapping[str, Tensor], max_shard_bytes: object) -> None:
     """Raise :class:`SlimLSTMError` if safetensors cannot hold a tensor, or the limit on a file is no number of bytes."""
-    if max_shard_bytes is not None and (type(max_shard_bytes) is not int or max_shard_bytes < 1):
+    if max_shard_bytes is not None and type(max_shard_bytes) is not int:
         raise SlimLSTMError(f"max_shard_bytes is a number of bytes, such as 2 * 10**9, not {max_shard_bytes!r}")
     for dtype, name in {tensor.dtype: name for name, tensor in state.items()}.items():
         try:
