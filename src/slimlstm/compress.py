@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ from slimlstm.calibration.refit import split_batches
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import METHODS, Needs, Replacement, check_matrix, stored_bytes
 from slimlstm.modules.factored import FactoredModule
-from slimlstm.modules.hosts import Host, find_hosts
+from slimlstm.modules.hosts import Host, check_materialised, find_hosts
+from slimlstm.modules.masks import Mask
 from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.modules.sites import Site
 from slimlstm.modules.swap import Swap
@@ -109,6 +110,8 @@ def _compress(
     sensitivity: Sensitivity | None,
 ) -> Report:
     check_config(config, source.sites())
+    _check_data(config, batches, loss, calibration, sensitivity)
+    check_materialised(model)
     repeatable = batches if batches is not None and not isinstance(batches, Iterator) else None
     calibration, loss_before = _calibrated(model, config, batches, loss, calibration)
     hosts = source.compressible_hosts()
@@ -123,12 +126,24 @@ def _compress(
         progress=progress,
         judge=_judge(model, hosts, repeatable, loss),
         sensitivity=sensitivity,
+        mask_itemsize=1,
     )
     report = apply(source, solution)
     if repeatable is None or loss is None or loss_before is None:
         return report
     loss_after = mean_loss(model, repeatable, loss)
     return dataclasses.replace(report, loss_before=None if loss_after is None else loss_before, loss_after=loss_after)
+
+
+def _check_data(config: Config, batches: object, loss: object, calibration: object, sensitivity: object) -> None:
+    """Raise :class:`SlimLSTMError` if an argument is of another type, or would be ignored."""
+    if loss is not None and batches is None:
+        raise SlimLSTMError("a loss takes batches to be computed on; give batches= too")
+    for name, value, kind in (("calibration", calibration, Calibration), ("sensitivity", sensitivity, Sensitivity)):
+        if value is not None and not isinstance(value, kind):
+            raise SlimLSTMError(f"{name} is a {kind.__name__}, not {value!r}; {kind.__name__}.load reads one from a file")
+    if sensitivity is not None and not (isinstance(config, LowRank) and config.is_auto):
+        raise SlimLSTMError("a sensitivity chooses rank and storage; give LowRank(..., bytes=..., storage='auto') with it")
 
 
 def _calibrated(
@@ -148,19 +163,18 @@ def _calibrated(
     if loss is None and needs == Needs.NOTHING and not rounds_with_feedback(config):
         return None, None
     if isinstance(config, LowRank) and config.is_auto:
-        return _calibrated_without_judges(model, batches, loss)
+        calibration = _calibrated_without_judges(model, batches, loss)
+        return calibration, None if loss is None else mean_loss(model, batches, loss)
     calibration = calibrate(model, batches, loss)
     return calibration, calibration.loss if is_repeatable else None
 
 
-def _calibrated_without_judges(
-    model: nn.Module, batches: Iterable[Any], loss: Loss | None
-) -> tuple[Calibration, float | None]:
-    """Calibrate on the batches that will not judge the result; return the mean loss on all of them."""
+def _calibrated_without_judges(model: nn.Module, batches: Iterable[Any], loss: Loss | None) -> Calibration:
+    """Calibrate on the batches that will not judge the result."""
     if isinstance(batches, Iterator) or loss is None:
         raise SlimLSTMError("storage='auto' measures losses; give loss=, and batches that can be iterated more than once")
     fitting, _ = split_batches(count_of(batches), has_costs=True)
-    return calibrate(model, _First(batches, len(fitting)), loss), mean_loss(model, batches, loss)
+    return calibrate(model, _First(batches, len(fitting)), loss)
 
 
 class _First:
@@ -204,7 +218,8 @@ def measure_sensitivity(
 
     Args:
         model: an uncompressed module.
-        batches: batches that can be iterated more than once; losses are measured on the last fifth.
+        batches: batches that can be iterated more than once; losses are measured on the last fifth. Give them in a fixed
+            order: where a loader shuffles them, the calibration sees batches of that fifth too.
         loss: see :func:`slimlstm.calibrate`.
         method: the method that finds the factors; it has to use gradients, as ``"fisher"`` does.
         calibration: a result of :func:`slimlstm.calibrate` for this model, used instead of calibrating anew.
@@ -227,7 +242,7 @@ def measure_sensitivity(
     config, source = LowRank(method, bytes=1, storage=AUTO, target=target, filter=filter), ModuleSource(model)
     check_config(config, source.sites())
     with shown("measuring sensitivity", progress) as report_progress:
-        calibration = calibration or _calibrated_without_judges(model, batches, loss)[0]
+        calibration = calibration or _calibrated_without_judges(model, batches, loss)
         statistics = SiteStatistics(source, calibration, method)
         judge = _judge(model, source.compressible_hosts(), batches, loss)
         return measure(source, selected_sites(config, source.sites()), statistics, method, judge, report_progress)
@@ -343,10 +358,10 @@ def _with_parameters(found: Replacement, is_trained: bool, parameters: dict[int,
     return dataclasses.replace(found, weight=parameters[key])
 
 
-def size(modules: Iterable[nn.Module], hosts: list[Host]) -> Size:
+def size(modules: Sequence[nn.Module], hosts: list[Host]) -> Size:
     """Return the number of parameters in ``modules`` and their bytes; shared ones count once.
 
-    A masked weight is no parameter, but takes bytes.
+    A masked weight is no parameter, but takes bytes, and its mask takes one more.
 
     Args:
         modules: modules of one model.
@@ -368,4 +383,5 @@ def size(modules: Iterable[nn.Module], hosts: list[Host]) -> Size:
         for part in host.lstm.stored_parts(name)
     }
     stored = (stored_bytes(tuple(p.shape), storages.get(key), p.element_size()) for key, p in parameters.items())
-    return Size(count, sum(stored))
+    masks = {part.mask.data_ptr(): part.mask for module in modules for part in module.modules() if isinstance(part, Mask)}
+    return Size(count, sum(stored) + sum(mask.nbytes for mask in masks.values()))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as tensors_as_bytes
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from slimlstm.errors import SlimLSTMError, reason_of, refusing
 from slimlstm.files import alone_in, check_regular, replacing, sha256, write_json
 from slimlstm.methods import STORAGES, Encoded, storage_called
 from slimlstm.methods.low_bit import pack, unpack
-from slimlstm.modules.hosts import find_hosts
+from slimlstm.modules.hosts import check_materialised, find_hosts
 from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.modules.sites import Site
 from slimlstm.shards import join, split
@@ -55,8 +56,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_bytes: i
 
     Raises:
         SlimLSTMError: nothing in the model is compressed, its state holds more than tensors, quantised weights have changed
-            since they were rounded, ``folder`` holds another program's ``config.json``, or a row of a tensor is larger than
-            ``max_shard_bytes``. Nothing is written then.
+            since they were rounded or are no longer float32, ``folder`` holds another program's ``config.json``, or a row
+            of a tensor is larger than ``max_shard_bytes``. Nothing is written then.
 
     Examples:
         >>> import tempfile, slimlstm
@@ -66,6 +67,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_bytes: i
         >>> sorted(path.suffix for path in Path(folder).iterdir())
         ['.json', '.md', '.safetensors']
     """
+    check_materialised(model)
     hosts = find_hosts(model)
     sites = {
         site.key: site_entry(site, host.origin(site.name), host.matrix(site.name).dtype)
@@ -106,6 +108,7 @@ def write_folder(
     others = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if others:
         raise SlimLSTMError(f"the model's state holds more than tensors: {', '.join(others)}; it cannot be stored as data")
+    _check_storable(cast(Mapping[str, Tensor], state), max_shard_bytes)
     _check_is_ours(folder)
     tensors, aliases = _without_aliases(cast(Mapping[str, Tensor], state))
     tensors, shapes = _packed(tensors, sites)
@@ -276,6 +279,11 @@ def _packed(
     packed, shapes = dict(tensors), dict[str, list[int]]()
     for name, storage in stored_names(tensors, sites):
         row = storage_called(storage)
+        if packed[name].dtype != torch.float32:
+            raise SlimLSTMError(
+                f"{name} was rounded to {storage}, which stores float32 weights, and then became {packed[name].dtype}; "
+                "turn the model back with model.float(), save it, and convert it again after load"
+            )
         encoded = row.encode(packed[name])
         if not torch.equal(encoded.decoded(), packed[name]):
             raise SlimLSTMError(
@@ -353,6 +361,19 @@ def _without_aliases(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
         else:
             tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     return tensors, aliases
+
+
+def _check_storable(state: Mapping[str, Tensor], max_shard_bytes: object) -> None:
+    """Raise :class:`SlimLSTMError` if safetensors cannot hold a tensor, or the limit on a file is no number of bytes."""
+    if max_shard_bytes is not None and type(max_shard_bytes) is not int:
+        raise SlimLSTMError(f"max_shard_bytes is a number of bytes, such as 2 * 10**9, not {max_shard_bytes!r}")
+    for dtype, name in {tensor.dtype: name for name, tensor in state.items()}.items():
+        try:
+            tensors_as_bytes({name: torch.empty(0, dtype=dtype)})
+        except (KeyError, SafetensorError) as error:
+            raise SlimLSTMError(
+                f"{name} is {dtype}, which safetensors files cannot hold; convert it, for example with torch.view_as_real"
+            ) from error
 
 
 def _check_is_ours(folder: Path) -> None:

@@ -14,7 +14,7 @@ from slimlstm.errors import SlimLSTMError, refusing
 from slimlstm.folders import CONFIG, read_folder
 from slimlstm.methods import Replacement
 from slimlstm.modules.graphs import copy_model
-from slimlstm.modules.hosts import Host, find_hosts
+from slimlstm.modules.hosts import Host, check_materialised, find_hosts
 from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.modules.sites import Site
 from slimlstm.modules.swap import Swap
@@ -41,6 +41,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         SlimLSTMError: the folder is incomplete, damaged or altered, or belongs to a model with other names or shapes. The
             model has not changed then.
     """
+    check_materialised(model)
     config, stored = read_folder(Path(folder))
     sites, tensors = _with_names_of(model, config["sites"], stored)
     # Try on a copy first, so that an error leaves the model as it was.
@@ -110,18 +111,26 @@ def _rebuild(model: nn.Module, sites: Mapping[str, Mapping[str, Any]], tensors: 
     shared: dict[Hashable, Tensor | tuple[Tensor, Tensor]] = {}
     changes: list[tuple[Host, Mapping[str, Replacement]]] = []
     for host in hosts:
-        entries = {site.name: sites[site.key] for site in host.sites() if site.key in sites}
-        if entries:
-            changes.append((host, {name: _blank(host, name, entry, shared) for name, entry in entries.items()}))
+        found: dict[str, Replacement] = {}
+        for site in host.sites():
+            if site.key in sites:
+                mask = tensors.get(f"{site.module}.parametrizations.{site.name}.0.mask".removeprefix("."))
+                found[site.name] = _blank(host, site.name, sites[site.key], shared, mask)
+        if found:
+            changes.append((host, found))
     swap = Swap(changes)
     del present
     return swap
 
 
 def _blank(
-    host: Host, name: str, entry: Mapping[str, Any], shared: dict[Hashable, Tensor | tuple[Tensor, Tensor]]
+    host: Host,
+    name: str,
+    entry: Mapping[str, Any],
+    shared: dict[Hashable, Tensor | tuple[Tensor, Tensor]],
+    stored_mask: Tensor | None,
 ) -> Replacement:
-    """Return a replacement with parameters of the right shapes; tied matrices share theirs through ``shared``."""
+    """Return a replacement with parameters of the right shapes; tied matrices share theirs and their mask by ``shared``."""
     (m, n), like, trained = entry["shape"], host.matrix(name), host.is_trained(name)
     place = host.identity(name), entry.get("rank"), entry.get("storage")
     weight: Tensor | tuple[Tensor, Tensor] | None = None
@@ -130,7 +139,9 @@ def _blank(
         weight = shared.setdefault(place, (u, v))
     elif "storage" in entry:
         weight = shared.setdefault(place, nn.Parameter(like.clone(), trained))
-    mask = like.new_ones(m, n, dtype=torch.bool) if "kept" in entry else None
+    mask: Any = None
+    if "kept" in entry:
+        mask = shared.setdefault((*place, id(stored_mask)), like.new_ones(m, n, dtype=torch.bool))
     method, source = entry.get("method", ""), entry.get("source_sha256", "")
     return Replacement(weight, method, source, mask, entry.get("storage"))
 

@@ -87,7 +87,7 @@ def _parts(name: str, tensor: Tensor, most: int) -> Iterator[Tensor]:
     # A part's name is longer than its tensor's.
     space = most - _cost(f"{name}.part99999", tensor[:0] if tensor.ndim else tensor)
     size = tensor.numel() * tensor.element_size()
-    if size <= space:
+    if not size or size <= space:
         yield tensor.contiguous()
         return
     rows = space * len(tensor) // size if tensor.ndim else 0

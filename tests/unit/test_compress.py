@@ -6,6 +6,7 @@ m x n a matrix W, r a rank, U [m, r] and V [r, n] its factors.
 import json
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 from helpers import EXACT, assert_same
@@ -20,6 +21,7 @@ from slimlstm import (
     LowRankLSTMCell,
     Plan,
     Prune,
+    Quantize,
     Report,
     SlimLSTMError,
     compress_,
@@ -194,12 +196,13 @@ def test_the_report_counts_what_is_there(stranger, config):
     rest = report.model.parameters_before - report.lstm.parameters_before
     assert report.model.parameters_after - report.lstm.parameters_after == rest
     assert report.model.bytes_after - report.lstm.bytes_after == 8 * rest
+    number = 8 if config.method != "prune" else 9
     for site in report.sites:
         m, n = site.shape
         assert site.shape == stranger.sites[site.key]
         assert site.break_even_rank == pytest.approx(m * n / (m + n))
         assert (site.parameters_before, site.bytes_before) == (m * n, 8 * m * n)
-        assert site.bytes_after == 8 * (m * n if site.rank is None else site.rank * (m + n))
+        assert site.bytes_after == number * (m * n if site.rank is None else site.rank * (m + n))
         assert site.parameters_after < site.parameters_before
     assert report.lstm.parameters_before - report.lstm.parameters_after == saved_by(report, stranger)
 
@@ -214,7 +217,8 @@ def recount(model: nn.Module) -> tuple[int, int]:
         if name.endswith(".0.mask"):
             zeroed[state[name.replace(".0.mask", ".original")].data_ptr()] = int((~mask).sum())
     count = sum(state[name].numel() for name in stored.values()) - sum(zeroed.values())
-    return count, sum(state[name].numel() * state[name].element_size() for name in stored.values())
+    masks = {mask.data_ptr(): mask for name, mask in state.items() if name.endswith(".0.mask")}
+    return count, sum(state[name].nbytes for name in stored.values()) + sum(mask.nbytes for mask in masks.values())
 
 
 def saved_by(report: Report, stranger: Stranger) -> int:
@@ -379,7 +383,8 @@ def test_dtype_training_mode_and_frozen_weights_are_kept(config, dtype):
         name.removesuffix("_u").removesuffix("_v").endswith(("weight_hh_l0", "weight_hh_l0.original")) for name in frozen
     )
     size = torch.finfo(dtype).bits // 8
-    assert report.model.bytes_after == sum(size * value.numel() for value in model.parameters())
+    masks = sum(value.numel() for name, value in model.named_buffers() if name.endswith(".mask"))
+    assert report.model.bytes_after == sum(size * value.numel() for value in model.parameters()) + masks
 
 
 def test_what_is_trained_is_not_frozen_where_gradients_are_off():
@@ -478,6 +483,45 @@ def factored() -> nn.Module:
 
 KEY = "lstm.weight_hh_l0"
 NOTHING = "the model holds no nn.LSTM or nn.LSTMCell"
+
+
+def test_lazy_modules_are_refused_until_they_have_run():
+    model = nn.Sequential(nn.LSTM(5, H), nn.LazyLinear(3))
+    with pytest.raises(SlimLSTMError, match=r"1\.weight, 1\.bias of a lazy module has no numbers yet; run the model once"):
+        compress_(model, LowRank(rank=2))
+    model[1](torch.ones(1, H))
+    compress_(model, LowRank(rank=2))
+
+
+def with_weight(number):
+    model = plain().float()
+    with torch.no_grad():
+        model.lstm.weight_hh_l0[0, 0] = number
+    return model
+
+
+def test_fractions_of_numpy_are_taken():
+    assert LowRank(energy=np.float64(0.9)).energy == LowRank(keep=np.float64(0.9)).keep == 0.9
+
+
+ARGUMENTS = {
+    "refit": ({"refit": -1}, "refit is a number of passes, at least 0, or None, not -1"),
+    "refit a float": ({"refit": 1.5}, "refit is a number of passes"),
+    "a loss alone": ({"loss": lambda model, batch: model(batch)}, "a loss takes batches to be computed on"),
+    "sensitivity": ({"sensitivity": "nonsense"}, "sensitivity is a Sensitivity, not 'nonsense'"),
+    "calibration": ({"calibration": "file"}, r"calibration is a Calibration, not 'file'; Calibration\.load"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), ARGUMENTS.values(), ids=ARGUMENTS)
+def test_arguments_are_refused_before_anything_changed(arguments, message):
+    model = plain()
+    before = state_of(model)
+    with pytest.raises(SlimLSTMError, match=message):
+        compress_(model, LowRank(rank=2), **arguments)
+    assert_same(state_of(model), before, rtol=0.0, atol=0.0)
+
+
 REFUSED = {
     "unknown method": (
         plain,
@@ -535,6 +579,32 @@ REFUSED = {
         factored,
         lambda: Plan({KEY: SitePlan("svd", 2), "lstm.weight_hh_l1": SitePlan("prune", nonzeros=5)}),
         "lstm.weight_hh_l1 is a product of factors of rank 2; a mask",
+    ),
+    "a name for a configuration": (plain, lambda: "int8", r"a LowRank, Prune, Quantize or Plan, not 'int8'; give for exam"),
+    "a dictionary for a plan": (plain, lambda: {KEY: {}}, r"Quantize or Plan, not \{.*Plan\.from_dict"),
+    "a class for a configuration": (plain, lambda: LowRank, "a LowRank, Prune, Quantize or Plan, not <class"),
+    "a plan of names": (plain, lambda: Plan({KEY: "svd"}), "a plan holds a SitePlan for every key, .* not 'svd'"),
+    "a plan of dictionaries": (plain, lambda: Plan({KEY: {"method": "svd"}}), "a plan holds a SitePlan for every key"),
+    "a plan of a list": (plain, lambda: Plan([KEY]), "a plan holds a SitePlan for every key"),
+    "a filter in words": (plain, lambda: Quantize("int8", filter="lstm"), "a filter is a function of a site, .*'lstm'"),
+    "a filter of pruning": (plain, lambda: Prune(keep=0.5, filter="lstm"), "a filter is a function of a site, .*'lstm'"),
+    "a list of methods": (plain, lambda: LowRank(["svd"], rank=2), r"no method that finds factors is called \['svd'\]"),
+    "a list in a plan": (plain, lambda: Plan({KEY: SitePlan(["svd"], 2)}), r"is a name, such as 'svd', not \['svd'\]"),
+    "energy in words": (plain, lambda: LowRank(energy="0.9"), r"energy is a fraction in \(0, 1\], not '0\.9'"),
+    "energy a bool": (plain, lambda: LowRank(energy=True), r"energy is a fraction in \(0, 1\], not True"),
+    "dense with a rank": (plain, lambda: Plan({KEY: SitePlan("dense", 1)}), "'dense' nothing, and none takes more"),
+    "dense with nonzeros": (plain, lambda: Plan({KEY: SitePlan("dense", nonzeros=1)}), "none takes more"),
+    "a mask with a rank": (plain, lambda: Plan({KEY: SitePlan("prune", 1, 5)}), "none takes more"),
+    "factors with nonzeros": (plain, lambda: Plan({KEY: SitePlan("svd", 1, 5)}), "none takes more"),
+    "too large for float16": (
+        lambda: with_weight(1e6),
+        lambda: Quantize("int4"),
+        r"weights of up to 1e\+06 are too large for int4; use 'int8'",
+    ),
+    "too large in factors": (
+        lambda: with_weight(1e12),
+        lambda: LowRank(rank=2, storage="int3"),
+        "are too large for int3; use 'int8'",
     ),
     "a subclass among others": (
         with_a_subclass,

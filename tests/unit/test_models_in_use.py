@@ -3,6 +3,8 @@
 import copy
 import random
 import sys
+import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -21,10 +23,14 @@ from one_lstm import (
 )
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 import slimlstm
-from slimlstm import LowRank, LowRankLSTM, Prune, SlimLSTMError, calibrate, compress_, load, save
+from slimlstm import LowRank, LowRankLSTM, Prune, Quantize, Report, SlimLSTMError, calibrate, compress_, load, save
+from slimlstm.calibration.collect import mean_loss
+from slimlstm.modules import graphs
 from slimlstm.modules.graphs import copy_model
+from slimlstm.modules.walk import held_objects
 from slimlstm.search import find_smallest
 
 
@@ -69,12 +75,247 @@ def test_models_that_hold_tensors_with_a_history(verb, tmp_path):
     verb(tmp_path / "folder")
 
 
+class Trainer:
+    def __init__(self):
+        self.methods = []
+
+
+def with_proxies(trainer):
+    """Return a model whose modules hold weak proxies, as Lightning's do, and one module that it holds unregistered."""
+    model = Model()
+    model.trainer = weakref.proxy(trainer)
+    model.lstm.held = {"trainers": [weakref.proxy(trainer)]}
+    model.lstm.trainer = weakref.proxy(trainer)
+    vars(model.lstm)["owner"] = model
+    trainer.methods.append(model.lstm.forward)
+    return model
+
+
+PROXIES = {
+    "find_sites": lambda make, folder: slimlstm.find_sites(make()),
+    "int8": lambda make, folder: compress_(make(), Quantize("int8")),
+    "prune": lambda make, folder: compress_(make(), Prune(keep=0.5)),
+    "fisher": lambda make, folder: compress_(make(), LowRank("fisher", rank=2), batches=[x(), x()], loss=squares),
+    "find_smallest": lambda make, folder: find_smallest(make(), lambda model: 1.0, better="lower", evaluations=2),
+    "save and load": lambda make, folder: (
+        compress_(model := make(), LowRank(rank=2)),
+        save(model, folder),
+        load(folder, make()),
+    ),
+}
+
+
+@pytest.mark.parametrize("verb", PROXIES.values(), ids=PROXIES)
+@pytest.mark.parametrize("alive", [True, False])
+def test_weak_proxies_are_left_alone(verb, alive, tmp_path):
+    kept = []
+
+    def make():
+        kept.append(Trainer())
+        model = with_proxies(kept[-1])
+        if not alive:
+            kept.clear()
+        return model
+
+    verb(make, tmp_path / "folder")
+
+
+def test_modules_that_an_lstm_holds_unregistered_stay_so():
+    model = with_proxies(trainer := Trainer())
+    proxy, names = model.lstm.trainer, [name for name, _ in model.named_modules()]
+    compress_(model, LowRank(rank=2))
+    assert [name for name, _ in model.named_modules()] == names
+    assert vars(model.lstm)["owner"] is model
+    assert model.lstm.trainer is proxy
+    copied = copy_model(model)
+    assert copied.lstm.trainer is proxy
+    assert copied.trainer.methods is trainer.methods
+
+
 def test_calibration_leaves_no_history_behind():
     model = Holding()
     calibrate(model, [x()], squares)
     held = [*model.hidden, *model.outputs, *model.cache.values()]
     assert all(tensor.is_leaf and not tensor.requires_grad for tensor in held)
     copy.deepcopy(model)
+
+
+LOCKED = {
+    "find_smallest": lambda make, folder: find_smallest(make(), lambda model: 1.0, better="lower", evaluations=2),
+    "load": lambda make, folder: (compress_(model := make(), LowRank(rank=2)), save(model, folder), load(folder, make())),
+}
+
+
+@pytest.mark.parametrize("verb", LOCKED.values(), ids=LOCKED)
+def test_what_cannot_be_copied_is_refused_in_words(verb, tmp_path):
+    def make():
+        model = Model()
+        model.lock = threading.Lock()
+        return model
+
+    with pytest.raises(SlimLSTMError, match=r"the model cannot be copied \(cannot pickle .*lock.*\); take what"):
+        verb(make, tmp_path / "folder")
+
+
+def test_batches_of_inference_mode_are_refused_only_where_gradients_flow():
+    with torch.inference_mode():
+        given = [x(), x()]
+    model = nn.Sequential(nn.Linear(IN, IN), Model())
+    for run in (
+        lambda: calibrate(model, given, squares),
+        lambda: compress_(model, LowRank("fisher", rank=2), batches=given, loss=squares),
+    ):
+        with pytest.raises(SlimLSTMError, match=r"from torch\.inference_mode\(\), through which no gradients flow"):
+            run()
+    calibrate(model, given)
+    calibrate(model, given, lambda model, batch: squares(model, batch.clone()))
+
+
+class Counting:
+    """A loss that adds the number of batches it has seen, as a state."""
+
+    def __init__(self):
+        self.seen = 3
+
+    def __call__(self, model, batch):
+        self.seen += 1
+        return model(batch)[0].square() + self.seen
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"]
+
+
+def sensitivity_of(model, given, loss):
+    return slimlstm.measure_sensitivity(model, given, loss)
+
+
+PASSES = {
+    "calibrate": calibrate,
+    "mean_loss": mean_loss,
+    "measure_sensitivity": sensitivity_of,
+    "int8": lambda model, given, loss: compress_(model, Quantize("int8"), batches=given, loss=loss),
+    "fisher": lambda model, given, loss: compress_(model, LowRank("fisher", rank=2), batches=given, loss=loss),
+    "calibrated": lambda model, given, loss: compress_(
+        model, LowRank("fisher", rank=2), batches=given, loss=loss, calibration=calibrate(model, given, loss)
+    ),
+    "auto": lambda model, given, loss: compress_(
+        model, LowRank("fisher", bytes=900, storage="auto"), batches=given, loss=loss
+    ),
+}
+
+
+@pytest.mark.parametrize("run", PASSES.values(), ids=PASSES)
+def test_every_pass_starts_from_the_state_that_a_loss_was_given_in(run):
+    torch.manual_seed(0)
+    loss, given = Counting(), [x() for _ in range(5)]
+    found = run(nn.Sequential(nn.LSTM(IN, H)), given, loss)
+    assert loss.seen == 3
+    if isinstance(found, Report):
+        assert 6 < found.loss_before < 7
+        assert abs(found.measured_rise) < 1
+
+
+COMPILED = {
+    "whole": lambda model: torch.compile(model, backend="eager"),
+    "in place": lambda model: model.compile(backend="eager") or model,
+    "a part": lambda model: nn.Sequential(torch.compile(model, backend="eager")),
+}
+
+
+@pytest.mark.parametrize("compiled", COMPILED.values(), ids=COMPILED)
+@pytest.mark.parametrize("used", [False, True])
+def test_compiled_models_are_calibrated_as_written(compiled, used):
+    model = Model()
+    expected = calibrate(model, [x()], squares).sites["lstm.weight_hh_l0"]
+    model = compiled(model)
+    if used:
+        model(x())
+    (found,) = (
+        moments for key, moments in calibrate(model, [x()], squares).sites.items() if key.endswith("lstm.weight_hh_l0")
+    )
+    assert torch.equal(found.inputs, expected.inputs)
+    assert torch.equal(found.gradients, expected.gradients)
+    report = compress_(model, LowRank("fisher", rank=2), batches=[x(), x()], loss=squares)
+    assert report.loss_after is not None
+
+
+class Checkpointing(nn.Module):
+    """Runs its LSTM under activation checkpointing, or plainly."""
+
+    def __init__(self, lstm, use_reentrant):
+        super().__init__()
+        self.lstm, self.head, self.use_reentrant = lstm, nn.Linear(IN, IN), use_reentrant
+
+    def forward(self, x):
+        h = self.head(x)
+        if self.use_reentrant is None:
+            return self.lstm(h)[0]
+        return checkpoint(lambda y: self.lstm(y)[0], h, use_reentrant=self.use_reentrant)
+
+
+CHECKPOINTED = {
+    "dense": lambda: nn.LSTM(IN, H),
+    "factors": lambda: LowRankLSTM(IN, H, ranks={"weight_hh_l0": 2}),
+    "both ways": lambda: LowRankLSTM(IN, H, ranks={"weight_hh_l0": 2}, bidirectional=True),
+    "projected": lambda: LowRankLSTM(IN, H, ranks={"weight_hh_l0": 2}, proj_size=3),
+}
+
+
+@pytest.mark.parametrize("make", CHECKPOINTED.values(), ids=CHECKPOINTED)
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_under_activation_checkpointing(make, use_reentrant, training):
+    model, gradients = Checkpointing(make(), None).train(training), []
+    for kind in (None, use_reentrant):
+        model.use_reentrant = kind
+        model.zero_grad()
+        model(x()).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", ["dense", "factors"])
+def test_calibration_under_activation_checkpointing(name):
+    model = Checkpointing(CHECKPOINTED[name](), None)
+    expected = calibrate(model, [x(), x()], squares)
+    model.use_reentrant = False
+    found = calibrate(model, [x(), x()], squares)
+    for key, moments in expected.sites.items():
+        assert torch.equal(found.sites[key].inputs, moments.inputs)
+        assert torch.equal(found.sites[key].gradients, moments.gradients)
+    model.use_reentrant = True
+    with pytest.raises(SlimLSTMError, match="use_reentrant=False"):
+        calibrate(model, [x()], squares)
+
+
+class Frozen(dict):
+    def __setitem__(self, key, value):
+        raise TypeError("frozen")
+
+
+class FrozenList(list):
+    def __setitem__(self, index, value):
+        raise TypeError("frozen")
+
+
+def test_what_did_not_change_is_not_assigned_again():
+    model = Holding()
+    model.frozen = [Frozen(a=1, b=torch.ones(2)), FrozenList([torch.ones(2), "b", None])]
+    model.cache["inside"] = Frozen(a=1)
+    calibrate(model, [x()], squares)
+    assert not model.cache["last"].requires_grad
+
+
+def test_a_pass_walks_through_the_model_once(monkeypatch):
+    walks = []
+    monkeypatch.setattr(graphs, "held_objects", lambda model: walks.append(1) or held_objects(model))
+    model, given = Model(), [x() for _ in range(20)]
+    compress_(model, LowRank("fisher", rank=2), batches=given, loss=squares, refit=2)
+    assert 3 <= len(walks) < len(given)
 
 
 COPIED = {

@@ -17,6 +17,7 @@ from strangers import STRANGERS, H, LanguageModel, V
 from torch import Tensor, nn
 
 from slimlstm import LowRank, LowRankLSTM, LowRankLSTMCell, Prune, SlimLSTMError, card, compress_, find_sites, load, save
+from slimlstm.weight_files import compress_file
 
 SVD, MASK = LowRank(rank=2, target="hh"), Prune(rank=2, target="hh")
 every_stranger = pytest.mark.parametrize("stranger", STRANGERS.values(), ids=STRANGERS)
@@ -473,6 +474,47 @@ def test_state_that_is_no_tensor_is_not_saved(tmp_path):
     with pytest.raises(SlimLSTMError, match=r"more than tensors: labels\._extra_state; it cannot be stored as data"):
         save(model, tmp_path / "small")
     assert list(tmp_path.iterdir()) == []
+
+
+UNSTORABLE = {
+    "complex128": (lambda: {"buffer": torch.zeros(2, dtype=torch.complex128)}, {}, "buffer is torch.complex128, which saf"),
+    "lazy": (lambda: {"buffer": nn.UninitializedBuffer()}, {}, "buffer of a lazy module has no numbers yet"),
+    "bytes in words": (lambda: {"buffer": torch.zeros(2)}, {"max_shard_bytes": "1GB"}, "a number of bytes, .* not '1GB'"),
+    "no bytes": (lambda: {"buffer": torch.zeros(2)}, {"max_shard_bytes": 0}, "does not fit"),
+}
+
+
+@pytest.mark.parametrize("name", UNSTORABLE)
+def test_what_files_cannot_hold_is_refused(name, tmp_path):
+    make, given, message = UNSTORABLE[name]
+    model = compressed()
+    for key, value in make().items():
+        model.register_buffer(key, value)
+    with pytest.raises(SlimLSTMError, match=message):
+        save(model, tmp_path / "small", **given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_weight_file_that_folders_cannot_hold_is_refused(tmp_path):
+    torch.save({**fresh().state_dict(), "buffer": torch.zeros(2, dtype=torch.complex128)}, tmp_path / "dense.pt")
+    with pytest.raises(SlimLSTMError, match=r"buffer is torch\.complex128"):
+        compress_file(tmp_path / "dense.pt", SVD, tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+
+
+def test_a_lazy_model_is_not_loaded_into(folder):
+    model = fresh()
+    model.more = nn.LazyLinear(2)
+    with pytest.raises(SlimLSTMError, match=r"more\.weight, more\.bias of a lazy module has no numbers yet"):
+        load(folder, model)
+
+
+def test_empty_buffers_are_kept_in_small_files(tmp_path):
+    model, other = compressed(), fresh()
+    for one in (model, other):
+        one.register_buffer("empty_" + 100 * "x", torch.zeros(0, 3))
+    save(model, tmp_path, max_shard_bytes=1200)
+    assert_equal_bits(load(tmp_path, other).state_dict(), state_of(model))
 
 
 @pytest.mark.parametrize("content", ['{"model_type": "bert"}', "[]", "not JSON", '"text"'])

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import slimlstm as sl
@@ -53,6 +54,41 @@ def test_shared_matrices_count_once():
     sl.compress_(model, sl.LowRank("svd", rank=4))
     total = sl.compress_(model, sl.Quantize("int8")).model_since_dense
     assert (total.parameters_before, total.bytes_before) == size
+
+
+def bytes_in(folder):
+    return sum(value.nbytes for path in folder.glob("*.safetensors") for value in load_file(path).values())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_masks_take_the_bytes_that_the_report_says(tied, tmp_path):
+    def make():
+        model = nn.Sequential(nn.LSTM(32, 32), nn.LSTM(32, 32))
+        if tied:
+            model[1].weight_hh_l0 = model[0].weight_hh_l0
+        return model
+
+    model = make()
+    dense = size_of(model)[1]
+    torch.save(model.state_dict(), tmp_path / "dense.pt")
+    report = compress_file(tmp_path / "dense.pt", sl.Prune(keep=0.5), tmp_path / "file")
+    assert report.model.bytes_after == report.lstm.bytes_after == bytes_in(tmp_path / "file")
+    report = sl.compress_(model, sl.Prune(keep=0.5))
+    assert report.sites[0].bytes_after == 5 * 128 * 32
+    sl.save(model, tmp_path / "pruned")
+    assert report.model.bytes_after == report.lstm.bytes_after == bytes_in(tmp_path / "pruned")
+    loaded = sl.load(tmp_path / "pruned", make())
+    for index, rounded in enumerate([model, loaded]):
+        report = sl.compress_(rounded, sl.Quantize("int8"))
+        sl.save(rounded, tmp_path / str(index))
+        assert report.model.bytes_after == bytes_in(tmp_path / str(index)) < dense
+        assert report.model_since_dense.bytes_before == dense
+    report = compress_file(tmp_path / "pruned", sl.Quantize("int8"), tmp_path / "rounded")
+    assert report.model.bytes_after == bytes_in(tmp_path / "rounded")
+    assert report.model_since_dense.bytes_before == dense
+    report = sl.compress_(model, sl.LowRank(rank=3))
+    assert report.sites[0].bytes_before == 128 * 32 + 4 * 128 + 128 * 32
+    assert report.model_since_dense.bytes_before == dense
 
 
 def test_matrices_that_a_later_step_leaves_out_count_too():

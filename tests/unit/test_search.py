@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,6 +107,42 @@ def test_a_frontier_has_no_trial_that_another_one_beats(net):
     assert "chosen" in text
 
 
+def compressed_net(net):
+    model = copy.deepcopy(net)
+    sl.compress_(model, sl.LowRank(rank=6))
+    return model, {}
+
+
+def calibrated_without_a_loss(net):
+    return net, {"calibration": sl.calibrate(net, BATCHES)}
+
+
+def impossible_loss(net):
+    return net, {
+        "loss": lambda model, batch: losses(model, batch).sum() * math.nan,
+        "calibration": sl.calibrate(net, BATCHES),
+    }
+
+
+UNMEASURABLE = {
+    "compressed": compressed_net,
+    "calibration without a loss": calibrated_without_a_loss,
+    "NaN": impossible_loss,
+}
+
+
+@pytest.mark.parametrize("make", UNMEASURABLE.values(), ids=UNMEASURABLE)
+@pytest.mark.parametrize("find", [find_smallest, find_best])
+def test_a_refused_step_leaves_what_was_accepted(net, make, find):
+    model, given = make(net)
+    limit = {"at_most": "50%", "evaluations": 8} if find is find_smallest else {"bytes": 9000}
+    found = find(model, loss_of, better="lower", **{"batches": BATCHES, "loss": losses, **given, **limit})
+    assert found.best.plan is not None
+    assert sum("rank and bits chosen together: " in note for note in found.notes) == 1
+    errors = [note.partition(": ")[2] for note in found.notes]
+    assert len(set(errors)) == len(errors)
+
+
 def test_nothing_smaller_is_said_plainly(net):
     dense = loss_of(net)
     with pytest.raises(sl.SlimLSTMError, match=r"nothing smaller meets the limit .*Tried: int8: .*bfloat16: "):
@@ -158,6 +195,28 @@ def test_the_best_within_bytes(net, data):
     assert found.best.metric == min(trial.metric for trial in found.trials)
 
 
+def test_shared_matrices_count_once():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.LSTM(SIZE, SIZE), nn.LSTM(SIZE, SIZE)
+            self.second.weight_ih_l0, self.second.weight_hh_l0 = self.first.weight_ih_l0, self.first.weight_hh_l0
+
+        def forward(self, x):
+            return self.second(self.first(x)[0])[0]
+
+    model, x = Shared(), torch.randn(5, 2, SIZE)
+    with torch.no_grad():
+        expected = model(x)
+    one = 4 * SIZE * SIZE + 4 * 4 * SIZE
+
+    def error(model):
+        return float((model(x) - expected).norm())
+
+    found = find_best(model, error, better="lower", bytes=2 * one)
+    assert found.best.label == "int8"
+
+
 def planned(net, trial):
     return [(site, trial.plan.sites[site.key]) for site in sl.find_sites(net)]
 
@@ -169,6 +228,24 @@ def test_the_best_within_a_latency(net):
     assert "speed" in str(found)
     with pytest.raises(sl.SlimLSTMError, match="nothing smaller meets the limit"):
         find_best(net, loss_of, better="lower", latency=1e-12, inputs=(HELD_OUT[:-1],), evaluations=3)
+
+
+def test_a_frontier_leaves_out_metrics_that_are_not_numbers(net):
+    found = find_smallest(
+        net,
+        lambda model: math.nan if "int5" in str(sl.find_sites(model)) else loss_of(model),
+        better="lower",
+        evaluations=5,
+    )
+    nans = replace(found.best, metric=math.nan, bytes=1)
+    found = replace(found, trials=[nans, *found.trials])
+    assert nans not in found.frontier
+    assert found.best in found.frontier
+
+
+def test_a_metric_runs_without_gradients(net):
+    found = find_smallest(net, lambda model: model(HELD_OUT).numpy().mean(), better="lower", evaluations=2, at_most=1.0)
+    assert math.isfinite(found.best.metric)
 
 
 def test_a_metric_that_is_not_a_number_is_never_accepted(net):
@@ -229,6 +306,7 @@ WRONG = {
     "one evaluation": ({"evaluations": 1}, "at least two evaluations"),
     "iterator": ({"batches": iter(BATCHES)}, "the batches are an iterator"),
     "loss alone": ({"loss": losses}, "a loss takes batches"),
+    "a folder": ({"output": "."}, r"\. is a folder; give output= the name of a JSON file"),
     "metric": ({"metric": lambda model: math.inf}, "it has to be a finite number"),
 }
 
@@ -245,7 +323,14 @@ def test_bad_arguments_are_refused_before_anything_is_tried(net, name):
 
 @pytest.mark.parametrize(
     ("limits", "message"),
-    [({}, "give either bytes or latency"), ({"bytes": 9, "latency": 1.0}, "either"), ({"latency": 1.0}, "takes inputs")],
+    [
+        ({"bytes": "1500"}, "bytes is an int of at least 1, not '1500'"),
+        ({"bytes": 0}, "bytes is an int of at least 1"),
+        ({"latency": "1", "inputs": [1]}, "a latency is a number of seconds above 0"),
+        ({}, "give either bytes or latency"),
+        ({"bytes": 9, "latency": 1.0}, "either"),
+        ({"latency": 1.0}, "takes inputs"),
+    ],
 )
 def test_one_limit_is_given(net, limits, message):
     with pytest.raises(sl.SlimLSTMError, match=message):

@@ -15,6 +15,7 @@ from torch.distributions import Categorical, kl_divergence
 import slimlstm as sl
 from slimlstm.calibration.collect import MomentSums, mean_loss
 from slimlstm.calibration.judge import ModuleJudge
+from slimlstm.calibration.module_observer import ModuleObserver
 from slimlstm.calibration.recorder import Rows
 from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig
 from slimlstm.evaluate import NextTokens, pieces
@@ -244,6 +245,39 @@ def test_a_judge_carries_the_state_of_a_loss_into_the_batches_held_out():
     judge = judge_of(model, text, NextTokens(), range(last, last + 1))
     for _ in range(2):
         assert judge.cost({}) == pytest.approx(float(wanted), rel=1e-5)
+
+
+class Shuffled:
+    """Ten batches in another order at every pass."""
+
+    def __init__(self):
+        self.batches, self.passes = batches(10), 0
+
+    def __len__(self):
+        return 10
+
+    def __iter__(self):
+        self.passes += 1
+        order = torch.randperm(10, generator=torch.Generator().manual_seed(self.passes))
+        return iter([self.batches[index] for index in order])
+
+
+@pytest.mark.parametrize("loss", [losses, classes])
+def test_all_matrices_are_measured_on_the_same_batches(loss):
+    judge = judge_of(Tagger(), Shuffled(), loss, range(8, 10))
+    assert judge.cost({}) == judge.cost({}) == judge.cost({})
+    observer = ModuleObserver(model := Tagger(), find_hosts(model), Shuffled(), losses)
+    seen = []
+    for _ in range(2):
+        found = list(observer.observe({}, range(8), range(8, 10)))
+        seen.append([one.costs for one in found if one.costs is not None])
+    assert all(torch.equal(one, other) for one, other in zip(*seen, strict=True))
+
+
+def test_a_sensitivity_measures_no_mean_that_nobody_reads():
+    given = Shuffled()
+    sl.measure_sensitivity(Tagger(), given, losses)
+    assert given.passes == 2  # one to calibrate, one to keep the batches held out
 
 
 class Tied(nn.Module):

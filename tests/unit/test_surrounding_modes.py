@@ -1,15 +1,22 @@
 """Every public verb gives the same result in every mode that surrounds it."""
 
+import subprocess
+import sys
+import threading
+
 import numpy as np
 import pytest
 import torch
 from one_lstm import Model, normed_factor, pruned_factor, snapshot, squares, x
 from safetensors.torch import save_file
+from torch import nn
 
 import slimlstm
 from slimlstm import LowRank, LowRankLSTM, Prune, Quantize, SlimLSTMError, calibrate, compress_, find_sites, load, save
 from slimlstm.bench import bench_layers
 from slimlstm.folders import read_folder
+from slimlstm.methods import low_bit
+from slimlstm.modules.modes import ambient_defaults, plain_defaults, uncompiled
 from slimlstm.search import find_best, find_smallest
 from slimlstm.weight_files import read_tensors
 
@@ -194,6 +201,77 @@ def test_verbs_give_the_same_result_in_every_mode(verb, mode, tmp_path):
         assert ours.dtype == theirs.dtype
         assert torch.equal(ours, theirs)
     assert numbers == expected[1]
+
+
+def take_turns(block):
+    """Let three threads enter and leave a block in turns, each before the one before has left; return what each saw."""
+    gates, seen = [threading.Barrier(2) for _ in range(3)], []
+
+    def run(index):
+        with block():
+            seen.append(torch.get_default_dtype())
+            with ambient_defaults():
+                gates[index].wait()  # the next thread may enter
+                gates[index].wait()  # the next thread has entered
+            seen.append(torch.get_default_dtype())
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(3)]
+    for index, thread in enumerate(threads):
+        thread.start()
+        gates[index].wait()
+        if index:
+            gates[index - 1].wait()
+            threads[index - 1].join()
+    gates[-1].wait()
+    threads[-1].join()
+    return seen
+
+
+def test_threads_restore_the_default_dtype_together():
+    with default_dtype():
+        assert take_turns(plain_defaults) == 6 * [torch.float32]
+        assert torch.get_default_dtype() == torch.float64
+        with plain_defaults(), ambient_defaults():
+            assert torch.get_default_dtype() == torch.float64
+            with plain_defaults():
+                assert torch.get_default_dtype() == torch.float32
+            assert torch.get_default_dtype() == torch.float64
+
+
+def test_threads_restore_the_compiler_together():
+    calls = []
+    model = torch.compile(nn.Linear(2, 2), backend=lambda graph, inputs: calls.append(1) or graph.forward)
+    take_turns(uncompiled)
+    with uncompiled():
+        model(torch.ones(2))
+    assert calls == []
+    model(torch.ones(2))
+    assert calls == [1]
+
+
+IMPORTS = """
+import importlib, pkgutil, torch
+torch.set_default_device("meta")
+torch.set_default_dtype(torch.float64)
+import slimlstm
+for found in pkgutil.walk_packages(slimlstm.__path__, "slimlstm."):
+    if "__main__" not in found.name and "_kernel" not in found.name:
+        try:
+            module = importlib.import_module(found.name)
+        except ImportError:  # an extra that is not installed
+            continue
+        made = [name for name, value in vars(module).items() if isinstance(value, torch.Tensor)]
+        assert not made, (found.name, made)
+"""
+
+
+@pytest.mark.slow
+def test_no_tensor_is_made_at_import():
+    subprocess.run([sys.executable, "-c", IMPORTS], check=True)
+
+
+def test_grids_do_not_depend_on_the_defaults_at_the_first_import():
+    assert torch.equal(torch.tensor(low_bit._CLIPS), torch.linspace(1.0, 0.6, 9))
 
 
 @pytest.mark.parametrize("make", [pruned_factor, normed_factor])

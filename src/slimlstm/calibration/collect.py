@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from slimlstm.calibration.losses import Loss, LossState, call, checked_losses, observed_losses
+from slimlstm.calibration.losses import Loss, LossState, call, checked_losses, observed_losses, result_of
 from slimlstm.calibration.moments import Calibration, Moments
 from slimlstm.calibration.observe import observable_hosts, observing
 from slimlstm.calibration.recorder import Keys, Recorder, Rows
@@ -73,6 +73,7 @@ def calibrate(
     state = LossState(loss)
     first_state = state.read()
     with (
+        state.kept(),
         shown("calibrating", progress) as report_progress,
         observing(model, observable_hosts(model), recorder),
         torch.random.fork_rng(),
@@ -136,7 +137,7 @@ def _run(model: nn.Module, batch: Any, loss: Loss | None, recorder: Recorder, fo
             call(model, batch)
         return recorder.take(None)
     with torch.enable_grad():
-        result = loss(model, batch)
+        result = result_of(loss, model, batch)
         losses, is_scaled = observed_losses(result)
         rows = recorder.take(losses.sum())
     found.total += float(losses.detach().double().sum())
@@ -178,7 +179,13 @@ def mean_loss(model: nn.Module, batches: Iterable[Any], loss: Loss) -> float | N
         3.0
     """
     total, count = 0.0, 0
-    with shown("measuring the loss") as report, evaluation_mode(model), torch.no_grad(), ambient_defaults():
+    with (
+        LossState(loss).kept(),
+        shown("measuring the loss") as report,
+        evaluation_mode(model),
+        torch.no_grad(),
+        ambient_defaults(),
+    ):
         for batch in counted(batches, report):
             result = loss(model, batch)
             if isinstance(result, Distribution):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from slimlstm.modules.cell import LowRankLSTMCell
 from slimlstm.modules.graphs import detaching
 from slimlstm.modules.host import Host
 from slimlstm.modules.lstm import LowRankLSTM
-from slimlstm.modules.modes import ambient_defaults, evaluation_mode, plain_mode
+from slimlstm.modules.modes import ambient_defaults, evaluation_mode, plain_mode, uncompiled
 from slimlstm.ops.weights import Matrix
 
 _WARM_UP = 2
@@ -35,7 +34,8 @@ class ModuleJudge:
         batches: an iterable that can be iterated more than once.
         loss: as for :func:`slimlstm.calibrate`. A loss that carries a state from batch to batch has ``state_dict`` and
             ``load_state_dict``; each model keeps its own.
-        held_out: the numbers of the batches that count.
+        held_out: the numbers of the batches that count. They are kept from the first pass on, so that all matrices are
+            measured on the same batches, even if the iterable shuffles them.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class ModuleJudge:
         self._held_out = held_out
         self._state = LossState(loss)
         self._first_state: Any = None
-        self._is_warm = False
+        self._kept: list[tuple[int, Any]] | None = None
 
     @plain_mode()
     def cost(self, weights: Mapping[str, Matrix]) -> float:
@@ -55,31 +55,43 @@ class ModuleJudge:
             SlimLSTMError: no batch was given, or the loss returned no finite losses.
         """
         modules = [(host.lstm, made) for host in self._hosts if (made := _replaced(host, weights)) is not None]
-        with torch.random.fork_rng(), torch.no_grad(), detaching(self._model), evaluation_mode(self._model):
+        with (
+            self._state.kept(),
+            uncompiled(),
+            torch.random.fork_rng(),
+            torch.no_grad(),
+            detaching(self._model),
+            evaluation_mode(self._model),
+        ):
             found = [costs.double().flatten() for costs in self._costs(modules)]
         if not found:
             raise SlimLSTMError(NO_BATCH)
         return float(torch.cat(found).mean())
 
     def _costs(self, modules: Sequence[tuple[nn.Module, nn.Module]]) -> Iterable[Tensor]:
-        dense = compressed = self._warm_state()
-        for number, batch in enumerate(self._batches):
-            if number not in self._held_out:
-                continue
+        if self._kept is None:
+            self._kept = self._first_pass()
+        dense = compressed = self._first_state
+        for number, batch in self._kept:
             result, compressed = self._run(number, batch, modules, compressed)
             reference = result
             if modules and not isinstance(result, Tensor):
                 reference, dense = self._run(number, batch, [], dense)
             yield costs_of(reference, result)
 
-    def _warm_state(self) -> Any:
-        """Return the loss's state before the first batch that counts, after a few batches of the uncompressed model."""
-        if self._state.exists and not self._is_warm:
-            first = max(0, self._held_out.start - _WARM_UP)
-            for number, batch in enumerate(itertools.islice(self._batches, first, self._held_out.start), first):
+    def _first_pass(self) -> list[tuple[int, Any]]:
+        """Return the batches that count, with their numbers.
+
+        A loss that carries a state first sees a few batches before them, with the uncompressed model.
+        """
+        kept: list[tuple[int, Any]] = []
+        for number, batch in enumerate(self._batches):
+            if number in self._held_out:
+                kept.append((number, batch))
+            elif self._state.exists and self._held_out.start - _WARM_UP <= number < self._held_out.start:
                 self._run(number, batch, [], None)
-            self._first_state, self._is_warm = self._state.read(), True
-        return self._first_state
+        self._first_state = self._state.read()
+        return kept
 
     def _run(
         self, number: int, batch: Any, modules: Sequence[tuple[nn.Module, nn.Module]], state: Any

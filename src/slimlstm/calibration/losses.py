@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, kl_divergence
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree  # pyright: ignore[reportPrivateUsage]  # the public name is of newer versions
 
 from slimlstm.errors import SlimLSTMError
 
@@ -20,6 +22,9 @@ Loss = Callable[[nn.Module, Any], Tensor | Distribution]
 - the loss of every prediction, of any shape, without padding;
 - the predicted distribution, from which labels are drawn;
 - one mean loss, which leaves the scale of the predicted losses unknown.
+
+A loss that carries a state from batch to batch has ``state_dict`` and ``load_state_dict``. Every pass over the batches then
+starts from the state that the loss was given in, and the loss has that state again afterwards.
 """
 
 
@@ -42,6 +47,15 @@ class LossState:
         """Return the loss to a state from :meth:`read`; None changes nothing."""
         if state is not None:
             self._loss.load_state_dict(copy.deepcopy(state))
+
+    @contextmanager
+    def kept(self) -> Generator[None]:
+        """Return the loss, at the end of the block, to its state at the beginning: every pass starts alike."""
+        first = self.read()
+        try:
+            yield
+        finally:
+            self.restore(first)
 
 
 def observed_losses(result: object) -> tuple[Tensor, bool]:
@@ -109,6 +123,23 @@ def checked_losses(result: object) -> Tensor:
     if not bool(torch.isfinite(result).all()):
         raise SlimLSTMError("the loss returned NaN or infinite numbers; check the batches and the model's outputs")
     return result
+
+
+def result_of(loss: Loss, model: nn.Module, batch: object) -> Tensor | Distribution:
+    """Return the result of a loss.
+
+    Raises:
+        SlimLSTMError: gradients would have to pass through tensors of the batch that were made in inference mode.
+    """
+    try:
+        return loss(model, batch)
+    except RuntimeError as error:
+        if any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in pytree.tree_leaves(batch)):
+            raise SlimLSTMError(
+                f"a batch holds tensors from torch.inference_mode(), through which no gradients flow ({error}); make them "
+                "outside of it, or clone them outside"
+            ) from error
+        raise
 
 
 def costs_of(dense: object, compressed: object) -> Tensor:

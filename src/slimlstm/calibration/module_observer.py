@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimlstm.calibration.losses import Loss, LossState, call, costs_of, observed_losses
-from slimlstm.calibration.observe import observing
+from slimlstm.calibration.losses import Loss, LossState, call, costs_of, observed_losses, result_of
+from slimlstm.calibration.observe import observing_again
 from slimlstm.calibration.recorder import Keys, Recorder, Rows
 from slimlstm.calibration.refit import Observation
+from slimlstm.modules.graphs import detaching
 from slimlstm.modules.host import Host
 from slimlstm.modules.modes import ambient_defaults
 from slimlstm.ops.weights import Matrix
@@ -32,6 +33,7 @@ class ModuleObserver:
 
     def __init__(self, model: nn.Module, hosts: Sequence[Host], batches: Iterable[Any], loss: Loss | None) -> None:
         self._model, self._hosts, self._batches, self._loss = model, hosts, batches, loss
+        self._judging: dict[int, Any] = {}
 
     @property
     def batch_count(self) -> int:
@@ -46,12 +48,14 @@ class ModuleObserver:
     def observe(self, weights: Mapping[str, Matrix], fitting: range, judging: range) -> Generator[Observation]:
         """Yield the observations of one pass; see :class:`slimlstm.calibration.refit.Observer`."""
         dense, compressed = (_Runner(self._model, self._hosts, own, self._loss) for own in ({}, weights))
-        with torch.random.fork_rng():
+        with LossState(self._loss).kept(), detaching(self._model), torch.random.fork_rng():
             for number, batch in enumerate(self._batches):
                 if number not in fitting and number not in judging and not dense.loss_state.exists:
                     continue
+                # Judge on the same batches at every pass, even if the iterable shuffles them.
+                given = self._judging.setdefault(number, batch) if number in judging else batch
                 with_gradients = self._loss is not None and number in fitting
-                rows = dense.run(number, batch, with_gradients), compressed.run(number, batch, False)
+                rows = dense.run(number, given, with_gradients), compressed.run(number, given, False)
                 is_judged = self._loss is not None and number in judging
                 yield Observation(number, *rows, costs_of(dense.result, compressed.result) if is_judged else None)
 
@@ -72,14 +76,14 @@ class _Runner:
         self.loss_state.restore(self._carried)
         recorder = Recorder(with_gradients)
         with (
-            observing(self._model, self._hosts, recorder, self._weights),
+            observing_again(self._model, self._hosts, recorder, self._weights),
             torch.set_grad_enabled(with_gradients),
             ambient_defaults(),
         ):
             if self._loss is None:
                 call(self._model, batch)
             else:
-                self.result = self._loss(self._model, batch)
+                self.result = result_of(self._loss, self._model, batch)
             rows = recorder.take(observed_losses(self.result)[0].sum() if with_gradients else None)
         self._carried = self.loss_state.read()
         return rows

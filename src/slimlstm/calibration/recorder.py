@@ -14,7 +14,10 @@ from slimlstm.errors import SlimLSTMError
 Keys = tuple[str, ...]
 """The keys of matrices whose products are added into the same gates: ih and hh of one direction."""
 
-_NO_GRADIENT = "the loss does not depend on the model's LSTMs in a way that gradients can follow"
+_NO_GRADIENT = (
+    "the loss does not depend on the model's LSTMs in a way that gradients can follow; compute it without detach() and "
+    "no_grad(), and give torch.utils.checkpoint use_reentrant=False"
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Recorder:
         """
         seen, self._seen = self._seen, []
         gradients = [None] * len(seen) if total is None else _gradients(total, [probe for _, _, probe in seen])
+        self._seen = []  # activation checkpointing ran the LSTMs again
         # Cells are called step by step: one product for all rows costs a fraction of a product for each call.
         grouped: dict[Keys, list[tuple[tuple[Tensor, ...], Tensor]]] = {}
         for (keys, inputs, probe), gradient in zip(seen, gradients, strict=True):

@@ -156,7 +156,7 @@ def rounded(weight: Tensor, storage: str) -> Tensor:
     """Return the float32 weight [m, n] with the numbers that ``storage`` can hold; rounding again changes no bit.
 
     Raises:
-        SlimLSTMError: no storage has that name, or the weight is not float32.
+        SlimLSTMError: no storage has that name, the weight is not float32, or its numbers are too large for the storage.
 
     Examples:
         >>> rounded(torch.tensor([[1.0, 1.001]]), "bfloat16")
@@ -167,7 +167,13 @@ def rounded(weight: Tensor, storage: str) -> Tensor:
         return weight
     if weight.dtype != torch.float32:
         raise SlimLSTMError(f"only float32 weights can be kept in {storage}, not {weight.dtype}; convert the model first")
-    return row.encode(weight).decoded()
+    found = row.encode(weight).decoded()
+    if not bool(torch.isfinite(found).all()) and bool(torch.isfinite(weight).all()):
+        raise SlimLSTMError(
+            f"weights of up to {float(weight.abs().max()):.3g} are too large for {storage}; use 'int8' or 'bfloat16', or "
+            "train with weight decay or clipping"
+        )
+    return found
 
 
 def stored_bytes(shape: tuple[int, ...], storage: str | None, itemsize: int) -> int:

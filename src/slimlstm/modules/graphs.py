@@ -12,11 +12,17 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from slimlstm.modules.walk import REGISTRIES, held_objects
+from slimlstm.errors import SlimLSTMError
+from slimlstm.modules.walk import PLAIN, REGISTRIES, held_objects, held_proxies, is_proxy
 
 
 def copy_model(model: nn.Module) -> nn.Module:
     """Return a deep copy of a model, with the values of tensors that have a gradient history instead of these tensors.
+
+    Weak proxies stand for the same objects in the copy.
+
+    Raises:
+        SlimLSTMError: the model holds something that cannot be copied.
 
     Examples:
         >>> import torch
@@ -26,7 +32,14 @@ def copy_model(model: nn.Module) -> nn.Module:
         False
     """
     memo: dict[int, Any] = {id(held): held.detach().clone() for held in held_objects(model) if _has_history(held)}
-    return copy.deepcopy(model, memo)
+    memo.update({id(proxy): proxy for proxy in held_proxies(model)})
+    try:
+        return copy.deepcopy(model, memo)
+    except TypeError as error:
+        raise SlimLSTMError(
+            f"the model cannot be copied ({error}); take what cannot be copied out of it, such as a lock or an open file, "
+            "or give its class a __deepcopy__"
+        ) from error
 
 
 @contextmanager
@@ -40,8 +53,8 @@ def detaching(model: nn.Module) -> Generator[None]:
         for module in model.modules():
             content = vars(module)
             for name, value in list(content.items()):
-                if name not in REGISTRIES:
-                    content[name] = _detached(value, before, seen)
+                if name not in REGISTRIES and (new := _detached(value, before, seen)) is not value:
+                    content[name] = new
 
 
 def _has_history(held: Any) -> bool:
@@ -49,13 +62,15 @@ def _has_history(held: Any) -> bool:
 
 
 def _detached(value: Any, before: dict[int, Any], seen: set[int]) -> Any:
-    """Return ``value`` without new gradient histories; lists and dictionaries are changed in place.
+    """Return ``value`` without new gradient histories; lists and dictionaries are changed in place, where they hold any.
 
     Args:
         value: a tensor, a list, dictionary or tuple with tensors, or anything else.
         before: the tensors to leave as they are, by id.
         seen: ids of the lists and dictionaries that were entered before, each of which may hold itself.
     """
+    if type(value) in PLAIN or is_proxy(value):
+        return value
     if isinstance(value, Tensor):
         return value.detach() if _has_history(value) and id(value) not in before else value
     if isinstance(value, list | dict):
@@ -65,11 +80,13 @@ def _detached(value: Any, before: dict[int, Any], seen: set[int]) -> Any:
     if isinstance(value, list):
         items = cast(list[Any], value)
         for index, item in enumerate(items):
-            items[index] = _detached(item, before, seen)
+            if (new := _detached(item, before, seen)) is not item:
+                items[index] = new
     elif isinstance(value, dict):
         entries = cast(dict[Any, Any], value)
         for key, item in entries.items():
-            entries[key] = _detached(item, before, seen)
+            if (new := _detached(item, before, seen)) is not item:
+                entries[key] = new
     elif isinstance(value, tuple):
         old = cast(tuple[Any, ...], value)
         new = [_detached(item, before, seen) for item in old]

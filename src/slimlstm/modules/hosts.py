@@ -6,7 +6,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from slimlstm.errors import SlimLSTMError
 from slimlstm.modules.factored import FactoredModule
 from slimlstm.modules.host import RAW, Host, matrix_shapes
 from slimlstm.modules.problems import is_quantised, problem_of, stored_methods
@@ -60,6 +62,13 @@ def _prefixes(path: str) -> list[str]:
     """Return the paths of all modules around the module at ``path``."""
     names = path.split(".")
     return [".".join(names[:count]) for count in range(len(names))] if path else []
+
+
+def check_materialised(model: nn.Module) -> None:
+    """Raise :class:`SlimLSTMError` if a lazy module in ``model`` has not run yet."""
+    lazy = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]
+    if lazy:
+        raise SlimLSTMError(f"{', '.join(lazy)} of a lazy module has no numbers yet; run the model once on a batch first")
 
 
 def _holds_sites(module: nn.Module) -> bool:

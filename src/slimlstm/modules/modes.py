@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -13,6 +15,8 @@ _AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 _ambient: ContextVar[tuple[torch.dtype, torch.device] | None] = ContextVar("_ambient", default=None)
 """The default dtype and device around the outermost :func:`plain_defaults`."""
+_wanted: ContextVar[torch.dtype] = ContextVar("_wanted", default=torch.float32)
+"""The default dtype that the innermost block of this thread asks for."""
 
 
 def surely(restore: Callable[[], None]) -> None:
@@ -59,6 +63,51 @@ def evaluation_mode(model: nn.Module) -> Generator[None]:
 
 
 @contextmanager
+def uncompiled() -> Generator[None]:
+    """Let models of ``torch.compile`` run as written within the block, because their LSTMs are replaced for a time.
+
+    Examples:
+        >>> with uncompiled():
+        ...     nn.Linear(2, 1)(torch.ones(2)).shape
+        torch.Size([1])
+    """
+    # Before PyTorch imports its compiler, nothing can be compiled. set_stance came with PyTorch 2.6.
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
+        yield
+        return
+    block = object()
+    try:
+        _stance.enter(block)
+        yield
+    finally:
+        _stance.leave(block)
+
+
+class _Stance:
+    """The stance of PyTorch's compiler, which all threads share: eager until the last thread has left its block."""
+
+    def __init__(self) -> None:
+        self._lock, self._blocks, self._changed = threading.Lock(), set[object](), ExitStack()
+
+    def enter(self, block: object) -> None:
+        """Begin a block."""
+        with self._lock:
+            if not self._blocks:
+                self._changed.enter_context(torch.compiler.set_stance("force_eager"))
+            self._blocks.add(block)
+
+    def leave(self, block: object) -> None:
+        """End a block; after the last one, the stance is what it was."""
+        with self._lock:
+            self._blocks.discard(block)
+            if not self._blocks:
+                self._changed.close()
+
+
+_stance = _Stance()
+
+
+@contextmanager
 def plain_mode() -> Generator[None]:
     """Turn autocast and inference mode off, and gradients on, within the block or the decorated function.
 
@@ -80,27 +129,32 @@ def plain_mode() -> Generator[None]:
 def plain_defaults() -> Generator[None]:
     """Make float32 and the CPU the defaults for new tensors, within the block or the decorated function.
 
-    User code within runs under :func:`ambient_defaults`.
+    User code within runs under :func:`ambient_defaults`. PyTorch has one default dtype for all threads: it is float32 until
+    the last thread has left its block, and only then what it was.
 
     Examples:
         >>> with plain_defaults():
         ...     torch.zeros(1).dtype
         torch.float32
     """
-    token = None
-    if _ambient.get() is None:
-        token = _ambient.set((torch.get_default_dtype(), torch.get_default_device()))
+    block, token = object(), None
     try:
+        if _ambient.get() is None:
+            token = _ambient.set((_dtype.enter(block), torch.get_default_device()))
         with _defaults(torch.float32, torch.device("cpu")):
             yield
     finally:
         if token is not None:
             _ambient.reset(token)
+        _dtype.leave(block)
 
 
 @contextmanager
 def ambient_defaults() -> Generator[None]:
-    """Restore, within the block, the defaults that surround the outermost :func:`plain_defaults`."""
+    """Restore, within the block, the defaults that surround the outermost :func:`plain_defaults`.
+
+    While another thread is within :func:`plain_defaults`, the default dtype stays float32.
+    """
     found = _ambient.get()
     if found is None:
         yield
@@ -111,13 +165,44 @@ def ambient_defaults() -> Generator[None]:
 
 @contextmanager
 def _defaults(dtype: torch.dtype, device: torch.device) -> Generator[None]:
-    before = torch.get_default_dtype()
+    token = _wanted.set(dtype)
     try:
-        torch.set_default_dtype(dtype)
+        _dtype.set(dtype)
         with ExitStack() as stack:
             # The context manager slows every call down, so it is entered only where it changes something.
             if torch.get_default_device() != device:
                 stack.enter_context(device)
             yield
     finally:
-        torch.set_default_dtype(before)
+        _wanted.reset(token)
+        _dtype.set(_wanted.get())
+
+
+class _DefaultDtype:
+    """PyTorch's default dtype, which all threads share."""
+
+    def __init__(self) -> None:
+        self._lock, self._blocks, self._outside = threading.Lock(), set[object](), torch.float32
+
+    def enter(self, block: object) -> torch.dtype:
+        """Begin the outermost block of a thread, and return the dtype that was the default before the first thread's."""
+        with self._lock:
+            if not self._blocks:
+                self._outside = torch.get_default_dtype()
+            self._blocks.add(block)
+            return self._outside
+
+    def set(self, dtype: torch.dtype) -> None:
+        """Set the default dtype; it is float32 as long as several threads are within."""
+        with self._lock:
+            torch.set_default_dtype(dtype if len(self._blocks) < 2 else torch.float32)
+
+    def leave(self, block: object) -> None:
+        """End a block, if it is the outermost of its thread; after the last one, the default dtype is what it was."""
+        with self._lock:
+            if block in self._blocks:
+                self._blocks.discard(block)
+                torch.set_default_dtype(torch.float32 if self._blocks else self._outside)
+
+
+_dtype = _DefaultDtype()

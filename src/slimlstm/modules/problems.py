@@ -148,9 +148,7 @@ def _own_code(where: str, lstm: nn.Module) -> Iterator[str]:
 
 def _is_own_method(module: nn.Module, name: str, value: Any) -> bool:
     """Return whether an attribute is the very method of that name that the module's class has."""
-    return (
-        isinstance(value, MethodType) and value.__self__ is module and value.__func__ is getattr(type(module), name, None)
-    )
+    return type(value) is MethodType and value.__self__ is module and value.__func__ is getattr(type(module), name, None)
 
 
 def own_members(lstm: nn.Module) -> dict[str, Any]:

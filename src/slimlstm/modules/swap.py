@@ -203,7 +203,8 @@ def _carry_over(old: nn.Module, module: nn.Module) -> None:
     data = {name: value for name, value in own_members(old).items() if not hasattr(value, "__get__")}
     for name, value in {**data, **carried_attributes(old)}.items():
         if not hasattr(module, name):
-            setattr(module, name, value)
+            # Not by setattr, which would register a module that old holds unregistered, and fails for dead weak proxies.
+            vars(module)[name] = value
     if "_compiled_call_impl" in vars(old):
         vars(module)["_compiled_call_impl"] = vars(old)["_compiled_call_impl"]
 

@@ -116,7 +116,9 @@ class _Direction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_output: Tensor | None, d_last: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        inputs, saved = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
+        # Read once, because activation checkpointing unpacks saved tensors only once.
+        tensors = ctx.saved_tensors
+        inputs, saved = tensors[:9], tensors[9:]
         wanted: tuple[bool, ...] = ctx.needs_input_grad[3:]
         has_memory = all(one is None or torch._C._has_storage(one) for one in (d_output, d_last))  # pyright: ignore
         if torch.is_grad_enabled() or is_transformed() or not has_memory:  # batched gradients have none

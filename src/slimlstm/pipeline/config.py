@@ -70,7 +70,7 @@ class LowRank:
     storage: str | None = None
 
     def __post_init__(self) -> None:
-        method = METHODS.get(self.method)
+        method = METHODS.get(self.method) if type(self.method) is str else None
         if method is None or method.makes_mask:
             names = ", ".join(map(repr, factoring_methods()))
             raise SlimLSTMError(f"no method that finds factors is called {self.method!r}; the methods are {names}")
@@ -81,13 +81,13 @@ class LowRank:
         _check_rank_or_keep(self.rank, self.keep)
         if self.bytes is not None and (type(self.bytes) is not int or self.bytes < 1):
             raise SlimLSTMError(f"bytes is an int of at least 1, not {self.bytes!r}")
-        if self.energy is not None and not (type(self.energy) in (int, float) and 0.0 < self.energy <= 1.0):
+        if self.energy is not None and not _is_fraction(self.energy):
             raise SlimLSTMError(f"energy is a fraction in (0, 1], not {self.energy!r}")
         if self.is_auto:
             self._check_auto(method)
         elif self.storage is not None:
             storage_called(self.storage)
-        check_target(self.target)
+        check_selection(self.target, self.filter)
         self._check_allocation(given[0])
         if method.spectrum is None and self.needs_spectra:
             raise SlimLSTMError(f"{self.method} has no spectrum to choose ranks from; give rank or keep")
@@ -169,7 +169,7 @@ class Prune:
         if not method_called(self.method).makes_mask:
             raise SlimLSTMError(f"{self.method!r} finds factors, not a mask; use LowRank({self.method!r}, ...)")
         _check_rank_or_keep(self.rank, self.keep)
-        check_target(self.target)
+        check_selection(self.target, self.filter)
 
     def site_plan(self, site: Site) -> SitePlan:
         """Return the plan for one site; a site whose weights would all stay is left as it is.
@@ -219,7 +219,7 @@ class Quantize:
             )
         if self.storage not in small:
             raise SlimLSTMError(f"no storage is called {self.storage!r}; the storages are {', '.join(map(repr, small))}")
-        check_target(self.target)
+        check_selection(self.target, self.filter)
 
     def site_plan(self, site: Site) -> SitePlan:
         """Return the plan for any site: only the storage changes, factors and masks stay."""
@@ -260,14 +260,20 @@ def check_maskable(site: Site) -> None:
         raise SlimLSTMError(f"{site.key} is a product of factors of rank {site.rank}; a mask on the product would not last")
 
 
-def check_target(target: object) -> None:
-    """Raise :class:`SlimLSTMError` unless the target is one of three."""
+def check_selection(target: object, filter: object) -> None:
+    """Raise :class:`SlimLSTMError` unless the target is one of three, and the filter a function or None."""
     if target not in ("ih", "hh", "both"):
         raise SlimLSTMError(f"the target is 'ih', 'hh' or 'both', not {target!r}")
+    if filter is not None and not callable(filter):
+        raise SlimLSTMError(f"a filter is a function of a site, such as lambda site: 'encoder' in site.key, not {filter!r}")
+
+
+def _is_fraction(value: object) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool and 0.0 < value <= 1.0
 
 
 def _check_rank_or_keep(rank: object, keep: object) -> None:
     if rank is not None and (type(rank) is not int or rank < 1):
         raise SlimLSTMError(f"a rank is an int of at least 1, not {rank!r}")
-    if keep is not None and not (isinstance(keep, int | float) and type(keep) is not bool and 0.0 < keep <= 1.0):
+    if keep is not None and not _is_fraction(keep):
         raise SlimLSTMError(f"keep is a fraction of the parameters in (0, 1], not {keep!r}")

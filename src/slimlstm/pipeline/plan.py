@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor
 
@@ -111,6 +111,11 @@ def with_storage(config: Config, storage: str, sites: list[Site]) -> Config:
 
 def check_config(config: Config, sites: list[Site]) -> None:
     """Reject a bad configuration before time is spent on calibration; see :func:`make_plan` for the errors."""
+    if not isinstance(cast(object, config), LowRank | Prune | Quantize | Plan):
+        raise SlimLSTMError(
+            f"a configuration is a LowRank, Prune, Quantize or Plan, not {config!r}; give for example Quantize('int8'), or "
+            "Plan.from_dict(...) for a plan that was written to a file"
+        )
     if isinstance(config, LowRank) and config.needs_spectra:
         storage = None if config.is_auto else config.storage
         config = replace(config, rank=1, keep=None, bytes=None, energy=None, allocation=None, storage=storage)
@@ -174,6 +179,12 @@ def _rank_costs(config: LowRank, site: Site, spectra: Spectra) -> RankCosts:
 
 def _named(plan: Plan, sites: list[Site]) -> list[Site]:
     """Return the sites that a plan names."""
+    sites_of: Any = plan.sites
+    wrong = (
+        [one for one in sites_of.values() if not isinstance(one, SitePlan)] if isinstance(sites_of, dict) else [sites_of]
+    )
+    if wrong:
+        raise SlimLSTMError(f"a plan holds a SitePlan for every key, such as SitePlan('svd', rank=8), not {wrong[0]!r}")
     by_key = {site.key: site for site in sites}
     unknown = [key for key in plan.sites if key not in by_key]
     if unknown:

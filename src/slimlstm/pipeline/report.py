@@ -39,8 +39,8 @@ class SiteReport:
         rank: the rank of the factors afterwards, None for a dense matrix.
         break_even_rank: m n / (m + n), at and above which factors are no smaller than the matrix.
         parameters_before, parameters_after: the numbers in the matrix or its factors; weights under a mask do not count.
-        bytes_before, bytes_after: the bytes in the saved file, scales included. A mask saves no bytes. The fused kernel
-            reads as many bytes; the parameters in memory stay float32.
+        bytes_before, bytes_after: the bytes in the saved file, scales included. A mask takes a byte more for each weight;
+            an ONNX file has none. The fused kernel reads as many bytes; the parameters in memory stay float32.
         relative_error: ‖W - W'‖_F / ‖W‖_F, rounding included.
         iterations, converged: the iterations of an iterative solver, and whether it converged; 0 and True for a direct one.
         note: why the site was treated differently from its configuration.

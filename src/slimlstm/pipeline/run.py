@@ -39,7 +39,7 @@ from slimlstm.pipeline.report import Report, SiteReport, Total
 from slimlstm.pipeline.selection import chosen_plan
 from slimlstm.pipeline.sensitivity import Sensitivity
 from slimlstm.pipeline.site_plan import SitePlan
-from slimlstm.pipeline.source import Size, Source
+from slimlstm.pipeline.source import Size, Source, replaced_site
 from slimlstm.pipeline.statistics import SiteStatistics
 from slimlstm.progress import Progress
 
@@ -93,6 +93,7 @@ def solve(
     progress: Progress | None = None,
     judge: Judge | None = None,
     sensitivity: Sensitivity | None = None,
+    mask_itemsize: int = 0,
 ) -> Solution:
     """Find replacements for all matrices that a configuration selects; the source does not change.
 
@@ -106,6 +107,7 @@ def solve(
         progress: called with a site's key and the fraction done.
         judge: measures losses, for configurations that choose rank and storage together.
         sensitivity: an earlier measurement for such configurations.
+        mask_itemsize: the bytes that a mask takes in the saved file for each weight.
 
     Raises:
         SlimLSTMError: see :func:`slimlstm.pipeline.plan.make_plan`; a matrix cannot be compressed, calibration is missing
@@ -113,6 +115,8 @@ def solve(
     """
     sites = {site.key: site for site in source.sites()}
     check_config(config, list(sites.values()))
+    if refit is not None and (type(refit) is not int or refit < 0):
+        raise SlimLSTMError(f"refit is a number of passes, at least 0, or None, not {refit!r}")
     statistics = SiteStatistics(source, calibration, getattr(config, "method", ""))
     notes: list[str] = []
     if isinstance(config, LowRank) and config.is_auto:
@@ -133,7 +137,9 @@ def solve(
         replacements |= fitted
         notes.append(note)
     reports = [
-        site_report(sites[key], plan.sites[key], replacements.get(key), source.itemsize(sites[key]), predicted[key])
+        site_report(
+            sites[key], plan.sites[key], replacements.get(key), source.itemsize(sites[key]), predicted[key], mask_itemsize
+        )
         for key in plan.sites
     ]
     return Solution(plan, replacements, reports, notes)
@@ -161,7 +167,7 @@ def _saved(source: Source) -> Size:
         itemsize = 4 if site.storage else source.itemsize(site)
         parameters += m * n - site.parameters
         bytes_ += matrix_bytes(site.shape, None, None, itemsize)
-        bytes_ -= matrix_bytes(site.shape, site.rank, site.storage, itemsize)
+        bytes_ -= matrix_bytes(site.shape, site.rank, site.storage, itemsize) + (0 if site.nonzeros is None else m * n)
         if site.storage and site.target == "hh" and 4 * n < m:
             # The projection [P, H] has the storage of hh.
             bytes_ += matrix_bytes((n, m // 4), None, None, 4) - matrix_bytes((n, m // 4), None, site.storage, 4)
@@ -352,10 +358,17 @@ def _refitted(replacement: Replacement, factors: Matrix, matrix: Tensor) -> Repl
 
 
 def site_report(
-    site: Site, plan: SitePlan, replacement: Replacement | None, itemsize: int, predicted: float | None = None
+    site: Site,
+    plan: SitePlan,
+    replacement: Replacement | None,
+    itemsize: int,
+    predicted: float | None = None,
+    mask_itemsize: int = 0,
 ) -> SiteReport:
-    """Return the report of one site whose numbers take ``itemsize`` bytes each."""
+    """Return the report of one site whose numbers take ``itemsize`` bytes each, and its mask ``mask_itemsize``."""
     m, n = site.shape
+    nonzeros = site.nonzeros, site.nonzeros if replacement is None else replaced_site(site, replacement).nonzeros
+    masks = [0 if count is None else mask_itemsize * m * n for count in nonzeros]
     found = replacement or Replacement(None, DENSE, "")
     rank = site.rank if found.rank is None else found.rank
     after = site.parameters if rank is None else rank * (m + n)
@@ -370,8 +383,8 @@ def site_report(
         break_even_rank=break_even_rank(site.shape),
         parameters_before=site.parameters,
         parameters_after=after,
-        bytes_before=matrix_bytes(site.shape, site.rank, site.storage, stored),
-        bytes_after=matrix_bytes(site.shape, rank, storage, stored if replacement is None else itemsize),
+        bytes_before=matrix_bytes(site.shape, site.rank, site.storage, stored) + masks[0],
+        bytes_after=matrix_bytes(site.shape, rank, storage, stored if replacement is None else itemsize) + masks[1],
         relative_error=found.relative_error,
         iterations=found.iterations,
         converged=found.converged,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import cast
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import DENSE, METHODS, factoring_methods, matrix_bytes, storage_called
@@ -37,13 +38,19 @@ class SitePlan:
     def __post_init__(self) -> None:
         if self.storage is not None:
             storage_called(self.storage)
+        if not isinstance(cast(object, self.method), str):
+            raise SlimLSTMError(f"the method of a site's plan is a name, such as 'svd', not {self.method!r}")
         amount = True if self.method == DENSE else self.nonzeros if self.makes_mask else self.rank
-        if self.method not in (*METHODS, DENSE) or amount is None:
+        unused = (
+            self.rank if self.makes_mask or self.method == DENSE else None,
+            None if self.makes_mask else self.nonzeros,
+        )
+        if self.method not in (*METHODS, DENSE) or amount is None or unused != (None, None):
             factoring = factoring_methods()
             masking = [name for name in METHODS if name not in factoring]
             raise SlimLSTMError(
                 f"{self} is no plan for a site: {', '.join(map(repr, factoring))} need a rank, "
-                f"{', '.join(map(repr, masking))} nonzeros, {DENSE!r} nothing"
+                f"{', '.join(map(repr, masking))} nonzeros, {DENSE!r} nothing, and none takes more"
             )
 
     @property

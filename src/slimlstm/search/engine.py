@@ -53,6 +53,7 @@ class Engine(Generic[Made]):
         on_trial: called after each trial with the trial and an upper bound on the seconds left.
         trials: the outcomes, in order.
         refusals: configurations that were impossible, and why.
+        matrix_bytes: returns the bytes of a compressed model's matrices; one that several sites share counts once.
         best: the preferred accepted trial, with its model and report.
         interrupted: whether Ctrl-C ended the search.
     """
@@ -66,6 +67,7 @@ class Engine(Generic[Made]):
     on_trial: Callable[[Trial, float], None] = lambda trial, left: None
     trials: list[Trial] = field(default_factory=list[Trial])
     refusals: list[str] = field(default_factory=list[str])
+    matrix_bytes: Callable[[Made, Report], int] = lambda made, report: sum(site.bytes_after for site in report.sites)
     best: tuple[Trial, Made, Report] | None = None
     interrupted: bool = False
     _started: float = field(default_factory=time.monotonic)
@@ -91,7 +93,8 @@ class Engine(Generic[Made]):
         try:
             made, report = self.make(config)
         except SlimLSTMError as error:
-            self.refusals.append(f"{label}: {error}")
+            if not any(refusal.endswith(f": {error}") for refusal in self.refusals):
+                self.refusals.append(f"{label}: {error}")
             return None
         if report.model.bytes_after >= report.model.bytes_before or self._is_known(report.plan):
             return None
@@ -136,13 +139,13 @@ def smallest(
         return
     # Low rank and the fewest bits together lose too much: factors get the next larger storage than whole matrices need.
     storage = bits[max(lowest - 1, bits.index(FIRST))]
-    high, low = float(_matrix_bytes(engine.best[2])), 0.0
+    high, low = float(engine.matrix_bytes(*engine.best[1:])), 0.0
     while engine.evaluations > 0 and high > max(NEAR * low, 1.0):
         middle = math.sqrt(high * low) if low else STEP * high
         config = within(int(middle), storage)
         trial = None if config is None else engine.attempt(f"rank and bits for {int(middle):,} bytes", config)
         if trial is not None and trial.accepted:
-            high = float(_matrix_bytes(engine.best[2]))
+            high = float(engine.matrix_bytes(*engine.best[1:]))
         else:
             low = middle
 
@@ -171,7 +174,3 @@ def try_all(engine: Engine[Made], candidates: Iterable[tuple[str, Config | None]
             trial = engine.attempt(label, config)
             if first_only and trial is not None and trial.accepted:
                 return
-
-
-def _matrix_bytes(report: Report) -> int:
-    return sum(site.bytes_after for site in report.sites)

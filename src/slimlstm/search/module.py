@@ -6,17 +6,19 @@ import math
 import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
+import torch
 from torch import nn
 
 from slimlstm.bench import compare
 from slimlstm.calibration.collect import calibrate
 from slimlstm.calibration.losses import Loss
 from slimlstm.calibration.moments import Calibration
-from slimlstm.compress import compress_, measure_sensitivity
+from slimlstm.compress import ModuleSource, compress_, measure_sensitivity
 from slimlstm.errors import SlimLSTMError
 from slimlstm.files import write_json
 from slimlstm.modules.graphs import copy_model
@@ -70,9 +72,9 @@ def find_smallest(
 
     Args:
         model: any module that :func:`slimlstm.compress_` can compress.
-        metric: takes a compressed copy in evaluation mode, and returns a number, or one value for each example [n]. With
-            values of examples, their mean has to meet the limit with 95% confidence for new examples. Measure it on data
-            that ``batches`` do not contain.
+        metric: takes a compressed copy in evaluation mode, and returns a number, or one value for each example [n]. It runs
+            without gradients. With values of examples, their mean has to meet the limit with 95% confidence for new
+            examples. Measure it on data that ``batches`` do not contain.
         better: ``"lower"`` for a perplexity or an error, ``"higher"`` for an accuracy.
         at_most: how much worse the metric may get: a share of the uncompressed model's metric such as ``"1%"``, or a number
             in the metric's units.
@@ -102,7 +104,7 @@ def find_smallest(
         >>> found.best.metric <= 0.02, found.best.bytes < 0.4 * found.dense.bytes
         (True, True)
     """
-    subject = _Subject(model, metric, batches, loss, calibration, target, filter, inputs)
+    subject = _Subject(model, metric, batches, loss, calibration, target, filter, inputs, output)
     dense = subject.dense_trial(evaluations)
     limit = limit_of(dense.metric, at_most, better)
     sign = 1.0 if better == "lower" else -1.0
@@ -113,6 +115,8 @@ def find_smallest(
         lambda new, old: new.bytes < old.bytes,
         evaluations - 1,
         subject.speed_of,
+        refusals=subject.refusals,
+        matrix_bytes=matrix_bytes,
     )
     words = limit_in_words(metric_name, better, limit, subject.dense_metric)
     return _searched(
@@ -173,9 +177,13 @@ def find_best(
     """
     if (bytes is None) == (latency is None):
         raise SlimLSTMError(f"give either bytes or latency, not bytes={bytes} and latency={latency}")
+    if bytes is not None and (type(bytes) is not int or bytes < 1):
+        raise SlimLSTMError(f"bytes is an int of at least 1, not {bytes!r}")
+    if latency is not None and not (isinstance(cast(object, latency), int | float) and latency > 0):
+        raise SlimLSTMError(f"a latency is a number of seconds above 0, not {latency!r}")
     if latency is not None and inputs is None:
         raise SlimLSTMError("a latency takes inputs=, the arguments of one call to time")
-    subject = _Subject(model, metric, batches, loss, calibration, target, filter, inputs)
+    subject = _Subject(model, metric, batches, loss, calibration, target, filter, inputs, output)
     dense = subject.dense_trial(evaluations)
     limit_of(dense.metric, 0.0, better)
     sign = 1.0 if better == "lower" else -1.0
@@ -186,6 +194,8 @@ def find_best(
         lambda new, old: sign * new.metric < sign * old.metric,
         evaluations - 1,
         subject.speed_of,
+        refusals=subject.refusals,
+        matrix_bytes=matrix_bytes,
     )
     words = f"{bytes:,} bytes of matrices" if bytes is not None else f"a latency of at most {1e6 * (latency or 0):,.0f} us"
     candidates = subject.fast_candidates() if bytes is None else subject.candidates(bytes)
@@ -204,7 +214,7 @@ def find_best(
 
 @dataclass
 class _Subject:
-    """A module to compress, and everything that a search asks about it."""
+    """A module to compress, and everything that a search asks about it; ``refusals`` says what was impossible, and why."""
 
     model: nn.Module
     metric: Metric
@@ -214,12 +224,16 @@ class _Subject:
     target: Target
     filter: Filter | None
     inputs: Sequence[Any] | None
+    output: str | os.PathLike[str] | None
+    refusals: list[str] = field(default_factory=list[str])
 
     def __post_init__(self) -> None:
         if isinstance(self.batches, Iterator):
             raise SlimLSTMError("the batches are an iterator, but a search needs them more than once; give a list")
         if self.loss is not None and self.batches is None:
             raise SlimLSTMError("a loss takes batches to be computed on; give batches= too")
+        if self.output is not None and Path(self.output).is_dir():
+            raise SlimLSTMError(f"{self.output} is a folder; give output= the name of a JSON file")
 
     def dense_trial(self, evaluations: int) -> Trial:
         """Return the trial of the uncompressed model, measured on a copy."""
@@ -230,7 +244,7 @@ class _Subject:
         value = self.dense_metric.value
         if not math.isfinite(value):
             raise SlimLSTMError(f"the metric of the uncompressed model is {value}; it has to be a finite number")
-        self.dense_bytes = sum(site.bytes_before for site in report.sites)
+        self.dense_bytes = _once_each(self.model, {site.key: site.bytes_before for site in report.sites})
         return Trial("uncompressed", None, report.model.bytes_before, value, accepted=True)
 
     def measure(self, model: nn.Module) -> Measured:
@@ -238,7 +252,7 @@ class _Subject:
         return self._measured(model, self.dense_metric)
 
     def _measured(self, model: nn.Module, dense: Measured | None) -> Measured:
-        with evaluation_mode(model):
+        with evaluation_mode(model), torch.no_grad():
             return Measured.of(self.metric(model), dense)
 
     def make(self, config: Config) -> tuple[nn.Module, Report]:
@@ -250,7 +264,7 @@ class _Subject:
 
         def make(config: Config) -> tuple[nn.Module, Report]:
             made, report = self.make(config)
-            size = sum(site.bytes_after for site in report.sites)
+            size = matrix_bytes(made, report)
             if size > budget:
                 raise SlimLSTMError(f"the matrices take {size:,} bytes, more than {budget:,}")
             return made, report
@@ -298,11 +312,35 @@ class _Subject:
 
     @cached_property
     def sensitivity(self) -> Sensitivity | None:
+        """The sensitivities of all matrices; None without a loss, or where they cannot be measured."""
         if self.batches is None or self.loss is None:
             return None
-        return measure_sensitivity(
-            self.model, self.batches, self.loss, calibration=self.moments, target=self.target, filter=self.filter
-        )
+        try:
+            return measure_sensitivity(
+                self.model, self.batches, self.loss, calibration=self.moments, target=self.target, filter=self.filter
+            )
+        except SlimLSTMError as error:
+            self.refusals.append(f"rank and bits chosen together: {error}")
+            return None
+
+
+def matrix_bytes(model: nn.Module, report: Report) -> int:
+    """Return the bytes of the matrices in a report of ``model``; one that several sites share counts once.
+
+    Examples:
+        >>> model = nn.Sequential(nn.LSTM(8, 8), nn.LSTM(8, 8))
+        >>> model[1].weight_hh_l0 = model[0].weight_hh_l0
+        >>> report = compress_(model, Quantize("bfloat16"))
+        >>> matrix_bytes(model, report) // (2 * 32 * 8)
+        3
+    """
+    return _once_each(model, {site.key: site.bytes_after for site in report.sites})
+
+
+def _once_each(model: nn.Module, sizes: dict[str, int]) -> int:
+    """Return the sum of the sizes of matrices, by key; sites that share a matrix count once."""
+    source = ModuleSource(model)
+    return sum({source.identity(site): sizes[site.key] for site in source.sites() if site.key in sizes}.values())
 
 
 def _searched(

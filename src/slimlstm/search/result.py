@@ -172,7 +172,8 @@ class Search:
     def frontier(self) -> list[Trial]:
         """The trials, the dense model included, that no other betters in both bytes and metric; largest first."""
         sign = -1.0 if self.better == "higher" else 1.0
-        ordered = sorted([self.dense, *self.trials], key=lambda trial: (trial.bytes, sign * trial.metric))
+        measured = [trial for trial in [self.dense, *self.trials] if not math.isnan(trial.metric)]
+        ordered = sorted(measured, key=lambda trial: (trial.bytes, sign * trial.metric))
         frontier: list[Trial] = []
         for trial in ordered:
             if not frontier or sign * trial.metric < sign * frontier[-1].metric:

@@ -51,15 +51,22 @@ class Settings:
         if (self.steps is None) == (self.minutes is None):
             raise SlimLSTMError("a run needs one budget: give either steps or minutes")
         for name, value in (("steps", self.steps), ("minutes", self.minutes), ("lr", self.lr)):
+            _check_is_number(name, value)
             if value is not None and not 0 < value < math.inf:
                 raise SlimLSTMError(f"{name} has to be above zero, not {value}")
         for name, value in (("validations", self.validations), ("patience", self.patience)):
+            _check_is_number(name, value)
             if value is not None and value < 1:
                 raise SlimLSTMError(f"{name} has to be at least 1, not {value}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON types."""
         return {**vars(self), "dtype": str(self.dtype)}
+
+
+def _check_is_number(name: str, value: object) -> None:
+    if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
+        raise SlimLSTMError(f"{name} has to be a number, not {value!r}")
 
 
 class Run:
@@ -157,7 +164,13 @@ class Run:
         value = math.nan
         if self.processes.rank == 0:
             with evaluation_mode(self.model), torch.no_grad():
-                value = float(validate(self.model))
+                found: object = validate(self.model)
+            try:
+                value = float(found)  # pyright: ignore[reportArgumentType]
+            except (TypeError, ValueError):
+                raise SlimLSTMError(
+                    f"validate returned {type(found).__name__}; it has to return a number, lower being better"
+                ) from None
         return self.processes.number_of_first(value)
 
     def _step(self, batch: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from slimlstm.progress import Progress, shown
 from slimlstm.weight_files.matrices import find_matrices, stored_matrix
 from slimlstm.weight_files.read import Tensors, read_weights
 
-_LSTM_PART = re.compile(r"(parametrizations\.)?(weight|bias)_(ih|hh|hr)[^.]*(\.original)?")
+_LSTM_PART = re.compile(r"(parametrizations\.)?(weight|bias)_(ih|hh|hr)[^.]*(\.original|\.0\.mask)?")
 
 
 @plain_mode()
@@ -87,6 +87,7 @@ def compress_file(
             calibration=calibration,
             refit_obstacle="a weight file has no model to run batches through",
             progress=report_progress,
+            mask_itemsize=1,
         )
     check_smaller(solution)
     solution.notes += notes
@@ -222,15 +223,18 @@ def _sizes(tensors: Mapping[str, Tensor], entries: Mapping[str, Mapping[str, Any
     """Return the sizes of the LSTMs with their biases and of everything; masked weights do not count as parameters."""
     matrices = find_matrices(tensors)
     masked = {site: names for site, names in matrices.items() if site.nonzeros is not None}
+    masks_of = {name for names in masked.values() for name in names[1:]}
     zeroed = {names[0]: tensors[names[0]].numel() - (site.nonzeros or 0) for site, names in masked.items()}
     modules = {f"{site.module}." if site.module else "" for site in matrices}
     parts = [name for name in tensors if any(_LSTM_PART.fullmatch(name[len(m) :]) for m in modules if name.startswith(m))]
     storages = dict(stored_names(tensors, entries))
 
-    def size(names: Iterable[str]) -> Size:
+    def size(names: Collection[str]) -> Size:
         unique = {tensors[name].data_ptr(): name for name in names if tensors[name].is_floating_point()}
         count = sum(tensors[name].numel() - zeroed.get(name, 0) for name in unique.values())
         stored = ((tensors[name], storages.get(name)) for name in unique.values())
-        return Size(count, sum(stored_bytes(tuple(part.shape), storage, part.element_size()) for part, storage in stored))
+        bytes_ = sum(stored_bytes(tuple(part.shape), storage, part.element_size()) for part, storage in stored)
+        masks = {tensors[name].data_ptr(): tensors[name].nbytes for name in names if name in masks_of}
+        return Size(count, bytes_ + sum(masks.values()))
 
     return Sizes(size(parts), size(tensors))
