@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 from rich.console import Console
+from safetensors import safe_open
 
 from paper.awd_training import EVALUATION_STREAMS
 from paper.runs import read_json
@@ -42,10 +43,15 @@ def perplexities(model):
 
 
 def training():
-    """Return what the run's files say about the training."""
-    result, log = arguments.model / "result.json", arguments.model / "log.jsonl"
+    """Return what the run's files say about the training; before its end they have settings instead of a result."""
+    result, log, checkpoint = (arguments.model / name for name in ("result.json", "log.jsonl", "checkpoint.safetensors"))
     entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
-    return {"result": read_json(result) if result.exists() else None, "log": entries}
+    settings = None
+    if checkpoint.exists():
+        with safe_open(checkpoint, "pt") as file:
+            settings = json.loads(file.metadata()["settings"])
+        settings["start"] = Path(settings["start"]).name
+    return {"result": read_json(result) if result.exists() else None, "settings": settings, "log": entries}
 
 
 vocabulary = Vocabulary.read(arguments.model / "vocab.txt")
