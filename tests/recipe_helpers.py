@@ -40,6 +40,7 @@ def outcome(output):
     names = {
         path: Path(re.sub(r"-[0-9a-f]{16}(?=\.)", "", str(path.relative_to(output))))
         for path in output.rglob("*.safetensors")
+        if not path.name.startswith(".")  # A killed run may leave a draft.
     }
     weights = {name: load_file(path) for path, name in names.items()}
     assert len(weights) == len(names)

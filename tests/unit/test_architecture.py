@@ -52,7 +52,7 @@ ARROWS = {
     },
     "tuning": {"progress", "methods", "modules", "files", "errors"},
     "evaluate": {"modules", "errors"},
-    "bench": {"progress", "onnx", "pipeline", "modules", "ops", "provenance", "tables", "errors"},
+    "bench": {"progress", "onnx", "pipeline", "modules", "methods", "ops", "provenance", "tables", "errors"},
     "demo": {
         *("compress", "bench", "evaluate", "pipeline", "calibration", "modules", "methods", "ops", "provenance", "shards"),
         *("files", "tables", "errors"),

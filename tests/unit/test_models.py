@@ -249,7 +249,7 @@ def test_what_shards_cannot_hold_is_refused(tmp_path):
     large, compressed = make(), make()
     with torch.no_grad():
         large.lstms[0].weight_hh_l0[0, 0] = 1e5
-    refused(large, r"lstms\.0\.weight_hh_l0: beyond 65504")
+    refused(large, r"half precision cannot hold lstms\.0\.weight_hh_l0, whose numbers exceed 65504")
     compress_(compressed, LowRank(rank=1))
     refused(compressed, "only a dense")
     (tmp_path / "new").mkdir()

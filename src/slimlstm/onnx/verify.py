@@ -140,7 +140,7 @@ def start(content: bytes) -> tuple[Run, str]:
 def is_known_to_numpy(dtype: torch.dtype) -> bool:
     """Return whether tensors of a dtype become NumPy arrays, which the engines take."""
     try:
-        torch.empty(0, dtype=dtype).numpy()
+        torch.empty(0, dtype=dtype, device="cpu").numpy()
     except TypeError:
         return False
     return True
