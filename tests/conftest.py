@@ -22,12 +22,12 @@ ITERATIONS = {"test_factorize": 100} | dict.fromkeys(("test_doctests", "test_rea
 """The limit of semi-NMF's iterations in tests of it, 500 as in a recipe's process; 20 elsewhere, where any factors do."""
 
 
-LARGE = 8
+LARGE = 5
 """The number of cases of a test with several parameters beyond which ``--quick`` leaves some out."""
 
 
 def pytest_addoption(parser):
-    parser.addoption("--quick", action="store_true", help="no slow tests, at most eight cases of a grid, fewer examples")
+    parser.addoption("--quick", action="store_true", help="no slow tests, at most five cases of a grid, fewer examples")
 
 
 def pytest_configure(config):
@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def part_of_grid(cases):
-    """At most eight cases of a test with several parameters, spread over the values of each."""
+    """At most five cases of a test with several parameters, spread over the values of each."""
     if len(cases) <= LARGE:
         return cases
     # One column of ids for every mark; a value's place in it is the number of the values before.

@@ -176,7 +176,7 @@ def onnx_file(path: Path) -> None:
 def compressed_onnx(path: Path, place: Path) -> list[Tensor]:
     from slimlstm.onnx.compress import compress_onnx
     from slimlstm.onnx.find import find_lstms
-    from slimlstm.onnx.graph import read_model
+    from slimlstm.onnx.reading import read_model
 
     out = place / "out.onnx"
     try:

@@ -179,18 +179,6 @@ def _remove_abandoned(path: Path) -> None:
                 draft.unlink()
 
 
-def check_output_file(path: Path, output: Path) -> None:
-    """Refuse to write an ONNX file over a folder or over the file that is read, or without an ending.
-
-    Raises:
-        SlimLSTMError: ``output`` is one of these.
-    """
-    if not output.suffix:
-        raise SlimLSTMError(f"{output} is no name of a file; name one that ends in .onnx")
-    check_file_name(output)
-    check_not_input(path, output)
-
-
 def check_file_name(output: Path) -> None:
     """Refuse to write a file where a folder is, or in a folder that cannot be made because a file has its name.
 

@@ -1,4 +1,4 @@
-"""What ``export_onnx`` refuses in words, and that nothing is written then."""
+"""``export_onnx`` refuses inputs and names in words, and then writes nothing."""
 
 from pathlib import Path
 
@@ -45,6 +45,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
 def test_dtypes_that_cannot_be_checked(name, tmp_path):
     make, inputs, message = REFUSED[name]

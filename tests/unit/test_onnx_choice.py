@@ -11,7 +11,7 @@ from slimlstm import LowRank, LowRankLSTM, Quantize, SlimLSTMError
 from slimlstm.onnx.compress import compress_onnx
 from slimlstm.onnx.find import find_lstms
 from slimlstm.onnx.forms import COSTS, FORMS, choose, predicted
-from slimlstm.onnx.graph import read_model
+from slimlstm.onnx.reading import read_model
 from slimlstm.ops.weights import Direction
 from slimlstm.pipeline.report import Report
 

@@ -15,9 +15,10 @@ from slimlstm.onnx.builder import OPSET, GraphBuilder
 from slimlstm.onnx.calibrate import calibrate_graph
 from slimlstm.onnx.compress import compress_onnx
 from slimlstm.onnx.find import find_lstms
-from slimlstm.onnx.graph import graphs_of, read_model
+from slimlstm.onnx.graph import graphs_of
 from slimlstm.onnx.layers import Ports, add_layer
 from slimlstm.onnx.probes import ProbedModel
+from slimlstm.onnx.reading import read_model
 from slimlstm.onnx.rows import observed_rows
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")

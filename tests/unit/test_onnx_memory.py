@@ -100,7 +100,7 @@ def test_functions_that_call_each_other_are_refused_before_they_are_inlined(mode
 
 
 def test_functions_of_an_honest_size_are_inlined(tmp_path):
-    from slimlstm.onnx.graph import read_model
+    from slimlstm.onnx.reading import read_model
 
     (tmp_path / "model.onnx").write_bytes(calling(2, 6).SerializeToString())
     model = read_model(tmp_path / "model.onnx")

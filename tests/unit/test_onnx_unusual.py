@@ -346,7 +346,7 @@ def test_files_beyond_the_largest_are_refused_before_they_are_read(name, has_len
             tensor.external_data.extend(kept)
         (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
     largest = (tmp_path / name).stat().st_size - (name == "inside.onnx")
-    monkeypatch.setattr("slimlstm.onnx.graph.LARGEST_FILE", largest)
+    monkeypatch.setattr("slimlstm.onnx.reading.LARGEST_FILE", largest)
     monkeypatch.setattr("onnx.load_external_data_for_model", lambda *_: pytest.fail("the weights were read"))
     message = f"bytes, more than the {largest:,} that one ONNX file can hold"
     with pytest.raises(SlimLSTMError, match=message):

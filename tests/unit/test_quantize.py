@@ -428,7 +428,7 @@ def test_what_is_loaded_is_what_was_saved(name, storage, before, tmp_path):
     assert_equal_storages(loaded, model)
     assert torch.equal(call(name, loaded), call(name, model))
     assert [key for key, _ in loaded.named_parameters()] == [key for key, _ in model.named_parameters()]
-    # The report's bytes are those of the file, buffers other than masks aside.
+    # Report and file agree in bytes, but for buffers other than masks.
     buffers = {key.rpartition(".")[2] for key, _ in model.named_buffers()} - {"mask"}
     sizes = {key: value.numel() * value.element_size() for key, value in content(tmp_path).items()}
     assert sum(size for key, size in sizes.items() if key.rpartition(".")[2] not in buffers) == report.model.bytes_after

@@ -132,7 +132,7 @@ UNMEASURABLE = {
 
 
 @pytest.mark.parametrize("make", UNMEASURABLE.values(), ids=UNMEASURABLE)
-@pytest.mark.parametrize("find", [find_smallest, find_best])
+@pytest.mark.parametrize("find", [find_smallest, pytest.param(find_best, marks=pytest.mark.slow)])
 def test_a_refused_step_leaves_what_was_accepted(net, make, find):
     model, given = make(net)
     limit = {"at_most": "50%", "evaluations": 8} if find is find_smallest else {"bytes": 9000}

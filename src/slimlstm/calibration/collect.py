@@ -70,10 +70,7 @@ def calibrate(
         40
     """
     recorder, sums = Recorder(loss is not None), dict[Keys, MomentSums]()
-    state = LossState(loss)
-    first_state = state.read()
     with (
-        state.kept(),
         shown("calibrating", progress) as report_progress,
         observing(model, observable_hosts(model), recorder),
         torch.random.fork_rng(),
@@ -82,7 +79,6 @@ def calibrate(
         torch.manual_seed(seed)
         found, draws = _collect(model, counted(batches, report_progress), loss, recorder, sums), 1
         while found.is_drawn and not isinstance(batches, Iterator) and draws < _MOST_DRAWS and _are_scarce(sums):
-            state.restore(first_state)
             again = counted(batches, report_progress, f"draw {draws + 1}, batch")
             if not _collect(model, again, loss, recorder, sums, is_again=True).batches:
                 break  # the batches came from a stream
@@ -123,10 +119,11 @@ def _collect(
 ) -> _Pass:
     """Run the batches, and add their rows to the sums; with ``is_again`` only the gradients, as another draw."""
     found = _Pass()
-    for batch in batches:
-        found.batches += 1
-        for keys, rows in _run(model, batch, loss, recorder, found).items():
-            sums.setdefault(keys, MomentSums()).add(rows, is_again=is_again)
+    with LossState(loss).kept():
+        for batch in batches:
+            found.batches += 1
+            for keys, rows in _run(model, batch, loss, recorder, found).items():
+                sums.setdefault(keys, MomentSums()).add(rows, is_again=is_again)
     return found
 
 

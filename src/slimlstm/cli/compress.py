@@ -112,7 +112,7 @@ def _read(file: Path) -> list[Path]:
     """Return the file, and the files in which an ONNX file stores its weights."""
     if file.suffix.lower() != ".onnx":
         return [file]
-    from slimlstm.onnx.graph import files_of
+    from slimlstm.onnx.reading import files_of
 
     return files_of(file)
 
@@ -207,21 +207,12 @@ def _check_output(file: Path, output: Path, force: bool) -> None:
 
 def _check_that_nothing_is_lost(file: Path, output: Path) -> None:
     """Refuse to write an ONNX file with weights outside LSTMs as a folder, which holds the LSTMs only."""
-    from torch import Tensor
-
     from slimlstm.onnx.find import find_lstms
-    from slimlstm.onnx.graph import read_model
-    from slimlstm.onnx.sizes import count_numbers
+    from slimlstm.onnx.reading import read_model
+    from slimlstm.onnx.sizes import count_in_lstms, count_numbers
 
-    model, in_lstms = read_model(file), dict[tuple[object, ...], int]()
-    for lstm in find_lstms(model, file):
-        # Several LSTMs may read one weight, which the file holds once.
-        for one in lstm.locations:
-            parts = (one.matrix,) if isinstance(one.matrix, Tensor) else one.matrix
-            in_lstms[one.node.input[one.index], one.direction, one.columns] = sum(part.numel() for part in parts)
-        bias = lstm.node.input[3] if lstm.is_operator and lstm.biases else lstm.name
-        in_lstms[bias, "biases"] = sum(bias.numel() for bias in lstm.biases.values())
-    others = count_numbers(model) - sum(in_lstms.values())
+    model = read_model(file)
+    others = count_numbers(model) - count_in_lstms(find_lstms(model, file))
     if others > 0:
         raise SlimLSTMError(
             f"{file} has {others:,} weights outside its LSTMs, which a folder would not hold; name an ONNX file to write, "

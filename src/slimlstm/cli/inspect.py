@@ -65,7 +65,7 @@ def _counts(file: Path, matrices: Any, entries: list[dict[str, Any]], tensors: A
         _contents(names, tensors): entry["parameters"] for names, entry in zip(matrices.values(), entries, strict=True)
     }
     if file.suffix.lower() == ".onnx":
-        from slimlstm.onnx.graph import read_model
+        from slimlstm.onnx.reading import read_model
         from slimlstm.onnx.sizes import count_numbers
 
         # Reading an ONNX file returns every LSTM's own copy of weights that the file holds once.
@@ -79,7 +79,7 @@ def _counts(file: Path, matrices: Any, entries: list[dict[str, Any]], tensors: A
 def _bytes(file: Path) -> int:
     """Return the bytes of a file or folder, with the files in which an ONNX file stores its weights."""
     if file.suffix.lower() == ".onnx":
-        from slimlstm.onnx.graph import bytes_on_disk
+        from slimlstm.onnx.reading import bytes_on_disk
 
         return bytes_on_disk(file)
     return file.stat().st_size if file.is_file() else sum(path.stat().st_size for path in file.glob("*.safetensors"))

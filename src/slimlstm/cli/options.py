@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from slimlstm.errors import SlimLSTMError
+from slimlstm.files import check_file_name
 
 if TYPE_CHECKING:
     from slimlstm.modules.sites import Site
@@ -70,9 +70,7 @@ def check_report(page: Path | None, force: bool) -> None:
         raise SlimLSTMError(f"--report {page} is no name of a page; name a file that ends in .html")
     if page.exists() and not force:
         raise SlimLSTMError(f"{page} exists; add --force to replace it, or name another file")
-    page.absolute().parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(page.absolute().parent, os.W_OK):
-        raise SlimLSTMError(f"--report {page} cannot be written: its folder is read-only; name another")
+    check_file_name(page)
     from slimlstm.page.charts import check_available
 
     check_available()

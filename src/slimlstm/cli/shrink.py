@@ -40,7 +40,7 @@ def command(
     The last third of the runs measures, the others calibrate.
     """
     from slimlstm.onnx.calibrate import read_batches
-    from slimlstm.onnx.graph import files_of
+    from slimlstm.onnx.reading import files_of
     from slimlstm.search.onnx_file import shrink_onnx
 
     if output.suffix.lower() != ".onnx":

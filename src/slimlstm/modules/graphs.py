@@ -19,7 +19,7 @@ from slimlstm.modules.walk import PLAIN, REGISTRIES, held_objects, held_proxies,
 def copy_model(model: nn.Module) -> nn.Module:
     """Return a deep copy of a model, with the values of tensors that have a gradient history instead of these tensors.
 
-    Weak proxies stand for the same objects in the copy.
+    Weak proxies in the copy refer to the same objects.
 
     Raises:
         SlimLSTMError: the model holds something that cannot be copied.

@@ -83,25 +83,48 @@ def uncompiled() -> Generator[None]:
         _stance.leave(block)
 
 
-class _Stance:
-    """The stance of PyTorch's compiler, which all threads share: eager until the last thread has left its block."""
+class _Shared:
+    """Open blocks of all threads, which share one setting of PyTorch."""
 
     def __init__(self) -> None:
-        self._lock, self._blocks, self._changed = threading.Lock(), set[object](), ExitStack()
+        self.lock, self.blocks = threading.Lock(), set[object]()
 
     def enter(self, block: object) -> None:
-        """Begin a block."""
-        with self._lock:
-            if not self._blocks:
-                self._changed.enter_context(torch.compiler.set_stance("force_eager"))
-            self._blocks.add(block)
+        """Begin a block; the first one changes the setting."""
+        with self.lock:
+            if not self.blocks:
+                self.begin()
+            self.blocks.add(block)
 
     def leave(self, block: object) -> None:
-        """End a block; after the last one, the stance is what it was."""
-        with self._lock:
-            self._blocks.discard(block)
-            if not self._blocks:
-                self._changed.close()
+        """End a block, if it was begun; after the last one, the setting is what it was."""
+        with self.lock:
+            if block in self.blocks:
+                self.blocks.discard(block)
+                self.end()
+
+    def begin(self) -> None:
+        """Change the setting, or note what it is; called for the first block."""
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """Restore the setting if no block is left; called after each block."""
+        raise NotImplementedError
+
+
+class _Stance(_Shared):
+    """The stance of PyTorch's compiler: eager while any block is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._changed = ExitStack()
+
+    def begin(self) -> None:
+        self._changed.enter_context(torch.compiler.set_stance("force_eager"))
+
+    def end(self) -> None:
+        if not self.blocks:
+            self._changed.close()
 
 
 _stance = _Stance()
@@ -140,7 +163,8 @@ def plain_defaults() -> Generator[None]:
     block, token = object(), None
     try:
         if _ambient.get() is None:
-            token = _ambient.set((_dtype.enter(block), torch.get_default_device()))
+            _dtype.enter(block)
+            token = _ambient.set((_dtype.outside, torch.get_default_device()))
         with _defaults(torch.float32, torch.device("cpu")):
             yield
     finally:
@@ -178,31 +202,25 @@ def _defaults(dtype: torch.dtype, device: torch.device) -> Generator[None]:
         _dtype.set(_wanted.get())
 
 
-class _DefaultDtype:
-    """PyTorch's default dtype, which all threads share."""
+class _DefaultDtype(_Shared):
+    """PyTorch's default dtype.
 
-    def __init__(self) -> None:
-        self._lock, self._blocks, self._outside = threading.Lock(), set[object](), torch.float32
+    Attributes:
+        outside: the default before the first block.
+    """
 
-    def enter(self, block: object) -> torch.dtype:
-        """Begin the outermost block of a thread, and return the dtype that was the default before the first thread's."""
-        with self._lock:
-            if not self._blocks:
-                self._outside = torch.get_default_dtype()
-            self._blocks.add(block)
-            return self._outside
+    outside = torch.float32
+
+    def begin(self) -> None:
+        self.outside = torch.get_default_dtype()
+
+    def end(self) -> None:
+        torch.set_default_dtype(torch.float32 if self.blocks else self.outside)
 
     def set(self, dtype: torch.dtype) -> None:
         """Set the default dtype; it is float32 as long as several threads are within."""
-        with self._lock:
-            torch.set_default_dtype(dtype if len(self._blocks) < 2 else torch.float32)
-
-    def leave(self, block: object) -> None:
-        """End a block, if it is the outermost of its thread; after the last one, the default dtype is what it was."""
-        with self._lock:
-            if block in self._blocks:
-                self._blocks.discard(block)
-                torch.set_default_dtype(torch.float32 if self._blocks else self._outside)
+        with self.lock:
+            torch.set_default_dtype(dtype if len(self.blocks) < 2 else torch.float32)
 
 
 _dtype = _DefaultDtype()

@@ -22,7 +22,7 @@ def held_objects(model: nn.Module) -> Iterator[Any]:
     """Yield every object that a module of ``model`` holds as an attribute or within one, each once, but :data:`PLAIN` ones.
 
     The walk enters lists, tuples, sets, mappings, partial functions, closures and the attributes of plain objects, but not
-    tensors. It leaves weak proxies out, because a module does not own what they stand for, and they raise if that is gone.
+    tensors. It leaves weak proxies out: a module does not own their object, and a proxy raises once its object is gone.
 
     Examples:
         >>> model = nn.Linear(2, 1)
@@ -39,7 +39,7 @@ def held_proxies(model: nn.Module) -> Iterator[Any]:
 
 
 def is_proxy(found: Any) -> bool:
-    """Return whether an object is a ``weakref.proxy``; ``isinstance`` would ask the object that it stands for."""
+    """Return whether an object is a ``weakref.proxy``; ``isinstance`` would ask the object behind the proxy."""
     return type(found) in ProxyTypes
 
 

@@ -24,9 +24,10 @@ from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.onnx.calibrate import RunInputs, calibrate_graph
 from slimlstm.onnx.find import find_lstms
 from slimlstm.onnx.forms import check_form
-from slimlstm.onnx.graph import LARGEST_FILE, OnnxLSTM, check_onnx_output, graphs_of, read_model
+from slimlstm.onnx.graph import OnnxLSTM, graphs_of
 from slimlstm.onnx.observe import GraphObserver
 from slimlstm.onnx.others import check_kinds
+from slimlstm.onnx.reading import LARGEST_FILE, check_onnx_output, read_model
 from slimlstm.onnx.source import GraphSource
 from slimlstm.ops.dense import rebuilt
 from slimlstm.ops.weights import Matrix

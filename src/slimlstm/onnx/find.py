@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError, reason_of
-from slimlstm.onnx.graph import OnnxLSTM, Scope, inner_graphs, open_scope, read_model
+from slimlstm.onnx.graph import OnnxLSTM, Scope, inner_graphs, open_scope
 from slimlstm.onnx.operators import OPERATORS, read_operator
+from slimlstm.onnx.reading import read_model
 from slimlstm.onnx.written_out import read_written_out
 
 

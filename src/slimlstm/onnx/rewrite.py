@@ -67,9 +67,10 @@ class Rewriter:
                 found = separate(layer, self._model, self._free, shared)
                 if layer.is_operator:
                     found += self._replace_operator(layer, new, prefix, shared)
-                for location in layer.locations if not layer.is_operator else ():
-                    if location.name in new:
-                        found += self._replace_product(location, prefix, new[location.name], shared)
+                else:
+                    for location in layer.locations:
+                        if location.name in new:
+                            found += self._replace_product(location, prefix, new[location.name], shared)
                 self.roots |= _roots(found, layer.scope)
                 released += found
         nodes = [*self._nodes, *self._graph.node]
@@ -257,7 +258,7 @@ def _check_products(groups: list[list[OnnxLSTM]], replacements: Mapping[str, Rep
 
 
 def _roots(names: Iterable[str], scope: Scope) -> set[str]:
-    """Return the constants without producers that those of these values which are constants are computed from."""
+    """Return the stored constants from which the constants among these values are computed."""
     roots, seen, pending = set[str](), set[str](), list(names)
     while pending:
         name = pending.pop()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
+from torch import Tensor
+
 from slimlstm.onnx.builder import SCALE
-from slimlstm.onnx.graph import graphs_of, inner_nodes
+from slimlstm.onnx.graph import OnnxLSTM, graphs_of, inner_nodes
 
 _SCALE = re.compile(rf"{re.escape(SCALE)}(\.\d+)?$")
 
@@ -32,3 +35,15 @@ def count_numbers(model: Any) -> int:
     tensors += [found.t for node in nodes if node.op_type == "Constant" for found in node.attribute if found.HasField("t")]
     counted = (tensor for tensor in tensors if tensor.data_type in kinds and not _SCALE.search(tensor.name))
     return sum(math.prod(tensor.dims) for tensor in counted if tensor.dims)
+
+
+def count_in_lstms(lstms: Iterable[OnnxLSTM]) -> int:
+    """Return the number of weights in LSTMs of one model; a weight that several LSTMs read counts once."""
+    found: dict[tuple[object, ...], int] = {}
+    for lstm in lstms:
+        for one in lstm.locations:
+            parts = (one.matrix,) if isinstance(one.matrix, Tensor) else one.matrix
+            found[one.node.input[one.index], one.direction, one.columns] = sum(part.numel() for part in parts)
+        biases = lstm.node.input[3] if lstm.is_operator and lstm.biases else lstm.name
+        found[biases, "biases"] = sum(bias.numel() for bias in lstm.biases.values())
+    return sum(found.values())

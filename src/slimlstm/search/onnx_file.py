@@ -20,7 +20,7 @@ from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.onnx.calibrate import RunInputs, calibrate_graph
 from slimlstm.onnx.compress import compress_onnx
 from slimlstm.onnx.find import find_lstms
-from slimlstm.onnx.graph import bytes_on_disk, check_onnx_output, read_model
+from slimlstm.onnx.reading import bytes_on_disk, check_onnx_output, read_model
 from slimlstm.onnx.runtime import Session
 from slimlstm.onnx.source import GraphSource
 from slimlstm.pipeline.config import LowRank, Quantize
