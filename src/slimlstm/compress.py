@@ -126,7 +126,6 @@ def _compress(
         progress=progress,
         judge=_judge(model, hosts, repeatable, loss),
         sensitivity=sensitivity,
-        mask_itemsize=1,
     )
     report = apply(source, solution)
     if repeatable is None or loss is None or loss_before is None:
@@ -256,6 +255,8 @@ def methods_of(config: Config) -> list[str]:
 
 class ModuleSource:
     """The sites of a live module; see :class:`slimlstm.pipeline.source.Source`."""
+
+    mask_itemsize = 1
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model

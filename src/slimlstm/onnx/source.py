@@ -45,6 +45,8 @@ class GraphSource:
         scans: the prefix of the names of an operator's Scans, by the operator's name; set by :meth:`put`.
     """
 
+    mask_itemsize = 0  # The zeros stay in the weights.
+
     def __init__(
         self,
         model: Any,

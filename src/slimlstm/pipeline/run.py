@@ -93,7 +93,6 @@ def solve(
     progress: Progress | None = None,
     judge: Judge | None = None,
     sensitivity: Sensitivity | None = None,
-    mask_itemsize: int = 0,
 ) -> Solution:
     """Find replacements for all matrices that a configuration selects; the source does not change.
 
@@ -107,7 +106,6 @@ def solve(
         progress: called with a site's key and the fraction done.
         judge: measures losses, for configurations that choose rank and storage together.
         sensitivity: an earlier measurement for such configurations.
-        mask_itemsize: the bytes that a mask takes in the saved file for each weight.
 
     Raises:
         SlimLSTMError: see :func:`slimlstm.pipeline.plan.make_plan`; a matrix cannot be compressed, calibration is missing
@@ -138,7 +136,12 @@ def solve(
         notes.append(note)
     reports = [
         site_report(
-            sites[key], plan.sites[key], replacements.get(key), source.itemsize(sites[key]), predicted[key], mask_itemsize
+            sites[key],
+            plan.sites[key],
+            replacements.get(key),
+            source.itemsize(sites[key]),
+            predicted[key],
+            source.mask_itemsize,
         )
         for key in plan.sites
     ]
@@ -167,7 +170,8 @@ def _saved(source: Source) -> Size:
         itemsize = 4 if site.storage else source.itemsize(site)
         parameters += m * n - site.parameters
         bytes_ += matrix_bytes(site.shape, None, None, itemsize)
-        bytes_ -= matrix_bytes(site.shape, site.rank, site.storage, itemsize) + (0 if site.nonzeros is None else m * n)
+        mask = 0 if site.nonzeros is None else source.mask_itemsize * m * n
+        bytes_ -= matrix_bytes(site.shape, site.rank, site.storage, itemsize) + mask
         if site.storage and site.target == "hh" and 4 * n < m:
             # The projection [P, H] has the storage of hh.
             bytes_ += matrix_bytes((n, m // 4), None, None, 4) - matrix_bytes((n, m // 4), None, site.storage, 4)

@@ -30,6 +30,9 @@ class Source(Protocol):
     """Something that holds sites. The three implementations are :class:`slimlstm.compress.ModuleSource`,
     :class:`slimlstm.weight_files.FileSource` and :class:`slimlstm.onnx.source.GraphSource`."""
 
+    mask_itemsize: int
+    """The bytes that a mask takes in the saved file for each weight."""
+
     def sites(self) -> list[Site]:
         """Return the site of every recurrent matrix, in the order of the source; shared modules count once."""
         ...

@@ -87,7 +87,6 @@ def compress_file(
             calibration=calibration,
             refit_obstacle="a weight file has no model to run batches through",
             progress=report_progress,
-            mask_itemsize=1,
         )
     check_smaller(solution)
     solution.notes += notes
@@ -129,6 +128,8 @@ class FileSource:
         state: the tensors after :meth:`put`, by their names in the ``state_dict`` of the compressed model.
         entries: the entries of compressed sites for ``config.json``.
     """
+
+    mask_itemsize = 1
 
     def __init__(self, tensors: Tensors, known: Mapping[str, Mapping[str, Any]]) -> None:
         self._known = known
