@@ -1,5 +1,6 @@
 """Fine-tuning in processes of its own: a run that is killed, and two processes that train together."""
 
+import atexit
 import os
 import signal
 import subprocess
@@ -92,6 +93,8 @@ def run_of_two_processes(folder):
         called.append(model)
         return float(squares_in_float64(model, some_batches(1)[0]))
 
+    # Functions that were registered first run last: after the group's own.
+    atexit.register(lambda: (folder / f"left-{rank}").write_text(str(not torch.distributed.is_initialized())))
     model = without_dropout()
     history = sl.finetune(model, some_batches(5), squares_in_float64, steps=9, lr=3e-2, validate=validate)
     assert bool(called) == (rank == 0)
@@ -120,6 +123,7 @@ def test_two_processes_are_one_with_batches_twice_as_large(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*launch, str(tmp_path / "run.py")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert [(tmp_path / f"left-{rank}").read_text() for rank in (0, 1)] == ["True", "True"]
     first, second = (torch.load(tmp_path / name, weights_only=True) for name in "01")
     assert first["history"]["losses"] == second["history"]["losses"]
     model, batches = without_dropout(), some_batches(5)

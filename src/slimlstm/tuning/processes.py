@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -72,4 +73,11 @@ def current_processes(device: torch.device) -> Processes:
     if dist.is_torchelastic_launched() and not dist.is_initialized():
         # The group stays for later runs, since starting a second one is not reliable.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(_leave_group)
     return Processes(device, dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Processes(device)
+
+
+def _leave_group() -> None:
+    """Leave the process group, whose threads may abort a process that exits while they run."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
