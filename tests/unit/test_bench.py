@@ -18,6 +18,7 @@ from slimlstm import LowRank, LowRankLSTM, Prune, Quantize, SlimLSTMError, bench
 from slimlstm.bench import engines, interleaved_seconds, median_ratios, timing
 from slimlstm.bench import layers as bench_of_layers
 from slimlstm.bench.candidates import Candidate, measure
+from slimlstm.bench.engines import dense_rivals, exact_output, low_rank_rivals
 from slimlstm.demo import model as embedded
 from slimlstm.folders import read_config, read_folder
 from slimlstm.methods import STORAGES
@@ -245,6 +246,25 @@ def test_every_layer_in_every_engine(monkeypatch):
         assert total == pytest.approx(sum(layer.candidates[name]["microseconds"] for layer in found.layers))
     best = min(value for name, value in found.totals().items() if name.startswith("PyTorch") and "dynamic" not in name)
     assert found.faster()["slimlstm dense"]["float32"]["ratio"] <= best / found.totals()["slimlstm dense"] + 1e-9
+
+
+@torch.no_grad()
+def test_int8_rivals_compute_in_int8():
+    torch.manual_seed(0)
+    lstm, x, refused = nn.LSTM(32, 48), torch.randn(9, 2, 32), {}
+    small = nn.Sequential(nn.LSTM(32, 48))
+    compress_(small, LowRank("svd", rank=8, storage="int8"))
+    for rivals, exact in (
+        (dense_rivals(lstm, x, 1, refused), lstm(x)[0]),
+        (low_rank_rivals(small[0], "compressed", x, 1, refused), exact_output(small[0], x)),
+    ):
+        errors = {
+            name: float((rival.call() - exact).norm() / exact.norm()) for name, rival in rivals if rival.precision == "int8"
+        }
+        # A rival that rounds nothing, though it says int8, computes what one in float32 does.
+        assert any(name.startswith("ONNX Runtime int8") for name in errors)
+        assert all(1e-3 < error < 0.3 for error in errors.values()), errors
+    assert not [name for name in refused if "int8" in name]
 
 
 @pytest.mark.usefixtures("brief")

@@ -70,6 +70,21 @@ def test_operators(rank, bidirectional, tmp_path):
         compress_onnx(tmp_path / "lstm.onnx", config, tmp_path / "again.onnx", form="lstm")
 
 
+@pytest.mark.parametrize("config", [sl.Quantize("int4"), sl.LowRank("svd", rank=RANK, storage="int4")])
+def test_batches_help_to_round(config, tmp_path):
+    rng = np.random.default_rng(0)
+    node, weights = lstm_parts(rng, "forward", hidden=WIDE)
+    path = save(tmp_path / "model.onnx", [node], weights, node.output[:1], opset=21, ir_version=10)
+    size = feed(path)["x"].shape[-1]
+    mixing = rng.standard_normal((size, size)).astype(np.float32) * np.logspace(0, -2, size, dtype=np.float32)[:, None]
+    runs = [{"x": rng.standard_normal((20, 3, size)).astype(np.float32) @ mixing} for _ in range(9)]
+    errors = []
+    for batches in (None, iter(runs[:6])):
+        compress_onnx(path, config, tmp_path / "small.onnx", batches=batches)
+        errors.append(sum(np.square(run(path, one)[0] - run(tmp_path / "small.onnx", one)[0]).sum() for one in runs[6:]))
+    assert errors[1] < 0.7 * errors[0]
+
+
 @pytest.mark.parametrize("rank", [None, 1])
 @pytest.mark.parametrize("gemm", [False, True])
 def test_lstms_that_are_written_out(gemm, rank, tmp_path, monkeypatch):

@@ -21,6 +21,10 @@ STEPS = 12
 @pytest.fixture
 def made(tmp_path):
     """A file with an LSTM of random matrices, a layer that reads its outputs, and six runs."""
+    return make(tmp_path)
+
+
+def make(tmp_path, **versions):
     rng = np.random.default_rng(0)
     node, weights = lstm_parts(rng, hidden=H)
     for index, shape in ((0, (1, 4 * H, INPUTS)), (1, (1, 4 * H, H))):
@@ -28,7 +32,7 @@ def made(tmp_path):
     scores = helper.make_node("MatMul", [node.output[0], "readout"], ["scores"])
     probabilities = helper.make_node("Softmax", ["scores"], ["probabilities"], axis=-1)
     weights.append(numpy_helper.from_array(rng.standard_normal((H, 5)).astype(np.float32), "readout"))
-    path = Path(save(tmp_path / "model.onnx", [node, scores, probabilities], weights, ["probabilities"]))
+    path = Path(save(tmp_path / "model.onnx", [node, scores, probabilities], weights, ["probabilities"], **versions))
     runs = [{"x": rng.standard_normal((STEPS, 3, INPUTS)).astype(np.float32)} for _ in range(6)]
     return path, runs
 
@@ -46,6 +50,13 @@ def test_the_smallest_file_that_agrees(made, tmp_path, at_most):
     assert found.best.bytes == min(trial.bytes for trial in found.trials if trial.accepted)
     assert "by argmax" in found.limit
     assert {entry.name for entry in tmp_path.iterdir()} == {"model.onnx", "small.onnx"}
+
+
+@pytest.mark.parametrize(("opset", "labels"), [(18, ["int8"]), (21, ["int8", "int4"])])
+def test_whole_matrices_are_tried_in_the_storages_of_the_opset(opset, labels, tmp_path):
+    path, runs = make(tmp_path, opset=opset, ir_version=10)
+    found = shrink_onnx(path, tmp_path / "small.onnx", runs, at_most="100%", evaluations=4)
+    assert [trial.label for trial in found.trials if trial.label.startswith("int")] == labels
 
 
 def test_an_interrupt_leaves_the_best_file_so_far(made, tmp_path):

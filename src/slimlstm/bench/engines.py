@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,17 @@ NamedCandidates = Iterator[tuple[str, Candidate]]
 def dense_rivals(lstm: nn.LSTM, x: Tensor, threads: int, refused: dict[str, str]) -> NamedCandidates:
     """Yield every rival that runs the dense layer; add the others to ``refused``, with the reason."""
     yield from pytorch_rivals(lstm, x, refused)
-    yield from onnx_rivals(
-        lambda: layer_model(LowRankLSTM.from_dense(lstm).layers()[0], "lstm"), "LSTM", "dense", x, threads, refused
-    )
+    operator = partial(layer_model, LowRankLSTM.from_dense(lstm).layers()[0], "lstm")
+    yield from onnx_rivals(operator, lambda: _quantized(operator()), "LSTM", "dense", x, threads, refused)
 
 
 def low_rank_rivals(layer: LowRankLSTM, model: str, x: Tensor, threads: int, refused: dict[str, str]) -> NamedCandidates:
-    """Yield every rival that runs the layer with factors, as an ONNX Scan with float32 weights."""
-    exact = [weights._replace(ih_storage="float32", hh_storage="float32") for weights in layer.layers()[0]]
-    yield from onnx_rivals(lambda: layer_model(exact, "scan"), f"Scan {model}", model, x, threads, refused)
+    """Yield every rival that runs the layer with factors, as ONNX Scans that multiply by floats or by int8 integers."""
+
+    def build(storage: str) -> Any:
+        return layer_model([one._replace(ih_storage=storage, hh_storage=storage) for one in layer.layers()[0]], "scan")
+
+    yield from onnx_rivals(partial(build, "float32"), partial(build, "int8"), f"Scan {model}", model, x, threads, refused)
 
 
 def pytorch_rivals(lstm: nn.LSTM, x: Tensor, refused: dict[str, str]) -> NamedCandidates:
@@ -68,29 +71,29 @@ def pytorch_rivals(lstm: nn.LSTM, x: Tensor, refused: dict[str, str]) -> NamedCa
 
 
 def onnx_rivals(
-    build: Callable[[], Any], name: str, model: str, x: Tensor, threads: int, refused: dict[str, str]
+    build: Callable[[], Any],
+    build_int8: Callable[[], Any],
+    name: str,
+    model: str,
+    x: Tensor,
+    threads: int,
+    refused: dict[str, str],
 ) -> NamedCandidates:
-    """Yield ONNX Runtime in float32 and int8, and OpenVINO in float32, on the ONNX model that ``build`` returns."""
-    try:
-        content: bytes = build().SerializeToString()
-    except (ImportError, SlimLSTMError) as error:
-        reason = _refusal(error)
-        refused.update({f"{engine} {name}": reason for engine in ("ONNX Runtime", "OpenVINO")})
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        path.write_bytes(content)
-        for engine, precision, start in (
-            ("ONNX Runtime", "float32", _onnx_runtime),
-            ("ONNX Runtime int8", "int8", _onnx_runtime_int8),
-            ("OpenVINO", "float32", _openvino),
-        ):
+    """Yield ONNX Runtime in float32 and int8, and OpenVINO in float32, on the ONNX models that the functions return."""
+    for engine, precision, make, start in (
+        ("ONNX Runtime", "float32", build, _onnx_runtime),
+        ("ONNX Runtime int8", "int8", build_int8, _onnx_runtime),
+        ("OpenVINO", "float32", build, _openvino),
+    ):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
             try:
+                path.write_bytes(make().SerializeToString())
                 call = start(path, x, threads)
             except Exception as error:  # each library raises classes of its own
                 refused[f"{engine} {name}"] = _refusal(error)
-            else:
-                yield f"{engine} {name}", Candidate(False, precision, model, call)
+                continue
+            yield f"{engine} {name}", Candidate(False, precision, model, call)
 
 
 def exact_output(layer: LowRankLSTM, x: Tensor) -> Tensor:
@@ -107,17 +110,28 @@ def _onnx_runtime(path: Path, x: Tensor, threads: int) -> Callable[[], Tensor]:
     return lambda: torch.from_numpy(session.run(None, {"x": array})[0])
 
 
-def _onnx_runtime_int8(path: Path, x: Tensor, threads: int) -> Callable[[], Tensor]:
+def _quantized(model: Any) -> Any:
+    """Return an ONNX model whose weights ONNX Runtime's dynamic quantisation has changed to int8.
+
+    Raises:
+        SlimLSTMError: it has changed none.
+    """
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic  # pyright: ignore
 
-    small, logger = path.with_name("int8.onnx"), logging.getLogger()
+    logger = logging.getLogger()
     level = logger.level
     logger.setLevel(logging.ERROR)  # the quantiser advises preparations that these models do not need
     try:
-        quantize_dynamic(str(path), str(small), weight_type=QuantType.QInt8, extra_options={"EnableSubgraph": True})
+        with tempfile.TemporaryDirectory() as folder:
+            small = Path(folder) / "int8.onnx"
+            quantize_dynamic(model, str(small), weight_type=QuantType.QInt8)
+            found = onnx.load(small)
     finally:
         logger.setLevel(level)
-    return _onnx_runtime(small, x, threads)
+    if not any(constant.data_type == onnx.TensorProto.INT8 for constant in found.graph.initializer):
+        raise SlimLSTMError("ONNX Runtime's quantiser changed no weight")
+    return found
 
 
 def _openvino(path: Path, x: Tensor, threads: int) -> Callable[[], Tensor]:

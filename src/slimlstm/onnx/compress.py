@@ -33,7 +33,7 @@ from slimlstm.ops.dense import rebuilt
 from slimlstm.ops.weights import Matrix
 from slimlstm.pipeline.plan import Config, check_config
 from slimlstm.pipeline.report import Report
-from slimlstm.pipeline.run import apply, check_smaller, needs_of, solve
+from slimlstm.pipeline.run import apply, check_smaller, needs_of, rounds_with_feedback, solve
 from slimlstm.progress import Progress, shown
 
 
@@ -62,7 +62,7 @@ def compress_onnx(
             ``"<node>.weight_hh_l0"``. The storage ``"int4"`` needs a file of opset 21 or later.
         output: the file to write, not ``path`` itself. An existing file is replaced after everything else has succeeded.
         batches: for each run a mapping from the names of inputs to NumPy arrays. Calibrated methods need batches and ONNX
-            Runtime.
+            Runtime; with batches, rounding to fewer than 8 bits loses less.
         calibration: moments by site key, used instead of batches.
         refit: see :func:`slimlstm.compress_`; the mean squared change of the file's outputs decides which factors stay.
         also: weights outside LSTMs that become int8 by ONNX Runtime's own quantiser: any of ``"linear"`` (MatMul and Gemm),
@@ -94,7 +94,7 @@ def compress_onnx(
     if not source.sites():
         raise SlimLSTMError("; ".join([f"{path} holds no LSTM with constant weights", *problems]))
     check_config(config, source.sites())
-    needs = needs_of(config)
+    needs = max(needs_of(config), Needs.INPUTS if rounds_with_feedback(config) else Needs.NOTHING)
     if batches is not None and calibration is None and needs > Needs.NOTHING:
         observed = [lstm for group in source.groups for lstm in group]
         calibration = source.calibration(calibrate_graph(model, observed, batches, needs >= Needs.GRADIENTS))

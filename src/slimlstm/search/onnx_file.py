@@ -17,9 +17,11 @@ from slimlstm.calibration.moments import Calibration
 from slimlstm.errors import SlimLSTMError
 from slimlstm.files import replacing
 from slimlstm.modules.modes import plain_defaults, plain_mode
+from slimlstm.onnx.builder import INT4_OPSET
 from slimlstm.onnx.calibrate import RunInputs, calibrate_graph
 from slimlstm.onnx.compress import compress_onnx
 from slimlstm.onnx.find import find_lstms
+from slimlstm.onnx.opsets import opset_of
 from slimlstm.onnx.reading import bytes_on_disk, check_onnx_output, read_model
 from slimlstm.onnx.runtime import Session
 from slimlstm.onnx.source import GraphSource
@@ -33,8 +35,6 @@ from slimlstm.search.result import Better, Measured, Search, Trial, limit_in_wor
 
 FileMetric = Callable[[Path], "float | Tensor | ArrayLike"]
 """Takes the path of a file and returns a number, or one value for each held-out example [n]."""
-_STORAGES = ("bfloat16", "int8")
-"""Storages that ONNX files can hold."""
 _METRIC = "disagreement"
 
 
@@ -117,7 +117,7 @@ def shrink_onnx(
                 engine,
                 Quantize,
                 lambda budget, storage: None if obstacles else LowRank("fisher", bytes=budget, storage=storage),
-                _STORAGES,
+                _storages(path),
             )
         )
     if engine.best is None:
@@ -182,6 +182,11 @@ def _split(runs: Sequence[RunInputs]) -> tuple[list[RunInputs], list[RunInputs]]
         return list(runs), list(runs)
     count = max(1, len(runs) // 3)
     return list(runs[-count:]), list(runs[:-count])
+
+
+def _storages(path: Path) -> tuple[str, ...]:
+    """Return the storages of whole matrices that the file's opset has."""
+    return ("bfloat16", "int8", "int4") if opset_of(read_model(path)) >= INT4_OPSET else ("bfloat16", "int8")
 
 
 def _outputs(model: object, names: Sequence[str], runs: Sequence[RunInputs]) -> Outputs:
