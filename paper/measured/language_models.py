@@ -51,8 +51,9 @@ def demo(tour: Result) -> str:
         [
             markdown(["rank 50", "LSTM parameters", "stored", "perplexity", "change", "speed"], rows),
             tour["summary"],
-            "*Perplexity* is per byte-pair token of held-out WikiText-2 text. *Speed* is how many times faster the LSTMs "
-            "read 35 tokens than the dense model's LSTMs in PyTorch, at batch 1 on one thread, side by side on "
+            "*Perplexity* is per byte-pair token of held-out WikiText-2 text: its first part measures, its rest "
+            "calibrates. `slimlstm eval embedded` measures on all of it. *Speed* is how many times faster the LSTMs read "
+            "35 tokens than the dense model's LSTMs in PyTorch, at batch 1 on one thread, side by side on "
             f"{made_with['processor']}. From [`docs/demo.json`](docs/demo.json), with PyTorch {made_with['torch']}. "
             "[Speed of one layer](#speed-of-one-layer) compares with the fastest engine for each size.",
         ]
@@ -109,8 +110,8 @@ def frontier(results: ResultFolder) -> str:
     return "\n\n".join(
         [
             markdown(FRONTIER_HEADER, rows),
-            "*int8* (the Fisher method) and *rank and bits together* show the rise of the test text's log-perplexity; "
-            "*ratio* compares them. *Perplexity*: its change with rank and bits together. The picture shows other sizes.",
+            "Rises of the test loss, in nats per token: *int8* for Fisher factors in int8. *Ratio* compares both rises. "
+            "*Perplexity*: its change with rank and bits together. The picture shows other sizes.",
             FRONTIER_PICTURE,
         ]
     )
@@ -161,7 +162,8 @@ def quality(results: ResultFolder) -> str:
             "The numbers are the rise of the whole test text's log-perplexity at the same bytes: by the Fisher method in "
             'int8, and by `LowRank("fisher", bytes=..., storage="auto")`, which chooses rank and bits of every matrix '
             "together. *Ratio* divides the second rise by the first. *Perplexity* is its change with rank and bits "
-            "together. From [`results/frontier_ptb`](results/frontier_ptb) and "
+            "together. Factors are fitted once here, and the embedded model reads its whole test text, so *int8* differs "
+            "a little from *fisher-int8* above. From [`results/frontier_ptb`](results/frontier_ptb) and "
             "[`results/frontier_embedded`](results/frontier_embedded).",
             f"{_calibration(results)}A byte is worth more in some matrices than in others:",
             "![Predicted rise of the loss against bytes of each matrix](docs/sensitivity.png)",

@@ -113,10 +113,10 @@ def calls(results: ResultFolder, mode: str, words: str) -> str:
             f"The numbers say how many times faster than `nn.LSTM` a layer is in {words}, at batch 1 / 8 / 32, on one "
             "thread in float32. *Dense* layers keep their matrices whole; *factors* keep "
             f"{result['config']['keep']:.0%} of the numbers; I = H. `nn.LSTM` runs with oneDNN or without, whichever is "
-            f"faster. The smallest ratio of a compressed layer is {small:.2f}, or {by_default:.2f} to PyTorch's default, "
-            f"with oneDNN; the smallest ratio of a dense layer is {dense:.2f}. The settings with the most arithmetic are "
-            f"left out. From [`results/calls/{mode}.json`](results/calls/{mode}.json), made by `benchmarks/calls.py "
-            f"{mode}` on {result['provenance']['processor']}.",
+            f"faster. Every compressed layer is at least {small:.2f} times as fast, and at least {by_default:.2f} times as "
+            f"fast as PyTorch's default, oneDNN; the smallest ratio of a dense layer is {dense:.2f}. The settings with the "
+            f"most arithmetic are left out. From [`results/calls/{mode}.json`](results/calls/{mode}.json), made by "
+            f"`benchmarks/calls.py {mode}` on {result['provenance']['processor']}.",
         ]
     )
 
