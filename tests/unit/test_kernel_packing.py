@@ -9,7 +9,7 @@ from copy import copy, deepcopy
 
 import pytest
 import torch
-from kernels import assert_current, low_rank, needs_kernel
+from kernels import assert_current, isa, low_rank, needs_kernel  # noqa: F401
 from torch import nn
 
 from slimlstm.modules.lstm import LowRankLSTM
@@ -218,6 +218,32 @@ def test_every_edit_of_one_element_is_seen(edit, grad):
             for _ in range(3):
                 module(x)
             edit(module, index)
+            assert_current(module, x)
+
+
+WHOLE = {
+    "sign": lambda values: values.neg_(),
+    "half": lambda values: values.mul_(0.5),
+    "power of two": lambda values: values.mul_(2.0**-10),
+    "signs of every other row": lambda values: values[::2].neg_(),
+    "every eighth bit": lambda values: values.view(torch.int32).add_(0x01010101),
+    "order of rows": lambda values: values.copy_(values.flip(0)),
+    "order of halves": lambda values: values.copy_(values.roll(len(values) // 2, 0)),
+    "order of columns": lambda values: values.copy_(values.roll(4, 1)),
+}
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("edit", WHOLE.values(), ids=WHOLE)
+@torch.no_grad()
+def test_every_edit_of_a_whole_matrix_is_seen(edit):
+    """A change that is the same for all numbers cancels in plain sums, if their count has enough factors of two."""
+    for size in (16, 32, 64, 256):
+        module, x = LowRankLSTM.from_dense(nn.LSTM(size, size)), torch.randn(2, 1, size)
+        for values in (module.weight_ih_l0.data, module.weight_hh_l0.detach().numpy()):
+            for _ in range(3):
+                module(x)
+            edit(torch.as_tensor(values))
             assert_current(module, x)
 
 

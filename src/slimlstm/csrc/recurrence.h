@@ -337,6 +337,7 @@ size_t workspace(const Task& task, int team_size) { return Buffers(task, nullptr
 void run(const Task& task, float* workspace, const Team& team, int member) { Run(task, workspace, team, member).run(); }
 
 // Keeps two running sums in each lane, of the values and of the first sum, so that the hash depends on the values' order.
+// Rotations carry high bits to low places: in plain sums, equal changes of many signs or exponents would cancel.
 uint64_t digest(const float* values, ptrdiff_t count, uint64_t so_far) {
     constexpr int vectors = 4;
     I sums[vectors], sums_of_sums[vectors];
@@ -344,8 +345,8 @@ uint64_t digest(const float* values, ptrdiff_t count, uint64_t so_far) {
     ptrdiff_t k = 0;
     for (; k + vectors * L <= count; k += vectors * L)
         SLIMLSTM_UNROLL(v, vectors) {
-            sums[v] = Simd::add_words(sums[v], Simd::load_words(values + k + v * L));
-            sums_of_sums[v] = Simd::add_words(sums_of_sums[v], sums[v]);
+            sums[v] = Simd::add_words(Simd::template rotate_words<13>(sums[v]), Simd::load_words(values + k + v * L));
+            sums_of_sums[v] = Simd::add_words(Simd::template rotate_words<7>(sums_of_sums[v]), sums[v]);
         }
     auto mix = [&](uint32_t word) { so_far = (so_far ^ word) * 0x9E3779B97F4A7C15u; };
     for (; k < count; ++k) mix(static_cast<uint32_t>(bits_of(values[k])));

@@ -42,6 +42,10 @@ struct Simd {
     static F to_float(I v) { return _mm256_cvtepi32_ps(v); }
     static I add_words(I a, I b) { return _mm256_add_epi32(a, b); }
     static I subtract_words(I a, I b) { return _mm256_sub_epi32(a, b); }
+    template <int bits>
+    static I rotate_words(I a) {
+        return _mm256_or_si256(_mm256_slli_epi32(a, bits), _mm256_srli_epi32(a, 32 - bits));
+    }
     static I and_words(I a, I b) { return _mm256_and_si256(a, b); }
     static I max_words(I a, I b) { return _mm256_max_epi32(a, b); }
     static int largest_word(I v) {

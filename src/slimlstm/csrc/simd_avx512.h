@@ -42,6 +42,10 @@ struct Simd {
     static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
     static I add_words(I a, I b) { return _mm512_add_epi32(a, b); }
     static I subtract_words(I a, I b) { return _mm512_sub_epi32(a, b); }
+    template <int bits>
+    static I rotate_words(I a) {
+        return _mm512_rol_epi32(a, bits);
+    }
     static I and_words(I a, I b) { return _mm512_and_si512(a, b); }
     static I max_words(I a, I b) { return _mm512_max_epi32(a, b); }
     static int largest_word(I v) { return _mm512_reduce_max_epi32(v); }

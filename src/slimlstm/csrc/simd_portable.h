@@ -55,6 +55,11 @@ struct Simd {
     static F to_float(I v) { return __builtin_convertvector(v, F); }
     static I add_words(I a, I b) { return reinterpret_cast<I>(reinterpret_cast<U>(a) + reinterpret_cast<U>(b)); }
     static I subtract_words(I a, I b) { return reinterpret_cast<I>(reinterpret_cast<U>(a) - reinterpret_cast<U>(b)); }
+    template <int bits>
+    static I rotate_words(I a) {
+        U words = reinterpret_cast<U>(a);
+        return reinterpret_cast<I>((words << bits) | (words >> (32 - bits)));
+    }
     static I and_words(I a, I b) { return a & b; }
     static I max_words(I a, I b) { return a > b ? a : b; }
     static int largest_word(I v) {
