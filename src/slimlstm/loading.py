@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -10,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from slimlstm.errors import SlimLSTMError, refusing
+from slimlstm.errors import SlimLSTMError, reason_of, refusing
 from slimlstm.folders import CONFIG, read_folder
 from slimlstm.methods import Replacement
 from slimlstm.modules.graphs import copy_model
@@ -50,16 +51,17 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         _rebuild(trial, sites, tensors).commit()
         _complete(trial, tensors)
         _check_fit(trial, tensors)
+        _fill(trial, tensors)
+        _check_filled(trial, tensors)
     swap = _rebuild(model, sites, tensors)
-    before: list[tuple[Tensor, Tensor]] = []
+    before: list[tuple[Tensor, Tensor, Tensor]] = []
     try:
         swap.commit()
-        before += [(target, target.data) for target in _tensors(model).values()]
-        for name, target in _tensors(model).items():
-            target.data = tensors[name].to(target.device, copy=True)
+        before += [(target, target.data, target.data.clone()) for target in _tensors(model).values()]
+        _fill(model, tensors)
     except BaseException:
-        for target, data in before:
-            target.data = data
+        for target, data, numbers in before:
+            target.data = numbers if data.is_inference() or _overlaps(data) else data.copy_(numbers)
         swap.undo()
         raise
     return model
@@ -196,11 +198,6 @@ def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             )
         )
     for name, target in expected.items():
-        if target.shape != tensors[name].shape:
-            raise SlimLSTMError(
-                f"{name} is {list(tensors[name].shape)} in the folder, {list(target.shape)} in the model; load into a "
-                "model of the same sizes"
-            )
         if target.requires_grad and not (tensors[name].is_floating_point() or tensors[name].is_complex()):
             raise SlimLSTMError(
                 f"{name} is {tensors[name].dtype} in the folder, a parameter with gradients in the model; load into a "
@@ -214,6 +211,50 @@ def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 f"{name} and {other} are one parameter in the model, but differ in the folder; load into a model that does "
                 "not tie them"
             )
+
+
+def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a model the stored dtypes and numbers by its own ``load_state_dict``, which may do more than copy numbers."""
+    for name, target in _tensors(model).items():
+        if target.dtype != tensors[name].dtype or _overlaps(target):
+            target.data = target.to(tensors[name].dtype, copy=True, memory_format=torch.contiguous_format)
+    state = OrderedDict(tensors)
+    # Without the versions of the modules, PyTorch takes the tensors for those of its oldest modules.
+    state._metadata = getattr(model.state_dict(), "_metadata", None)  # pyright: ignore[reportAttributeAccessIssue]
+    # Only in inference mode, PyTorch writes into tensors that were made in it.
+    made_for_inference = any(target.is_inference() for target in _tensors(model).values())
+    try:
+        with torch.inference_mode(made_for_inference):
+            model.load_state_dict(state)
+    except (RuntimeError, ValueError) as error:
+        for name, target in _tensors(model).items():
+            if target.shape != tensors[name].shape:
+                raise SlimLSTMError(
+                    f"{name} is {list(tensors[name].shape)} in the folder, {list(target.shape)} in the model; load into a "
+                    "model of the same sizes"
+                ) from error
+        raise SlimLSTMError(f"the model's load_state_dict refuses the tensors: {reason_of(error)}") from error
+
+
+def _overlaps(target: Tensor) -> bool:
+    """Return whether several elements share memory, into which PyTorch does not write."""
+    return torch._debug_has_internal_overlap(target) == 1  # pyright: ignore
+
+
+def _check_filled(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    for name, found in model.state_dict().items():
+        tensor = tensors[name]
+        if (found.dtype, found.shape) != (tensor.dtype, tensor.shape) or not _is_same(found.cpu(), tensor.cpu()):
+            raise SlimLSTMError(
+                f"{name} has other numbers in the model after its load_state_dict than in the folder, which holds "
+                f"{tensor.dtype} {list(tensor.shape)}; load into a model of that dtype whose tensors share no memory"
+            )
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors of one dtype and shape have the same bits."""
+    a, b = (tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b))
+    return torch.equal(a, b)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

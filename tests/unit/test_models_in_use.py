@@ -428,11 +428,12 @@ def test_a_loss_that_fails_on_the_compressed_model_leaves_everything_as_it_was()
     assert snapshot(model) == before
 
 
-def test_parametrized_matrices_are_dense_in_the_copy():
+@pytest.mark.parametrize("name", ["weight_hh_l0", "bias_hh_l0"])
+def test_parametrized_weights_are_plain_in_the_copy(name):
     """A parametrization other than a mask ends, and the report says so."""
     model = Model()
-    parametrize.register_parametrization(model.lstm, "weight_hh_l0", nn.Tanh())
-    expected = model.lstm.weight_hh_l0.detach().clone()
+    parametrize.register_parametrization(model.lstm, name, nn.Tanh())
+    expected = getattr(model.lstm, name).detach().clone()
     report = compress_(model, LowRank(rank=2, target="ih"))
-    assert torch.equal(model.lstm.weight_hh_l0, expected)
+    assert torch.equal(getattr(model.lstm, name), expected)
     assert any("parametrization of its weights ends here" in note for note in report.notes)

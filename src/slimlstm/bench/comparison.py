@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from slimlstm.bench.timing import SECONDS, interleaved_seconds, using_threads
 from slimlstm.errors import SlimLSTMError
 from slimlstm.modules.modes import evaluation_mode
+from slimlstm.modules.state import kept_state
 from slimlstm.provenance import provenance
 
 
@@ -39,7 +40,7 @@ class Comparison:
             f"{1e6 * m:,.0f} us ({1e6 * a:,.0f} to {1e6 * b:,.0f})" for a, m, b in (self.dense, self.compressed)
         )
         return (
-            f"dense {dense}, compressed {compressed}: {self.faster:.2f}x with {self.threads} threads; "
+            f"dense {dense}, compressed {compressed}: {self.faster:.2f}x with {self.threads} thread{'s' * (self.threads > 1)}; "
             f"outputs differ by {self.difference:.2%}"
         )
 
@@ -72,7 +73,8 @@ def compare(
         True
     """
     threads = threads or torch.get_num_threads()
-    with evaluation_mode(nn.ModuleList((dense, compressed))):
+    both = nn.ModuleList((dense, compressed))
+    with evaluation_mode(both), kept_state(both):
         with using_threads(threads), torch.no_grad(), parametrize.cached():
             difference = relative_difference(*(list(_tensors(model(*inputs))) for model in (dense, compressed)))
         calls = {"dense": lambda: dense(*inputs), "compressed": lambda: compressed(*inputs)}

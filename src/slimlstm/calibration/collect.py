@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from slimlstm.calibration.losses import Loss, LossState, call, checked_losses, observed_losses, result_of
+from slimlstm.calibration.losses import Loss, LossState, call, checked_losses, copied, observed_losses, result_of
 from slimlstm.calibration.moments import Calibration, Moments
 from slimlstm.calibration.observe import observable_hosts, observing
 from slimlstm.calibration.recorder import Keys, Recorder, Rows
 from slimlstm.errors import SlimLSTMError
 from slimlstm.modules.modes import ambient_defaults, evaluation_mode, plain_mode
+from slimlstm.modules.state import kept_state
 from slimlstm.progress import Progress, counted, shown
 
 _BLOCK = 512
@@ -119,7 +120,7 @@ def _collect(
 ) -> _Pass:
     """Run the batches, and add their rows to the sums; with ``is_again`` only the gradients, as another draw."""
     found = _Pass()
-    with LossState(loss).kept():
+    with LossState(loss).kept(), kept_state(model):
         for batch in batches:
             found.batches += 1
             for keys, rows in _run(model, batch, loss, recorder, found).items():
@@ -131,16 +132,16 @@ def _run(model: nn.Module, batch: Any, loss: Loss | None, recorder: Recorder, fo
     """Run one batch, add its losses to ``found``, and return its rows."""
     if loss is None:
         with torch.no_grad():
-            call(model, batch)
+            call(model, copied(batch))
         return recorder.take(None)
     with torch.enable_grad():
-        result = result_of(loss, model, batch)
+        result = result_of(loss, model, copied(batch))
         losses, is_scaled = observed_losses(result)
         rows = recorder.take(losses.sum())
     found.total += float(losses.detach().double().sum())
     found.predictions += losses.numel()
     found.is_scaled = found.is_scaled and is_scaled
-    found.is_drawn = isinstance(result, Distribution)
+    found.is_drawn = found.is_drawn or isinstance(result, Distribution)
     return rows
 
 
@@ -178,13 +179,14 @@ def mean_loss(model: nn.Module, batches: Iterable[Any], loss: Loss) -> float | N
     total, count = 0.0, 0
     with (
         LossState(loss).kept(),
+        kept_state(model),
         shown("measuring the loss") as report,
         evaluation_mode(model),
         torch.no_grad(),
         ambient_defaults(),
     ):
         for batch in counted(batches, report):
-            result = loss(model, batch)
+            result = loss(model, copied(batch))
             if isinstance(result, Distribution):
                 return None
             losses = checked_losses(result)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from slimlstm.calibration.collect import NO_BATCH
-from slimlstm.calibration.losses import Loss, LossState, costs_of
+from slimlstm.calibration.losses import Loss, LossState, copied, costs_of
 from slimlstm.calibration.observe import build_like, forwards_replaced, key_of
 from slimlstm.errors import SlimLSTMError
 from slimlstm.modules.cell import LowRankLSTMCell
@@ -17,10 +17,18 @@ from slimlstm.modules.graphs import detaching
 from slimlstm.modules.host import Host
 from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.modules.modes import ambient_defaults, evaluation_mode, plain_mode, uncompiled
+from slimlstm.modules.state import KeptState, kept_state
 from slimlstm.ops.weights import Matrix
 
 _WARM_UP = 2
 """Number of batches to run before the first one that counts, for losses that carry a state."""
+
+
+class _State(NamedTuple):
+    """The states of the loss and of the model before a batch."""
+
+    loss: Any
+    model: KeptState
 
 
 class ModuleJudge:
@@ -43,8 +51,8 @@ class ModuleJudge:
     ) -> None:
         self._model, self._hosts, self._batches, self._loss = model, hosts, batches, loss
         self._held_out = held_out
-        self._state = LossState(loss)
-        self._first_state: Any = None
+        self._loss_state = LossState(loss)
+        self._first: _State | None = None
         self._kept: list[tuple[int, Any]] | None = None
 
     @plain_mode()
@@ -56,22 +64,23 @@ class ModuleJudge:
         """
         modules = [(host.lstm, made) for host in self._hosts if (made := _replaced(host, weights)) is not None]
         with (
-            self._state.kept(),
+            self._loss_state.kept(),
             uncompiled(),
             torch.random.fork_rng(),
             torch.no_grad(),
             detaching(self._model),
             evaluation_mode(self._model),
+            kept_state(self._model) as state,
         ):
-            found = [costs.double().flatten() for costs in self._costs(modules)]
+            found = [costs.double().flatten() for costs in self._costs(modules, state)]
         if not found:
             raise SlimLSTMError(NO_BATCH)
         return float(torch.cat(found).mean())
 
-    def _costs(self, modules: Sequence[tuple[nn.Module, nn.Module]]) -> Iterable[Tensor]:
-        if self._kept is None:
-            self._kept = self._first_pass()
-        dense = compressed = self._first_state
+    def _costs(self, modules: Sequence[tuple[nn.Module, nn.Module]], state: KeptState) -> Iterable[Tensor]:
+        if self._kept is None or self._first is None:
+            self._kept, self._first = self._first_pass(state)
+        dense = compressed = self._first
         for number, batch in self._kept:
             result, compressed = self._run(number, batch, modules, compressed)
             reference = result
@@ -79,29 +88,30 @@ class ModuleJudge:
                 reference, dense = self._run(number, batch, [], dense)
             yield costs_of(reference, result)
 
-    def _first_pass(self) -> list[tuple[int, Any]]:
-        """Return the batches that count, with their numbers.
+    def _first_pass(self, state: KeptState) -> tuple[list[tuple[int, Any]], _State]:
+        """Return the batches that count, with their numbers, and the state before the first of them.
 
         A loss that carries a state first sees a few batches before them, with the uncompressed model.
         """
         kept: list[tuple[int, Any]] = []
+        first = _State(self._loss_state.read(), state)
         for number, batch in enumerate(self._batches):
             if number in self._held_out:
                 kept.append((number, batch))
-            elif self._state.exists and self._held_out.start - _WARM_UP <= number < self._held_out.start:
-                self._run(number, batch, [], None)
-        self._first_state = self._state.read()
-        return kept
+            elif self._loss_state.exists and self._held_out.start - _WARM_UP <= number < self._held_out.start:
+                _, first = self._run(number, batch, [], first)
+        return kept, first
 
     def _run(
-        self, number: int, batch: Any, modules: Sequence[tuple[nn.Module, nn.Module]], state: Any
-    ) -> tuple[object, Any]:
-        """Run one batch from a state of the loss, or from its present state if None; return result and next state."""
+        self, number: int, batch: Any, modules: Sequence[tuple[nn.Module, nn.Module]], before: _State
+    ) -> tuple[object, _State]:
+        """Run one batch from a state; return the result and the next state."""
         torch.manual_seed(number)
-        self._state.restore(state)
+        self._loss_state.restore(before.loss)
+        before.model.restore()
         with forwards_replaced(modules), ambient_defaults():
-            result = self._loss(self._model, batch)
-        return result, self._state.read()
+            result = self._loss(self._model, copied(batch))
+        return result, _State(self._loss_state.read(), before.model.now())
 
 
 def _replaced(host: Host, weights: Mapping[str, Matrix]) -> LowRankLSTM | LowRankLSTMCell | None:

@@ -142,6 +142,22 @@ def result_of(loss: Loss, model: nn.Module, batch: object) -> Tensor | Distribut
         raise
 
 
+def copied(batch: Any) -> Any:
+    """Return a batch with copies of its tensors, because a model may change its inputs in place.
+
+    Examples:
+        >>> batch = {"x": torch.ones(2), "name": "a"}
+        >>> _ = copied(batch)["x"].zero_()
+        >>> batch["x"].tolist()
+        [1.0, 1.0]
+    """
+    return pytree.tree_map(_copy, batch)
+
+
+def _copy(leaf: Any) -> Any:
+    return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+
+
 def costs_of(dense: object, compressed: object) -> Tensor:
     """Return the compressed model's losses, or the divergence of its distribution from the uncompressed model's.
 

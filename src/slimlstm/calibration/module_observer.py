@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimlstm.calibration.losses import Loss, LossState, call, costs_of, observed_losses, result_of
+from slimlstm.calibration.losses import Loss, LossState, call, copied, costs_of, observed_losses, result_of
 from slimlstm.calibration.observe import observing_again
 from slimlstm.calibration.recorder import Keys, Recorder, Rows
 from slimlstm.calibration.refit import Observation
 from slimlstm.modules.graphs import detaching
 from slimlstm.modules.host import Host
 from slimlstm.modules.modes import ambient_defaults
+from slimlstm.modules.state import KeptState, kept_state
 from slimlstm.ops.weights import Matrix
 from slimlstm.progress import count_of
 
@@ -47,8 +48,13 @@ class ModuleObserver:
 
     def observe(self, weights: Mapping[str, Matrix], fitting: range, judging: range) -> Generator[Observation]:
         """Yield the observations of one pass; see :class:`slimlstm.calibration.refit.Observer`."""
-        dense, compressed = (_Runner(self._model, self._hosts, own, self._loss) for own in ({}, weights))
-        with LossState(self._loss).kept(), detaching(self._model), torch.random.fork_rng():
+        with (
+            LossState(self._loss).kept(),
+            detaching(self._model),
+            kept_state(self._model) as state,
+            torch.random.fork_rng(),
+        ):
+            dense, compressed = (_Runner(self._model, self._hosts, own, self._loss, state) for own in ({}, weights))
             for number, batch in enumerate(self._batches):
                 if number not in fitting and number not in judging and not dense.loss_state.exists:
                     continue
@@ -61,11 +67,19 @@ class ModuleObserver:
 
 
 class _Runner:
-    """Runs the model with certain matrices, and keeps its state of the loss and its last result."""
+    """Runs the model with certain matrices, and keeps its own state of the model and of the loss, and its last result."""
 
     result: object = None
 
-    def __init__(self, model: nn.Module, hosts: Sequence[Host], weights: Mapping[str, Matrix], loss: Loss | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        hosts: Sequence[Host],
+        weights: Mapping[str, Matrix],
+        loss: Loss | None,
+        state: KeptState,
+    ) -> None:
+        self._state = state
         self._model, self._hosts, self._weights, self._loss = model, hosts, weights, loss
         self.loss_state = LossState(loss)
         self._carried = self.loss_state.read()
@@ -74,6 +88,8 @@ class _Runner:
         """Run one batch and return its rows; its number is the seed, so that both models draw the same random numbers."""
         torch.manual_seed(number)
         self.loss_state.restore(self._carried)
+        self._state.restore()
+        batch = copied(batch)
         recorder = Recorder(with_gradients)
         with (
             observing_again(self._model, self._hosts, recorder, self._weights),
@@ -85,5 +101,5 @@ class _Runner:
             else:
                 self.result = result_of(self._loss, self._model, batch)
             rows = recorder.take(observed_losses(self.result)[0].sum() if with_gradients else None)
-        self._carried = self.loss_state.read()
+        self._carried, self._state = self.loss_state.read(), self._state.now()
         return rows

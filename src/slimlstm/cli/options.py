@@ -31,7 +31,7 @@ ReportPage = Annotated[
 Method = Annotated[
     str,
     typer.Option(
-        help="svd, semi-nmf or prune; activation or fisher, which need calibration; or a registered method.",
+        help="svd, semi-nmf or prune; for ONNX files also activation or fisher, with --batches; or a registered method.",
     ),
 ]
 Rank = Annotated[int | None, typer.Option(help="Give every matrix factors of this rank.")]

@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.modules.factored import FactoredModule
-from slimlstm.modules.host import RAW, Host, matrix_shapes
+from slimlstm.modules.host import RAW, Host, matrix_shapes, parameter_names
 from slimlstm.modules.problems import is_quantised, problem_of, stored_methods
 from slimlstm.modules.sites import Site
 
@@ -88,7 +88,7 @@ def _is_weight_drop(parent: nn.Module, module: nn.Module) -> bool:
 
 
 def _notes(host: Host) -> list[str]:
-    if any(host.is_computed(name) for name in matrix_shapes(host.lstm)):
+    if any(host.is_computed(name) for name in parameter_names(host.lstm)):
         return [f"{host.paths[0]}: weight drop or a parametrization of its weights ends here"]
     return []
 

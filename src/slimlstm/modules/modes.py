@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 
@@ -49,17 +49,17 @@ def evaluation_mode(model: nn.Module) -> Generator[None]:
         >>> [module.training for module in model]
         [True, False]
     """
-    training = [module for module in model.modules() if module.training]
+    before = [(module, module.training) for module in model.modules()]
 
-    def set_all(mode: bool) -> None:
-        for module in training:
+    def set_all(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+        for module, mode in modes:
             module.training = mode
 
     try:
-        set_all(False)
+        set_all((module, False) for module, _ in before)
         yield
     finally:
-        surely(lambda: set_all(True))
+        surely(lambda: set_all(before))
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -18,11 +19,11 @@ from slimlstm.methods import storage_called
 from slimlstm.modules.host import Host
 from slimlstm.modules.hosts import find_hosts
 from slimlstm.modules.modes import evaluation_mode, plain_defaults, plain_mode
+from slimlstm.modules.state import KeptState, kept_state
 from slimlstm.onnx.builder import INT4_OPSET, GraphBuilder
 from slimlstm.onnx.forms import Form, check_form
 from slimlstm.onnx.layers import Ports, add_layer
 from slimlstm.onnx.opsets import check_opset, converted, opset_of, traced_opset
-from slimlstm.onnx.state import kept_state
 from slimlstm.onnx.trace import DOMAIN, PLACEHOLDER, Traced, trace
 from slimlstm.onnx.verify import INT8_TOLERANCE, TOLERANCE, Bound, compare, is_known_to_numpy, start
 
@@ -124,7 +125,7 @@ def export_onnx(
     hosts = _hosts(model)
     if opset is None and any(_is_int4(host.lstm) for host in hosts):
         opset = INT4_OPSET
-    with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]), kept_state(model) as state:
+    with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]), _kept_state(model) as state:
         traced = trace(
             model,
             hosts,
@@ -161,6 +162,22 @@ def export_onnx(
         [*map(str, forms)],
         _notes(traced.limits),
     )
+
+
+@contextmanager
+def _kept_state(model: nn.Module) -> Generator[KeptState]:
+    """Restore the model's state after the block; an error of the block then names a tensor that had changed."""
+    with kept_state(model) as state:
+        try:
+            yield state
+        except SlimLSTMError as error:
+            name = state.changed()
+            if not name:
+                raise
+            raise SlimLSTMError(
+                f"the model keeps {name} from call to call, and an ONNX file keeps nothing; take it as an argument and "
+                f"return its new value, so that it becomes an input and an output. The export ended with: {error}"
+            ) from error
 
 
 def _hosts(model: nn.Module) -> list[Host]:

@@ -77,7 +77,10 @@ class LowRank:
         sizes = {"rank": self.rank, "keep": self.keep, "bytes": self.bytes, "energy": self.energy}
         given = [name for name, value in sizes.items() if value is not None]
         if len(given) != 1:
-            raise SlimLSTMError(f"give exactly one of rank, keep, bytes and energy, not {', '.join(given) or 'none'}")
+            raise SlimLSTMError(
+                f"give exactly one of rank, keep, bytes and energy, not {', '.join(given) or 'none'}; whole matrices in a "
+                "smaller storage, by Quantize or by --storage alone, need none"
+            )
         _check_rank_or_keep(self.rank, self.keep)
         if self.bytes is not None and (type(self.bytes) is not int or self.bytes < 1):
             raise SlimLSTMError(f"bytes is an int of at least 1, not {self.bytes!r}")

@@ -140,9 +140,9 @@ class Report:
     def loss_note(self) -> str:
         """The predicted and the measured rise in words, and a warning where they differ; empty without a loss."""
         predicted, measured = self.predicted_rise, self.measured_rise
-        parts = [f"predicted {predicted:+.4f}"] if predicted is not None else []
+        parts = [f"predicted {predicted:+.3g}"] if predicted is not None else []
         if measured is not None and self.loss_before is not None:
-            parts.append(f"measured {measured:+.4f} (from {self.loss_before:.4f})")
+            parts.append(f"measured {measured:+.3g} (from {self.loss_before:.4g})")
         if predicted is None or measured is None:
             is_near = True
         else:

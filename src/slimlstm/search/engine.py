@@ -143,7 +143,7 @@ def smallest(
     while engine.evaluations > 0 and high > max(NEAR * low, 1.0):
         middle = math.sqrt(high * low) if low else STEP * high
         config = within(int(middle), storage)
-        trial = None if config is None else engine.attempt(f"rank and bits for {int(middle):,} bytes", config)
+        trial = None if config is None else engine.attempt(f"rank and bits for {int(middle):,} bytes of matrices", config)
         if trial is not None and trial.accepted:
             high = float(engine.matrix_bytes(*engine.best[1:]))
         else:

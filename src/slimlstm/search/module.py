@@ -23,6 +23,7 @@ from slimlstm.errors import SlimLSTMError
 from slimlstm.files import write_json
 from slimlstm.modules.graphs import copy_model
 from slimlstm.modules.modes import evaluation_mode, plain_mode
+from slimlstm.modules.state import kept_state
 from slimlstm.pipeline.config import Filter, LowRank, Quantize, Target
 from slimlstm.pipeline.plan import Config
 from slimlstm.pipeline.report import Report
@@ -252,7 +253,7 @@ class _Subject:
         return self._measured(model, self.dense_metric)
 
     def _measured(self, model: nn.Module, dense: Measured | None) -> Measured:
-        with evaluation_mode(model), torch.no_grad():
+        with evaluation_mode(model), torch.no_grad(), kept_state(model):
             return Measured.of(self.metric(model), dense)
 
     def make(self, config: Config) -> tuple[nn.Module, Report]:
@@ -291,7 +292,7 @@ class _Subject:
         """Return configurations for a number of bytes: whole matrices, and factors or a plan by sensitivities."""
         found: list[tuple[str, Config | None]] = [(name, self.whole(name)) for name in BITS]
         if self.sensitivity is not None:
-            return [*found, (f"rank and bits for {budget:,} bytes", self.within(budget, ""))]
+            return [*found, (f"rank and bits for {budget:,} bytes of matrices", self.within(budget, ""))]
         return found + [(f"{name} factors, {budget:,} bytes", self.within(budget, name)) for name in ("int8", "int5")]
 
     def fast_candidates(self) -> list[tuple[str, Config]]:
