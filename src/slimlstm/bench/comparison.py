@@ -39,8 +39,9 @@ class Comparison:
         dense, compressed = (
             f"{1e6 * m:,.0f} us ({1e6 * a:,.0f} to {1e6 * b:,.0f})" for a, m, b in (self.dense, self.compressed)
         )
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
         return (
-            f"dense {dense}, compressed {compressed}: {self.faster:.2f}x with {self.threads} thread{'s' * (self.threads > 1)}; "
+            f"dense {dense}, compressed {compressed}: {self.faster:.2f}x with {threads}; "
             f"outputs differ by {self.difference:.2%}"
         )
 
