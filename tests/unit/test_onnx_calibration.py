@@ -13,7 +13,7 @@ from slimlstm.calibration.refit import refit
 from slimlstm.onnx.calibrate import calibrate_graph
 from slimlstm.onnx.find import find_lstms
 from slimlstm.onnx.observe import GraphObserver
-from slimlstm.ops.dense import rebuilt
+from slimlstm.ops.weights import rebuilt
 
 pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
 

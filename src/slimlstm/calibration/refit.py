@@ -25,8 +25,7 @@ from torch import Tensor
 from slimlstm.calibration.recorder import Keys, Rows
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import DAMPING
-from slimlstm.ops.dense import rebuilt
-from slimlstm.ops.weights import Matrix
+from slimlstm.ops.weights import Matrix, rebuilt
 from slimlstm.progress import Progress, shown
 
 Solve = Callable[[Tensor, Tensor], Matrix]

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import Replacement
@@ -15,7 +14,7 @@ from slimlstm.onnx.forms import LSTM, SCAN, Form, choose
 from slimlstm.onnx.graph import OnnxLSTM, WeightLocation, attribute_of
 from slimlstm.onnx.operators import peculiarity_of
 from slimlstm.onnx.scan import add_scans
-from slimlstm.ops.weights import Direction
+from slimlstm.ops.weights import Direction, parts_of
 
 _LENGTHS, _H0, _C0 = 4, 5, 6
 """The positions of inputs of an LSTM operator."""
@@ -96,6 +95,5 @@ def _obstacle(lstm: OnnxLSTM, directions: Sequence[Direction], opset: int) -> st
     other = sorted(storages - {"float32", "bfloat16", "int8", "int4"})
     if other:
         return f"Scans hold no {other[0]} weights"
-    parts = [part for one in directions for part in (one.ih, one.hh)]
-    dtypes = {(part if isinstance(part, Tensor) else part[0]).dtype for part in parts}
+    dtypes = {parts_of(matrix)[0].dtype for one in directions for matrix in (one.ih, one.hh)}
     return "" if dtypes == {torch.float32} else "its weights are not float32"

@@ -29,8 +29,7 @@ from slimlstm.onnx.observe import GraphObserver
 from slimlstm.onnx.others import check_kinds
 from slimlstm.onnx.reading import LARGEST_FILE, check_onnx_output, read_model
 from slimlstm.onnx.source import GraphSource
-from slimlstm.ops.dense import rebuilt
-from slimlstm.ops.weights import Matrix
+from slimlstm.ops.weights import Matrix, rebuilt
 from slimlstm.pipeline.plan import Config, check_config
 from slimlstm.pipeline.report import Report
 from slimlstm.pipeline.run import apply, check_smaller, needs_of, solve

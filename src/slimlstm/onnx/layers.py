@@ -14,7 +14,7 @@ from torch import Tensor
 
 from slimlstm.onnx.builder import OPSET, GraphBuilder, value_info
 from slimlstm.onnx.forms import LSTM, Form, choose
-from slimlstm.onnx.scan import add_scans, add_widened, dtype_of
+from slimlstm.onnx.scan import add_scans, add_widened, check_dtype, dtype_of
 from slimlstm.ops.gates import ONNX, reordered
 from slimlstm.ops.weights import Direction, Matrix, columns, rows
 
@@ -65,7 +65,7 @@ def add_layer(
         SlimLSTMError: the weights are neither float32 nor float64, or ``form`` cannot compute the layer.
         ImportError: onnx is not installed.
     """
-    dtype_of(directions)
+    check_dtype(directions)
     chosen = choose(directions, form)
     if chosen.name == LSTM:
         direction = "bidirectional" if len(directions) == 2 else "reverse" if reverse else "forward"

@@ -13,7 +13,7 @@ from slimlstm.errors import SlimLSTMError
 from slimlstm.ops import dense, native, reference, training
 from slimlstm.ops.derivatives import is_transformed
 from slimlstm.ops.packing import PLAIN_TYPES
-from slimlstm.ops.weights import Direction, LayerOutput, Matrix, columns, is_clipped, rows, wants_gradients
+from slimlstm.ops.weights import Direction, LayerOutput, Matrix, columns, is_clipped, parts_of, rows, wants_gradients
 
 Backend = Callable[[Tensor, Tensor | None, Tensor, Tensor, Sequence[Direction]], LayerOutput]
 
@@ -104,4 +104,4 @@ def _trains_faster(weights: Direction, x: Tensor) -> bool:
 
 
 def _numbers(matrix: Matrix) -> int:
-    return matrix.numel() if isinstance(matrix, Tensor) else matrix[0].numel() + matrix[1].numel()
+    return sum(part.numel() for part in parts_of(matrix))

@@ -17,8 +17,7 @@ from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import METHODS, Factors, Option, break_even_rank, efficient, matrix_bytes
 from slimlstm.methods.low_bit import GROUP, largest_code
 from slimlstm.modules.sites import Site
-from slimlstm.ops.dense import rebuilt
-from slimlstm.ops.weights import Matrix
+from slimlstm.ops.weights import Matrix, rebuilt
 from slimlstm.pipeline.sensitivity import Probe, Sensitivity, SiteSensitivity
 from slimlstm.pipeline.source import Source
 from slimlstm.pipeline.statistics import SiteStatistics

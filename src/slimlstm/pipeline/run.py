@@ -30,8 +30,7 @@ from slimlstm.methods import (
     shares_left_out,
 )
 from slimlstm.modules.sites import Site
-from slimlstm.ops.dense import rebuilt
-from slimlstm.ops.weights import Matrix
+from slimlstm.ops.weights import Matrix, parts_of, rebuilt
 from slimlstm.pipeline.config import AUTO, LowRank
 from slimlstm.pipeline.plan import Config, Plan, check_config, make_plan, selected_sites
 from slimlstm.pipeline.probing import Judge
@@ -344,7 +343,7 @@ def _solver(source: Source, site: Site, plan: SitePlan, statistics: SiteStatisti
     """Return a function that compresses another matrix at a site, given another moment of its inputs."""
     gradients = statistics.gradients(site, plan.method)
     weight, rounder = source.weight(site), statistics.rounder(site)
-    dtype = (weight if isinstance(weight, Tensor) else weight[0]).dtype
+    dtype = parts_of(weight)[0].dtype
 
     def solver(target: Tensor, moment: Tensor) -> Matrix:
         found = METHODS[plan.method].solve(MatrixProblem(target, moment, gradients), plan.rank or 0, None)

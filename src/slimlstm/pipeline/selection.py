@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import DENSE, Replacement
 from slimlstm.modules.sites import Site
-from slimlstm.ops.dense import rebuilt
-from slimlstm.ops.weights import Matrix
+from slimlstm.ops.weights import Matrix, rebuilt
 from slimlstm.pipeline.config import LowRank
 from slimlstm.pipeline.plan import Plan, make_plan
 from slimlstm.pipeline.probing import STORAGES, Judge, measure

@@ -12,7 +12,7 @@ from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import METHODS, MatrixProblem, Needs, Replacement, Rounder
 from slimlstm.methods.feedback import inverse_factor
 from slimlstm.modules.sites import Site
-from slimlstm.ops.dense import rebuilt
+from slimlstm.ops.weights import rebuilt
 from slimlstm.pipeline.source import Source
 
 
