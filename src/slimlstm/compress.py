@@ -28,7 +28,7 @@ from slimlstm.modules.swap import Swap
 from slimlstm.ops.weights import Matrix
 from slimlstm.pipeline.config import AUTO, Filter, LowRank, Target
 from slimlstm.pipeline.plan import Config, Plan, check_config, selected_sites
-from slimlstm.pipeline.probing import measure
+from slimlstm.pipeline.probing import measure_sizes
 from slimlstm.pipeline.report import Report
 from slimlstm.pipeline.run import apply, needs_of, rounds_with_feedback, solve
 from slimlstm.pipeline.sensitivity import Sensitivity
@@ -244,7 +244,7 @@ def measure_sensitivity(
         calibration = calibration or _calibrated_without_judges(model, batches, loss)
         statistics = SiteStatistics(source, calibration, method)
         judge = _judge(model, source.compressible_hosts(), batches, loss)
-        return measure(source, selected_sites(config, source.sites()), statistics, method, judge, report_progress)
+        return measure_sizes(source, selected_sites(config, source.sites()), statistics, method, judge, report_progress)
 
 
 def methods_of(config: Config) -> list[str]:

@@ -1,6 +1,6 @@
 """Compress one matrix: the tables of methods and storages, and the cost of a rank. This room knows tensors only."""
 
-from slimlstm.methods.choices import Option, choose, efficient
+from slimlstm.methods.choices import Option, choose_options, efficient
 from slimlstm.methods.factors import Factors, OnIteration, as_factors
 from slimlstm.methods.magnitude import magnitude_mask, nonzeros_at_rank
 from slimlstm.methods.matrices import check_matrix, check_rank, relative_error, sha256_of, singular_values
@@ -66,7 +66,7 @@ __all__ = [
     "calibrated_methods",
     "check_matrix",
     "check_rank",
-    "choose",
+    "choose_options",
     "efficient",
     "factoring_methods",
     "is_smaller",

@@ -10,7 +10,7 @@ import torch
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import Replacement
 from slimlstm.onnx.builder import OLDEST_OPSET, GraphBuilder
-from slimlstm.onnx.forms import LSTM, SCAN, Form, choose
+from slimlstm.onnx.forms import LSTM, SCAN, Form, choose_form
 from slimlstm.onnx.graph import OnnxLSTM, WeightLocation, attribute_of
 from slimlstm.onnx.operators import peculiarity_of
 from slimlstm.onnx.scan import add_scans
@@ -27,7 +27,7 @@ def form_of(lstm: OnnxLSTM, directions: Sequence[Direction], opset: int, form: s
         lstm: the operator.
         directions: its new weights.
         opset: the file's opset.
-        form: see :func:`slimlstm.onnx.forms.choose`.
+        form: see :func:`slimlstm.onnx.forms.choose_form`.
 
     Raises:
         SlimLSTMError: ``form`` is unknown, or ``"scan"`` where a Scan cannot compute the operator.
@@ -35,7 +35,7 @@ def form_of(lstm: OnnxLSTM, directions: Sequence[Direction], opset: int, form: s
     obstacle = _obstacle(lstm, directions, opset)
     if obstacle and form == SCAN:
         raise SlimLSTMError(f"{lstm.name} cannot become a Scan, because {obstacle}; give form='lstm' or 'auto'")
-    return Form(LSTM, obstacle) if obstacle and form == "auto" else choose(directions, form)
+    return Form(LSTM, obstacle) if obstacle and form == "auto" else choose_form(directions, form)
 
 
 def directions_of(lstm: OnnxLSTM, new: Mapping[str, Replacement], storages: Mapping[str, str | None]) -> list[Direction]:

@@ -69,7 +69,7 @@ def check_form(form: object) -> None:
         raise SlimLSTMError(f"form={form!r} is none of {', '.join(map(repr, FORMS))}")
 
 
-def choose(directions: Sequence[Direction], form: str = "auto") -> Form:
+def choose_form(directions: Sequence[Direction], form: str = "auto") -> Form:
     """Return the form of a layer.
 
     Args:
@@ -82,7 +82,7 @@ def choose(directions: Sequence[Direction], form: str = "auto") -> Form:
 
     Examples:
         >>> from slimlstm import LowRankLSTM
-        >>> [choose(LowRankLSTM(size, size).layers()[0]).name for size in (32, 1024)]
+        >>> [choose_form(LowRankLSTM(size, size).layers()[0]).name for size in (32, 1024)]
         ['lstm', 'lstm']
     """
     check_form(form)

@@ -28,7 +28,7 @@ class Rewriter:
 
     Args:
         model: an ``onnx.ModelProto``.
-        form: the form of LSTM operators afterwards; see :func:`slimlstm.onnx.forms.choose`.
+        form: the form of LSTM operators afterwards; see :func:`slimlstm.onnx.forms.choose_form`.
 
     Attributes:
         forms: the form of every operator with new weights, by name.

@@ -34,7 +34,7 @@ class GraphSource:
         model: the ONNX model, which :meth:`put` changes.
         lstms: its LSTMs with constant weights. LSTMs with the same weights form one group; its sites are named after the
             first of them.
-        form: the form of LSTM operators afterwards; see :func:`slimlstm.onnx.forms.choose`.
+        form: the form of LSTM operators afterwards; see :func:`slimlstm.onnx.forms.choose_form`.
         others: words that select weights outside LSTMs to store in int8; see
             :func:`slimlstm.onnx.others.quantize_others`.
         runs: inputs by name on which to compare the outputs when other weights became int8; None for random ones.

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.ops import fused, plain, reference
-from slimlstm.ops.choice import are_parameters, choose
+from slimlstm.ops.choice import are_parameters, choose_backend
 from slimlstm.ops.packing import forget
 from slimlstm.ops.plain import Backend, Choice
 from slimlstm.ops.weights import Direction, LayerOutput, first_states
 
-__all__ = ["BACKENDS", "Choice", "LayerOutput", "cell", "choose", "forget", "layer"]
+__all__ = ["BACKENDS", "Choice", "LayerOutput", "cell", "choose_backend", "forget", "layer"]
 
 BACKENDS: dict[str, Backend] = {**plain.BACKENDS, "fused": fused.layer}
 
@@ -61,7 +61,7 @@ def layer(
     """
     if backend == "auto":
         states = () if h0 is None or c0 is None else (h0, c0)
-        backend = choose(x, batch_sizes, directions, states, training).backend
+        backend = choose_backend(x, batch_sizes, directions, states, training).backend
         if backend == "fused":
             return fused.run(x, batch_sizes, h0, c0, directions)
     if backend not in BACKENDS:

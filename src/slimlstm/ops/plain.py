@@ -41,7 +41,7 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(x: Tensor, batch_sizes: Tensor | None, directions: Sequence[Direction], reason: str) -> Choice:
+def choose_plain_backend(x: Tensor, batch_sizes: Tensor | None, directions: Sequence[Direction], reason: str) -> Choice:
     """Choose among PyTorch's operators for a layer that the fused kernel cannot run for the given ``reason``.
 
     A loop over time runs if rebuilding hh would cost more than it saves, and PyTorch's LSTM if not.

@@ -22,7 +22,7 @@ from slimlstm.pipeline.sensitivity import Probe, Sensitivity, SiteSensitivity
 from slimlstm.pipeline.source import Source
 from slimlstm.pipeline.statistics import SiteStatistics
 
-STORAGES = {"int8": 8, "int6": 6, "int5": 5, "int4": 4, "int3": 3}
+BITS_OF = {"int8": 8, "int6": 6, "int5": 5, "int4": 4, "int3": 3}
 """The storages to choose from, and their bits."""
 WIDE = "bfloat16"
 """The storage of whole matrices for which int8 would lose too much."""
@@ -65,7 +65,7 @@ class _Curves:
         return share * _interpolated(self.rounding, rank)
 
 
-def measure(
+def measure_sizes(
     source: Source,
     sites: Sequence[Site],
     statistics: SiteStatistics,
@@ -124,7 +124,7 @@ def _curves(
         rounding.append((rank, max(loss(matrix - u @ v) - truncation[rank], 1e-3 * truncation[rank], 1e-300)))
     rounded = {storage: rounder.matrix(matrix, storage) for storage in (WIDE, "int8", _REFERENCE, _COARSEST)}
     dense = {storage: loss(matrix - after) for storage, after in rounded.items()}
-    for storage, bits in STORAGES.items():
+    for storage, bits in BITS_OF.items():
         # Rounding errors are proportional to the distance of neighbouring codes.
         dense.setdefault(storage, dense[_REFERENCE] * (largest_code(4) / largest_code(bits)) ** 2)
     probes: list[Probe] = []
@@ -203,7 +203,7 @@ def _site(curves: _Curves, truncation: list[tuple[float, float]], rounding: floa
     site = curves.site
     options = [
         Option(None, storage, matrix_bytes(site.shape, None, storage, 4), rounding * curves.dense[storage])
-        for storage in (WIDE, *STORAGES)
+        for storage in (WIDE, *BITS_OF)
     ]
     for rank in _ranks(site):
         lost = curves.truncation[rank]
@@ -215,7 +215,7 @@ def _site(curves: _Curves, truncation: list[tuple[float, float]], rounding: floa
                 matrix_bytes(site.shape, rank, storage, 4),
                 lost + rounding * curves.rounding_at(rank, storage),
             )
-            for storage in STORAGES
+            for storage in BITS_OF
         ]
     return SiteSensitivity(curves.keys, site.shape, tuple(efficient(options)), curves.probes)
 

@@ -27,8 +27,8 @@ from slimlstm.pipeline.config import Filter, LowRank, Quantize, Target
 from slimlstm.pipeline.plan import Config
 from slimlstm.pipeline.report import Report
 from slimlstm.pipeline.sensitivity import Sensitivity
-from slimlstm.search.engine import BITS, Engine, Speed, smallest, try_all
-from slimlstm.search.progress import Progress, shown
+from slimlstm.search.engine import WHOLE_STORAGES, Engine, Speed, smallest, try_all
+from slimlstm.search.progress import TrialProgress, print_trials
 from slimlstm.search.result import (
     Better,
     Measured,
@@ -62,7 +62,7 @@ def find_smallest(
     inputs: Sequence[Any] | None = None,
     output: str | os.PathLike[str] | None = None,
     metric_name: str = "metric",
-    progress: Progress | None = None,
+    progress: TrialProgress | None = None,
 ) -> SmallerModel:
     """Return the smallest compressed copy of ``model`` whose metric meets a limit; the model does not change.
 
@@ -149,7 +149,7 @@ def find_best(
     evaluations: int = 10,
     output: str | os.PathLike[str] | None = None,
     metric_name: str = "metric",
-    progress: Progress | None = None,
+    progress: TrialProgress | None = None,
 ) -> SmallerModel:
     """Return the compressed copy of ``model`` with the best metric within a number of bytes or a latency.
 
@@ -289,7 +289,7 @@ class _Subject:
 
     def candidates(self, budget: int) -> list[tuple[str, Config | None]]:
         """Return configurations for a number of bytes: whole matrices, and factors or a plan by sensitivities."""
-        found: list[tuple[str, Config | None]] = [(name, self.whole(name)) for name in BITS]
+        found: list[tuple[str, Config | None]] = [(name, self.whole(name)) for name in WHOLE_STORAGES]
         if self.sensitivity is not None:
             return [*found, (f"rank and bits for {budget:,} bytes", self.within(budget, ""))]
         return found + [(f"{name} factors, {budget:,} bytes", self.within(budget, name)) for name in ("int8", "int5")]
@@ -352,10 +352,10 @@ def _searched(
     better: Better,
     metric_name: str,
     output: str | os.PathLike[str] | None,
-    progress: Progress | None,
+    progress: TrialProgress | None,
 ) -> SmallerModel:
     """Run a strategy, and return its result; after every trial the search so far is written to ``output``."""
-    report_trial = shown(metric_name) if progress is None else progress
+    report_trial = print_trials(metric_name) if progress is None else progress
 
     def on_trial(trial: Trial, left: float) -> None:
         if output is not None and engine.best is not None:
