@@ -12,7 +12,7 @@ from slimlstm import LowRank, SlimLSTMError, calibrate, compress_
 from slimlstm.calibration.module_observer import ModuleObserver
 from slimlstm.calibration.refit import refit
 from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig
-from slimlstm.methods import DAMPING
+from slimlstm.methods import MOMENT_DAMPING
 from slimlstm.modules.hosts import find_hosts
 from slimlstm.pipeline.run import PASSES
 
@@ -105,7 +105,7 @@ def test_a_matrix_becomes_the_ridge_regression_of_its_part_of_the_dense_gates(in
     own, other = [x.flatten(0, 1), states_before(model, x)][index], [x.flatten(0, 1), states_before(model, x)][1 - index]
     wanted = z[0] @ dense[keys[0]].T + z[1] @ dense[keys[1]].T - other @ poorer[keys[1 - index]].T
     fitted, moment = targets[keys[index]]
-    strength = (DAMPING + own.shape[1] / len(own)) * float((own**2).mean())
+    strength = (MOMENT_DAMPING + own.shape[1] / len(own)) * float((own**2).mean())
     # The ridge is more rows: of inputs √(λ N) I, whose outputs should be those of W.
     extra = (strength * len(own)) ** 0.5 * torch.eye(own.shape[1], dtype=torch.float64)
     rows, outputs = torch.cat([own, extra]), torch.cat([wanted, extra @ dense[keys[index]].T])

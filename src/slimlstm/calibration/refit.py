@@ -24,7 +24,7 @@ from torch import Tensor
 
 from slimlstm.calibration.recorder import Keys, Rows
 from slimlstm.errors import SlimLSTMError
-from slimlstm.methods import DAMPING
+from slimlstm.methods import MOMENT_DAMPING, damped, damping_of
 from slimlstm.ops.weights import Matrix, rebuilt
 from slimlstm.progress import Progress, shown
 
@@ -217,7 +217,7 @@ class PairedMoments:
         """Return the best matrix B [m, n] at ``index`` in the group, and the damped moment A [n, n] of its inputs.
 
         B minimises E‖W z - W'_other z'_other - B z'_own‖² + λ ‖B - W_own‖². With N rows for n inputs,
-        λ = (``DAMPING`` + n / N) times the mean of A's diagonal, so that B stays near W where the rows are too few.
+        λ = (``MOMENT_DAMPING`` + n / N) times the mean of A's diagonal, so that B stays near W where the rows are too few.
 
         Args:
             dense: the group's uncompressed matrices.
@@ -231,7 +231,6 @@ class PairedMoments:
             if other != index:
                 wanted = wanted - now[other] @ self.own[part, own]
         wanted = wanted / self.rows
-        n = len(moment)
-        strength = (DAMPING + n / self.rows) * float(moment.diagonal().mean()) or 1.0
-        damped = moment + strength * torch.eye(n, dtype=moment.dtype, device=moment.device)
-        return torch.linalg.solve(damped, (wanted + strength * dense[index]).T).T, damped
+        share = MOMENT_DAMPING + len(moment) / self.rows
+        strength, damped_moment = damping_of(moment, share), damped(moment, share)
+        return torch.linalg.solve(damped_moment, (wanted + strength * dense[index]).T).T, damped_moment

@@ -9,7 +9,7 @@ from typing import Any, Protocol, cast
 from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.methods import DENSE, RankCosts, allocate, matrix_bytes, rank_for_share
+from slimlstm.methods import DENSE, RankCosts, allocate, losses_of_ranks, matrix_bytes, rank_for_share
 from slimlstm.methods.low_bit import GROUP
 from slimlstm.modules.sites import Site
 from slimlstm.pipeline.config import LowRank, Prune, Quantize, check_maskable
@@ -170,7 +170,7 @@ def _rank_costs(config: LowRank, site: Site, spectra: Spectra) -> RankCosts:
         return site.shape[0] * site.shape[1] if rank is None else rank * sum(site.shape)
 
     losses = spectra.losses(site)
-    left_out = [*losses.flip(0).cumsum(0).flip(0).tolist(), 0.0]
+    left_out = losses_of_ranks(losses).tolist()
     # Scales of groups make the cost a step function of the rank; a line with the slope over one group is an upper bound.
     slope = (cost(1 + GROUP) - cost(1)) / GROUP
     fixed = cost(1) - slope

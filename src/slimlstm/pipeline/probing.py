@@ -14,7 +14,7 @@ from typing import Protocol
 from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.methods import METHODS, Factors, Option, break_even_rank, efficient, matrix_bytes
+from slimlstm.methods import METHODS, Factors, Option, break_even_rank, efficient, losses_of_ranks, matrix_bytes
 from slimlstm.methods.low_bit import GROUP, largest_code
 from slimlstm.modules.sites import Site
 from slimlstm.ops.weights import Matrix, rebuilt
@@ -115,8 +115,7 @@ def _curves(
     site, keys = group[0], tuple(site.key for site in group)
     matrix, rounder = rebuilt(source.weight(site)), statistics.rounder(site)
     loss = _Predicted(statistics, site, method)
-    left_out = statistics.losses(site)
-    truncation = [*(left_out.flip(0).cumsum(0).flip(0) * loss.of_spectrum).tolist(), 0.0]
+    truncation = (losses_of_ranks(statistics.losses(site)) * loss.of_spectrum).tolist()
     factored = {rank: _factors(statistics, site, method, rank) for rank in _ranks_at(site, (*_ROUNDED_AT, *_PROBED_AT))}
     rounding: list[tuple[int, float]] = []
     for rank in _ranks_at(site, _ROUNDED_AT):
