@@ -27,10 +27,10 @@ from slimlstm.modules.sites import Site
 from slimlstm.modules.swap import Swap
 from slimlstm.ops.weights import Matrix
 from slimlstm.pipeline.config import AUTO, Filter, LowRank, Target
-from slimlstm.pipeline.plan import Config, Plan, check_config, selected_sites
+from slimlstm.pipeline.plan import Config, calibration_needs, check_config, method_names, selected_sites
 from slimlstm.pipeline.probing import measure_sizes
 from slimlstm.pipeline.report import Report
-from slimlstm.pipeline.run import apply, needs_of, rounds_with_feedback, solve
+from slimlstm.pipeline.run import apply, solve
 from slimlstm.pipeline.sensitivity import Sensitivity
 from slimlstm.pipeline.site_plan import SitePlan
 from slimlstm.pipeline.source import Size, Sizes
@@ -149,17 +149,17 @@ def _calibrated(
     model: nn.Module, config: Config, batches: Iterable[Any] | None, loss: Loss | None, calibration: Calibration | None
 ) -> tuple[Calibration | None, float | None]:
     """Return the calibration, and the mean loss of the uncompressed model; calibrate first if needed or helpful."""
-    needs = needs_of(config)
+    needs = calibration_needs(config)
     if batches is None:
         return calibration, None
     if needs >= Needs.GRADIENTS and calibration is None and loss is None:
-        name = next(name for name in methods_of(config) if METHODS[name].needs >= Needs.GRADIENTS)
+        name = next(name for name in method_names(config) if METHODS[name].needs >= Needs.GRADIENTS)
         raise SlimLSTMError(f"{name!r} needs a loss, and compress_ got none; give it loss= beside batches=")
     is_repeatable = not isinstance(batches, Iterator)
     if calibration is not None:
         # The calibration may have seen other batches.
         return calibration, mean_loss(model, batches, loss) if loss is not None and is_repeatable else None
-    if loss is None and needs == Needs.NOTHING and not rounds_with_feedback(config):
+    if loss is None and needs == Needs.NOTHING:
         return None, None
     if isinstance(config, LowRank) and config.is_auto:
         calibration = _calibrated_without_judges(model, batches, loss)
@@ -245,12 +245,6 @@ def measure_sensitivity(
         statistics = SiteStatistics(source, calibration, method)
         judge = _judge(model, source.compressible_hosts(), batches, loss)
         return measure_sizes(source, selected_sites(config, source.sites()), statistics, method, judge, report_progress)
-
-
-def methods_of(config: Config) -> list[str]:
-    """Return the names of the methods that a configuration uses, each once and without ``"dense"``."""
-    names = [site.method for site in config.sites.values()] if isinstance(config, Plan) else [getattr(config, "method", "")]
-    return [name for name in dict.fromkeys(names) if name in METHODS]
 
 
 class ModuleSource:

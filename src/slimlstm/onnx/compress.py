@@ -30,9 +30,9 @@ from slimlstm.onnx.others import check_kinds
 from slimlstm.onnx.reading import LARGEST_FILE, check_onnx_output, read_model
 from slimlstm.onnx.source import GraphSource
 from slimlstm.ops.weights import Matrix, rebuilt
-from slimlstm.pipeline.plan import Config, check_config
+from slimlstm.pipeline.plan import Config, check_config, needs_of
 from slimlstm.pipeline.report import Report
-from slimlstm.pipeline.run import apply, check_smaller, needs_of, solve
+from slimlstm.pipeline.run import apply, check_smaller, solve
 from slimlstm.progress import Progress, shown
 
 

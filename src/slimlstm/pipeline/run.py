@@ -16,7 +16,6 @@ from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import (
     DENSE,
     METHODS,
-    STORAGES,
     Factors,
     MatrixProblem,
     Needs,
@@ -31,8 +30,8 @@ from slimlstm.methods import (
 )
 from slimlstm.modules.sites import Site
 from slimlstm.ops.weights import Matrix, parts_of, rebuilt
-from slimlstm.pipeline.config import AUTO, LowRank
-from slimlstm.pipeline.plan import Config, Plan, check_config, make_plan, selected_sites
+from slimlstm.pipeline.config import LowRank
+from slimlstm.pipeline.plan import Config, Plan, check_config, make_plan, needs_of, selected_sites
 from slimlstm.pipeline.probing import Judge
 from slimlstm.pipeline.report import Report, SiteReport, Total
 from slimlstm.pipeline.selection import chosen_plan
@@ -61,24 +60,6 @@ class Solution:
     replacements: dict[str, Replacement]
     reports: list[SiteReport]
     notes: list[str] = field(default_factory=list[str])
-
-
-def needs_of(config: Config) -> Needs:
-    """Return the statistics that the most demanding method of a configuration needs."""
-    if isinstance(config, Plan):
-        names = [site.method for site in config.sites.values()]
-    else:
-        names = [getattr(config, "method", DENSE)]
-    return max((METHODS[name].needs for name in names if name != DENSE), default=Needs.NOTHING)
-
-
-def rounds_with_feedback(config: Config) -> bool:
-    """Return whether a configuration rounds to a storage that uses the inputs' moments where they are known."""
-    if isinstance(config, Plan):
-        names = [site.storage for site in config.sites.values()]
-    else:
-        names = [getattr(config, "storage", None)]
-    return any(name is not None and (name == AUTO or STORAGES[name].scales == "group") for name in names)
 
 
 def solve(
@@ -114,7 +95,7 @@ def solve(
     check_config(config, list(sites.values()))
     if refit is not None and (type(refit) is not int or refit < 0):
         raise SlimLSTMError(f"refit is a number of passes, at least 0, or None, not {refit!r}")
-    statistics = SiteStatistics(source, calibration, getattr(config, "method", ""))
+    statistics = SiteStatistics(source, calibration, config.method if isinstance(config, LowRank) else DENSE)
     notes: list[str] = []
     if isinstance(config, LowRank) and config.is_auto:
         selected = selected_sites(config, list(sites.values()))

@@ -17,12 +17,12 @@ from slimlstm.pipeline.source import Source
 
 
 class SiteStatistics:
-    """The problems that a source's sites pose to a method, and their spectra (see :class:`slimlstm.pipeline.plan.Spectra`).
+    """The problems that a source's sites pose to a method, and their spectra.
 
     Args:
         source: holds the matrices.
         calibration: the moments by site key, or None.
-        method: the method whose losses :meth:`losses` returns.
+        method: the method whose losses :meth:`losses` returns; ``"dense"`` where nobody asks for losses.
 
     Raises:
         SlimLSTMError: the calibration belongs to matrices of other shapes.
