@@ -441,7 +441,7 @@ def test_a_share_that_a_rank_meets_exactly_is_met_globally_too():
     ],
 )
 def test_a_matrix_that_stays_whole_says_why(inputs, keep, reason):
-    """Factors of a 64 x 1 matrix are never smaller; factors of a 64 x 16 matrix would be, but the budget allows all of it."""
+    """Factors of a 64 x 1 matrix are never smaller; factors of a 64 x 16 matrix would be, but all of it fits."""
     model = nn.Sequential(nn.LSTM(inputs, 16))
     found = compress_(model, LowRank(keep=keep, allocation="global")).sites
     (site,) = (site for site in found if site.key == "0.weight_ih_l0")

@@ -98,7 +98,7 @@ class _Pass:
         total: the sum of all losses.
         predictions: the number of losses.
         is_scaled: False where a batch's loss was a single mean.
-        is_drawn: whether labels were drawn from a distribution.
+        is_drawn: whether the labels of any batch were drawn from a distribution.
     """
 
     batches: int = 0
@@ -140,7 +140,7 @@ def _run(model: nn.Module, batch: Any, loss: Loss | None, recorder: Recorder, fo
     found.total += float(losses.detach().double().sum())
     found.predictions += losses.numel()
     found.is_scaled = found.is_scaled and is_scaled
-    found.is_drawn = isinstance(result, Distribution)
+    found.is_drawn = found.is_drawn or isinstance(result, Distribution)
     return rows
 
 

@@ -22,6 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from slimlstm.calibration.held_out import split_batches
 from slimlstm.calibration.recorder import Keys, Rows
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import MOMENT_DAMPING, damped, damping_of
@@ -33,8 +34,6 @@ Solve = Callable[[Tensor, Tensor], Matrix]
 
 _ALTERNATIONS = 2
 """How often the matrices of a group are fitted in turn on the moments of one pass."""
-_HELD_OUT = 5
-"""One batch in this many is held out to judge the factors; if there are fewer batches, all of them both fit and judge."""
 
 
 class CallMismatchError(SlimLSTMError):
@@ -83,7 +82,7 @@ class Observer(Protocol):
         ...
 
 
-def refit(
+def fit_to_new_inputs(
     observer: Observer,
     matrices: Mapping[str, Tensor],
     weights: Mapping[str, Matrix],
@@ -122,19 +121,6 @@ def refit(
         if not is_last:
             now = _fitted(moments, exact, now, solvers)
     return best
-
-
-def split_batches(count: int, has_costs: bool) -> tuple[range, range]:
-    """Return the numbers of the batches to fit to, and of the batches that judge the result.
-
-    Examples:
-        >>> split_batches(10, has_costs=True)
-        (range(0, 8), range(8, 10))
-        >>> split_batches(3, has_costs=True)
-        (range(0, 3), range(0, 3))
-    """
-    held_out = count // _HELD_OUT if has_costs else 0
-    return range(count - held_out), range(count - held_out if held_out else 0, count)
 
 
 def _one_pass(

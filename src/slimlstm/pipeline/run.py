@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slimlstm.calibration.moments import Calibration
 from slimlstm.calibration.refit import CallMismatchError, Observer, Solve
-from slimlstm.calibration.refit import refit as fit_again
+from slimlstm.calibration.refit import fit_to_new_inputs as fit_again
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import (
     DENSE,
@@ -31,7 +31,7 @@ from slimlstm.methods import (
 from slimlstm.modules.sites import Site
 from slimlstm.ops.weights import Matrix, parts_of, rebuilt
 from slimlstm.pipeline.config import LowRank
-from slimlstm.pipeline.plan import Config, Plan, check_config, make_plan, needs_of, selected_sites
+from slimlstm.pipeline.plan import Config, Plan, make_plan, needs_of, selected_sites
 from slimlstm.pipeline.probing import Judge
 from slimlstm.pipeline.report import Report, SiteReport, Total
 from slimlstm.pipeline.selection import chosen_plan
@@ -78,7 +78,7 @@ def solve(
 
     Args:
         source: holds the matrices.
-        config: says how to compress them.
+        config: says how to compress them; :func:`slimlstm.pipeline.plan.check_config` has accepted it.
         calibration: the moments that calibrated methods need.
         observer: runs the uncompressed and the compressed source side by side, to fit factors again to their new inputs.
         refit_obstacle: why ``observer`` is None, in words.
@@ -92,7 +92,6 @@ def solve(
             or does not reach a site, or ``refit`` was asked for and is impossible.
     """
     sites = {site.key: site for site in source.sites()}
-    check_config(config, list(sites.values()))
     if refit is not None and (type(refit) is not int or refit < 0):
         raise SlimLSTMError(f"refit is a number of passes, at least 0, or None, not {refit!r}")
     statistics = SiteStatistics(source, calibration, config.method if isinstance(config, LowRank) else DENSE)

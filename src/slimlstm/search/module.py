@@ -18,9 +18,10 @@ from slimlstm.bench import compare
 from slimlstm.calibration.collect import calibrate
 from slimlstm.calibration.losses import Loss
 from slimlstm.calibration.moments import Calibration
-from slimlstm.compress import ModuleSource, compress_, measure_sensitivity
+from slimlstm.compress import compress_, measure_sensitivity
 from slimlstm.errors import SlimLSTMError
 from slimlstm.files import write_json
+from slimlstm.module_source import ModuleSource
 from slimlstm.modules.graphs import copy_model
 from slimlstm.modules.modes import evaluation_mode, plain_mode
 from slimlstm.pipeline.config import Filter, LowRank, Quantize, Target
