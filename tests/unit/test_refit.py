@@ -14,7 +14,7 @@ from slimlstm.calibration.refit import fit_to_new_inputs
 from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig
 from slimlstm.methods import MOMENT_DAMPING
 from slimlstm.modules.hosts import find_hosts
-from slimlstm.pipeline.run import PASSES
+from slimlstm.pipeline.fitting import PASSES
 
 
 class OneLayer(nn.Module):

@@ -36,7 +36,11 @@ _ALTERNATIONS = 2
 """How often the matrices of a group are fitted in turn on the moments of one pass."""
 
 
-class CallMismatchError(SlimLSTMError):
+class FittingError(SlimLSTMError):
+    """Factors cannot be fitted again."""
+
+
+class CallMismatchError(FittingError):
     """The compressed model called its LSTMs more often, or less often, than the uncompressed one."""
 
 

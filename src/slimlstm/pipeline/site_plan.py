@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.methods import DENSE, METHODS, factoring_methods, matrix_bytes, storage_called
+from slimlstm.methods import DENSE, METHODS, Needs, factoring_methods, matrix_bytes, storage_called
 from slimlstm.modules.sites import Site
 
 
@@ -57,6 +57,11 @@ class SitePlan:
     def makes_mask(self) -> bool:
         """Whether the method makes a mask."""
         return self.method in METHODS and METHODS[self.method].makes_mask
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the method needs moments."""
+        return self.method in METHODS and METHODS[self.method].needs > Needs.NOTHING
 
     def __str__(self) -> str:
         if self.method == DENSE:
