@@ -110,12 +110,12 @@ def find_smallest(
     limit = limit_of(dense.metric, at_most, better)
     sign = 1.0 if better == "lower" else -1.0
     engine = Engine(
-        subject.make,
-        subject.measure,
-        lambda metric, _: sign * metric.value + metric.margin <= sign * limit,
-        lambda new, old: new.bytes < old.bytes,
-        evaluations - 1,
-        subject.speed_of,
+        make=subject.make,
+        measure=subject.measure,
+        accepts=lambda metric, _: sign * metric.value + metric.margin <= sign * limit,
+        is_better=lambda new, old: new.bytes < old.bytes,
+        evaluations=evaluations - 1,
+        speed_of=subject.speed_of,
         refusals=subject.refusals,
         matrix_bytes=matrix_bytes,
     )
@@ -123,13 +123,13 @@ def find_smallest(
     return _searched(
         engine,
         lambda: smallest(engine, subject.whole, subject.within),
-        dense,
-        words,
-        limit,
-        better,
-        metric_name,
-        output,
-        progress,
+        dense=dense,
+        limit=words,
+        worst=limit,
+        better=better,
+        metric_name=metric_name,
+        output=output,
+        progress=progress,
     )
 
 
@@ -189,12 +189,12 @@ def find_best(
     limit_of(dense.metric, 0.0, better)
     sign = 1.0 if better == "lower" else -1.0
     engine = Engine(
-        subject.make_within(bytes) if bytes is not None else subject.make,
-        subject.measure,
-        lambda _, speed: latency is None or (speed is not None and speed.latency <= latency),
-        lambda new, old: sign * new.metric < sign * old.metric,
-        evaluations - 1,
-        subject.speed_of,
+        make=subject.make_within(bytes) if bytes is not None else subject.make,
+        measure=subject.measure,
+        accepts=lambda _, speed: latency is None or (speed is not None and speed.latency <= latency),
+        is_better=lambda new, old: sign * new.metric < sign * old.metric,
+        evaluations=evaluations - 1,
+        speed_of=subject.speed_of,
         refusals=subject.refusals,
         matrix_bytes=matrix_bytes,
     )
@@ -203,13 +203,13 @@ def find_best(
     return _searched(
         engine,
         lambda: try_all(engine, candidates, first_only=bytes is None),
-        dense,
-        f"best {metric_name} within {words}",
-        None,
-        better,
-        metric_name,
-        output,
-        progress,
+        dense=dense,
+        limit=f"best {metric_name} within {words}",
+        worst=None,
+        better=better,
+        metric_name=metric_name,
+        output=output,
+        progress=progress,
     )
 
 
@@ -347,6 +347,7 @@ def _once_each(model: nn.Module, sizes: dict[str, int]) -> int:
 def _searched(
     engine: Engine[nn.Module],
     strategy: Callable[[], None],
+    *,
     dense: Trial,
     limit: str,
     worst: float | None,

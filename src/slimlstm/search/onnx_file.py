@@ -97,11 +97,11 @@ def shrink_onnx(
     sign = 1.0 if goal.better == "lower" else -1.0
     with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=".slimlstm-") as folder:
         engine = Engine(
-            lambda config: _made(path, config, Path(folder), calibration),
-            goal.measure,
-            lambda found, _: sign * found.value + found.margin <= sign * goal.limit,
-            lambda new, old: new.bytes < old.bytes,
-            evaluations - 1,
+            make=lambda config: _made(path, config, Path(folder), calibration),
+            measure=goal.measure,
+            accepts=lambda found, _: sign * found.value + found.margin <= sign * goal.limit,
+            is_better=lambda new, old: new.bytes < old.bytes,
+            evaluations=evaluations - 1,
         )
         report_trial = print_trials(goal.name) if progress is None else progress
 
