@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from slimlstm import LowRankLSTM
-from slimlstm.bench.candidates import TOLERANCE, Candidate, measure
+from slimlstm.bench.candidates import TOLERANCE, Candidate, check_and_time
 from slimlstm.bench.timing import using_threads
 from slimlstm.files import write_json
 from slimlstm.ops import native
@@ -113,7 +113,7 @@ def measured(mode: str, precision: str, sizes: tuple[int, int, int, int], second
         candidates[name] = Candidate(True, kind, name, partial(call, module))
     tolerance = TOLERANCE if mode == "evaluation" else GRADIENT_TOLERANCE
     with using_threads(1):
-        result = measure(candidates, truth, {}, threads=1, seconds=seconds, tolerance=tolerance)
+        result = check_and_time(candidates, truth, {}, threads=1, seconds=seconds, tolerance=tolerance)
     if any(name in result["refused"] for name in modules):
         sys.exit(f"H {hidden}, T {steps}, B {batch}: outputs are wrong, so nothing was timed: {result['refused']}")
     times = {name: one["quartiles"][0] for name, one in result["candidates"].items()}

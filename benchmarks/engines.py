@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from paper import plots
-from slimlstm.bench.candidates import Candidate, measure
+from slimlstm.bench.candidates import Candidate, check_and_time
 from slimlstm.bench.engines import dense_rivals, exact_output, low_rank_rivals
 from slimlstm.bench.timing import MIN_TURNS, SECONDS, using_threads
 from slimlstm.files import write_json
@@ -69,7 +69,7 @@ def measured(setting: Setting, divisors: list[int]) -> dict[str, Any]:
                 found.update(low_rank_rivals(layer, model, x, threads, refused))
             found.update(ours(layer, model, x))
     exact = {model: exact_output(layer, x) for model, layer in layers.items()}
-    return setting | measure(found, exact, refused, threads=threads)
+    return setting | check_and_time(found, exact, refused, threads=threads)
 
 
 def expected_seconds(setting: Setting, divisors: list[int]) -> float:

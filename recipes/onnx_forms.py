@@ -119,7 +119,7 @@ at = {(row["hidden"], row["keep"], row["steps"], row["form"]): row["microseconds
 table = Table("H", "keep", "T", "operator, µs", "float Scan", "float32", "integer Scan", "int8")
 choices = []
 for hidden, keep in itertools.product(arguments.hidden, arguments.keep):
-    chosen = {storage: forms.choose(shapes(hidden, keep, storage)) for storage in SCANS.values()}
+    chosen = {storage: forms.choose_form(shapes(hidden, keep, storage)) for storage in SCANS.values()}
     for steps in STEPS:
         operator = at[hidden, keep, steps, "operator"]
         times = {kind: at[hidden, keep, steps, kind] / operator for kind in SCANS}

@@ -26,7 +26,7 @@ from torch import nn
 import slimlstm as sl
 from paper.runs import exit_if_done
 from paper.stored_models import load_language_model, model_folder
-from slimlstm.bench.candidates import Candidate, measure
+from slimlstm.bench.candidates import Candidate, check_and_time
 from slimlstm.bench.timing import SECONDS
 from slimlstm.files import write_json
 from slimlstm.ops import native
@@ -108,7 +108,7 @@ def measured(scope, steps, batch):
         run = partial(call, whole(with_backend(model, backend)), tokens)
         # All of them are compared with the best dense rival, although the plain backends are PyTorch's operators alone.
         found[f"{backend} {name}"] = Candidate(True, "float32", name, run)
-    result = measure(found, exact, {}, threads=1, seconds=arguments.seconds)
+    result = check_and_time(found, exact, {}, threads=1, seconds=arguments.seconds)
     if result["refused"]:
         sys.exit(f"{scope}, T = {steps}, B = {batch}: outputs are wrong, so nothing was timed: {result['refused']}")
     ratios = {name: one["faster"]["dense"]["ratio"] for name, one in result["candidates"].items() if one["ours"]}
@@ -141,7 +141,7 @@ def measured_training(precision, steps, batch):
     }
     for name, model in compressed.items():
         found[name] = Candidate(True, precision, name, partial(gradients, Layers(model), tokens, precision))
-    result = measure(found, exact, {}, threads=1, seconds=arguments.seconds, tolerance=GRADIENT_TOLERANCE)
+    result = check_and_time(found, exact, {}, threads=1, seconds=arguments.seconds, tolerance=GRADIENT_TOLERANCE)
     if result["refused"]:
         sys.exit(f"{precision}, T = {steps}, B = {batch}: gradients are wrong, so nothing was timed: {result['refused']}")
     medians = {name: one["microseconds"] for name, one in result["candidates"].items()}

@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from slimlstm.calibration.collect import calibrate, mean_loss
+from slimlstm.calibration.held_out import split_batches
 from slimlstm.calibration.judge import ModuleJudge
 from slimlstm.calibration.losses import Loss
 from slimlstm.calibration.module_observer import ModuleObserver
 from slimlstm.calibration.moments import Calibration
-from slimlstm.calibration.refit import split_batches
 from slimlstm.errors import SlimLSTMError
-from slimlstm.methods import METHODS, Needs, Replacement, check_matrix, stored_bytes
-from slimlstm.modules.factored import FactoredModule
-from slimlstm.modules.hosts import Host, check_materialised, find_hosts
-from slimlstm.modules.masks import Mask
+from slimlstm.methods import METHODS, Needs
+from slimlstm.module_source import ModuleSource
+from slimlstm.modules.hosts import Host, check_materialised
 from slimlstm.modules.modes import plain_defaults, plain_mode
-from slimlstm.modules.sites import Site
-from slimlstm.modules.swap import Swap
-from slimlstm.ops.weights import Matrix
 from slimlstm.pipeline.config import AUTO, Filter, LowRank, Target
-from slimlstm.pipeline.plan import Config, Plan, check_config, selected_sites
-from slimlstm.pipeline.probing import measure
+from slimlstm.pipeline.plan import Config, calibration_needs, check_config, method_names, selected_sites
+from slimlstm.pipeline.probing import measure_sizes
 from slimlstm.pipeline.report import Report
-from slimlstm.pipeline.run import apply, needs_of, rounds_with_feedback, solve
+from slimlstm.pipeline.run import apply, solve
 from slimlstm.pipeline.sensitivity import Sensitivity
-from slimlstm.pipeline.site_plan import SitePlan
-from slimlstm.pipeline.source import Size, Sizes
 from slimlstm.pipeline.statistics import SiteStatistics
 from slimlstm.progress import Progress, count_of, shown
 
@@ -112,14 +104,17 @@ def _compress(
     check_config(config, source.sites())
     _check_data(config, batches, loss, calibration, sensitivity)
     check_materialised(model)
+    if batches is not None and loss is None and calibration is None:
+        _check_loss(config)
     repeatable = batches if batches is not None and not isinstance(batches, Iterator) else None
-    calibration, loss_before = _calibrated(model, config, batches, loss, calibration)
+    calibrated = None if batches is None or calibration is not None else _calibrated(model, config, batches, loss)
+    loss_before = _loss_before(model, config, repeatable, loss, calibrated)
     hosts = source.compressible_hosts()
     observer = None if repeatable is None else ModuleObserver(model, hosts, repeatable, loss)
     solution = solve(
         source,
         config,
-        calibration=calibration,
+        calibration=calibration or calibrated,
         observer=observer,
         refit_obstacle="it takes batches that can be iterated more than once",
         refit=refit,
@@ -145,38 +140,43 @@ def _check_data(config: Config, batches: object, loss: object, calibration: obje
         raise SlimLSTMError("a sensitivity chooses rank and storage; give LowRank(..., bytes=..., storage='auto') with it")
 
 
-def _calibrated(
-    model: nn.Module, config: Config, batches: Iterable[Any] | None, loss: Loss | None, calibration: Calibration | None
-) -> tuple[Calibration | None, float | None]:
-    """Return the calibration, and the mean loss of the uncompressed model; calibrate first if needed or helpful."""
-    needs = needs_of(config)
-    if batches is None:
-        return calibration, None
-    if needs >= Needs.GRADIENTS and calibration is None and loss is None:
-        name = next(name for name in methods_of(config) if METHODS[name].needs >= Needs.GRADIENTS)
+def _check_loss(config: Config) -> None:
+    """Raise :class:`SlimLSTMError` if a method would need gradients, which take a loss."""
+    name = next((name for name in method_names(config) if METHODS[name].needs >= Needs.GRADIENTS), None)
+    if name is not None:
         raise SlimLSTMError(f"{name!r} needs a loss, and compress_ got none; give it loss= beside batches=")
-    is_repeatable = not isinstance(batches, Iterator)
-    if calibration is not None:
-        # The calibration may have seen other batches.
-        return calibration, mean_loss(model, batches, loss) if loss is not None and is_repeatable else None
-    if loss is None and needs == Needs.NOTHING and not rounds_with_feedback(config):
-        return None, None
+
+
+def _calibrated(model: nn.Module, config: Config, batches: Iterable[Any], loss: Loss | None) -> Calibration | None:
+    """Calibrate where the configuration or the report uses it, else return None."""
     if isinstance(config, LowRank) and config.is_auto:
-        calibration = _calibrated_without_judges(model, batches, loss)
-        return calibration, None if loss is None else mean_loss(model, batches, loss)
-    calibration = calibrate(model, batches, loss)
-    return calibration, calibration.loss if is_repeatable else None
+        return _calibrated_on_fitting_batches(model, batches, loss)
+    if loss is None and calibration_needs(config) == Needs.NOTHING:
+        return None
+    return calibrate(model, batches, loss)
 
 
-def _calibrated_without_judges(model: nn.Module, batches: Iterable[Any], loss: Loss | None) -> Calibration:
+def _loss_before(
+    model: nn.Module, config: Config, batches: Iterable[Any] | None, loss: Loss | None, calibrated: Calibration | None
+) -> float | None:
+    """Return the mean loss of the uncompressed model; None without a loss, or batches that can be iterated again."""
+    if batches is None or loss is None:
+        return None
+    if calibrated is None or (isinstance(config, LowRank) and config.is_auto):
+        # A given calibration may have seen other batches, and one for storage='auto' has not seen all of them.
+        return mean_loss(model, batches, loss)
+    return calibrated.loss
+
+
+def _calibrated_on_fitting_batches(model: nn.Module, batches: Iterable[Any], loss: Loss | None) -> Calibration:
     """Calibrate on the batches that will not judge the result."""
     if isinstance(batches, Iterator) or loss is None:
         raise SlimLSTMError("storage='auto' measures losses; give loss=, and batches that can be iterated more than once")
     fitting, _ = split_batches(count_of(batches), has_costs=True)
-    return calibrate(model, _First(batches, len(fitting)), loss)
+    return calibrate(model, _FirstBatches(batches, len(fitting)), loss)
 
 
-class _First:
+class _FirstBatches:
     """The first ``count`` batches, which can be iterated again and again."""
 
     def __init__(self, batches: Iterable[Any], count: int) -> None:
@@ -241,148 +241,7 @@ def measure_sensitivity(
     config, source = LowRank(method, bytes=1, storage=AUTO, target=target, filter=filter), ModuleSource(model)
     check_config(config, source.sites())
     with shown("measuring sensitivity", progress) as report_progress:
-        calibration = calibration or _calibrated_without_judges(model, batches, loss)
+        calibration = calibration or _calibrated_on_fitting_batches(model, batches, loss)
         statistics = SiteStatistics(source, calibration, method)
         judge = _judge(model, source.compressible_hosts(), batches, loss)
-        return measure(source, selected_sites(config, source.sites()), statistics, method, judge, report_progress)
-
-
-def methods_of(config: Config) -> list[str]:
-    """Return the names of the methods that a configuration uses, each once and without ``"dense"``."""
-    names = [site.method for site in config.sites.values()] if isinstance(config, Plan) else [getattr(config, "method", "")]
-    return [name for name in dict.fromkeys(names) if name in METHODS]
-
-
-class ModuleSource:
-    """The sites of a live module; see :class:`slimlstm.pipeline.source.Source`."""
-
-    mask_itemsize = 1
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self.undo: Callable[[], None] = lambda: None
-        """Restores the modules as they were before :meth:`put`."""
-        self._find()
-
-    def _find(self) -> None:
-        self._hosts = find_hosts(self._model)
-        self._by_key = {site.key: host for host in self._hosts for site in host.sites()}
-
-    def compressible_hosts(self) -> list[Host]:
-        """Return the hosts without a problem."""
-        return [host for host in self._hosts if host.problem is None]
-
-    def sites(self) -> list[Site]:
-        """Return the site of every recurrent matrix, in the order of the modules."""
-        return [site for host in self._hosts for site in host.sites()]
-
-    def weight(self, site: Site) -> Matrix:
-        """Return the matrix [m, n] or its factors."""
-        return self._by_key[site.key].weight(site.name)
-
-    def identity(self, site: Site) -> Hashable:
-        """Return a value that is equal for sites that share one parameter."""
-        return self._by_key[site.key].identity(site.name)
-
-    def itemsize(self, site: Site) -> int:
-        """Return the bytes of one number."""
-        return self._by_key[site.key].parameter(site.name).element_size()
-
-    def check(self, site: Site, plan: SitePlan) -> None:
-        """Raise :class:`SlimLSTMError` if a projection is not finite, or a parametrization would change rounded weights."""
-        if plan.storage is None:
-            return
-        host = self._by_key[site.key]
-        projection = host.projection(site.name)
-        if projection is not None:
-            check_matrix(projection)
-        if isinstance(host.lstm, FactoredModule):
-            computed = [part for part in host.lstm.stored_parts(site.name) if host.is_computed(part)]
-            if computed:
-                raise SlimLSTMError(f"{', '.join(computed)} is parametrized; remove the parametrization first")
-
-    def put(self, replacements: Mapping[str, Replacement]) -> list[str]:
-        """Replace modules and weights, and return notes for the report; sites with one replacement share its parameters."""
-        notes: list[str] = []
-        parameters: dict[int, Matrix] = {}
-        changes: list[tuple[Host, Mapping[str, Replacement]]] = []
-        for host in self._hosts:
-            own = {site.name: replacements[site.key] for site in host.sites() if site.key in replacements}
-            if own:
-                notes += host.notes
-                trained = {n: _with_parameters(found, host.is_trained(n), parameters) for n, found in own.items()}
-                changes.append((host, trained))
-        replaced = [host.parameter(name) for host, own in changes for name in own]
-        swap = Swap(changes)
-        # Set before the swap, so that an interrupt at any point can be undone.
-        self.undo = swap.undo
-        swap.commit()
-        self._find()
-        kept = set(map(id, self._model.parameters()))
-        return notes + _notes_on_optimizers({id(weight) for weight in replaced} - kept)
-
-    def size(self) -> Sizes:
-        """Return the sizes of the LSTMs with their biases and of the model; masked weights do not count as parameters."""
-        return Sizes(size([host.module for host in self._hosts], self._hosts), size([self._model], self._hosts))
-
-
-def _notes_on_optimizers(replaced: set[int]) -> list[str]:
-    """Return a note for every optimizer that holds parameters with these ids, because it would train unused weights."""
-    # PyTorch marks a class of optimizers at its first instance. A search of all objects takes a tenth of a second.
-    used = {found for found in _subclasses(torch.optim.Optimizer) if getattr(found.step, "hooked", False)}
-    optimizers: list[Any] = [found for found in gc.get_objects() if type(found) in used] if used else []
-    return [
-        f"an optimizer ({type(optimizer).__name__}) holds weights that were replaced, and would not train the new "
-        "ones; make it again from model.parameters()"
-        for optimizer in optimizers
-        if not replaced.isdisjoint(id(weight) for group in optimizer.param_groups for weight in group["params"])
-    ]
-
-
-def _subclasses(of: Any) -> Iterator[Any]:
-    for found in of.__subclasses__():
-        yield found
-        yield from _subclasses(found)
-
-
-def _with_parameters(found: Replacement, is_trained: bool, parameters: dict[int, Matrix]) -> Replacement:
-    """Return a replacement whose weights are parameters; ``parameters`` holds the ones made before, by tensor."""
-    if found.weight is None:
-        return found
-    key = id(found.weight)
-    if key not in parameters:
-        weight = found.weight
-        if isinstance(weight, Tensor):
-            parameters[key] = nn.Parameter(weight, is_trained)
-        else:
-            parameters[key] = nn.Parameter(weight[0], is_trained), nn.Parameter(weight[1], is_trained)
-    return dataclasses.replace(found, weight=parameters[key])
-
-
-def size(modules: Sequence[nn.Module], hosts: list[Host]) -> Size:
-    """Return the number of parameters in ``modules`` and their bytes; shared ones count once.
-
-    A masked weight is no parameter, but takes bytes, and its mask takes one more.
-
-    Args:
-        modules: modules of one model.
-        hosts: the model's hosts, which say what is masked and stored.
-    """
-    parameters = {id(parameter): parameter for module in modules for parameter in module.parameters()}
-    masked = {
-        host.identity(site.name): site.shape[0] * site.shape[1] - site.nonzeros
-        for host in hosts
-        for site in host.sites()
-        if site.nonzeros is not None
-    }
-    count = sum(parameter.numel() - masked.get(key, 0) for key, parameter in parameters.items())
-    storages = {
-        id(host.lstm.original(part)): storage
-        for host in hosts
-        if isinstance(host.lstm, FactoredModule)
-        for name, storage in host.lstm.storages.items()
-        for part in host.lstm.stored_parts(name)
-    }
-    stored = (stored_bytes(tuple(p.shape), storages.get(key), p.element_size()) for key, p in parameters.items())
-    masks = {part.mask.data_ptr(): part.mask for module in modules for part in module.modules() if isinstance(part, Mask)}
-    return Size(count, sum(stored) + sum(mask.nbytes for mask in masks.values()))
+        return measure_sizes(source, selected_sites(config, source.sites()), statistics, method, judge, report_progress)

@@ -11,7 +11,7 @@ from slimlstm import Calibration, LowRank, Quantize, calibrate, compress_
 from slimlstm.demo.model import FOLDER, embedded_model, encode, held_out_text, held_out_tokens
 from slimlstm.evaluate import NextTokens, perplexity
 from slimlstm.ops import native
-from slimlstm.pipeline.run import PASSES
+from slimlstm.pipeline.fitting import PASSES
 
 
 def test_perplexity_on_text_it_never_saw():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from slimlstm import LowRank, LowRankLSTM, Prune, Quantize, SlimLSTMError, bench, cli, compress_, save
 from slimlstm.bench import engines, interleaved_seconds, median_ratios, timing
 from slimlstm.bench import layers as bench_of_layers
-from slimlstm.bench.candidates import Candidate, measure
+from slimlstm.bench.candidates import Candidate, check_and_time
 from slimlstm.bench.engines import dense_rivals, exact_output, low_rank_rivals
 from slimlstm.demo import model as embedded
 from slimlstm.folders import read_config, read_folder
@@ -131,7 +131,7 @@ def test_ratios_are_to_the_best_rival_of_the_precision(clock):
         "ours small": of("ours small", True, "int8", "rank 2", 0.025, error=0.04),
         "ours wrong": of("ours wrong", True, "float32", "dense", 0.1, error=float("nan")),
     }
-    result = measure(found, truth, {"absent": "not installed"}, seconds=0.3)
+    result = check_and_time(found, truth, {"absent": "not installed"}, seconds=0.3)
     assert set(result["refused"]) == {"absent", "wrong", "ours wrong", "broken"}
     assert result["refused"]["broken"] == "out of memory"
     assert result["refused"]["wrong"] == "wrong by 0.001 of the output's norm"

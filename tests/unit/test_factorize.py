@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import (
-    DAMPING,
     METHODS,
+    MOMENT_DAMPING,
     Factors,
     MatrixProblem,
     Needs,
@@ -359,7 +359,7 @@ def weighted_problems(draw, dtypes=(torch.float64,), kinds=("normal", "rank-defi
 
 def damped(a):
     """A + λI, λ a thousandth of the mean of A's diagonal, and 1 where that is zero."""
-    return a + (DAMPING * float(a.diagonal().mean()) or 1.0) * torch.eye(len(a), dtype=a.dtype)
+    return a + (MOMENT_DAMPING * float(a.diagonal().mean()) or 1.0) * torch.eye(len(a), dtype=a.dtype)
 
 
 def weighted_loss(matrix, approximation, a, g):
@@ -425,7 +425,7 @@ def test_where_all_weigh_the_same_a_weighted_svd_is_the_svd(problem, with_gradie
     m, n = matrix.shape
     found = WeightedSVD(matrix, weight * torch.eye(n), 2.0 * torch.eye(m) if with_gradients else None)
     squares = singular_values(matrix).square()
-    expected = squares * (1 + DAMPING) * weight * (2.0 if with_gradients else 1.0)
+    expected = squares * (1 + MOMENT_DAMPING) * weight * (2.0 if with_gradients else 1.0)
     torch.testing.assert_close(found.losses, expected, rtol=1e-6, atol=1e-12 * float(expected.max()))
     factors = found.factors(rank)
     allowed = 1e-7 + rounding(matrix, factors)

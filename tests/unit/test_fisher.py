@@ -433,6 +433,21 @@ def test_a_share_that_a_rank_meets_exactly_is_met_globally_too():
         assert site.rank == rank
 
 
+@pytest.mark.parametrize(
+    ("inputs", "keep", "reason"),
+    [
+        (1, 0.9, "rank 1 is not below break-even"),
+        (16, 1.0, "stays whole, because other matrices lose less at the same cost"),
+    ],
+)
+def test_a_matrix_that_stays_whole_says_why(inputs, keep, reason):
+    """Factors of a 64 x 1 matrix are never smaller; factors of a 64 x 16 matrix would be, but all of it fits."""
+    model = nn.Sequential(nn.LSTM(inputs, 16))
+    found = compress_(model, LowRank(keep=keep, allocation="global")).sites
+    (site,) = (site for site in found if site.key == "0.weight_ih_l0")
+    assert (site.rank, site.note) == (None, reason)
+
+
 def test_a_missing_loss_is_told_before_any_batch_runs():
     def batches():
         raise AssertionError("nothing has to run")

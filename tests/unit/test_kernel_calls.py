@@ -103,10 +103,10 @@ def test_an_unknown_instruction_set(monkeypatch):
 @torch.no_grad()
 def test_inference_chooses_the_kernel():
     module, x = low_rank(backend="auto"), torch.randn(2, 1, 5)
-    choice = ops.choose(x, None, [module.direction("_l0")])
+    choice = ops.choose_backend(x, None, [module.direction("_l0")])
     assert choice.backend == "fused"
     with torch.autocast("cpu", torch.bfloat16):
-        assert ops.choose(x, None, [module.direction("_l0")]).backend != "fused"
+        assert ops.choose_backend(x, None, [module.direction("_l0")]).backend != "fused"
 
 
 @torch.no_grad()

@@ -181,6 +181,13 @@ def test_factors_beyond_the_rank_of_their_inputs_are_rounded():
                 assert bool(torch.isfinite(part).all())
 
 
+def test_factors_of_zeros_stay_zeros():
+    """The least squares for U is singular then, unless it is damped."""
+    u, v = Rounder(torch.eye(2)).factors(torch.zeros(4, 1), torch.zeros(1, 2), torch.zeros(4, 2), "int4")
+    assert not u.any()
+    assert not v.any()
+
+
 def test_without_moments_weights_are_rounded_to_nearest():
     weight = torch.randn(9, 70)
     assert torch.equal(Rounder().matrix(weight, "int4"), rounded(weight, "int4"))

@@ -9,11 +9,11 @@ from onnx_files import DIRECTIONS, INPUTS, H, feed, info, lstm_parts, run, save,
 from torch import nn
 
 from slimlstm import SlimLSTMError
-from slimlstm.calibration.refit import refit
+from slimlstm.calibration.refit import fit_to_new_inputs
 from slimlstm.onnx.calibrate import calibrate_graph
 from slimlstm.onnx.find import find_lstms
 from slimlstm.onnx.observe import GraphObserver
-from slimlstm.ops.dense import rebuilt
+from slimlstm.ops.weights import rebuilt
 
 pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
 
@@ -274,7 +274,7 @@ def test_refitting_a_graph_lowers_its_cost(tmp_path):
 
     keys = [key for key in exact if key.startswith("after_first.weight")]
     weights = {key: truncated(exact[key].double(), torch.eye(exact[key].shape[1]).double()) for key in keys}
-    best, fitted = refit(observer, exact, weights, dict.fromkeys(keys, truncated), 2)
+    best, fitted = fit_to_new_inputs(observer, exact, weights, dict.fromkeys(keys, truncated), 2)
     costs = [
         torch.stack([seen.costs.mean() for seen in observer.observe(now, range(0), range(10))]).mean()
         for now in (weights, fitted)

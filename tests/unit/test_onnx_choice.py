@@ -10,7 +10,7 @@ import torch
 from slimlstm import LowRank, LowRankLSTM, Quantize, SlimLSTMError
 from slimlstm.onnx.compress import compress_onnx
 from slimlstm.onnx.find import find_lstms
-from slimlstm.onnx.forms import COSTS, FORMS, choose, predicted
+from slimlstm.onnx.forms import COSTS, FORMS, choose_form, predicted
 from slimlstm.onnx.reading import read_model
 from slimlstm.ops.weights import Direction
 from slimlstm.pipeline.report import Report
@@ -47,19 +47,19 @@ CASES = {
 
 @pytest.mark.parametrize(("layer", "expected"), CASES.values(), ids=CASES)
 def test_the_faster_form_is_chosen_and_the_reason_told(layer, expected):
-    form = choose(layer)
+    form = choose_form(layer)
     assert form.name == expected
     assert ("would take" in form.reason) == (expected == "lstm" and "no factors" not in form.reason)
     assert str(form).startswith(f"{expected}: ")
     for asked in FORMS[1:]:
-        assert str(choose(layer, asked)) == f"{asked}: as asked for"
+        assert str(choose_form(layer, asked)) == f"{asked}: as asked for"
 
 
 def test_int8_is_multiplied_as_integers_where_these_are_faster():
-    assert choose(directions(1024, storage="int8")).is_integer
+    assert choose_form(directions(1024, storage="int8")).is_integer
     small = directions(64, 4, storage="int8", cell_clip=3.0)
-    assert not choose(small).is_integer
-    assert choose(small, "scan").is_integer
+    assert not choose_form(small).is_integer
+    assert choose_form(small, "scan").is_integer
     assert sum(predicted(small, "scan", is_integer=True)) > sum(predicted(small, "scan"))
 
 
@@ -73,15 +73,15 @@ def test_int8_is_multiplied_as_integers_where_these_are_faster():
     ids=["projected", "clipped", "float64"],
 )
 def test_layers_that_the_operator_cannot_compute_are_scans(layer, reason):
-    assert str(choose(layer)) == f"scan: {reason}"
+    assert str(choose_form(layer)) == f"scan: {reason}"
     with pytest.raises(SlimLSTMError, match=f"form='lstm' is not possible, because {reason}; give form='scan' or 'auto'"):
-        choose(layer, "lstm")
+        choose_form(layer, "lstm")
 
 
 @pytest.mark.parametrize("form", ["LSTM", "", None, 3])
 def test_an_unknown_form_is_refused(form):
     with pytest.raises(SlimLSTMError, match=r"form=.* is none of 'auto', 'lstm', 'scan'"):
-        choose(directions(8), form)
+        choose_form(directions(8), form)
 
 
 def test_the_costs_are_the_measured_ones():

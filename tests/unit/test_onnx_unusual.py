@@ -51,7 +51,7 @@ def test_computed_inputs_of_an_operator_count(name, form, tmp_path):
 
 def test_a_large_layer_with_a_computed_bias_stays_an_operator(tmp_path, monkeypatch):
     path, small = computed(tmp_path / "model.onnx", "B"), tmp_path / "small.onnx"
-    monkeypatch.setattr("slimlstm.onnx.as_scan.choose", lambda *_: pytest.fail("the form is not open"))
+    monkeypatch.setattr("slimlstm.onnx.as_scan.choose_form", lambda *_: pytest.fail("the form is not open"))
     report = compress_onnx(path, Quantize("int8"), small)
     assert "its bias is no constant" in report.forms["lstm"]
     values = [feed(path)]

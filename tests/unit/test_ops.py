@@ -237,7 +237,7 @@ def chosen(steps: int, batch: int, hidden: int, rank: int | None, grad: bool = F
         (hh if rank is None else hh[0]).requires_grad_()
     x = torch.zeros(steps * batch, hidden) if packed else torch.zeros(steps, batch, hidden)
     sizes = torch.full((steps,), batch) if packed else None
-    return ops.choose(x, sizes, [Direction(torch.zeros(matrix), hh, None, None, None)], training=grad)
+    return ops.choose_backend(x, sizes, [Direction(torch.zeros(matrix), hh, None, None, None)], training=grad)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
@@ -312,7 +312,7 @@ def test_large_dense_matrices_train_in_onednn(steps, hidden, rank, low, backend)
 
 def test_other_devices_get_dense():
     x, hh = torch.zeros(1, 1, 256, device="meta"), (torch.zeros(1024, 32), torch.zeros(32, 256))
-    assert ops.choose(x, None, [Direction(hh[0], hh, None, None, None)]) == ("dense", "the input is on meta")
+    assert ops.choose_backend(x, None, [Direction(hh[0], hh, None, None, None)]) == ("dense", "the input is on meta")
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ from torch.nn.functional import cross_entropy
 
 from slimlstm import LowRank, SlimLSTMError, calibrate, compress_
 from slimlstm.calibration.module_observer import ModuleObserver
-from slimlstm.calibration.refit import refit
+from slimlstm.calibration.refit import fit_to_new_inputs
 from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig
-from slimlstm.methods import DAMPING
+from slimlstm.methods import MOMENT_DAMPING
 from slimlstm.modules.hosts import find_hosts
-from slimlstm.pipeline.run import PASSES
+from slimlstm.pipeline.fitting import PASSES
 
 
 class OneLayer(nn.Module):
@@ -84,7 +84,7 @@ def test_without_a_loss_of_quality_every_matrix_is_fitted_to_itself(stranger):
     solver = recorded(targets)
     hosts = [host for host in find_hosts(model) if host.problem is None]
     solvers = {key: solver(key, weight) for key, weight in matrices(model).items()}
-    refit(ModuleObserver(model, hosts, batches, losses_of), matrices(model), {}, solvers, 1)
+    fit_to_new_inputs(ModuleObserver(model, hosts, batches, losses_of), matrices(model), {}, solvers, 1)
     assert targets.keys() == matrices(model).keys()
     for key, weight in matrices(model).items():
         torch.testing.assert_close(targets[key][0], weight, rtol=1e-8, atol=1e-8)
@@ -97,7 +97,7 @@ def test_a_matrix_becomes_the_ridge_regression_of_its_part_of_the_dense_gates(in
     keys = "lstm.weight_ih_l0", "lstm.weight_hh_l0"
     poorer = {key: weight + 0.3 * torch.randn_like(weight) for key, weight in dense.items()}
     solvers = {keys[index]: recorded(targets)(keys[index], poorer[keys[index]])}
-    refit(ModuleObserver(model, find_hosts(model), [(x,)], None), dense, poorer, solvers, 1)
+    fit_to_new_inputs(ModuleObserver(model, find_hosts(model), [(x,)], None), dense, poorer, solvers, 1)
     z = [x.flatten(0, 1), states_before(model, x)]
     with torch.no_grad():
         for name, weight in poorer.items():
@@ -105,7 +105,7 @@ def test_a_matrix_becomes_the_ridge_regression_of_its_part_of_the_dense_gates(in
     own, other = [x.flatten(0, 1), states_before(model, x)][index], [x.flatten(0, 1), states_before(model, x)][1 - index]
     wanted = z[0] @ dense[keys[0]].T + z[1] @ dense[keys[1]].T - other @ poorer[keys[1 - index]].T
     fitted, moment = targets[keys[index]]
-    strength = (DAMPING + own.shape[1] / len(own)) * float((own**2).mean())
+    strength = (MOMENT_DAMPING + own.shape[1] / len(own)) * float((own**2).mean())
     # The ridge is more rows: of inputs √(λ N) I, whose outputs should be those of W.
     extra = (strength * len(own)) ** 0.5 * torch.eye(own.shape[1], dtype=torch.float64)
     rows, outputs = torch.cat([own, extra]), torch.cat([wanted, extra @ dense[keys[index]].T])
@@ -154,7 +154,7 @@ def test_factors_that_lose_more_are_discarded(monkeypatch):
 @pytest.mark.parametrize("held_out", [5, 100], ids=["the last fifth", "none"])
 def test_held_out_batches_decide(held_out, monkeypatch):
     """All but the last fifth show one direction of the inputs, so factors fitted to them fail on the others."""
-    monkeypatch.setattr("slimlstm.calibration.refit._HELD_OUT", held_out)
+    monkeypatch.setattr("slimlstm.calibration.held_out._HELD_OUT", held_out)
     batches = [torch.randn(T, B, IN, dtype=torch.float64) for _ in range(10)]
     for x in batches[:8]:
         x[..., 1:] = 0.0

@@ -19,7 +19,7 @@ from slimlstm.calibration.module_observer import ModuleObserver
 from slimlstm.calibration.recorder import Rows
 from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig
 from slimlstm.evaluate import NextTokens, pieces
-from slimlstm.methods import Option, choose, efficient, matrix_bytes
+from slimlstm.methods import Option, choose_options, efficient, matrix_bytes
 from slimlstm.modules.hosts import find_hosts
 from slimlstm.pipeline.selection import TOGETHER
 from slimlstm.weight_files import compress_file
@@ -67,7 +67,7 @@ def random_options(seed, count=4):
 def test_a_choice_fits_and_is_best_up_to_one_step(seed):
     matrices = {name: random_options(100 * seed + index) for index, name in enumerate("abc")}
     budget = 60
-    chosen = choose(matrices, budget)
+    chosen = choose_options(matrices, budget)
     spent = sum(option.bytes for option in chosen.values())
     assert spent <= budget
     fitting = [c for c in itertools.product(*matrices.values()) if sum(option.bytes for option in c) <= budget]

@@ -32,7 +32,7 @@ class Candidate(NamedTuple):
     call: Callable[[], Tensor]
 
 
-def measure(
+def check_and_time(
     candidates: Mapping[str, Candidate],
     exact: Mapping[str, Tensor],
     refused: Mapping[str, str],

@@ -131,10 +131,10 @@ def _choose(
     states: tuple[Tensor, ...],
 ) -> tuple[str, str]:
     if isinstance(module, LowRankLSTMCell):
-        choice = ops.choose(x[None], None, directions, states, module.training)
+        choice = ops.choose_backend(x[None], None, directions, states, module.training)
         return (choice.backend if choice.backend == "fused" else "reference"), choice.reason
     if module.backend != "auto":
         return module.backend, f"requested by backend={module.backend!r}"
     if sizes is None:
         x = x[:, None] if x.ndim == 2 else x.transpose(0, 1) if module.batch_first else x
-    return ops.choose(x, sizes, directions, states, module.training)
+    return ops.choose_backend(x, sizes, directions, states, module.training)

@@ -10,7 +10,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from slimlstm.bench.candidates import Candidate, measure
+from slimlstm.bench.candidates import Candidate, check_and_time
 from slimlstm.bench.comparison import relative_difference
 from slimlstm.bench.engines import dense_rivals, exact_output, low_rank_rivals
 from slimlstm.bench.timing import MIN_TURNS, SECONDS, using_threads
@@ -40,7 +40,7 @@ class LayerTimes:
         sizes: its input, hidden and projection size, and whether it is bidirectional.
         ranks, storages: the ranks and storages of the compressed layer, by the name of the matrix.
         difference: norm of the difference of compressed and dense outputs, over the norm of the dense outputs.
-        candidates, refused: the result of :func:`slimlstm.bench.candidates.measure`.
+        candidates, refused: the result of :func:`slimlstm.bench.candidates.check_and_time`.
     """
 
     name: str
@@ -217,7 +217,7 @@ def _bench_layer(
     candidates["slimlstm dense"] = Candidate(True, "float32", "dense", lambda: plain(x)[0])
     if compressed.ranks or compressed.storages:
         candidates["slimlstm compressed"] = Candidate(True, _precision(compressed), "compressed", lambda: compressed(x)[0])
-    result = measure(candidates, exact, refused, threads=threads, seconds=seconds)
+    result = check_and_time(candidates, exact, refused, threads=threads, seconds=seconds)
     sizes = {key: int(getattr(dense, key)) for key in ("input_size", "hidden_size", "proj_size", "bidirectional")}
     difference = relative_difference([exact["dense"]], [exact["compressed"]])
     return LayerTimes(name, sizes, compressed.ranks, dict(compressed.storages), difference, **result)

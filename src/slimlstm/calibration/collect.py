@@ -99,7 +99,7 @@ class _Pass:
         total: the sum of all losses.
         predictions: the number of losses.
         is_scaled: False where a batch's loss was a single mean.
-        is_drawn: whether labels were drawn from a distribution.
+        is_drawn: whether the labels of any batch were drawn from a distribution.
     """
 
     batches: int = 0

@@ -22,11 +22,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from slimlstm.calibration.held_out import split_batches
 from slimlstm.calibration.recorder import Keys, Rows
 from slimlstm.errors import SlimLSTMError
-from slimlstm.methods import DAMPING
-from slimlstm.ops.dense import rebuilt
-from slimlstm.ops.weights import Matrix
+from slimlstm.methods import MOMENT_DAMPING, damped, damping_of
+from slimlstm.ops.weights import Matrix, rebuilt
 from slimlstm.progress import Progress, shown
 
 Solve = Callable[[Tensor, Tensor], Matrix]
@@ -34,11 +34,13 @@ Solve = Callable[[Tensor, Tensor], Matrix]
 
 _ALTERNATIONS = 2
 """How often the matrices of a group are fitted in turn on the moments of one pass."""
-_HELD_OUT = 5
-"""One batch in this many is held out to judge the factors; if there are fewer batches, all of them both fit and judge."""
 
 
-class CallMismatchError(SlimLSTMError):
+class FittingError(SlimLSTMError):
+    """Factors cannot be fitted again."""
+
+
+class CallMismatchError(FittingError):
     """The compressed model called its LSTMs more often, or less often, than the uncompressed one."""
 
 
@@ -84,7 +86,7 @@ class Observer(Protocol):
         ...
 
 
-def refit(
+def fit_to_new_inputs(
     observer: Observer,
     matrices: Mapping[str, Tensor],
     weights: Mapping[str, Matrix],
@@ -123,19 +125,6 @@ def refit(
         if not is_last:
             now = _fitted(moments, exact, now, solvers)
     return best
-
-
-def split_batches(count: int, has_costs: bool) -> tuple[range, range]:
-    """Return the numbers of the batches to fit to, and of the batches that judge the result.
-
-    Examples:
-        >>> split_batches(10, has_costs=True)
-        (range(0, 8), range(8, 10))
-        >>> split_batches(3, has_costs=True)
-        (range(0, 3), range(0, 3))
-    """
-    held_out = count // _HELD_OUT if has_costs else 0
-    return range(count - held_out), range(count - held_out if held_out else 0, count)
 
 
 def _one_pass(
@@ -218,7 +207,7 @@ class PairedMoments:
         """Return the best matrix B [m, n] at ``index`` in the group, and the damped moment A [n, n] of its inputs.
 
         B minimises E‖W z - W'_other z'_other - B z'_own‖² + λ ‖B - W_own‖². With N rows for n inputs,
-        λ = (``DAMPING`` + n / N) times the mean of A's diagonal, so that B stays near W where the rows are too few.
+        λ = (``MOMENT_DAMPING`` + n / N) times the mean of A's diagonal, so that B stays near W where the rows are too few.
 
         Args:
             dense: the group's uncompressed matrices.
@@ -232,7 +221,6 @@ class PairedMoments:
             if other != index:
                 wanted = wanted - now[other] @ self.own[part, own]
         wanted = wanted / self.rows
-        n = len(moment)
-        strength = (DAMPING + n / self.rows) * float(moment.diagonal().mean()) or 1.0
-        damped = moment + strength * torch.eye(n, dtype=moment.dtype, device=moment.device)
-        return torch.linalg.solve(damped, (wanted + strength * dense[index]).T).T, damped
+        share = MOMENT_DAMPING + len(moment) / self.rows
+        strength, damped_moment = damping_of(moment, share), damped(moment, share)
+        return torch.linalg.solve(damped_moment, (wanted + strength * dense[index]).T).T, damped_moment

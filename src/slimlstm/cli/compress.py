@@ -154,12 +154,12 @@ def _to_onnx(
     from slimlstm.onnx.calibrate import read_batches
     from slimlstm.onnx.compress import compress_onnx
     from slimlstm.onnx.difference import output_difference
-    from slimlstm.pipeline.run import needs_of, rounds_with_feedback
+    from slimlstm.pipeline.plan import calibration_needs
 
     if request.storage_of_masked():
         raise SlimLSTMError("prune takes no --storage for an ONNX file; compress the result again, with --storage alone")
     config = request.configuration()
-    if batches and needs_of(config) == Needs.NOTHING and not rounds_with_feedback(config) and not also:
+    if batches and calibration_needs(config) == Needs.NOTHING and not also:
         raise SlimLSTMError("--batches calibrate, which neither this method nor this storage needs; leave them out")
     runs = [run for path in batches for run in read_batches(path)] if batches else None
     compared = [run for path in inputs for run in read_batches(path)] if inputs else None

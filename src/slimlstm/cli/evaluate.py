@@ -37,9 +37,9 @@ def command(
 
     The model may be dense or compressed.
     """
-    from slimlstm.compress import size
     from slimlstm.demo.corpora import CORPORA
     from slimlstm.evaluate import perplexity
+    from slimlstm.module_source import module_size
     from slimlstm.modules.hosts import find_hosts
 
     network = language_model(model, _INSTEAD)
@@ -60,7 +60,7 @@ def command(
         "predictions": found.predictions,
         "perplexity_per_word": math.exp(min(found.loss * len(tokens) / max(words, 1), 700.0)),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
-        "bytes": size([network], find_hosts(network))[1],
+        "bytes": module_size([network], find_hosts(network))[1],
     }
     show(result, as_json, _table(result))
 

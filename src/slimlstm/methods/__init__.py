@@ -1,9 +1,20 @@
-"""Compress one matrix: the tables of methods and storages, and the cost of a rank. This room knows tensors only."""
+"""Compress one matrix: the tables of methods and storages, and the cost of a rank.
 
-from slimlstm.methods.choices import Option, choose, efficient
+This package knows tensors only; rounding with feedback runs compiled where :mod:`slimlstm.ops` has the kernel.
+"""
+
+from slimlstm.methods.choices import Option, choose_options, efficient
 from slimlstm.methods.factors import Factors, OnIteration, as_factors
 from slimlstm.methods.magnitude import magnitude_mask, nonzeros_at_rank
-from slimlstm.methods.matrices import check_matrix, check_rank, relative_error, sha256_of, singular_values
+from slimlstm.methods.matrices import (
+    check_matrix,
+    check_rank,
+    damped,
+    damping_of,
+    relative_error,
+    sha256_of,
+    singular_values,
+)
 from slimlstm.methods.method import (
     DENSE,
     METHODS,
@@ -20,6 +31,7 @@ from slimlstm.methods.rank import (
     allocate,
     break_even_rank,
     is_smaller,
+    losses_of_ranks,
     rank_for_energy,
     rank_for_fraction,
     rank_for_share,
@@ -40,13 +52,13 @@ from slimlstm.methods.storages import (
     stored_bytes,
 )
 from slimlstm.methods.svd import svd
-from slimlstm.methods.weighted import DAMPING, WeightedSVD
+from slimlstm.methods.weighted import MOMENT_DAMPING, WeightedSVD
 
 __all__ = [
-    "DAMPING",
     "DENSE",
     "KERNEL_FORMATS",
     "METHODS",
+    "MOMENT_DAMPING",
     "STORAGES",
     "Encoded",
     "Factors",
@@ -66,10 +78,13 @@ __all__ = [
     "calibrated_methods",
     "check_matrix",
     "check_rank",
-    "choose",
+    "choose_options",
+    "damped",
+    "damping_of",
     "efficient",
     "factoring_methods",
     "is_smaller",
+    "losses_of_ranks",
     "magnitude_mask",
     "matrix_bytes",
     "method_called",

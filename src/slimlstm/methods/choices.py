@@ -40,7 +40,7 @@ def efficient(options: Sequence[Option]) -> list[Option]:
     return found
 
 
-def choose(matrices: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
+def choose_options(matrices: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
     """Return one option for every matrix, such that all bytes fit into ``budget`` and the sum of losses is small.
 
     Greedily take the largest loss reduction per byte along the lower convex hull of every matrix's options, as in the
@@ -56,7 +56,7 @@ def choose(matrices: Mapping[str, Sequence[Option]], budget: int) -> dict[str, O
 
     Examples:
         >>> small, large = Option(1, "int4", 10, 5.0), Option(2, "int4", 20, 1.0)
-        >>> found = choose({"a": [small, large], "b": [small, Option(2, "int4", 20, 4.0)]}, budget=30)
+        >>> found = choose_options({"a": [small, large], "b": [small, Option(2, "int4", 20, 4.0)]}, budget=30)
         >>> found["a"].rank, found["b"].rank
         (2, 1)
     """

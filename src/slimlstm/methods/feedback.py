@@ -14,9 +14,10 @@ from torch.nn.functional import pad
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods.low_bit import GROUP, group_scales, nearest, row_scales
+from slimlstm.methods.matrices import damped
 from slimlstm.ops import native
 
-DAMPING = 0.01
+ROUNDING_DAMPING = 0.01
 """Damping of the moments, as a fraction of their mean diagonal."""
 _CHUNKS = 128
 """Largest number of chunks of rows. Chunks are rounded in turn; the rows of a chunk do not correct each other."""
@@ -141,6 +142,5 @@ def inverse_factor(moment: Tensor) -> Tensor:
     full = full.double()
     if not bool(torch.isfinite(full).all()):
         raise SlimLSTMError("the moments hold NaN or infinite numbers; were the batches finite?")
-    damping = DAMPING * float(full.diagonal().mean()) or 1.0
-    damped = full + damping * torch.eye(len(full), dtype=torch.float64, device=full.device)
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    lower = torch.linalg.cholesky(damped(full, ROUNDING_DAMPING))
+    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)

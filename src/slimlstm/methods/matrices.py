@@ -44,6 +44,22 @@ def sha256_of(tensor: Tensor) -> str:
     return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
+def damping_of(moment: Tensor, share: float) -> float:
+    """Return ``share`` times the mean of the diagonal of a moment, [n, n] or the diagonal [n]; 1 where that is zero.
+
+    Examples:
+        >>> damping_of(torch.tensor([1.0, 3.0]), 0.5)
+        1.0
+    """
+    diagonal = moment if moment.ndim == 1 else moment.diagonal()
+    return share * float(diagonal.mean()) or 1.0
+
+
+def damped(moment: Tensor, share: float) -> Tensor:
+    """Return a moment [n, n] with :func:`damping_of` added to its diagonal, so that rounding leaves it invertible."""
+    return moment + damping_of(moment, share) * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+
+
 def check_matrix(matrix: Tensor) -> None:
     """Raise :class:`SlimLSTMError` unless ``matrix`` is a finite, non-empty, floating-point matrix [m, n]."""
     if matrix.ndim != 2 or matrix.numel() == 0:

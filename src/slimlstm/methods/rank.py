@@ -74,9 +74,22 @@ def shares_left_out(losses: Tensor, rank: int | None = None) -> tuple[tuple[int,
         ((0, 1.0), (1, 0.25), (2, 0.0))
     """
     count = len(losses)
-    left = [*losses.double().flip(0).cumsum(0).flip(0).tolist(), 0.0]
+    left = losses_of_ranks(losses.double()).tolist()
     ranks = {round(index * count / RANKS_OF_SPECTRUM) for index in range(RANKS_OF_SPECTRUM + 1)} | {rank or 0}
     return tuple((at, left[at] / (left[0] or 1.0)) for at in sorted(ranks))
+
+
+def losses_of_ranks(losses: Tensor) -> Tensor:
+    """Return [k + 1], the losses of ranks 0, 1, ..., k: the sums of the losses of all directions beyond each rank.
+
+    Args:
+        losses: [k], the loss of leaving out each direction, largest first.
+
+    Examples:
+        >>> losses_of_ranks(torch.tensor([3.0, 1.0]))
+        tensor([4., 1., 0.])
+    """
+    return torch.cat([losses.flip(0).cumsum(0).flip(0), losses.new_zeros(1)])
 
 
 @dataclass(frozen=True)
@@ -85,7 +98,7 @@ class RankCosts:
 
     Attributes:
         losses: [k + 1], the losses of ranks 0, 1, ..., k; decreasing and convex, as sums of the smallest σ² are.
-        cost: the cost of each rank, in the unit of the budget.
+        cost: the cost of one rank more, in the unit of the budget.
         whole: the cost of the matrix as it is, which loses nothing; without ``fixed``.
         fixed: a further cost that is the same at every rank and for the matrix as it is.
     """

@@ -8,9 +8,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from slimlstm.methods.feedback import DAMPING, inverse_factor, round_with_feedback
+from slimlstm.methods.feedback import ROUNDING_DAMPING, inverse_factor, round_with_feedback
+from slimlstm.methods.matrices import damped
 from slimlstm.methods.storages import Storage, rounded, storage_called
-from slimlstm.methods.weighted import DAMPING as SMALL_DAMPING
+from slimlstm.methods.weighted import MOMENT_DAMPING
 
 _LEAST = 1e-8
 """Lower bound on the squared norms of U's columns and V's rows, as a share of the largest one."""
@@ -76,16 +77,18 @@ class Rounder:
         nearest, bits = (rounded(u, storage), rounded(v, storage)), self._feedback_bits(storage)
         if bits is None or self._inputs is None:
             return nearest
-        moment = _damped((torch.diag(self._inputs) if self._inputs.ndim == 1 else self._inputs).to(u.device, torch.float64))
+        full = torch.diag(self._inputs) if self._inputs.ndim == 1 else self._inputs
+        # Rounding errors must leave no negative eigenvalue.
+        moment = damped(full.to(u.device, torch.float64), MOMENT_DAMPING)
         u, v = self._mixed(u, v, moment)
         down = inverse_factor(self._by_gradients(u.double()))
         v = round_with_feedback(v, self._input_factor.to(u.device), down, bits)
         wide = v.double()
         own = wide @ moment @ wide.T
-        damped = own + DAMPING * float(own.diagonal().mean()) * torch.eye(len(own), dtype=own.dtype, device=own.device)
+        damped_own = damped(own, ROUNDING_DAMPING)
         # Pull towards the given U where V's rows are nearly dependent.
-        pull = damped - own
-        solved = torch.linalg.solve(damped, (matrix.double() @ moment @ wide.T + u.double() @ pull).T).T.to(u.dtype)
+        pull = damped_own - own
+        solved = torch.linalg.solve(damped_own, (matrix.double() @ moment @ wide.T + u.double() @ pull).T).T.to(u.dtype)
         return round_with_feedback(solved, inverse_factor(own), self._down(u), bits), v
 
     def _mixed(self, u: Tensor, v: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,12 +140,6 @@ class Rounder:
     def _gradient_factor(self) -> Tensor:
         assert self._gradients is not None  # noqa: S101 (checked by the callers)
         return self._factor_of(self._gradients)
-
-
-def _damped(moment: Tensor) -> Tensor:
-    """Return a moment [n, n] with a little of its mean diagonal, so that rounding errors leave no negative eigenvalue."""
-    damping = SMALL_DAMPING * float(moment.diagonal().mean()) or 1.0
-    return moment + damping * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
 
 
 def _rotation(size: int) -> Tensor:

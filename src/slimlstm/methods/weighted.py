@@ -9,9 +9,9 @@ from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods.factors import Factors, as_factors, balanced
-from slimlstm.methods.matrices import check_matrix, check_rank
+from slimlstm.methods.matrices import check_matrix, check_rank, damping_of
 
-DAMPING = 1e-3
+MOMENT_DAMPING = 1e-3
 """Damping of the inputs' moment, as a fraction of its mean diagonal."""
 
 
@@ -20,8 +20,8 @@ class WeightedSVD:
 
     With A = R Rᵀ the loss is ‖G^½ (W - W') R‖_F². Its minimum is W' = W R V_r V_rᵀ R⁻¹, where V_r holds the leading
     eigenvectors of (W R)ᵀ G W R: truncate the SVD of G^½ W R, and remove the weights again. With G = I this is DRONE (Chen
-    et al. 2021). G need not be invertible. Where A is singular, W' would be undetermined, so λ = ``DAMPING`` times the mean
-    of A's diagonal is added to the diagonal.
+    et al. 2021). G need not be invertible. Where A is singular, W' would be undetermined, so λ = ``MOMENT_DAMPING`` times
+    the mean of A's diagonal is added to the diagonal.
 
     Args:
         matrix: W [m, n].
@@ -84,8 +84,7 @@ def _unit(moment: Tensor) -> tuple[Tensor, float]:
 
 def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
     """Return A^½ and A^-½ of the damped A, [n, n] or [n]."""
-    diagonal = moment if moment.ndim == 1 else moment.diagonal()
-    damping = DAMPING * float(diagonal.mean()) or 1.0
+    damping = damping_of(moment, MOMENT_DAMPING)
     if moment.ndim == 1:
         root = (moment + damping).sqrt()
         return root, 1 / root

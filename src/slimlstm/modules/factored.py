@@ -17,9 +17,8 @@ from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import STORAGES, rounded
 from slimlstm.modules.masks import drop_parametrizations, mask_of
 from slimlstm.modules.modes import plain_mode
-from slimlstm.ops.dense import rebuilt
 from slimlstm.ops.packing import is_foreign, is_private
-from slimlstm.ops.weights import CachedLayer, Direction, Matrix, flat
+from slimlstm.ops.weights import CachedLayer, Direction, Matrix, flat, parts_of, rebuilt
 
 _WIDEST_INT8 = (2**31 - 1) // (127 * 128)
 """Columns whose products of int8 numbers surely fit into 32 bits."""
@@ -334,7 +333,7 @@ def check_dtypes(weights: Direction, *tensors: Tensor) -> None:
     Raises:
         SlimLSTMError: a dtype differs.
     """
-    dtype = (weights.ih if isinstance(weights.ih, Tensor) else weights.ih[0]).dtype
+    dtype = parts_of(weights.ih)[0].dtype
     for tensor in tensors:
         if tensor.dtype != dtype and not torch.is_autocast_enabled(tensor.device.type):
             raise SlimLSTMError(

@@ -21,8 +21,7 @@ from slimlstm.modules.masks import Mask, mask_of
 from slimlstm.modules.modes import evaluation_mode, plain_mode
 from slimlstm.modules.shapes import cell_matrix_shapes, lstm_arguments, lstm_matrix_shapes
 from slimlstm.modules.sites import SITE_NAME, Site
-from slimlstm.ops.dense import rebuilt
-from slimlstm.ops.weights import Matrix
+from slimlstm.ops.weights import Matrix, rebuilt
 
 RAW = "_raw"
 """The ending of the parameters that weight drop computes weights from."""

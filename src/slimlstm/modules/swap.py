@@ -40,26 +40,16 @@ _COPIED = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_flat_weig
 """Containers of which a copy of a module gets its own, because it may change them."""
 
 
-def replace(model: nn.Module, host: Host, replacements: Mapping[str, Replacement]) -> nn.Module:
-    """Replace matrices of a host in ``model``, given by parameter name; everything else stays.
+class Swap:
+    """Replacements for several hosts, built without changing them; carried out together, and undone together.
 
-    The module keeps its identity, its hooks, its training mode, the parameters and masks that are not replaced, and the
+    A module keeps its identity, its hooks, its training mode, the parameters and masks that are not replaced, and the
     attributes, buffers and submodules that its class does not need. With masks alone, an LSTM that computes with its own
     parameters keeps its class. Factors and dense weights make it a :class:`slimlstm.modules.FactoredModule`. Weights that
     are parameters already are registered as they are, so that tied matrices can share them.
 
-    Returns:
-        The module that now computes.
-    """
-    Swap([(host, replacements)]).commit()
-    return host.module
-
-
-class Swap:
-    """Replacements for several hosts, built without changing them; carried out together, and undone together.
-
     Args:
-        changes: every host with its replacements by parameter name; see :func:`replace`.
+        changes: every host with its replacements by parameter name.
     """
 
     @plain_mode()

@@ -6,16 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import Replacement
 from slimlstm.onnx.builder import OLDEST_OPSET, GraphBuilder
-from slimlstm.onnx.forms import LSTM, SCAN, Form, choose
+from slimlstm.onnx.forms import LSTM, SCAN, Form, choose_form
 from slimlstm.onnx.graph import OnnxLSTM, WeightLocation, attribute_of
 from slimlstm.onnx.operators import peculiarity_of
 from slimlstm.onnx.scan import add_scans
-from slimlstm.ops.weights import Direction
+from slimlstm.ops.weights import Direction, parts_of
 
 _LENGTHS, _H0, _C0 = 4, 5, 6
 """The positions of inputs of an LSTM operator."""
@@ -28,7 +27,7 @@ def form_of(lstm: OnnxLSTM, directions: Sequence[Direction], opset: int, form: s
         lstm: the operator.
         directions: its new weights.
         opset: the file's opset.
-        form: see :func:`slimlstm.onnx.forms.choose`.
+        form: see :func:`slimlstm.onnx.forms.choose_form`.
 
     Raises:
         SlimLSTMError: ``form`` is unknown, or ``"scan"`` where a Scan cannot compute the operator.
@@ -36,7 +35,7 @@ def form_of(lstm: OnnxLSTM, directions: Sequence[Direction], opset: int, form: s
     obstacle = _obstacle(lstm, directions, opset)
     if obstacle and form == SCAN:
         raise SlimLSTMError(f"{lstm.name} cannot become a Scan, because {obstacle}; give form='lstm' or 'auto'")
-    return Form(LSTM, obstacle) if obstacle and form == "auto" else choose(directions, form)
+    return Form(LSTM, obstacle) if obstacle and form == "auto" else choose_form(directions, form)
 
 
 def directions_of(lstm: OnnxLSTM, new: Mapping[str, Replacement], storages: Mapping[str, str | None]) -> list[Direction]:
@@ -96,6 +95,5 @@ def _obstacle(lstm: OnnxLSTM, directions: Sequence[Direction], opset: int) -> st
     other = sorted(storages - {"float32", "bfloat16", "int8", "int4"})
     if other:
         return f"Scans hold no {other[0]} weights"
-    parts = [part for one in directions for part in (one.ih, one.hh)]
-    dtypes = {(part if isinstance(part, Tensor) else part[0]).dtype for part in parts}
+    dtypes = {parts_of(matrix)[0].dtype for one in directions for matrix in (one.ih, one.hh)}
     return "" if dtypes == {torch.float32} else "its weights are not float32"

@@ -29,11 +29,10 @@ from slimlstm.onnx.observe import GraphObserver
 from slimlstm.onnx.others import check_kinds
 from slimlstm.onnx.reading import LARGEST_FILE, check_onnx_output, read_model
 from slimlstm.onnx.source import GraphSource
-from slimlstm.ops.dense import rebuilt
-from slimlstm.ops.weights import Matrix
-from slimlstm.pipeline.plan import Config, check_config
+from slimlstm.ops.weights import Matrix, rebuilt
+from slimlstm.pipeline.plan import Config, calibration_needs, check_config
 from slimlstm.pipeline.report import Report
-from slimlstm.pipeline.run import apply, check_smaller, needs_of, rounds_with_feedback, solve
+from slimlstm.pipeline.run import apply, check_smaller, solve
 from slimlstm.progress import Progress, shown
 
 
@@ -94,7 +93,7 @@ def compress_onnx(
     if not source.sites():
         raise SlimLSTMError("; ".join([f"{path} holds no LSTM with constant weights", *problems]))
     check_config(config, source.sites())
-    needs = max(needs_of(config), Needs.INPUTS if rounds_with_feedback(config) else Needs.NOTHING)
+    needs = calibration_needs(config)
     if batches is not None and calibration is None and needs > Needs.NOTHING:
         observed = [lstm for group in source.groups for lstm in group]
         calibration = source.calibration(calibrate_graph(model, observed, batches, needs >= Needs.GRADIENTS))

@@ -45,7 +45,7 @@ class Exported:
             installed.
         opset: the version of ONNX's operators.
         forms: the form of every layer in the order of the model, ``"lstm"`` or ``"scan"``, and the reason; see
-            :func:`slimlstm.onnx.forms.choose`.
+            :func:`slimlstm.onnx.forms.choose_form`.
         notes: the sizes at which the file is not valid, because the model's code depends on them.
     """
 

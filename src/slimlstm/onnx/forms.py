@@ -69,7 +69,7 @@ def check_form(form: object) -> None:
         raise SlimLSTMError(f"form={form!r} is none of {', '.join(map(repr, FORMS))}")
 
 
-def choose(directions: Sequence[Direction], form: str = "auto") -> Form:
+def choose_form(directions: Sequence[Direction], form: str = "auto") -> Form:
     """Return the form of a layer.
 
     Args:
@@ -82,8 +82,9 @@ def choose(directions: Sequence[Direction], form: str = "auto") -> Form:
 
     Examples:
         >>> from slimlstm import LowRankLSTM
-        >>> [choose(LowRankLSTM(size, size).layers()[0]).name for size in (32, 1024)]
-        ['lstm', 'lstm']
+        >>> ranks = {"weight_ih_l0": 4, "weight_hh_l0": 4}
+        >>> [choose_form(LowRankLSTM(size, size, ranks=ranks).layers()[0]).name for size in (32, 512)]
+        ['lstm', 'scan']
     """
     check_form(form)
     obstacle = _obstacle(directions)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from slimlstm.onnx.builder import OPSET, GraphBuilder, value_info
-from slimlstm.onnx.forms import LSTM, Form, choose
-from slimlstm.onnx.scan import add_scans, add_widened, dtype_of
+from slimlstm.onnx.forms import LSTM, Form, choose_form
+from slimlstm.onnx.scan import add_scans, add_widened, check_dtype, dtype_of
 from slimlstm.ops.gates import ONNX, reordered
 from slimlstm.ops.weights import Direction, Matrix, columns, rows
 
@@ -56,7 +56,7 @@ def add_layer(
         directions: the weights. The second of two directions runs backward.
         ports: the names of inputs and outputs.
         reverse: whether a single direction runs backward.
-        form: see :func:`slimlstm.onnx.forms.choose`.
+        form: see :func:`slimlstm.onnx.forms.choose_form`.
 
     Returns:
         The form that the layer has in the file.
@@ -65,8 +65,8 @@ def add_layer(
         SlimLSTMError: the weights are neither float32 nor float64, or ``form`` cannot compute the layer.
         ImportError: onnx is not installed.
     """
-    dtype_of(directions)
-    chosen = choose(directions, form)
+    check_dtype(directions)
+    chosen = choose_form(directions, form)
     if chosen.name == LSTM:
         direction = "bidirectional" if len(directions) == 2 else "reverse" if reverse else "forward"
         _add_operator(builder, directions, ports, direction)
@@ -85,7 +85,7 @@ def layer_model(directions: Sequence[Direction], form: str = "auto") -> Any:
 
     Args:
         directions: the weights.
-        form: see :func:`slimlstm.onnx.forms.choose`.
+        form: see :func:`slimlstm.onnx.forms.choose_form`.
 
     Raises:
         SlimLSTMError: the weights are neither float32 nor float64, or ``form`` cannot compute the layer.

@@ -18,9 +18,8 @@ from slimlstm.onnx.graph import OnnxLSTM, WeightLocation, attribute_of, graphs_o
 from slimlstm.onnx.integers import make_plain
 from slimlstm.onnx.runtime import Names, RunInputs, Session, make_runnable
 from slimlstm.onnx.separate import separate
-from slimlstm.ops.dense import rebuilt
 from slimlstm.ops.gates import reordered
-from slimlstm.ops.weights import Matrix
+from slimlstm.ops.weights import Matrix, rebuilt
 
 
 @dataclass

@@ -20,7 +20,7 @@ from slimlstm.onnx.runtime import insert
 from slimlstm.onnx.scan import groups_of
 from slimlstm.onnx.separate import separate
 from slimlstm.ops.gates import reordered
-from slimlstm.ops.weights import Matrix
+from slimlstm.ops.weights import Matrix, parts_of
 
 
 class Rewriter:
@@ -28,7 +28,7 @@ class Rewriter:
 
     Args:
         model: an ``onnx.ModelProto``.
-        form: the form of LSTM operators afterwards; see :func:`slimlstm.onnx.forms.choose`.
+        form: the form of LSTM operators afterwards; see :func:`slimlstm.onnx.forms.choose_form`.
 
     Attributes:
         forms: the form of every operator with new weights, by name.
@@ -275,10 +275,9 @@ def _roots(names: Iterable[str], scope: Scope) -> set[str]:
 
 def _exact_storage(location: WeightLocation) -> str | None:
     """Return a location's storage if it can hold the matrix exactly, else None: other tools scale integers differently."""
-    parts = (location.matrix,) if isinstance(location.matrix, Tensor) else location.matrix
     own = location.storage
     is_exact = own is not None and all(
-        storage_called(own).encode(part.float()).decoded().equal(part.float()) for part in parts
+        storage_called(own).encode(part.float()).decoded().equal(part.float()) for part in parts_of(location.matrix)
     )
     return own if is_exact else None
 

@@ -16,10 +16,9 @@ from slimlstm.errors import SlimLSTMError
 from slimlstm.onnx.graph import OnnxLSTM
 from slimlstm.onnx.operators import peculiarity_of
 from slimlstm.onnx.probes import Probe
-from slimlstm.ops.dense import rebuilt
 from slimlstm.ops.gates import PYTORCH, reordered
 from slimlstm.ops.reference import product, recurrence, step
-from slimlstm.ops.weights import Direction
+from slimlstm.ops.weights import Direction, rebuilt
 
 DRAWS = 4
 """Number of random sign vectors for every output in a batch; the estimate's variance falls with this number."""

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from slimlstm.errors import SlimLSTMError, reason_of
 from slimlstm.onnx.graph import OnnxLSTM, attribute_of, graphs_of
+from slimlstm.ops.weights import parts_of
 
 RunInputs = Mapping[str, NDArray[Any]]
 """The inputs of one run, by name."""
@@ -102,8 +103,7 @@ def make_runnable(lstms: Sequence[OnnxLSTM], names: Names) -> None:
         if lstm.node.op_type == "LSTM" and lstm.locations:
             if attribute_of(lstm.node, "layout", 0):
                 _make_time_major(lstm, names)
-            matrix = lstm.locations[0].matrix
-            if (matrix if isinstance(matrix, torch.Tensor) else matrix[0]).dtype != torch.float32:
+            if parts_of(lstm.locations[0].matrix)[0].dtype != torch.float32:
                 _make_float32(lstm, names)
 
 
@@ -122,8 +122,7 @@ def _make_float32(lstm: OnnxLSTM, names: Names) -> None:
 
     for position in (0, *_WEIGHTS, *_STATES):
         _convert_input(lstm, position, names, "Cast", to=TensorProto.FLOAT)
-    matrix = lstm.locations[0].matrix
-    dtype = (matrix if isinstance(matrix, torch.Tensor) else matrix[0]).dtype
+    dtype = parts_of(lstm.locations[0].matrix)[0].dtype
     kind = TensorProto.BFLOAT16 if dtype == torch.bfloat16 else None
     if kind is None:
         kind = helper.np_dtype_to_tensor_dtype(torch.empty(0, dtype=dtype).numpy().dtype)

@@ -15,7 +15,7 @@ from slimlstm.errors import SlimLSTMError
 from slimlstm.methods.low_bit import GROUP
 from slimlstm.methods.storages import storage_called, to_int8
 from slimlstm.onnx.builder import SCALE, GraphBuilder, onnx_type, value_info
-from slimlstm.ops.weights import Direction, Matrix, columns, rows
+from slimlstm.ops.weights import Direction, Matrix, columns, parts_of, rows
 
 _INTEGER = "int8 as integers"
 """The name of the storage of int8 weights that a Scan multiplies as integers."""
@@ -78,16 +78,16 @@ def _as_integers(weights: Direction) -> Direction:
 
 
 def dtype_of(directions: Sequence[Direction]) -> torch.dtype:
-    """Return the dtype of a layer's weights.
+    """Return the dtype of a layer's weights; see :func:`check_dtype` for the errors."""
+    check_dtype(directions)
+    return parts_of(directions[0].hh)[0].dtype
 
-    Raises:
-        SlimLSTMError: it is neither float32 nor float64.
-    """
-    hh = directions[0].hh
-    dtype = (hh if isinstance(hh, Tensor) else hh[0]).dtype
+
+def check_dtype(directions: Sequence[Direction]) -> None:
+    """Raise :class:`SlimLSTMError` if a layer's weights are neither float32 nor float64."""
+    dtype = parts_of(directions[0].hh)[0].dtype
     if dtype not in (torch.float32, torch.float64):
         raise SlimLSTMError(f"layers are written to ONNX in float32 or float64, not {dtype}; convert the model first")
-    return dtype
 
 
 def _zeros(builder: GraphBuilder, x: str, directions: int, width: int, dtype: torch.dtype) -> str:
@@ -179,7 +179,7 @@ def _add_clip(builder: GraphBuilder, x: str, bound: float | None, weights: Direc
 
 def _add_product(builder: GraphBuilder, x: str, matrix: Matrix, storage: str) -> str:
     """Add x Wᵀ, or x Vᵀ Uᵀ, over the last axis."""
-    for weight in (matrix,) if isinstance(matrix, Tensor) else reversed(matrix):
+    for weight in reversed(parts_of(matrix)):
         if storage == _INTEGER:
             x = _add_integer_product(builder, x, weight)
         else:

@@ -11,8 +11,8 @@ from torch import Tensor
 from slimlstm.onnx.graph import OnnxLSTM, Scope, attribute_of, constant
 from slimlstm.onnx.operators import QUANTIZED, quantization
 from slimlstm.onnx.runtime import insert
-from slimlstm.ops.dense import rebuilt
 from slimlstm.ops.gates import reordered
+from slimlstm.ops.weights import rebuilt
 
 _PLAIN_INPUTS = 8
 """Number of inputs that a quantised operator shares with ONNX's LSTM; they come first."""

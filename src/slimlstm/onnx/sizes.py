@@ -7,10 +7,9 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
-
 from slimlstm.onnx.builder import SCALE
 from slimlstm.onnx.graph import OnnxLSTM, graphs_of, inner_nodes
+from slimlstm.ops.weights import parts_of
 
 _SCALE = re.compile(rf"{re.escape(SCALE)}(\.\d+)?$")
 
@@ -42,8 +41,8 @@ def count_in_lstms(lstms: Iterable[OnnxLSTM]) -> int:
     found: dict[tuple[object, ...], int] = {}
     for lstm in lstms:
         for one in lstm.locations:
-            parts = (one.matrix,) if isinstance(one.matrix, Tensor) else one.matrix
-            found[one.node.input[one.index], one.direction, one.columns] = sum(part.numel() for part in parts)
+            numbers = sum(part.numel() for part in parts_of(one.matrix))
+            found[one.node.input[one.index], one.direction, one.columns] = numbers
         biases = lstm.node.input[3] if lstm.is_operator and lstm.biases else lstm.name
         found[biases, "biases"] = sum(bias.numel() for bias in lstm.biases.values())
     return sum(found.values())

@@ -19,7 +19,7 @@ from slimlstm.onnx.others import quantize_others
 from slimlstm.onnx.rewrite import Rewriter
 from slimlstm.onnx.runtime import RunInputs
 from slimlstm.onnx.sizes import count_numbers
-from slimlstm.ops.weights import Matrix, shape_of
+from slimlstm.ops.weights import Matrix, parts_of, shape_of
 from slimlstm.pipeline.site_plan import SitePlan
 from slimlstm.pipeline.source import Size, Sizes, replaced_site
 
@@ -34,7 +34,7 @@ class GraphSource:
         model: the ONNX model, which :meth:`put` changes.
         lstms: its LSTMs with constant weights. LSTMs with the same weights form one group; its sites are named after the
             first of them.
-        form: the form of LSTM operators afterwards; see :func:`slimlstm.onnx.forms.choose`.
+        form: the form of LSTM operators afterwards; see :func:`slimlstm.onnx.forms.choose_form`.
         others: words that select weights outside LSTMs to store in int8; see
             :func:`slimlstm.onnx.others.quantize_others`.
         runs: inputs by name on which to compare the outputs when other weights became int8; None for random ones.
@@ -87,7 +87,7 @@ class GraphSource:
 
     def itemsize(self, site: Site) -> int:
         """Return the bytes of one number."""
-        return _parts(self.weight(site))[0].element_size()
+        return parts_of(self.weight(site))[0].element_size()
 
     def check(self, site: Site, plan: SitePlan) -> None:
         """Raise :class:`SlimLSTMError` if the file's opset cannot widen the storage, or if ONNX cannot hold it in as few
@@ -150,14 +150,10 @@ def _grouped(lstms: Iterable[OnnxLSTM]) -> list[list[OnnxLSTM]]:
     """Return LSTMs with the same weights together, in the order of the first of each group."""
     groups: dict[Hashable, list[OnnxLSTM]] = {}
     for lstm in lstms:
-        weights = (part for location in lstm.locations for part in _parts(location.matrix))
+        weights = (part for location in lstm.locations for part in parts_of(location.matrix))
         key = (*(location.name for location in lstm.locations), *(sha256_of(part) for part in weights))
         groups.setdefault(key, []).append(lstm)
     return list(groups.values())
-
-
-def _parts(matrix: Matrix) -> tuple[Tensor, ...]:
-    return (matrix,) if isinstance(matrix, Tensor) else matrix
 
 
 def _site(key: str, location: WeightLocation) -> Site:

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.ops import fused, plain, reference
-from slimlstm.ops.choice import are_parameters, choose
+from slimlstm.ops.choice import are_parameters, choose_backend
 from slimlstm.ops.packing import forget
 from slimlstm.ops.plain import Backend, Choice
 from slimlstm.ops.weights import Direction, LayerOutput, first_states
 
-__all__ = ["BACKENDS", "Choice", "LayerOutput", "cell", "choose", "forget", "layer"]
+__all__ = ["BACKENDS", "Choice", "LayerOutput", "cell", "choose_backend", "forget", "layer"]
 
 BACKENDS: dict[str, Backend] = {**plain.BACKENDS, "fused": fused.layer}
 
@@ -60,8 +60,8 @@ def layer(
         (torch.Size([5, 1, 8]), torch.Size([1, 1, 8]), torch.Size([1, 1, 8]))
     """
     if backend == "auto":
-        states = () if h0 is None or c0 is None else (h0, c0)
-        backend = choose(x, batch_sizes, directions, states, training).backend
+        given = () if h0 is None or c0 is None else (h0, c0)
+        backend = choose_backend(x, batch_sizes, directions, given, training).backend
         if backend == "fused":
             return fused.run(x, batch_sizes, h0, c0, directions)
     if backend not in BACKENDS:
@@ -76,7 +76,14 @@ def layer(
 def cell(x: Tensor, h: Tensor, c: Tensor, directions: Sequence[Direction], training: bool = False) -> tuple[Tensor, Tensor]:
     """Return the next h and c: one step of a layer of one direction from x [B, I], h [B, P] and c [B, H].
 
-    ``training`` as in :func:`layer`.
+    Args:
+        x: the input of one step.
+        h, c: the states before it.
+        directions: the weights of the one direction, as a sequence of length 1.
+        training: as in :func:`layer`.
+
+    Returns:
+        h [B, P] and c [B, H]. The reference computes them where the fused kernel cannot, so that no layer is refused.
     """
     if fused.obstacle(x, (h, c), directions, training) or not are_parameters(directions):
         return reference.cell(x, h, c, directions[0])

@@ -16,7 +16,7 @@ _PARAMETER_TYPES: set[type] = {Parameter, type(None)}
 _FUSED = Choice("fused", "the kernel for evaluation on the CPU")
 
 
-def choose(
+def choose_backend(
     x: Tensor,
     batch_sizes: Tensor | None,
     directions: Sequence[Direction],
@@ -35,7 +35,7 @@ def choose(
     Examples:
         >>> weight = torch.zeros(8, 2)
         >>> directions = [Direction(weight, weight, None, None, None)]
-        >>> choose(torch.zeros(3, 1, 2, dtype=torch.float64), None, directions)
+        >>> choose_backend(torch.zeros(3, 1, 2, dtype=torch.float64), None, directions)
         Choice(backend='dense', reason='the input is torch.float64; hh is dense')
     """
     reason = fused.obstacle(x, states, directions, training)
@@ -43,7 +43,7 @@ def choose(
         return _FUSED
     if reason is not None and reason == native.missing:
         native.warn_missing()
-    return plain.choose(x, batch_sizes, directions, reason or "the weights are computed anew for every call")
+    return plain.choose_plain_backend(x, batch_sizes, directions, reason or "the weights are computed anew for every call")
 
 
 def are_parameters(directions: Sequence[Direction]) -> bool:

@@ -13,7 +13,7 @@ from torch.nn.functional import linear, pad
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.ops import reference
-from slimlstm.ops.weights import Direction, LayerOutput, Matrix, is_clipped
+from slimlstm.ops.weights import Direction, LayerOutput, Matrix, is_clipped, rebuilt
 
 
 def layer(x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, directions: Sequence[Direction]) -> LayerOutput:
@@ -41,11 +41,6 @@ def layer(x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, directi
     else:
         result = torch.lstm(x, batch_sizes, [h0, c0], parameters, has_biases, 1, 0.0, train, bidirectional)
     return LayerOutput(*result)
-
-
-def rebuilt(matrix: Matrix) -> Tensor:
-    """Return W, or the product U V."""
-    return matrix if isinstance(matrix, Tensor) else matrix[0] @ matrix[1]
 
 
 def _thin_input(x: Tensor, matrices: list[Matrix]) -> tuple[Tensor, list[Tensor]]:

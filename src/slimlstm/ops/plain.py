@@ -13,7 +13,7 @@ from slimlstm.errors import SlimLSTMError
 from slimlstm.ops import dense, native, reference, training
 from slimlstm.ops.derivatives import is_transformed
 from slimlstm.ops.packing import PLAIN_TYPES
-from slimlstm.ops.weights import Direction, LayerOutput, Matrix, columns, is_clipped, rows, wants_gradients
+from slimlstm.ops.weights import Direction, LayerOutput, Matrix, columns, is_clipped, parts_of, rows, wants_gradients
 
 Backend = Callable[[Tensor, Tensor | None, Tensor, Tensor, Sequence[Direction]], LayerOutput]
 
@@ -41,7 +41,7 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(x: Tensor, batch_sizes: Tensor | None, directions: Sequence[Direction], reason: str) -> Choice:
+def choose_plain_backend(x: Tensor, batch_sizes: Tensor | None, directions: Sequence[Direction], reason: str) -> Choice:
     """Choose among PyTorch's operators for a layer that the fused kernel cannot run for the given ``reason``.
 
     A loop over time runs if rebuilding hh would cost more than it saves, and PyTorch's LSTM if not.
@@ -104,4 +104,4 @@ def _trains_faster(weights: Direction, x: Tensor) -> bool:
 
 
 def _numbers(matrix: Matrix) -> int:
-    return matrix.numel() if isinstance(matrix, Tensor) else matrix[0].numel() + matrix[1].numel()
+    return sum(part.numel() for part in parts_of(matrix))

@@ -91,5 +91,5 @@ def _plain_layer(
     x, h0, c0, *weights = inputs
     directions = unflattened(weights, storages, clips)
     states = first_states(x, batch_sizes, h0, c0, directions)
-    backend = "reference" if differentiable else plain.choose(x, batch_sizes, directions, "").backend
+    backend = "reference" if differentiable else plain.choose_plain_backend(x, batch_sizes, directions, "").backend
     return plain.BACKENDS[backend](x, batch_sizes, *states, directions)

@@ -17,6 +17,21 @@ Matrix = Tensor | tuple[Tensor, Tensor]
 """W [m, n], or its factors (U [m, r], V [r, n]) with W ≈ U V."""
 
 
+def rebuilt(matrix: Matrix) -> Tensor:
+    """Return W, or the product U V."""
+    return matrix if isinstance(matrix, Tensor) else matrix[0] @ matrix[1]
+
+
+def parts_of(matrix: Matrix) -> tuple[Tensor, ...]:
+    """Return the tensors of a matrix: W alone, or U and V.
+
+    Examples:
+        >>> [tuple(part.shape) for part in parts_of((torch.zeros(8, 2), torch.zeros(2, 3)))]
+        [(8, 2), (2, 3)]
+    """
+    return (matrix,) if isinstance(matrix, Tensor) else matrix
+
+
 class Direction(NamedTuple):
     """The weights of one direction: ih [4H, I], hh [4H, P], biases [4H] or None, projection hr [P, H] or None.
 

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol, cast
-
-from torch import Tensor
+from typing import Any, cast
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.methods import DENSE, RankCosts, allocate, matrix_bytes, rank_for_share
+from slimlstm.methods import (
+    DENSE,
+    METHODS,
+    STORAGES,
+    Needs,
+    RankCosts,
+    allocate,
+    losses_of_ranks,
+    matrix_bytes,
+    rank_for_share,
+)
 from slimlstm.methods.low_bit import GROUP
 from slimlstm.modules.sites import Site
-from slimlstm.pipeline.config import LowRank, Prune, Quantize, check_maskable
+from slimlstm.pipeline.config import AUTO, LowRank, Prune, Quantize, check_maskable
 from slimlstm.pipeline.site_plan import SitePlan
+from slimlstm.pipeline.statistics import SiteStatistics
 
 
 @dataclass
@@ -58,29 +67,57 @@ Config = LowRank | Prune | Quantize | Plan
 """Every way to say how to compress a model."""
 
 
-class Spectra(Protocol):
-    """Statistics of the matrices that a plan is made from."""
+def method_names(config: Config) -> list[str]:
+    """Return the names of the methods that a configuration uses, each once and without ``"dense"``.
 
-    def losses(self, site: Site) -> Tensor:
-        """Return [k], the loss of leaving out each direction, largest first, in one unit for all sites."""
-        ...
-
-    def identity(self, site: Site) -> Hashable:
-        """Return a value that is equal for sites that share one parameter."""
-        ...
-
-    def itemsize(self, site: Site) -> int:
-        """Return the bytes of one number of the site as it is."""
-        ...
+    Examples:
+        >>> method_names(LowRank("svd", rank=8)), method_names(Quantize("int8"))
+        (['svd'], [])
+    """
+    if isinstance(config, Plan):
+        return [name for name in dict.fromkeys(site.method for site in config.sites.values()) if name != DENSE]
+    return [] if isinstance(config, Quantize) else [config.method]
 
 
-def make_plan(config: Config, sites: list[Site], spectra: Spectra | None = None) -> Plan:
+def storage_names(config: Config) -> list[str]:
+    """Return the names of the storages that a configuration rounds to, each once; none where they are still to be chosen.
+
+    Examples:
+        >>> storage_names(Quantize("int8")), storage_names(LowRank("svd", rank=8))
+        (['int8'], [])
+    """
+    if isinstance(config, Plan):
+        names = [site.storage for site in config.sites.values()]
+    else:
+        names = [] if isinstance(config, Prune) else [config.storage]
+    return [name for name in dict.fromkeys(names) if name is not None and name != AUTO]
+
+
+def needs_of(config: Config) -> Needs:
+    """Return the statistics that the most demanding method of a configuration needs."""
+    return max((METHODS[name].needs for name in method_names(config)), default=Needs.NOTHING)
+
+
+def calibration_needs(config: Config) -> Needs:
+    """Return the statistics that a configuration uses: those that its methods need, and those that improve its rounding.
+
+    Storages with grouped scales round in the metric of the inputs' moments where these are known.
+
+    Examples:
+        >>> calibration_needs(Quantize("int4")).name, calibration_needs(Quantize("int8")).name
+        ('INPUTS', 'NOTHING')
+    """
+    has_groups = any(STORAGES[name].scales == "group" for name in storage_names(config))
+    return max(needs_of(config), Needs.INPUTS if has_groups else Needs.NOTHING)
+
+
+def make_plan(config: Config, sites: list[Site], statistics: SiteStatistics | None = None) -> Plan:
     """Return the plan of a configuration for a model with these sites.
 
     Args:
         config: the configuration. A plan is checked, and its steps that would save nothing become ``"dense"``.
         sites: all sites of the model.
-        spectra: needed only where ranks depend on the numbers in the matrices.
+        statistics: the sites' statistics, needed only where ranks depend on the numbers in the matrices.
 
     Raises:
         SlimLSTMError: no site is selected, a selected site cannot be compressed, a plan names an unknown site, a rank is
@@ -91,7 +128,7 @@ def make_plan(config: Config, sites: list[Site], spectra: Spectra | None = None)
         plan = Plan({site.key: _checked(config.sites[site.key], site) for site in selected})
     else:
         selected = _selected(config, sites)
-        plan = _planned(config, selected, spectra)
+        plan = _planned(config, selected, statistics)
     plan = Plan({site.key: plan.sites[site.key].fitted_to(site) for site in selected})
     _check_compressible(selected)
     return plan
@@ -127,50 +164,51 @@ def selected_sites(config: Config, sites: list[Site]) -> list[Site]:
     return _named(config, sites) if isinstance(config, Plan) else _selected(config, sites)
 
 
-def _planned(config: LowRank | Prune | Quantize, sites: list[Site], spectra: Spectra | None) -> Plan:
+def _planned(config: LowRank | Prune | Quantize, sites: list[Site], statistics: SiteStatistics | None) -> Plan:
     if isinstance(config, LowRank) and config.needs_spectra:
         _check_compressible(sites)
         if config.is_auto:
             raise SlimLSTMError("storage='auto' measures losses; use compress_, or the plan of a sensitivity")
-        if spectra is None:
+        if statistics is None:
             raise SlimLSTMError("global allocation and energy take the model itself; use compress_, or a uniform keep")
-        return _allocated(config, sites, spectra)
+        return _allocated(config, sites, statistics)
     if not isinstance(config, Quantize):
         _check_rank(config, sites)
     return Plan({site.key: config.site_plan(site) for site in sites})
 
 
-def _allocated(config: LowRank, sites: list[Site], spectra: Spectra) -> Plan:
+def _allocated(config: LowRank, sites: list[Site], statistics: SiteStatistics) -> Plan:
     """Return the plan of a configuration whose ranks depend on the spectra."""
     if config.energy is not None:
-        return Plan({site.key: config.at_rank(site, rank_for_share(spectra.losses(site), config.energy)) for site in sites})
+        ranks = {site.key: rank_for_share(statistics.losses(site), config.energy) for site in sites}
+        return Plan({site.key: config.at_rank(site, ranks[site.key]) for site in sites})
     firsts: dict[Hashable, Site] = {}
     for site in sites:
-        firsts.setdefault(spectra.identity(site), site)
+        firsts.setdefault(statistics.identity(site), site)
     size = sum(m * n for m, n in (site.shape for site in firsts.values()))
     # Tolerate rounding just below an integer, as rank_for_fraction does.
     budget = config.bytes or (config.keep or 0.0) * size * (1 + 1e-12)
-    ranks = allocate({site.key: _rank_costs(config, site, spectra) for site in firsts.values()}, budget)
+    ranks = allocate({site.key: _rank_costs(config, site, statistics) for site in firsts.values()}, budget)
+    whole = SitePlan(DENSE, note="stays whole, because other matrices lose less at the same cost", storage=config.storage)
     plans: dict[str, SitePlan] = {}
     for site in sites:
-        rank = ranks[firsts[spectra.identity(site)].key]
-        whole = SitePlan(
-            DENSE, note="stays whole, because other matrices lose less at the same cost", storage=config.storage
-        )
-        plans[site.key] = whole if rank is None else config.at_rank(site, rank)
+        rank = ranks[firsts[statistics.identity(site)].key]
+        plan = config.at_rank(site, rank or 1)
+        # Where rank 1 would save nothing, the plan's own note says so.
+        plans[site.key] = whole if rank is None and plan.method != DENSE else plan
     return Plan(plans)
 
 
-def _rank_costs(config: LowRank, site: Site, spectra: Spectra) -> RankCosts:
+def _rank_costs(config: LowRank, site: Site, statistics: SiteStatistics) -> RankCosts:
     """Return the losses of all ranks of a site, and their costs in the unit of the budget: bytes or parameters."""
 
     def cost(rank: int | None) -> int:
         if config.bytes is not None:
-            return matrix_bytes(site.shape, rank, config.storage, spectra.itemsize(site))
+            return matrix_bytes(site.shape, rank, config.storage, statistics.itemsize(site))
         return site.shape[0] * site.shape[1] if rank is None else rank * sum(site.shape)
 
-    losses = spectra.losses(site)
-    left_out = [*losses.flip(0).cumsum(0).flip(0).tolist(), 0.0]
+    losses = statistics.losses(site)
+    left_out = losses_of_ranks(losses).tolist()
     # Scales of groups make the cost a step function of the rank; a line with the slope over one group is an upper bound.
     slope = (cost(1 + GROUP) - cost(1)) / GROUP
     fixed = cost(1) - slope

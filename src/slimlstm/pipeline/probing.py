@@ -14,16 +14,15 @@ from typing import Protocol
 from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.methods import METHODS, Factors, Option, break_even_rank, efficient, matrix_bytes
+from slimlstm.methods import METHODS, Factors, Option, break_even_rank, efficient, losses_of_ranks, matrix_bytes
 from slimlstm.methods.low_bit import GROUP, largest_code
 from slimlstm.modules.sites import Site
-from slimlstm.ops.dense import rebuilt
-from slimlstm.ops.weights import Matrix
+from slimlstm.ops.weights import Matrix, rebuilt
 from slimlstm.pipeline.sensitivity import Probe, Sensitivity, SiteSensitivity
 from slimlstm.pipeline.source import Source
 from slimlstm.pipeline.statistics import SiteStatistics
 
-STORAGES = {"int8": 8, "int6": 6, "int5": 5, "int4": 4, "int3": 3}
+BITS_OF = {"int8": 8, "int6": 6, "int5": 5, "int4": 4, "int3": 3}
 """The storages to choose from, and their bits."""
 WIDE = "bfloat16"
 """The storage of whole matrices for which int8 would lose too much."""
@@ -66,7 +65,7 @@ class _Curves:
         return share * _interpolated(self.rounding, rank)
 
 
-def measure(
+def measure_sizes(
     source: Source,
     sites: Sequence[Site],
     statistics: SiteStatistics,
@@ -116,8 +115,7 @@ def _curves(
     site, keys = group[0], tuple(site.key for site in group)
     matrix, rounder = rebuilt(source.weight(site)), statistics.rounder(site)
     loss = _Predicted(statistics, site, method)
-    left_out = statistics.losses(site)
-    truncation = [*(left_out.flip(0).cumsum(0).flip(0) * loss.of_spectrum).tolist(), 0.0]
+    truncation = (losses_of_ranks(statistics.losses(site)) * loss.of_spectrum).tolist()
     factored = {rank: _factors(statistics, site, method, rank) for rank in _ranks_at(site, (*_ROUNDED_AT, *_PROBED_AT))}
     rounding: list[tuple[int, float]] = []
     for rank in _ranks_at(site, _ROUNDED_AT):
@@ -125,7 +123,7 @@ def _curves(
         rounding.append((rank, max(loss(matrix - u @ v) - truncation[rank], 1e-3 * truncation[rank], 1e-300)))
     rounded = {storage: rounder.matrix(matrix, storage) for storage in (WIDE, "int8", _REFERENCE, _COARSEST)}
     dense = {storage: loss(matrix - after) for storage, after in rounded.items()}
-    for storage, bits in STORAGES.items():
+    for storage, bits in BITS_OF.items():
         # Rounding errors are proportional to the distance of neighbouring codes.
         dense.setdefault(storage, dense[_REFERENCE] * (largest_code(4) / largest_code(bits)) ** 2)
     probes: list[Probe] = []
@@ -204,7 +202,7 @@ def _site(curves: _Curves, truncation: list[tuple[float, float]], rounding: floa
     site = curves.site
     options = [
         Option(None, storage, matrix_bytes(site.shape, None, storage, 4), rounding * curves.dense[storage])
-        for storage in (WIDE, *STORAGES)
+        for storage in (WIDE, *BITS_OF)
     ]
     for rank in _ranks(site):
         lost = curves.truncation[rank]
@@ -216,7 +214,7 @@ def _site(curves: _Curves, truncation: list[tuple[float, float]], rounding: floa
                 matrix_bytes(site.shape, rank, storage, 4),
                 lost + rounding * curves.rounding_at(rank, storage),
             )
-            for storage in STORAGES
+            for storage in BITS_OF
         ]
     return SiteSensitivity(curves.keys, site.shape, tuple(efficient(options)), curves.probes)
 

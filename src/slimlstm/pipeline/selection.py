@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import DENSE, Replacement
 from slimlstm.modules.sites import Site
-from slimlstm.ops.dense import rebuilt
-from slimlstm.ops.weights import Matrix
+from slimlstm.ops.weights import Matrix, rebuilt
 from slimlstm.pipeline.config import LowRank
 from slimlstm.pipeline.plan import Plan, make_plan
-from slimlstm.pipeline.probing import STORAGES, Judge, measure
+from slimlstm.pipeline.probing import BITS_OF, Judge, measure_sizes
 from slimlstm.pipeline.sensitivity import Sensitivity
 from slimlstm.pipeline.site_plan import SitePlan
 from slimlstm.pipeline.source import Source
@@ -51,7 +50,7 @@ def chosen_plan(
         SlimLSTMError: the budget is too small, or the sensitivity has other sites.
     """
     if sensitivity is None:
-        sensitivity = measure(source, sites, statistics, config.method, judge, progress)
+        sensitivity = measure_sizes(source, sites, statistics, config.method, judge, progress)
     known = {key for site in sensitivity.sites for key in site.keys}
     unknown = [site.key for site in sites if site.key not in known]
     if unknown:
@@ -77,7 +76,7 @@ def _simpler_plans(config: LowRank, sites: list[Site], statistics: SiteStatistic
         except SlimLSTMError:
             continue  # the budget is too small for it
     unique = {statistics.identity(site): site for site in sites}
-    for storage in STORAGES:
+    for storage in BITS_OF:
         if sum(SitePlan(DENSE, storage=storage).bytes_at(site) for site in unique.values()) <= budget:
             plans[f"dense in {storage}"] = make_plan(
                 Plan({site.key: SitePlan(DENSE, storage=storage) for site in sites}), sites

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from slimlstm.errors import SlimLSTMError, reason_of
 from slimlstm.files import check_regular, write_json
-from slimlstm.methods import DENSE, Option, choose
+from slimlstm.methods import DENSE, Option, choose_options
 from slimlstm.pipeline.plan import Plan
 from slimlstm.pipeline.site_plan import SitePlan
 from slimlstm.tables import new_table
@@ -100,7 +100,7 @@ class Sensitivity:
         Raises:
             SlimLSTMError: the budget is below :attr:`smallest_bytes`.
         """
-        chosen = choose({site.keys[0]: site.options for site in self.sites}, budget)
+        chosen = choose_options({site.keys[0]: site.options for site in self.sites}, budget)
         plans = {site.keys: self._plan_of(chosen[site.keys[0]]) for site in self.sites}
         return Plan({key: plan for keys, plan in plans.items() for key in keys})
 

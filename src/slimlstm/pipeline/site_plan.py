@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.methods import DENSE, METHODS, factoring_methods, matrix_bytes, storage_called
+from slimlstm.methods import DENSE, METHODS, Needs, factoring_methods, matrix_bytes, storage_called
 from slimlstm.modules.sites import Site
 
 
@@ -58,6 +58,11 @@ class SitePlan:
         """Whether the method makes a mask."""
         return self.method in METHODS and METHODS[self.method].makes_mask
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the method needs moments."""
+        return self.method in METHODS and METHODS[self.method].needs > Needs.NOTHING
+
     def __str__(self) -> str:
         if self.method == DENSE:
             amount = self.note
@@ -69,9 +74,9 @@ class SitePlan:
 
     def storage_of(self, site: Site) -> str | None:
         """Return the site's storage afterwards, or None where that is the matrix's own dtype."""
-        before = site.storage if self.rank is None else None
-        after = self.storage or before
-        return None if after == "float32" else after
+        kept = site.storage if self.rank is None else None
+        storage = self.storage or kept
+        return None if storage == "float32" else storage
 
     def bytes_at(self, site: Site) -> int:
         """Return the bytes of a float32 site afterwards."""
@@ -79,17 +84,19 @@ class SitePlan:
 
     def fitted_to(self, site: Site) -> SitePlan:
         """Return the plan without steps that would save no bytes at this site; its note names them."""
-        after = self.storage_of(site)
-        before = matrix_bytes(site.shape, site.rank, site.storage, 4)
+        storage = self.storage_of(site)
+        bytes_before, bytes_after = matrix_bytes(site.shape, site.rank, site.storage, 4), self.bytes_at(site)
         if site.storage is None:
-            saves = self.rank is not None or not after or matrix_bytes(site.shape, site.rank, after, 4) < before
-            return self if saves else replace(self, storage=None, note=self._noted(f"{after} would take no fewer bytes"))
-        if self.storage is None and after == site.storage:
+            if self.rank is not None or storage is None or bytes_after < bytes_before:
+                return self
+            return replace(self, storage=None, note=self._noted(f"{storage} would take no fewer bytes"))
+        if self.storage is None and storage == site.storage:
             return self
-        if self.rank is not None and matrix_bytes(site.shape, self.rank, after, 4) >= before:
-            note = f"{after or 'float32'} factors of rank {self.rank} take no fewer bytes than {site.storage} does now"
+        name = storage or "float32"
+        if self.rank is not None and bytes_after >= bytes_before:
+            note = f"{name} factors of rank {self.rank} take no fewer bytes than {site.storage} does now"
             return SitePlan(DENSE, note=note)
-        note = f"already {after}" if after == site.storage else f"{after or 'float32'}, was {site.storage}"
+        note = f"already {storage}" if storage == site.storage else f"{name}, was {site.storage}"
         return self if note in self.note else replace(self, note=self._noted(note))
 
     def _noted(self, note: str) -> str:

@@ -27,8 +27,8 @@ class Sizes(NamedTuple):
 
 
 class Source(Protocol):
-    """Something that holds sites. The three implementations are :class:`slimlstm.compress.ModuleSource`,
-    :class:`slimlstm.weight_files.FileSource` and :class:`slimlstm.onnx.source.GraphSource`."""
+    """Something that holds sites. The three implementations are :class:`slimlstm.module_source.ModuleSource`,
+    :class:`slimlstm.weight_files.source.FileSource` and :class:`slimlstm.onnx.source.GraphSource`."""
 
     mask_itemsize: int
     """The bytes that a mask takes in the saved file for each weight."""

@@ -12,17 +12,17 @@ from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import METHODS, MatrixProblem, Needs, Replacement, Rounder
 from slimlstm.methods.feedback import inverse_factor
 from slimlstm.modules.sites import Site
-from slimlstm.ops.dense import rebuilt
+from slimlstm.ops.weights import rebuilt
 from slimlstm.pipeline.source import Source
 
 
 class SiteStatistics:
-    """The problems that a source's sites pose to a method, and their spectra (see :class:`slimlstm.pipeline.plan.Spectra`).
+    """The problems that a source's sites pose to a method, and their spectra.
 
     Args:
         source: holds the matrices.
         calibration: the moments by site key, or None.
-        method: the method whose losses :meth:`losses` returns.
+        method: the method whose losses :meth:`losses` returns; ``"dense"`` where nobody asks for losses.
 
     Raises:
         SlimLSTMError: the calibration belongs to matrices of other shapes.

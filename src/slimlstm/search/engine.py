@@ -16,7 +16,7 @@ from slimlstm.pipeline.report import Report
 from slimlstm.search.result import Measured, Trial
 
 Made = TypeVar("Made")
-BITS = ("bfloat16", "int8", "int6", "int5", "int4", "int3")
+WHOLE_STORAGES = ("bfloat16", "int8", "int6", "int5", "int4", "int3")
 """Storages of whole matrices that a search tries, from the largest to the smallest."""
 FIRST = "int8"
 """The storage to try first: it rarely changes a metric."""
@@ -122,7 +122,7 @@ def smallest(
     engine: Engine[Made],
     whole: Callable[[str], Quantize],
     within: Callable[[int, str], Config | None],
-    storages: Sequence[str] = BITS,
+    storages: Sequence[str] = WHOLE_STORAGES,
 ) -> None:
     """Look for the smallest model that is accepted: fewer bits of whole matrices first, then rank and bits together.
 

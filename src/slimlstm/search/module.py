@@ -18,9 +18,10 @@ from slimlstm.bench import compare
 from slimlstm.calibration.collect import calibrate
 from slimlstm.calibration.losses import Loss
 from slimlstm.calibration.moments import Calibration
-from slimlstm.compress import ModuleSource, compress_, measure_sensitivity
+from slimlstm.compress import compress_, measure_sensitivity
 from slimlstm.errors import SlimLSTMError
 from slimlstm.files import write_json
+from slimlstm.module_source import ModuleSource
 from slimlstm.modules.graphs import copy_model
 from slimlstm.modules.modes import evaluation_mode, plain_mode
 from slimlstm.modules.state import kept_state
@@ -28,8 +29,8 @@ from slimlstm.pipeline.config import Filter, LowRank, Quantize, Target
 from slimlstm.pipeline.plan import Config
 from slimlstm.pipeline.report import Report
 from slimlstm.pipeline.sensitivity import Sensitivity
-from slimlstm.search.engine import BITS, Engine, Speed, smallest, try_all
-from slimlstm.search.progress import Progress, shown
+from slimlstm.search.engine import WHOLE_STORAGES, Engine, Speed, smallest, try_all
+from slimlstm.search.progress import TrialProgress, print_trials
 from slimlstm.search.result import (
     Better,
     Measured,
@@ -63,7 +64,7 @@ def find_smallest(
     inputs: Sequence[Any] | None = None,
     output: str | os.PathLike[str] | None = None,
     metric_name: str = "metric",
-    progress: Progress | None = None,
+    progress: TrialProgress | None = None,
 ) -> SmallerModel:
     """Return the smallest compressed copy of ``model`` whose metric meets a limit; the model does not change.
 
@@ -110,12 +111,12 @@ def find_smallest(
     limit = limit_of(dense.metric, at_most, better)
     sign = 1.0 if better == "lower" else -1.0
     engine = Engine(
-        subject.make,
-        subject.measure,
-        lambda metric, _: sign * metric.value + metric.margin <= sign * limit,
-        lambda new, old: new.bytes < old.bytes,
-        evaluations - 1,
-        subject.speed_of,
+        make=subject.make,
+        measure=subject.measure,
+        accepts=lambda metric, _: sign * metric.value + metric.margin <= sign * limit,
+        is_better=lambda new, old: new.bytes < old.bytes,
+        evaluations=evaluations - 1,
+        speed_of=subject.speed_of,
         refusals=subject.refusals,
         matrix_bytes=matrix_bytes,
     )
@@ -123,13 +124,13 @@ def find_smallest(
     return _searched(
         engine,
         lambda: smallest(engine, subject.whole, subject.within),
-        dense,
-        words,
-        limit,
-        better,
-        metric_name,
-        output,
-        progress,
+        dense=dense,
+        limit=words,
+        worst=limit,
+        better=better,
+        metric_name=metric_name,
+        output=output,
+        progress=progress,
     )
 
 
@@ -150,7 +151,7 @@ def find_best(
     evaluations: int = 10,
     output: str | os.PathLike[str] | None = None,
     metric_name: str = "metric",
-    progress: Progress | None = None,
+    progress: TrialProgress | None = None,
 ) -> SmallerModel:
     """Return the compressed copy of ``model`` with the best metric within a number of bytes or a latency.
 
@@ -189,12 +190,12 @@ def find_best(
     limit_of(dense.metric, 0.0, better)
     sign = 1.0 if better == "lower" else -1.0
     engine = Engine(
-        subject.make_within(bytes) if bytes is not None else subject.make,
-        subject.measure,
-        lambda _, speed: latency is None or (speed is not None and speed.latency <= latency),
-        lambda new, old: sign * new.metric < sign * old.metric,
-        evaluations - 1,
-        subject.speed_of,
+        make=subject.make_within(bytes) if bytes is not None else subject.make,
+        measure=subject.measure,
+        accepts=lambda _, speed: latency is None or (speed is not None and speed.latency <= latency),
+        is_better=lambda new, old: sign * new.metric < sign * old.metric,
+        evaluations=evaluations - 1,
+        speed_of=subject.speed_of,
         refusals=subject.refusals,
         matrix_bytes=matrix_bytes,
     )
@@ -203,13 +204,13 @@ def find_best(
     return _searched(
         engine,
         lambda: try_all(engine, candidates, first_only=bytes is None),
-        dense,
-        f"best {metric_name} within {words}",
-        None,
-        better,
-        metric_name,
-        output,
-        progress,
+        dense=dense,
+        limit=f"best {metric_name} within {words}",
+        worst=None,
+        better=better,
+        metric_name=metric_name,
+        output=output,
+        progress=progress,
     )
 
 
@@ -290,7 +291,7 @@ class _Subject:
 
     def candidates(self, budget: int) -> list[tuple[str, Config | None]]:
         """Return configurations for a number of bytes: whole matrices, and factors or a plan by sensitivities."""
-        found: list[tuple[str, Config | None]] = [(name, self.whole(name)) for name in BITS]
+        found: list[tuple[str, Config | None]] = [(name, self.whole(name)) for name in WHOLE_STORAGES]
         if self.sensitivity is not None:
             return [*found, (f"rank and bits for {budget:,} bytes of matrices", self.within(budget, ""))]
         return found + [(f"{name} factors, {budget:,} bytes", self.within(budget, name)) for name in ("int8", "int5")]
@@ -347,16 +348,17 @@ def _once_each(model: nn.Module, sizes: dict[str, int]) -> int:
 def _searched(
     engine: Engine[nn.Module],
     strategy: Callable[[], None],
+    *,
     dense: Trial,
     limit: str,
     worst: float | None,
     better: Better,
     metric_name: str,
     output: str | os.PathLike[str] | None,
-    progress: Progress | None,
+    progress: TrialProgress | None,
 ) -> SmallerModel:
     """Run a strategy, and return its result; after every trial the search so far is written to ``output``."""
-    report_trial = shown(metric_name) if progress is None else progress
+    report_trial = print_trials(metric_name) if progress is None else progress
 
     def on_trial(trial: Trial, left: float) -> None:
         if output is not None and engine.best is not None:

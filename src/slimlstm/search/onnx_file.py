@@ -30,7 +30,7 @@ from slimlstm.pipeline.plan import Config
 from slimlstm.pipeline.report import Report
 from slimlstm.search.agreement import Outputs, disagreement, measures_of
 from slimlstm.search.engine import Engine, smallest
-from slimlstm.search.progress import Progress, shown
+from slimlstm.search.progress import TrialProgress, print_trials
 from slimlstm.search.result import Better, Measured, Search, Trial, limit_in_words, limit_of, nothing_found, share_of
 
 FileMetric = Callable[[Path], "float | Tensor | ArrayLike"]
@@ -51,7 +51,7 @@ def shrink_onnx(
     better: Better | None = None,
     evaluations: int = 10,
     metric_name: str = "metric",
-    progress: Progress | None = None,
+    progress: TrialProgress | None = None,
 ) -> Search:
     """Write the smallest version of an ONNX file whose outputs agree with the outputs of the file, up to a limit.
 
@@ -97,13 +97,13 @@ def shrink_onnx(
     sign = 1.0 if goal.better == "lower" else -1.0
     with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=".slimlstm-") as folder:
         engine = Engine(
-            lambda config: _made(path, config, Path(folder), calibration),
-            goal.measure,
-            lambda found, _: sign * found.value + found.margin <= sign * goal.limit,
-            lambda new, old: new.bytes < old.bytes,
-            evaluations - 1,
+            make=lambda config: _made(path, config, Path(folder), calibration),
+            measure=goal.measure,
+            accepts=lambda found, _: sign * found.value + found.margin <= sign * goal.limit,
+            is_better=lambda new, old: new.bytes < old.bytes,
+            evaluations=evaluations - 1,
         )
-        report_trial = shown(goal.name) if progress is None else progress
+        report_trial = print_trials(goal.name) if progress is None else progress
 
         def on_trial(trial: Trial, left: float) -> None:
             if engine.best is not None and engine.best[0] is trial:

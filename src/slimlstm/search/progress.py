@@ -8,15 +8,15 @@ from collections.abc import Callable
 from slimlstm.progress import on_terminal
 from slimlstm.search.result import Trial
 
-Progress = Callable[[Trial, float], None]
+TrialProgress = Callable[[Trial, float], None]
 """Called after each trial with the trial and an upper bound on the seconds left."""
 
 
-def shown(metric_name: str) -> Progress:
+def print_trials(metric_name: str) -> TrialProgress:
     """Return a callback that prints a line for each trial to standard error, if that is a terminal.
 
     Examples:
-        >>> shown("accuracy")(Trial("int8", None, 1000, 0.9, True), 20.0)
+        >>> print_trials("accuracy")(Trial("int8", None, 1000, 0.9, True), 20.0)
     """
 
     def show(trial: Trial, left: float) -> None:

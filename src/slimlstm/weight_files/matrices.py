@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from slimlstm.modules.sites import SITE_NAME, Site
-from slimlstm.ops.weights import Matrix
+from slimlstm.ops.weights import Matrix, rebuilt
 
 _PARAMETRIZED = re.compile(r"(?:(.*)\.)?parametrizations\.(weight_[^.]*)\.original")
 
@@ -38,8 +38,7 @@ def find_matrices(tensors: Mapping[str, Tensor]) -> dict[Site, tuple[str, ...]]:
 
 def matrix_of(names: tuple[str, ...], tensors: Mapping[str, Tensor]) -> Tensor:
     """Return the matrix [m, n] in the named tensors: a matrix, a matrix and its mask, or two factors."""
-    matrix = stored_matrix(names, tensors)
-    return matrix if isinstance(matrix, Tensor) else matrix[0] @ matrix[1]
+    return rebuilt(stored_matrix(names, tensors))
 
 
 def stored_matrix(names: tuple[str, ...], tensors: Mapping[str, Tensor]) -> Matrix:
