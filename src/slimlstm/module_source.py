@@ -17,7 +17,7 @@ from slimlstm.modules.hosts import Host, find_hosts
 from slimlstm.modules.masks import Mask
 from slimlstm.modules.sites import Site
 from slimlstm.modules.swap import Swap
-from slimlstm.ops.weights import Matrix
+from slimlstm.ops.weights import Matrix, parts_of
 from slimlstm.pipeline.site_plan import SitePlan
 from slimlstm.pipeline.source import Size, Sizes
 
@@ -81,6 +81,7 @@ class ModuleSource:
                 notes += host.notes
                 trained = {n: _with_parameters(found, host.is_trained(n), parameters) for n, found in own.items()}
                 changes.append((host, trained))
+                notes += _notes_on_hooks(host, trained)
         replaced = [host.parameter(name) for host, own in changes for name in own]
         swap = Swap(changes)
         # Set before the swap, so that an interrupt at any point can be undone.
@@ -95,6 +96,21 @@ class ModuleSource:
         return Sizes(
             module_size([host.module for host in self._hosts], self._hosts), module_size([self._model], self._hosts)
         )
+
+
+def _notes_on_hooks(host: Host, replacements: Mapping[str, Replacement]) -> list[str]:
+    """Give new parameters the attributes of the old ones; return a note for every old one with hooks on its gradient."""
+    notes: list[str] = []
+    for name, found in replacements.items():
+        old = host.parameter(name)
+        new = () if found.weight is None else parts_of(found.weight)
+        for parameter in new:
+            vars(parameter).update(vars(old))
+        if new and (old._backward_hooks or getattr(old, "_post_accumulate_grad_hooks", None)):  # pyright: ignore
+            notes.append(
+                f"{host.paths[0]}.{name} had hooks on its gradient, which its new parameters lack; register them again"
+            )
+    return notes
 
 
 def _notes_on_optimizers(replaced: set[int]) -> list[str]:

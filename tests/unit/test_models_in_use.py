@@ -428,6 +428,21 @@ def test_a_loss_that_fails_on_the_compressed_model_leaves_everything_as_it_was()
     assert snapshot(model) == before
 
 
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+@pytest.mark.parametrize("config", [LowRank(rank=2), Quantize("int8")])
+def test_marks_and_hooks_of_parameters(config, register):
+    """New parameters carry the attributes of the old ones, and the report names the hooks that they lack."""
+    model = Model()
+    for parameter in model.parameters():
+        parameter.no_weight_decay = True
+        getattr(parameter, register)(lambda value: None)
+    report = compress_(model, config)
+    assert all(parameter.no_weight_decay for parameter in model.parameters())
+    named = [note.partition(" ")[0] for note in report.notes if "had hooks on its gradient" in note]
+    assert named == ["lstm.weight_ih_l0", "lstm.weight_hh_l0"]
+    assert not any("hooks" in note for note in compress_(Model(), config).notes)
+
+
 @pytest.mark.parametrize("name", ["weight_hh_l0", "bias_hh_l0"])
 def test_parametrized_weights_are_plain_in_the_copy(name):
     """A parametrization other than a mask ends, and the report says so."""
