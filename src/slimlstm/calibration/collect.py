@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from slimlstm.calibration.losses import Loss, LossState, call, checked_losses, copied, observed_losses, result_of
+from slimlstm.calibration.losses import Loss, LossState, call, checked_losses, copied, observed_losses
 from slimlstm.calibration.moments import Calibration, Moments
 from slimlstm.calibration.observe import observable_hosts, observing
 from slimlstm.calibration.recorder import Keys, Recorder, Rows
@@ -135,7 +135,7 @@ def _run(model: nn.Module, batch: Any, loss: Loss | None, recorder: Recorder, fo
             call(model, copied(batch))
         return recorder.take(None)
     with torch.enable_grad():
-        result = result_of(loss, model, copied(batch))
+        result = loss(model, copied(batch))
         losses, is_scaled = observed_losses(result)
         rows = recorder.take(losses.sum())
     found.total += float(losses.detach().double().sum())

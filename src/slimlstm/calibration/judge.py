@@ -13,7 +13,6 @@ from slimlstm.calibration.losses import Loss, LossState, copied, costs_of
 from slimlstm.calibration.observe import build_like, forwards_replaced, key_of
 from slimlstm.errors import SlimLSTMError
 from slimlstm.modules.cell import LowRankLSTMCell
-from slimlstm.modules.graphs import detaching
 from slimlstm.modules.host import Host
 from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.modules.modes import ambient_defaults, evaluation_mode, plain_mode, uncompiled
@@ -68,7 +67,6 @@ class ModuleJudge:
             uncompiled(),
             torch.random.fork_rng(),
             torch.no_grad(),
-            detaching(self._model),
             evaluation_mode(self._model),
             kept_state(self._model) as state,
         ):

@@ -125,23 +125,6 @@ def checked_losses(result: object) -> Tensor:
     return result
 
 
-def result_of(loss: Loss, model: nn.Module, batch: object) -> Tensor | Distribution:
-    """Return the result of a loss.
-
-    Raises:
-        SlimLSTMError: gradients would have to pass through tensors of the batch that were made in inference mode.
-    """
-    try:
-        return loss(model, batch)
-    except RuntimeError as error:
-        if any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in pytree.tree_leaves(batch)):
-            raise SlimLSTMError(
-                f"a batch holds tensors from torch.inference_mode(), through which no gradients flow ({error}); make them "
-                "outside of it, or clone them outside"
-            ) from error
-        raise
-
-
 def copied(batch: Any) -> Any:
     """Return a batch with copies of its tensors, because a model may change its inputs in place.
 
@@ -155,6 +138,8 @@ def copied(batch: Any) -> Any:
 
 
 def _copy(leaf: Any) -> Any:
+    if isinstance(leaf, PackedSequence):
+        return leaf._replace(data=_copy(leaf.data))
     return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
 
 

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimlstm.calibration.losses import Loss, LossState, call, copied, costs_of, observed_losses, result_of
+from slimlstm.calibration.losses import Loss, LossState, call, copied, costs_of, observed_losses
 from slimlstm.calibration.observe import observing_again
 from slimlstm.calibration.recorder import Keys, Recorder, Rows
 from slimlstm.calibration.refit import Observation
-from slimlstm.modules.graphs import detaching
 from slimlstm.modules.host import Host
 from slimlstm.modules.modes import ambient_defaults
 from slimlstm.modules.state import KeptState, kept_state
@@ -50,7 +49,6 @@ class ModuleObserver:
         """Yield the observations of one pass; see :class:`slimlstm.calibration.refit.Observer`."""
         with (
             LossState(self._loss).kept(),
-            detaching(self._model),
             kept_state(self._model) as state,
             torch.random.fork_rng(),
         ):
@@ -99,7 +97,7 @@ class _Runner:
             if self._loss is None:
                 call(self._model, batch)
             else:
-                self.result = result_of(self._loss, self._model, batch)
+                self.result = self._loss(self._model, batch)
             rows = recorder.take(observed_losses(self.result)[0].sum() if with_gradients else None)
         self._carried, self._state = self.loss_state.read(), self._state.now()
         return rows

@@ -6,14 +6,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator
-from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.modules.walk import PLAIN, REGISTRIES, held_objects, held_proxies, is_proxy
+from slimlstm.modules.walk import held_objects, held_proxies
 
 
 def copy_model(model: nn.Module) -> nn.Module:
@@ -42,54 +40,5 @@ def copy_model(model: nn.Module) -> nn.Module:
         ) from error
 
 
-@contextmanager
-def detaching(model: nn.Module) -> Generator[None]:
-    """Detach, at the end of the block, the tensors with a gradient history that modules began to hold within it."""
-    before = {id(held): held for held in held_objects(model) if _has_history(held)}
-    try:
-        yield
-    finally:
-        seen = set[int]()
-        for module in model.modules():
-            content = vars(module)
-            for name, value in list(content.items()):
-                if name not in REGISTRIES and (new := _detached(value, before, seen)) is not value:
-                    content[name] = new
-
-
 def _has_history(held: Any) -> bool:
     return isinstance(held, Tensor) and not held.is_leaf
-
-
-def _detached(value: Any, before: dict[int, Any], seen: set[int]) -> Any:
-    """Return ``value`` without new gradient histories; lists and dictionaries are changed in place, where they hold any.
-
-    Args:
-        value: a tensor, a list, dictionary or tuple with tensors, or anything else.
-        before: the tensors to leave as they are, by id.
-        seen: ids of the lists and dictionaries that were entered before, each of which may hold itself.
-    """
-    if type(value) in PLAIN or is_proxy(value):
-        return value
-    if isinstance(value, Tensor):
-        return value.detach() if _has_history(value) and id(value) not in before else value
-    if isinstance(value, list | dict):
-        if id(cast(object, value)) in seen:
-            return cast(Any, value)
-        seen.add(id(cast(object, value)))
-    if isinstance(value, list):
-        items = cast(list[Any], value)
-        for index, item in enumerate(items):
-            if (new := _detached(item, before, seen)) is not item:
-                items[index] = new
-    elif isinstance(value, dict):
-        entries = cast(dict[Any, Any], value)
-        for key, item in entries.items():
-            if (new := _detached(item, before, seen)) is not item:
-                entries[key] = new
-    elif isinstance(value, tuple):
-        old = cast(tuple[Any, ...], value)
-        new = [_detached(item, before, seen) for item in old]
-        if any(one is not other for one, other in zip(old, new, strict=True)):
-            return type(value)(*new) if hasattr(value, "_fields") else tuple(new)
-    return cast(Any, value)

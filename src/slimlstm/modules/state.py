@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Generator, Iterator
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from operator import is_
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree  # pyright: ignore[reportPrivateUsage]  # the public name is of newer versions
 
 from slimlstm.modules.modes import surely
+from slimlstm.modules.walk import PLAIN, is_proxy
 
 _MISSING = object()
 _OF_PYTORCH = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weights_names", "_flat_weight_refs"}
@@ -20,6 +21,9 @@ _OF_PYTORCH = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weights_na
 
 class KeptState:
     """A snapshot of the attributes and buffers of a model's modules, except slimlstm's own modules.
+
+    It holds the numbers of buffers, and of tensors within attributes and within their lists, tuples and dictionaries, but
+    none of tensors within objects of other classes.
 
     Examples:
         >>> model = nn.Module()
@@ -37,23 +41,21 @@ class KeptState:
         self._model = model
         own = [pair for pair in model.named_modules() if not type(pair[1]).__module__.startswith("slimlstm.")]
         self._attributes = [(path, module, dict(_attributes(module))) for path, module in own]
-        self._containers = [
-            (value, copy.copy(value))
-            for _, _, before in self._attributes
-            for value in before.values()
-            if type(value) in (list, dict)
-        ]
         self._buffers = [
             (f"{path}.{name}".lstrip("."), module, name, buffer)
             for path, module in own
             for name, buffer in module.named_buffers(recurse=False)
         ]
+        self._containers: list[tuple[str, Any, Any]] = []
         held = {id(buffer): (path, buffer) for path, _, _, buffer in self._buffers}
         for path, _, before in self._attributes:
             for name, value in before.items():
-                for leaf in pytree.tree_leaves(value):
-                    if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter):
-                        held.setdefault(id(leaf), (f"{path}.{name}".lstrip("."), leaf))
+                place = f"{path}.{name}".lstrip(".")
+                for found in _within([value]):
+                    if isinstance(found, Tensor):
+                        held.setdefault(id(found), (place, found))
+                    else:
+                        self._containers.append((place, found, _items(found)))
         self._numbers = [
             (path, tensor, tensor.detach().clone(), tensor._version)
             for path, tensor in held.values()
@@ -62,7 +64,7 @@ class KeptState:
 
     def changed(self) -> str:
         """Return the path of a buffer, or of an attribute with tensors, that has changed since; "" where none has."""
-        return next(self._changes(), "")
+        return next((path for path, *values in self._changes() if any(map(_has_tensors, values))), "")
 
     def now(self) -> KeptState:
         """Return a snapshot of the present state: this one, if nothing has changed since.
@@ -72,7 +74,7 @@ class KeptState:
             >>> kept.now() is kept
             True
         """
-        return KeptState(self._model) if self.changed() else self
+        return self if next(self._changes(), None) is None else KeptState(self._model)
 
     def restore(self) -> None:
         """Give every attribute and buffer its value back."""
@@ -80,28 +82,34 @@ class KeptState:
             for name in set(dict(_attributes(module))) - set(before):
                 delattr(module, name)
             module.__dict__.update(before)
-        for value, contents in self._containers:
-            value.clear()
-            value.extend(contents) if isinstance(value, list) else value.update(contents)
+        for _, value, contents in self._containers:
+            if not _is_same(value, contents):
+                value.clear()
+                value.extend(contents) if isinstance(value, list | deque) else value.update(contents)
         for _, module, name, buffer in self._buffers:
-            setattr(module, name, buffer)
+            if getattr(module, name, None) is not buffer:
+                setattr(module, name, buffer)
         for index, (path, tensor, values, version) in enumerate(self._numbers):
             if tensor._version != version:
                 with torch.no_grad():
-                    tensor.copy_(values)
+                    tensor.detach().copy_(values)
                 self._numbers[index] = path, tensor, values, tensor._version
 
-    def _changes(self) -> Iterator[str]:
+    def _changes(self) -> Iterator[tuple[Any, ...]]:
+        """Yield the path of everything that has changed, with its values before and now."""
         for path, module, before in self._attributes:
             now = dict(_attributes(module))
             for name in {**before, **now}:
                 old, new = before.get(name, _MISSING), now.get(name, _MISSING)
-                if old is not new and (_has_tensors(old) or _has_tensors(new)):
-                    yield f"{path}.{name}".lstrip(".")
+                if old is not new:
+                    yield f"{path}.{name}".lstrip("."), old, new
+        for path, value, contents in self._containers:
+            if not _is_same(value, contents):
+                yield path, contents, value
         for path, module, name, buffer in self._buffers:
             if getattr(module, name, None) is not buffer:
-                yield path
-        yield from (path for path, tensor, _, version in self._numbers if tensor._version != version)
+                yield path, buffer
+        yield from ((path, tensor) for path, tensor, _, version in self._numbers if tensor._version != version)
 
 
 @contextmanager
@@ -127,5 +135,40 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, value) for name, value in module.__dict__.items() if name not in _OF_PYTORCH)
 
 
+def _within(values: Iterable[Any]) -> Iterator[Any]:
+    """Yield the tensors, lists, dictionaries, sets and deques among the values and within them, each once."""
+    pending, seen = deque(values), set[int]()
+    while pending:
+        value = pending.popleft()
+        if is_proxy(value) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            if not isinstance(value, nn.Parameter):
+                yield value
+        elif isinstance(value, list | tuple | dict | set | deque):
+            found = cast(Any, value)
+            if not isinstance(value, tuple):
+                yield found
+            items: Iterable[Any] = found.values() if isinstance(value, dict) else found
+            pending.extend(item for item in items if type(item) not in PLAIN)
+
+
+def _items(container: Any) -> Any:
+    """Return a plain copy of a container, whose class may not let itself be copied."""
+    kind = next((kind for kind in (dict, set) if isinstance(container, kind)), list)
+    return kind(container)
+
+
 def _has_tensors(value: Any) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+    return any(isinstance(found, Tensor) for found in _within([value]))
+
+
+def _is_same(value: Any, contents: Any) -> bool:
+    """Return whether a container holds the objects that its copy holds, in their order."""
+    if len(value) != len(contents):
+        return False
+    if isinstance(value, dict):
+        found, before = cast(dict[Any, Any], value), cast(dict[Any, Any], contents)
+        return all(map(is_, found, before)) and all(map(is_, found.values(), before.values()))
+    return value == contents if isinstance(value, set) else all(map(is_, value, contents))
