@@ -99,7 +99,7 @@ def needs_of(config: Config) -> Needs:
 
 
 def calibration_needs(config: Config) -> Needs:
-    """Return the statistics that a configuration uses: those that its methods need, and those that improve its rounding.
+    """Return the statistics that a configuration uses, for its methods and for its rounding.
 
     Storages with grouped scales round in the metric of the inputs' moments where these are known.
 

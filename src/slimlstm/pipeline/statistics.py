@@ -22,7 +22,7 @@ class SiteStatistics:
     Args:
         source: holds the matrices.
         calibration: the moments by site key, or None.
-        method: the method whose losses :meth:`losses` returns; ``"dense"`` where nobody asks for losses.
+        method: the method whose losses :meth:`losses` returns; ``"dense"`` where no rank depends on them.
 
     Raises:
         SlimLSTMError: the calibration belongs to matrices of other shapes.
