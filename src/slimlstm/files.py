@@ -72,6 +72,23 @@ def check_regular(path: str | os.PathLike[str]) -> None:
         raise SlimLSTMError(f"{path} is {'a folder' if path.is_dir() else 'a pipe or device'}, no file; name a file")
 
 
+def check_holds_model(path: str | os.PathLike[str]) -> None:
+    """Raise :class:`SlimLSTMError` if a failed download or checkout left a file that stands in a model's place.
+
+    Examples:
+        >>> check_holds_model(__file__)
+    """
+    check_regular(path)
+    with Path(path).open("rb") as stream:
+        start = stream.read(64)
+    if not start:
+        raise SlimLSTMError(f"{path} is empty; copy or download it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise SlimLSTMError(f"{path} is a pointer of Git LFS, not the file itself; fetch that by git lfs pull")
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise SlimLSTMError(f"{path} is a web page, as a failed download leaves it; download the file again")
+
+
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Generator[Path]:
     """Yield the path of a draft beside ``path``, which becomes ``path`` when the block ends without an exception.

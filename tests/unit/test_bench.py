@@ -165,7 +165,7 @@ def test_a_model_before_and_after(clock, monkeypatch):
     with torch.no_grad():
         outputs = [model.eval()(*inputs).double() for model in (dense, compressed)]
     assert found.difference == pytest.approx(float((outputs[0] - outputs[1]).norm() / outputs[0].norm()), rel=1e-6)
-    assert "2.00x with 1 threads" in str(found)
+    assert "2.00x with 1 thread;" in str(found)
     assert json.loads(json.dumps(found.to_dict()))["provenance"]["torch"] == torch.__version__
 
 

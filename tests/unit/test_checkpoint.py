@@ -132,11 +132,12 @@ def test_a_torchscript_archive_is_refused(tmp_path):
 
 UNREADABLE = {
     "missing.safetensors": (None, "does not exist"),
-    "weights.h5": (b"", r"ends in \.h5, and its content is none that can be read: safetensors, PyTorch's"),
-    "weights": (b"", "ends in nothing"),
-    "empty.safetensors": (b"", "no intact safetensors file"),
-    "empty.pt": (b"", "no intact PyTorch checkpoint"),
-    "text.pth": (b"version https://git-lfs.github.com/spec/v1\n", "checkpoint|pickled code"),
+    "weights.h5": (b"HDF", r"ends in \.h5, and its content is none that can be read: safetensors, PyTorch's"),
+    "weights": (b"bits", "ends in nothing"),
+    "empty.safetensors": (b"", "is empty"),
+    "noise.safetensors": (b"bits", "no intact safetensors file"),
+    "empty.pt": (b"", "is empty"),
+    "text.pth": (b"a text\n", "checkpoint|pickled code"),
     "noise.onnx": (bytes(range(256)), "no intact ONNX file"),
 }
 

@@ -1,8 +1,11 @@
 """Every tensor with the name of a recurrent weight is read, or refused by name; files of many kinds and endings."""
 
 import argparse
+import collections
 import enum
+import functools
 import pathlib
+import random
 
 import numpy as np
 import pytest
@@ -217,6 +220,13 @@ class Settings:
         self.hidden = H
 
 
+class Slots:
+    __slots__ = ("rate",)
+
+    def __init__(self):
+        self.rate = 0.1
+
+
 class Colour(enum.Enum):
     RED = 1
 
@@ -253,6 +263,11 @@ CHECKPOINTS = {
     "in a tuple": lambda state: (state, {"epoch": 3}),
     "an empty average beside": lambda state: lightning(state, ema={}),
     "the same average beside": lambda state: lightning(state, ema_state_dict=state),
+    "a partial function": lambda state: lightning(state, optimizer=functools.partial(torch.optim.Adam, lr=0.1)),
+    "a deque": lambda state: lightning(state, losses=collections.deque([0.1, 0.2], maxlen=9)),
+    "an object with slots": lambda state: lightning(state, hyper_parameters={"slots": Slots()}),
+    "a generator of random numbers": lambda state: lightning(state, hyper_parameters={"random": random.Random(0)}),  # noqa: S311
+    "the model in a deque": lambda state: {"models": collections.deque([state])},
     "a sub-dictionary beside tensors": lambda state: {"model": state, "scale": torch.ones(())},
 }
 ENDINGS = ["ckpt", "bin", "pkl", "pth.tar", "pt", "model", ""]
@@ -264,6 +279,37 @@ def test_a_state_dict_is_found_in_a_checkpoint(wrap, tmp_path):
     found = read_tensors(tmp_path / "model.ckpt")
     assert found.keys() == plain_state().keys()
     assert all(torch.equal(found[name], value) for name, value in plain_state().items())
+
+
+FOREIGN = {
+    "nothing": (lambda path: path.touch(), "is empty"),
+    "a pointer of Git LFS": (
+        lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid"),
+        "git lfs pull",
+    ),
+    "a web page": (lambda path: path.write_text("\n<!DOCTYPE html><title>404</title>"), "is a web page"),
+    "TorchScript": (lambda path: torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path), "is a TorchScript archive"),
+    "an exported program": (
+        lambda path: torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.ones(2),)), path),
+        "is a program of torch.export",
+    ),
+    "NumPy arrays": (lambda path: np.savez(path.open("wb"), weight_hh_l0=np.zeros((8, 2))), "holds NumPy arrays"),
+}
+
+
+@pytest.mark.parametrize("ending", ["pt", "pt2", "safetensors", "onnx"])
+@pytest.mark.parametrize(("write", "message"), FOREIGN.values(), ids=FOREIGN)
+def test_files_of_other_kinds_are_named(write, message, ending, tmp_path):
+    path = tmp_path / f"model.{ending}"
+    if ending == "pt2" or "program" not in message:
+        write(path)
+    else:
+        write(path.with_suffix(".pt2"))
+        path.with_suffix(".pt2").rename(path)
+    if ending == "onnx" and path.read_bytes()[:2] == b"PK":
+        message = "is no intact ONNX file"
+    with pytest.raises(SlimLSTMError, match=message):
+        read_tensors(path)
 
 
 @pytest.mark.parametrize("writer", [torch.save, save_file], ids=["pickled", "safetensors"])

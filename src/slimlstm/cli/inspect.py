@@ -23,7 +23,7 @@ def command(
     part: Part = None,
     as_json: Json = False,
 ) -> None:
-    """List the LSTM matrices of a weight file, an ONNX file or a compressed folder.
+    """List the LSTM matrices of a file or a folder.
 
     Print shapes, break-even ranks, and how fast the singular values fall.
     """

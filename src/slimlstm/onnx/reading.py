@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from slimlstm.errors import SlimLSTMError, refusing
-from slimlstm.files import check_file_name, check_memory, check_not_input, check_regular, memory_limit_of
+from slimlstm.files import check_file_name, check_holds_model, check_memory, check_not_input, check_regular, memory_limit_of
 from slimlstm.onnx.graph import graphs_of, inner_nodes
 
 # LSTM operators, and the operator that every LSTM written out in single operators contains.
@@ -77,7 +77,7 @@ def _without_outside(path: Path) -> Any:
         import onnx
     except ImportError as error:
         raise SlimLSTMError("onnx, which reads ONNX files, is not installed: pip install 'slimlstm[onnx]'") from error
-    check_regular(path)
+    check_holds_model(path)
     _check_largest(path.stat().st_size, path)
     with refusing(f"{path} is no intact ONNX file"):
         model = onnx.load(path, load_external_data=False)

@@ -27,14 +27,34 @@ _MOST_LISTED = 12
 StateDicts = dict[str, dict[str, Tensor]]
 
 
+class _Attributes(dict[str, Any]):
+    """The attributes of an inert object, which take a state of any kind, such as the tuple of a ``functools.partial``."""
+
+    def update(self, state: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Take a mapping, the mappings in a tuple, or any other state."""
+        for part in cast(tuple[Any, ...], state) if isinstance(state, tuple) else (state,):
+            if isinstance(part, Mapping):
+                super().update(cast(Mapping[str, Any], part))
+            else:
+                self.setdefault("state", []).append(part)
+
+
 class _Unknown:
     """An inert object in the place of an object whose class or function is not loaded."""
 
     def __new__(cls, *arguments: Any) -> Any:
         """Return an ordered dictionary: PyTorch's unpickler fills it with items and attributes."""
         made = OrderedDict[str, Any]()
+        made.__dict__ = _Attributes()
         made.arguments = arguments  # pyright: ignore[reportAttributeAccessIssue] (ordered dictionaries take attributes)
         return made
+
+
+class _UnknownList:
+    """Makes a list in the place of a deque."""
+
+    def __new__(cls, *arguments: Any) -> Any:
+        return list(*arguments[:1])
 
 
 class _UnknownArray:
@@ -45,6 +65,9 @@ class _UnknownArray:
 
     def __setstate__(self, state: Any) -> None:
         pass
+
+
+_OF_NAME: dict[str, type] = {"collections.deque": _UnknownList}
 
 
 def read_state_dicts(path: Path) -> StateDicts:
@@ -67,12 +90,23 @@ def read_state_dicts(path: Path) -> StateDicts:
 def _check_declared(path: Path) -> None:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
+            _check_kind({Path(name).name for name in archive.namelist()}, path)
             check_memory(sum(entry.file_size for entry in archive.infolist()), memory_limit(path), f"the content of {path}")
+
+
+def _check_kind(names: set[str], path: Path) -> None:
+    """Refuse archives of other kinds than checkpoints."""
+    if "constants.pkl" in names:
+        raise SlimLSTMError(f"{path} is a TorchScript archive, whose code is not run here; save its state_dict() instead")
+    if "archive_format" in names:
+        raise SlimLSTMError(f"{path} is a program of torch.export; save its state_dict instead")
+    if all(name.endswith(".npy") for name in names):
+        raise SlimLSTMError(f"{path} holds NumPy arrays; save them as tensors by torch.save or safetensors instead")
 
 
 def _content(path: Path) -> object:
     unknown = _unknown_names(path)
-    kinds = {name: _UnknownArray if name.startswith("numpy.") else _Unknown for name in unknown}
+    kinds = {name: _UnknownArray if name.startswith("numpy.") else _OF_NAME.get(name, _Unknown) for name in unknown}
     stand_ins = [(type(kind.__name__, (kind,), {}), name) for name, kind in kinds.items()]
     try:
         with torch.serialization.safe_globals(cast(Any, stand_ins)):

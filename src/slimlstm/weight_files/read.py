@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError, refusing
-from slimlstm.files import check_regular, memory_limit
+from slimlstm.files import check_holds_model, check_regular, memory_limit
 from slimlstm.folders import CONFIG, SCALE, read_folder
 from slimlstm.methods import Encoded
 from slimlstm.onnx.find import read_tensors_of
@@ -67,6 +67,7 @@ def _reader_of(path: Path) -> Callable[..., Tensors]:
     """Return the reader of a file, by its first bytes and then by its ending."""
     if path.suffix.lower() == ".onnx":
         return read_tensors_of
+    check_holds_model(path)
     with path.open("rb") as stream:
         start = stream.read(9)
     if start[8:] == b"{":
