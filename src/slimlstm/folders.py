@@ -79,7 +79,10 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_bytes: i
     if problem is not None:
         raise SlimLSTMError(f"the model cannot be saved: {problem}")
     if not sites:
-        raise SlimLSTMError("nothing in the model is compressed; call compress_ first, or save its state_dict yourself")
+        raise SlimLSTMError(
+            "nothing in the model is compressed; call compress_ first. If its report says that nothing became smaller, "
+            "compress more, or save model.state_dict() by torch.save"
+        )
     write_folder(Path(folder), model.state_dict(), sites, max_shard_bytes)
 
 

@@ -41,7 +41,10 @@ def read_written_out(split: Any, scope: Scope) -> OnnxLSTM | None:
     pair = _ih_and_hh(found, gates.cell, scope)
     if pair is None:
         name = split.name or split.output[0]
-        problem = f"{name}: its gates are no sum of products of x and of h with one constant each; it stays as it is"
+        problem = (
+            f"{name}: its gates are no sum of products of x and of h with one constant each, as with a projection; it "
+            "stays as it is"
+        )
         return OnnxLSTM(name, split, scope, problem=problem)
     names = [location.node.name or location.node.output[0] for location in pair]
     if pair[0].node is pair[1].node:
