@@ -219,7 +219,7 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         if target.dtype != tensors[name].dtype or _overlaps(target):
             target.data = target.to(tensors[name].dtype, copy=True, memory_format=torch.contiguous_format)
     state = OrderedDict(tensors)
-    # Without the versions of the modules, PyTorch takes the tensors for those of its oldest modules.
+    # Without the versions of the modules, PyTorch reads the tensors as its oldest modules wrote them.
     state._metadata = getattr(model.state_dict(), "_metadata", None)  # pyright: ignore[reportAttributeAccessIssue]
     # Only in inference mode, PyTorch writes into tensors that were made in it.
     made_for_inference = any(target.is_inference() for target in _tensors(model).values())
