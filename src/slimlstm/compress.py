@@ -18,6 +18,7 @@ from slimlstm.calibration.moments import Calibration
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import METHODS, Needs
 from slimlstm.module_source import ModuleSource
+from slimlstm.modules.arguments import check_batches, check_loss, check_model
 from slimlstm.modules.hosts import Host, check_materialised
 from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.pipeline.config import AUTO, Filter, LowRank, Target
@@ -131,6 +132,10 @@ def _compress(
 
 def _check_data(config: Config, batches: object, loss: object, calibration: object, sensitivity: object) -> None:
     """Raise :class:`SlimLSTMError` if an argument is of another type, or would be ignored."""
+    if batches is not None:
+        check_batches(batches)
+    if loss is not None:
+        check_loss(loss)
     if loss is not None and batches is None:
         raise SlimLSTMError("a loss takes batches to be computed on; give batches= too")
     for name, value, kind in (("calibration", calibration, Calibration), ("sensitivity", sensitivity, Sensitivity)):
@@ -236,6 +241,9 @@ def measure_sensitivity(
         >>> sum(plan.sites[site.key].bytes_at(site) for site in slimlstm.find_sites(model)) <= 1000
         True
     """
+    check_model(model)
+    check_batches(batches)
+    check_loss(loss)
     if isinstance(batches, Iterator):
         raise SlimLSTMError("the batches are an iterator, but are needed more than once; give a list")
     config, source = LowRank(method, bytes=1, storage=AUTO, target=target, filter=filter), ModuleSource(model)

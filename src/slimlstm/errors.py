@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import os
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from typing import Any, cast
 
 _LONGEST = 300
 """Characters of a reason that is taken from another exception."""
@@ -48,6 +50,31 @@ def reason_of(error: BaseException) -> str:
     first = next((line for line in lines if line), type(error).__name__)
     shown = "".join(character if character.isprintable() else "?" for character in first[:_LONGEST])
     return shown if len(first) <= _LONGEST else f"{shown[:-3]}..."
+
+
+def described(value: object) -> str:
+    """Return a few words for an argument of a wrong kind, without its content.
+
+    Examples:
+        >>> described("model.pt"), described({"a": 1}), described(None), described(int)
+        ("the text 'model.pt'", 'a mapping (dict)', 'None', 'the class int')
+    """
+    kind = type(value).__name__
+    if value is None or isinstance(value, bool | int | float | complex):
+        return repr(value)
+    if isinstance(value, str | bytes):
+        return f"the text {value!r}"
+    if isinstance(value, os.PathLike):
+        return f"the path {os.fspath(cast(os.PathLike[str], value))!r}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, Mapping):
+        return f"a mapping ({kind})"
+    shape: Any = getattr(value, "shape", None)
+    if isinstance(shape, tuple):
+        return f"a {kind} of shape {list(cast(tuple[int, ...], shape))}"
+    name: Any = getattr(value, "__name__", None)
+    return f"the function {name}" if callable(value) and isinstance(name, str) else f"an object of the class {kind}"
 
 
 @contextmanager

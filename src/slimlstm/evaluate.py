@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrize
 
 from slimlstm.errors import SlimLSTMError
+from slimlstm.modules.arguments import check_model
 from slimlstm.modules.modes import evaluation_mode
 
 
@@ -70,6 +71,7 @@ def perplexity(
         >>> round(perplexity(model, torch.arange(50) % 7).perplexity, 3)
         7.0
     """
+    check_model(model)
     text = _side_by_side(tokens, streams, steps)
     length = len(text)
     total, state = 0.0, None

@@ -11,9 +11,9 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from slimlstm.errors import SlimLSTMError, reason_of
+from slimlstm.errors import SlimLSTMError, described, reason_of
 
 _LEAST_MEMORY, _MEMORY_PER_BYTE = 64 << 20, 256
 """Bytes of memory that reading any file may take, and further bytes for each byte of the file."""
@@ -44,6 +44,29 @@ def memory_limit_of(size: int) -> int:
         64
     """
     return _LEAST_MEMORY + _MEMORY_PER_BYTE * size
+
+
+def path_of(value: object, name: str, remedy: str) -> Path:
+    """Return an argument as a path.
+
+    Args:
+        value: the argument.
+        name: its name.
+        remedy: the end of the message where it is no path.
+
+    Raises:
+        SlimLSTMError: it is no path.
+
+    Examples:
+        >>> path_of("model.onnx", "path", "name a file").suffix
+        '.onnx'
+        >>> path_of(None, "path", "name a file")
+        Traceback (most recent call last):
+        slimlstm.errors.SlimLSTMError: path is None, not a path; name a file
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise SlimLSTMError(f"{name} is {described(value)}, not a path; {remedy}")
+    return Path(cast("str | os.PathLike[str]", value))
 
 
 def check_memory(needed: int, limit: int, what: str) -> None:

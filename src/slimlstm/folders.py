@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from slimlstm.card import write_card
 from slimlstm.errors import SlimLSTMError, reason_of, refusing
-from slimlstm.files import alone_in, check_regular, replacing, sha256, write_json
+from slimlstm.files import alone_in, check_regular, path_of, replacing, sha256, write_json
 from slimlstm.methods import STORAGES, Encoded, storage_called
 from slimlstm.methods.low_bit import pack, unpack
 from slimlstm.modules.hosts import check_materialised, find_hosts
@@ -67,6 +67,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_bytes: i
         >>> sorted(path.suffix for path in Path(folder).iterdir())
         ['.json', '.md', '.safetensors']
     """
+    folder = path_of(folder, "folder", "call save(model, folder)")
     check_materialised(model)
     hosts = find_hosts(model)
     sites = {
@@ -83,7 +84,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_bytes: i
             "nothing in the model is compressed; call compress_ first. If its report says that nothing became smaller, "
             "compress more, or save model.state_dict() by torch.save"
         )
-    write_folder(Path(folder), model.state_dict(), sites, max_shard_bytes)
+    write_folder(folder, model.state_dict(), sites, max_shard_bytes)
 
 
 def site_entry(site: Site, provenance: Mapping[str, str], dtype: torch.dtype) -> dict[str, Any]:

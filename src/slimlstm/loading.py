@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from slimlstm.errors import SlimLSTMError, reason_of, refusing
+from slimlstm.files import path_of
 from slimlstm.folders import CONFIG, read_folder
 from slimlstm.methods import Replacement
 from slimlstm.modules.graphs import copy_model
@@ -42,8 +42,9 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         SlimLSTMError: the folder is incomplete, damaged or altered, or belongs to a model with other names or shapes. The
             model has not changed then.
     """
+    folder = path_of(folder, "folder", "call load(folder, model)")
     check_materialised(model)
-    config, stored = read_folder(Path(folder))
+    config, stored = read_folder(folder)
     sites, tensors = _with_names_of(model, config["sites"], stored)
     # Try on a copy first, so that an error leaves the model as it was.
     trial = copy_model(model)

@@ -32,7 +32,7 @@ ARROWS = {
     "shards": {"errors"},
     "card": {"methods", "files", "errors"},
     "folders": {"card", "modules", "methods", "ops", "shards", "files", "errors"},
-    "loading": {"folders", "modules", "methods", "errors"},
+    "loading": {"folders", "modules", "methods", "files", "errors"},
     "weight_files": {
         "progress",
         "folders",

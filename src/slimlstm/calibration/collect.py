@@ -15,6 +15,7 @@ from slimlstm.calibration.moments import Calibration, Moments
 from slimlstm.calibration.observe import observable_hosts, observing
 from slimlstm.calibration.recorder import Keys, Recorder, Rows
 from slimlstm.errors import SlimLSTMError
+from slimlstm.modules.arguments import check_batches, check_loss, check_model
 from slimlstm.modules.modes import ambient_defaults, evaluation_mode, plain_mode
 from slimlstm.modules.state import kept_state
 from slimlstm.progress import Progress, counted, shown
@@ -70,6 +71,10 @@ def calibrate(
         >>> found.predictions
         40
     """
+    check_model(model)
+    check_batches(batches)
+    if loss is not None:
+        check_loss(loss)
     recorder, sums = Recorder(loss is not None), dict[Keys, MomentSums]()
     with (
         shown("calibrating", progress) as report_progress,

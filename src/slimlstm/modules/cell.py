@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from slimlstm import ops
 from slimlstm.errors import SlimLSTMError
-from slimlstm.modules.factored import FactoredModule, check_dtypes, check_traceable
+from slimlstm.modules.factored import FactoredModule, check_dtypes, check_input, check_state
 from slimlstm.modules.modes import plain_mode
 from slimlstm.modules.shapes import LSTMState, cell_matrix_shapes
 from slimlstm.ops.weights import Direction
@@ -95,13 +95,15 @@ class LowRankLSTMCell(FactoredModule):
         return [[weights]]
 
     def forward(self, input: Tensor, hx: LSTMState | None = None) -> LSTMState:
-        check_traceable(input)
+        check_input(input)
         if input.ndim not in (1, 2) or input.shape[-1] != self.input_size:
             size = self.input_size
             raise SlimLSTMError(f"the input has to be [B, {size}] or [{size}], not {list(input.shape)}")
         shape = (*input.shape[:-1], self.hidden_size)
         if hx is None:
             hx = input.new_zeros(shape), input.new_zeros(shape)
+        else:
+            check_state(hx)
         for name, state in zip("hc", hx, strict=True):
             if state.shape != shape:
                 raise SlimLSTMError(f"{name} has to be {list(shape)} for this input, not {list(state.shape)}")

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import is_
 from sys import getrefcount
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from slimlstm.errors import SlimLSTMError
+from slimlstm.errors import SlimLSTMError, described
 from slimlstm.methods import STORAGES, rounded
 from slimlstm.modules.masks import drop_parametrizations, mask_of
 from slimlstm.modules.modes import plain_mode
@@ -352,17 +352,32 @@ def as_parameter(tensor: Tensor) -> nn.Parameter:
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach().contiguous())
 
 
-def check_traceable(*inputs: object) -> None:
-    """Reject the symbols of ``torch.fx``, which have no number of dimensions.
+def check_input(value: object) -> None:
+    """Reject inputs that are no tensors, among them the symbols of ``torch.fx``, which have no number of dimensions.
 
     Raises:
-        SlimLSTMError: an input is such a symbol.
+        SlimLSTMError: the input is no tensor.
     """
-    if any(isinstance(value, Proxy) for value in inputs):
+    if isinstance(value, Tensor):
+        return
+    if isinstance(value, Proxy):
         raise SlimLSTMError(
             "torch.fx.symbolic_trace cannot look into a compressed layer; use a torch.fx.Tracer whose is_leaf_module "
             "returns True for slimlstm's modules, or torch.export"
         )
+    raise SlimLSTMError(f"the input is {described(value)}, not a tensor; convert it, for example with torch.as_tensor")
+
+
+def check_state(hx: object) -> None:
+    """Reject a state that is not h and c, such as h alone, which takes the state of a GRU.
+
+    Raises:
+        SlimLSTMError: it is no pair of tensors.
+    """
+    pair = cast("Sequence[object]", hx) if isinstance(hx, tuple | list) else ()
+    if len(pair) != 2 or not isinstance(pair[0], Tensor) or not isinstance(pair[1], Tensor):
+        found = described(hx) if not pair else f"a {type(pair).__name__} of {', '.join(map(described, pair))}"
+        raise SlimLSTMError(f"the state is {found}, not (h, c); give a tuple of two tensors")
 
 
 def provenance_of(module: nn.Module, name: str) -> Provenance:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from slimlstm.errors import SlimLSTMError
+from slimlstm.modules.arguments import check_model
 from slimlstm.modules.factored import FactoredModule
 from slimlstm.modules.host import RAW, Host, matrix_shapes, parameter_names
 from slimlstm.modules.problems import is_quantised, problem_of, stored_methods
@@ -35,6 +36,7 @@ def find_hosts(model: nn.Module) -> list[Host]:
         >>> [host.paths for host in find_hosts(nn.ModuleDict({"left": lstm, "right": lstm}))]
         [['left', 'right']]
     """
+    check_model(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     hosts: dict[int, Host] = {}
     for path, module in modules.items():
@@ -65,7 +67,8 @@ def _prefixes(path: str) -> list[str]:
 
 
 def check_materialised(model: nn.Module) -> None:
-    """Raise :class:`SlimLSTMError` if a lazy module in ``model`` has not run yet."""
+    """Raise :class:`SlimLSTMError` if ``model`` is no module, or a lazy module in it has not run yet."""
+    check_model(model)
     lazy = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]
     if lazy:
         raise SlimLSTMError(f"{', '.join(lazy)} of a lazy module has no numbers yet; run the model once on a batch first")

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from slimlstm import ops
 from slimlstm.errors import SlimLSTMError
-from slimlstm.modules.factored import FactoredModule, check_dtypes, check_traceable
+from slimlstm.modules.factored import FactoredModule, check_dtypes, check_input, check_state
 from slimlstm.modules.modes import plain_mode
 from slimlstm.modules.shapes import LSTMState, clips, lstm_arguments, lstm_matrix_shapes
 from slimlstm.ops.weights import Direction
@@ -197,7 +197,7 @@ class LowRankLSTM(FactoredModule):
     def forward(self, input: Input, hx: LSTMState | None = None) -> tuple[Input, LSTMState]:
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
-        check_traceable(input)
+        check_input(input)
         shape = input.shape
         if len(shape) not in (2, 3) or shape[-1] != self.input_size:
             raise SlimLSTMError(
@@ -247,6 +247,7 @@ class LowRankLSTM(FactoredModule):
 
     def _check_states(self, hx: LSTMState, batch: tuple[int, ...]) -> None:
         """Reject states of another shape; ``batch`` is (B,), or () for unbatched input."""
+        check_state(hx)
         count = self.num_layers * self._directions
         shapes = (count, *batch, self.proj_size or self.hidden_size), (count, *batch, self.hidden_size)
         h0, c0 = hx

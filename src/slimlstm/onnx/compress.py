@@ -18,8 +18,9 @@ import torch
 
 from slimlstm.calibration.moments import Calibration
 from slimlstm.errors import SlimLSTMError, reason_of
-from slimlstm.files import replacing
+from slimlstm.files import path_of, replacing
 from slimlstm.methods import Needs, Replacement
+from slimlstm.modules.arguments import check_batches
 from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.onnx.calibrate import RunInputs, calibrate_graph
 from slimlstm.onnx.find import find_lstms
@@ -80,7 +81,10 @@ def compress_onnx(
             smaller, ``form="scan"`` cannot compute an operator, or onnx is not installed. Nothing is written then.
     """
     check_form(form)
-    path, output = Path(path), Path(output)
+    path = path_of(path, "path", "name an ONNX file; compress_ takes models")
+    output = path_of(output, "output", "name the ONNX file to write")
+    if batches is not None:
+        check_batches(batches)
     check_kinds(also)
     check_onnx_output(path, output)
     model = read_model(path)

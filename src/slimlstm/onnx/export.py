@@ -6,7 +6,6 @@ import os
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree  # pyright: ignore[reportPrivateUsage]  # the public name is of newer versions
 
 from slimlstm.errors import SlimLSTMError, reason_of
-from slimlstm.files import check_file_name, replacing
+from slimlstm.files import check_file_name, path_of, replacing
 from slimlstm.methods import storage_called
 from slimlstm.modules.host import Host
 from slimlstm.modules.hosts import find_hosts
@@ -117,7 +116,8 @@ def export_onnx(
     """
     if not hasattr(torch.onnx, "ops"):
         raise SlimLSTMError(f"export needs PyTorch 2.8 or newer, and this is {torch.__version__}")
-    check_file_name(Path(path))
+    path = path_of(path, "path", "name the file to write; call export_onnx(model, example_inputs, path)")
+    check_file_name(path)
     check_opset(opset)
     check_form(form)
     arguments, named = _arguments(example_inputs)

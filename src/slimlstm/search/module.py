@@ -22,6 +22,7 @@ from slimlstm.compress import compress_, measure_sensitivity
 from slimlstm.errors import SlimLSTMError
 from slimlstm.files import write_json
 from slimlstm.module_source import ModuleSource
+from slimlstm.modules.arguments import check_batches, check_function, check_loss, check_model
 from slimlstm.modules.graphs import copy_model
 from slimlstm.modules.modes import evaluation_mode, plain_mode
 from slimlstm.modules.state import kept_state
@@ -230,6 +231,12 @@ class _Subject:
     refusals: list[str] = field(default_factory=list[str])
 
     def __post_init__(self) -> None:
+        check_model(self.model)
+        check_function(self.metric, "metric", "model")
+        if self.batches is not None:
+            check_batches(self.batches)
+        if self.loss is not None:
+            check_loss(self.loss)
         if isinstance(self.batches, Iterator):
             raise SlimLSTMError("the batches are an iterator, but a search needs them more than once; give a list")
         if self.loss is not None and self.batches is None:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from slimlstm.calibration.moments import Calibration
 from slimlstm.errors import SlimLSTMError
-from slimlstm.files import replacing
+from slimlstm.files import path_of, replacing
+from slimlstm.modules.arguments import check_batches, check_function
 from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.onnx.builder import INT4_OPSET
 from slimlstm.onnx.calibrate import RunInputs, calibrate_graph
@@ -82,7 +83,9 @@ def shrink_onnx(
         SlimLSTMError: ``output`` is ``path`` or no name of a file, no runs are given, a metric is given without its
             direction or beside a measure, nothing smaller meets the limit, or see :func:`slimlstm.compress_onnx`.
     """
-    path, output = Path(path), Path(output)
+    path = path_of(path, "path", "name an ONNX file; find_smallest takes models")
+    output = path_of(output, "output", "name the ONNX file to write")
+    check_batches(runs, "runs")
     check_onnx_output(path, output)
     if not runs:
         raise SlimLSTMError("no runs are given; a search measures the outputs on inputs")
@@ -164,6 +167,7 @@ def _own_metric(
     path: Path, metric: FileMetric, better: Better | None, at_most: str | float, measure: str, name: str
 ) -> _Goal:
     """Return the goal that a user's metric stays within its limit."""
+    check_function(metric, "metric", "path")
     if measure != "auto":
         raise SlimLSTMError(f"give either a metric or a measure, not measure={measure!r} beside a metric")
     if better is None:

@@ -8,10 +8,12 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree  # pyright: ignore[reportPrivateUsage]  # the public name is of newer versions
 
 from slimlstm.errors import SlimLSTMError
+from slimlstm.modules.arguments import check_batches as check_iterable
+from slimlstm.modules.arguments import check_function
 from slimlstm.tuning.history import RunRecord
 from slimlstm.tuning.processes import Processes
 
@@ -25,7 +27,11 @@ def seed_with(*key: Any) -> None:
 
 
 def check_batches(batches: Batches) -> None:
-    """Raise SlimLSTMError if ``batches`` can be read only once."""
+    """Raise SlimLSTMError unless ``batches`` can be iterated over once per epoch, or is a function of the epoch."""
+    if callable(batches) and not isinstance(batches, nn.Module | type):
+        check_function(batches, "batches", "epoch")
+        return
+    check_iterable(batches)
     if isinstance(batches, Iterator):
         raise SlimLSTMError(
             f"batches is a {type(batches).__name__}, which can be read only once; give a list, a DataLoader, or a function "

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from slimlstm.errors import SlimLSTMError
+from slimlstm.files import path_of
+from slimlstm.modules.arguments import check_function, check_loss, check_model
 from slimlstm.modules.modes import plain_mode
 from slimlstm.progress import Progress, shown
 from slimlstm.tuning.history import History
@@ -95,11 +96,15 @@ def finetune(
         (20, True)
     """
     settings = Settings(steps, minutes, lr, validations, patience, dtype, seed)
+    check_model(model)
     check_batches(batches)
+    check_loss(loss)
+    if validate is not None:
+        check_function(validate, "validate", "model")
     trained = _parameters_to_train(model, parameters)
     device = next(iter(trained.values())).device
     processes = current_processes(device)
-    path = None if checkpoint is None else Path(checkpoint)
+    path = None if checkpoint is None else path_of(checkpoint, "checkpoint", "name a file")
     with _prepared(model, trained), _random_numbers_restored(device), shown("fine-tuning", progress) as report_progress:
         run = Run(model, batches, loss, trained, settings, processes, validate, path, report_progress)
         try:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from slimlstm.calibration.moments import Calibration
 from slimlstm.errors import SlimLSTMError
-from slimlstm.files import check_not_input
+from slimlstm.files import check_not_input, path_of
 from slimlstm.folders import CONFIG, read_config, weights_files, write_folder
 from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.pipeline.plan import Config, check_config, with_storage
@@ -57,7 +57,8 @@ def compress_file(
         >>> compress_file(place / "lstm.pt", slimlstm.Quantize("int8"), place / "small").lstm.parameters_after
         1664
     """
-    path, folder = Path(path), Path(folder)
+    path = path_of(path, "path", "name a weight file; compress_ takes models")
+    folder = path_of(folder, "folder", "name the folder to write")
     check_folder(path, folder)
     tensors, notes = read_weights(path, part)
     source = FileSource(tensors, read_config(path)["sites"] if path.is_dir() else {})

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError, refusing
-from slimlstm.files import check_holds_model, check_regular, memory_limit
+from slimlstm.files import check_holds_model, check_regular, memory_limit, path_of
 from slimlstm.folders import CONFIG, SCALE, read_folder
 from slimlstm.methods import Encoded
 from slimlstm.onnx.find import read_tensors_of
@@ -43,7 +43,7 @@ def read_tensors(path: str | os.PathLike[str], part: str | None = None) -> Tenso
 
 def read_weights(path: str | os.PathLike[str], part: str | None = None) -> tuple[Tensors, list[str]]:
     """Return the tensors as :func:`read_tensors` does, and notes on what was computed or stays as it is."""
-    path = Path(path)
+    path = path_of(path, "path", "name a weight file or a folder")
     with refusing(f"{path} cannot be read"):
         tensors, notes = _whole(path, part)
         return tensors, notes + check_tensors(tensors, memory_limit(path))
