@@ -3,7 +3,7 @@
 import numpy as np
 import onnx
 import pytest
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx_files import DIRECTIONS, INPUTS, H, feed, low_rank, lstm_parts, onnxruntime, save, written_out
 
 from slimlstm import LowRank, Quantize, SlimLSTMError
@@ -391,3 +391,38 @@ def test_scales_are_no_parameters(config, form, tmp_path):
     assert report.model.parameters_before == report.lstm.parameters_before
     summed = 2 * 4 * 64 if form == "scan" else 0  # a Scan adds both biases once
     assert report.model.parameters_after == report.lstm.parameters_after - summed == count_numbers(onnx.load(small))
+
+
+def scaled(path):
+    """A file that multiplies its input by a number without axes, as models take a sampling rate."""
+    node, weights = lstm_parts(np.random.default_rng(0), hidden=64)
+    node.input[0] = "scaled"
+    save(path, [helper.make_node("Mul", ["x", "scale"], ["scaled"]), node], weights, node.output)
+    model = onnx.load(path)
+    model.graph.input.append(helper.make_tensor_value_info("scale", TensorProto.FLOAT, []))
+    onnx.save(model, path)
+    return path
+
+
+SCALED = {
+    "calibrated": ("compress", "--method", "activation", "--rank", 2, "--batches"),
+    "compared": ("compress", "--storage", "int8", "--inputs"),
+    "searched": ("shrink", "--at-most", "50%", "--evaluations", 2, "--inputs"),
+}
+
+
+@pytest.mark.parametrize("words", SCALED.values(), ids=SCALED)
+def test_inputs_without_axes_are_given_in_files(words, tmp_path, run):
+    path, runs = scaled(tmp_path / "model.onnx"), tmp_path / "runs.npz"
+    x = np.random.default_rng(0).standard_normal((4, 5, 2, INPUTS)).astype(np.float32)
+    np.savez(runs, x=x, scale=np.full(4, 2.0, np.float32))
+    verb, *options = words
+    assert run(verb, path, "-o", tmp_path / "small.onnx", *options, runs)[0] == 0
+
+
+@pytest.mark.parametrize("scale", [np.float32(2), np.array(2, np.float32)], ids=["scalar", "array"])
+def test_inputs_without_axes_are_given_in_python(scale, tmp_path):
+    path, small = scaled(tmp_path / "model.onnx"), tmp_path / "small.onnx"
+    runs = [{"x": np.ones((5, 2, INPUTS), np.float32), "scale": scale}]
+    compress_onnx(path, LowRank("activation", rank=2), small, batches=runs)
+    assert output_difference(path, small, runs) < 1e-3

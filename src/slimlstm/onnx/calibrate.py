@@ -43,6 +43,7 @@ def read_batches(path: Path) -> list[RunInputs]:
     counts = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
     if len(set(counts.values())) != 1 or not min(counts.values()):
         raise SlimLSTMError(f"the arrays in {path} need the runs as a common first axis; their lengths are {counts}")
+    # The ellipsis keeps an input without axes an array: ONNX Runtime takes no NumPy scalars.
     return [{name: array[run, ...] for name, array in arrays.items()} for run in range(min(counts.values()))]
 
 

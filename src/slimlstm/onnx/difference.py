@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slimlstm.errors import SlimLSTMError, reason_of
-from slimlstm.onnx.runtime import RunInputs, inference_session
+from slimlstm.onnx.runtime import RunInputs, arrays_of, inference_session
 from slimlstm.onnx.samples import random_inputs
 
 
@@ -31,7 +31,7 @@ def output_difference(one: Path, other: Path, runs: Sequence[RunInputs] | None =
     try:
         sessions = [inference_session(str(path)) for path in (one, other)]
         given = [random_inputs(one, sessions[0].get_inputs())] if runs is None else runs
-        outputs = [[session.run(None, dict(inputs)) for inputs in given] for session in sessions]
+        outputs = [[session.run(None, arrays_of(inputs)) for inputs in given] for session in sessions]
     except ImportError as error:
         raise SlimLSTMError(
             "outputs are compared in onnxruntime, which is not installed: pip install onnxruntime"

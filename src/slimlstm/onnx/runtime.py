@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -38,6 +39,16 @@ def inference_session(model: str | bytes, threads: int | None = None) -> Any:
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
+def arrays_of(inputs: RunInputs) -> dict[str, Any]:
+    """Return the inputs of a run with arrays without axes in the place of NumPy's scalars, which ONNX Runtime refuses.
+
+    Examples:
+        >>> arrays_of({"rate": np.ones(2)[0]})
+        {'rate': array(1.)}
+    """
+    return {name: np.asarray(value) if isinstance(value, np.generic) else value for name, value in inputs.items()}
+
+
 class Session:
     """A model in ONNX Runtime, on the CPU, with as many threads as PyTorch uses.
 
@@ -68,7 +79,7 @@ class Session:
             SlimLSTMError: the model cannot run on these inputs.
         """
         try:
-            return self._session.run(list(names), dict(inputs))
+            return self._session.run(list(names), arrays_of(inputs))
         except Exception as error:  # ONNX Runtime's classes share no base
             raise SlimLSTMError(
                 f"ONNX Runtime cannot run the model on batch {number}: {reason_of(error)}; give the inputs that it takes"
