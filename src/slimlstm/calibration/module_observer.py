@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from slimlstm.calibration.losses import Loss, LossState, call, copied, costs_of, observed_losses
-from slimlstm.calibration.observe import observing_again
+from slimlstm.calibration.observe import observing
 from slimlstm.calibration.recorder import Keys, Recorder, Rows
 from slimlstm.calibration.refit import Observation
 from slimlstm.modules.host import Host
@@ -90,7 +90,7 @@ class _Runner:
         batch = copied(batch)
         recorder = Recorder(with_gradients)
         with (
-            observing_again(self._model, self._hosts, recorder, self._weights),
+            observing(self._model, self._hosts, recorder, self._weights),
             torch.set_grad_enabled(with_gradients),
             ambient_defaults(),
         ):

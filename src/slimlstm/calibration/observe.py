@@ -22,7 +22,6 @@ from slimlstm.modules.hosts import find_hosts
 from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.modules.modes import evaluation_mode, surely, uncompiled
 from slimlstm.modules.shapes import LSTMState, clips, lstm_arguments
-from slimlstm.modules.state import kept_state
 from slimlstm.ops import training
 from slimlstm.ops.reference import product, recurrence, step
 from slimlstm.ops.weights import Direction, Matrix, is_clipped
@@ -59,15 +58,6 @@ def observing(
         recorder: receives the rows of every call.
         weights: matrices to compute with instead of the model's own, by key.
     """
-    with kept_state(model), observing_again(model, hosts, recorder, weights):
-        yield
-
-
-@contextmanager
-def observing_again(
-    model: nn.Module, hosts: Iterable[Host], recorder: Recorder, weights: Mapping[str, Matrix] | None = None
-) -> Generator[None]:
-    """Do as :func:`observing` does, within a block of :func:`kept_state`, which would take long for every batch."""
     observers = ((host.lstm, _observer(host, recorder, weights or {})) for host in hosts)
     with uncompiled(), evaluation_mode(model), forwards_replaced(observers):
         yield
