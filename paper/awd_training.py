@@ -33,6 +33,7 @@ from paper.runs import Pace, check_settings, one_cycle, seed, write_log
 from slimlstm.demo.awd_lstm import AWDLSTM, LSTMStates
 from slimlstm.errors import SlimLSTMError
 from slimlstm.evaluate import perplexity
+from slimlstm.tuning.grid import Grid
 
 OPTIMIZERS = {"ntasgd": 30.0, "asgd": 30.0, "adamw": 3e-3}
 """Learning rate by optimizer: SGD that turns into averaged SGD, averaged SGD, AdamW with one cycle and averages."""
@@ -179,6 +180,7 @@ class Training:
         is_alone = processes.count == 1
         self.objective: nn.Module = objective if is_alone else DistributedDataParallel(objective, broadcast_buffers=False)
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        self.grid = Grid(model, self.parameters)
         self.optimizer = self._new_optimizer()
         self.place = Place(epoch=options.first_epoch, averaging=options.optimizer != "ntasgd")
         self.averages: dict[str, Tensor] = {}
@@ -225,9 +227,11 @@ class Training:
                 f"the gradient's norm is {float(norm)} in epoch {self.place.epoch}; try an lr below {self.options.lr}"
             )
         self.optimizer.param_groups[0]["lr"] = self.learning_rate(taken)
+        self.grid.leave()
         self.optimizer.step()
         if self.place.averaging:
             self._average()
+        self.grid.enter()
 
     def _average(self) -> None:
         self.place.averaged += 1
@@ -307,11 +311,13 @@ class Training:
 
     def _swap_averages(self) -> None:
         """Exchange the weights for their averages; a second call undoes it."""
+        self.grid.leave()
         with torch.no_grad():
             for name, average in self.averages.items():
                 weights = self.parameters[name].clone()
                 self.parameters[name].copy_(average)
                 average.copy_(weights)
+        self.grid.enter()
 
     def loss(self, split: str) -> float:
         """Return the mean loss on a split, as the first process finds it."""
@@ -330,7 +336,8 @@ class Training:
         states = self.processes.gather(self.state and [tuple(part.cpu() for part in pair) for pair in self.state])
         if not self.processes.is_first:
             return
-        tensors = with_prefix("model", self.parameters) | with_prefix("average", self.averages) | moments_of(self.optimizer)
+        weights = self.parameters | self.grid.exact
+        tensors = with_prefix("model", weights) | with_prefix("average", self.averages) | moments_of(self.optimizer)
         for layer in range(len(self.model.lstms) if self.state else 0):
             for index, name in enumerate("hc"):
                 tensors[f"state.{layer}.{name}"] = torch.cat([state[layer][index] for state in states], 1)
@@ -351,6 +358,7 @@ class Training:
         with torch.no_grad():
             for name, tensor in without_prefix("model", tensors).items():
                 self.parameters[name].copy_(tensor)
+        self.grid.enter()
         self.averages = without_prefix("average", tensors)
         restore_moments(self.optimizer, tensors)
         self.state = self._state_of(without_prefix("state", tensors))

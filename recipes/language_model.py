@@ -14,6 +14,9 @@ cycle of AdamW from stored weights.
 Weight drop acts on matrices that are not factorised; pruned ones keep their masks. A Semi-NMF is trained as the factors of
 its product's SVD, without V >= 0, which training would not preserve.
 
+``--compress fisher-auto`` chooses rank and bits of every matrix together, in the bytes of float32 factors of the rank;
+training keeps every weight on the grid of its bits.
+
 Two configs are controls for compressed models of Penn Treebank. ``ptb-13m`` is dense and has as many parameters as the
 model with factors of rank 10 at hh. ``ptb-tensor-train`` has recurrent matrices as tensor trains, and 12 million parameters
 in all; with AdamW use ``--lr 1e-3``, since its gradients explode after some epochs at 3e-3.
@@ -32,6 +35,7 @@ from torch import nn
 
 import slimlstm as sl
 from paper.awd_training import OPTIMIZERS, Training, TrainingOptions
+from paper.cells import CALIBRATION_TOKENS, PLAN, compress_cell_, is_calibrated
 from paper.checkpoints import write_tensors
 from paper.methods import add_plugin_option, factors_by_svd_
 from paper.processes import Processes
@@ -42,8 +46,7 @@ from slimlstm.calibration.moments import Calibration
 from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig, load_awd_lstm, save_awd_lstm
 from slimlstm.demo.corpora import CORPORA, EOS, Vocabulary, read_words, words_of
 from slimlstm.files import write_json, write_text
-from slimlstm.methods import METHODS, calibrated_methods
-from slimlstm.pipeline.config import configuration
+from slimlstm.methods import METHODS
 from slimlstm.provenance import provenance
 
 CONFIGS = {
@@ -72,7 +75,7 @@ parser.add_argument(
     help="store recurrent matrices as tensor trains of this share of their size",
 )
 parser.add_argument("--start", type=model_folder, help="folder of a trained AWD-LSTM, or name of a stored one")
-parser.add_argument("--compress", choices=METHODS, help="method that compresses it first")
+parser.add_argument("--compress", choices=[*METHODS, PLAN], help="method that compresses it first")
 parser.add_argument("--calibration", type=Path, help="for methods that need it: a file that recipes/sweep.py wrote")
 parser.add_argument("--target", choices=["hh", "ih", "both"], default="hh", help="the matrices to compress")
 parser.add_argument("--rank", type=int, help="of the factors; pruning leaves as many weights as they would have")
@@ -99,7 +102,7 @@ if arguments.tensor_train and (arguments.start or arguments.half):
     parser.error("tensor trains are trained from random weights and stored in float32; leave out --start and --half")
 if arguments.compress and not (arguments.start and arguments.rank):
     parser.error("--compress needs --start, the model to compress, and --rank")
-if arguments.compress in calibrated_methods() and not arguments.calibration:
+if arguments.compress and is_calibrated(arguments.compress) and not arguments.calibration:
     parser.error(f"--compress {arguments.compress} needs --calibration, which recipes/sweep.py --methods writes")
 if (arguments.first_epoch or arguments.warm_up) and arguments.optimizer != "adamw":
     parser.error("--first-epoch and --warm-up shape the cycle of --optimizer adamw")
@@ -188,8 +191,8 @@ if device.type == "cpu":
     model.lstms = nn.ModuleList(sl.LowRankLSTM.from_dense(lstm) for lstm in model.lstms)
 if arguments.compress:
     calibration = Calibration.load(arguments.calibration) if arguments.calibration else None
-    rule = configuration(arguments.compress, rank=arguments.rank, target=arguments.target)
-    sl.compress_(model, rule, calibration=calibration)
+    text = vocabulary.encode(words("train"))[:CALIBRATION_TOKENS] if calibration else None
+    compress_cell_(model, arguments.compress, arguments.target, arguments.rank, calibration=calibration, tokens=text)
 if arguments.compress == "semi-nmf":
     factors_by_svd_(model.lstms)
 if arguments.tensor_train:

@@ -4,8 +4,9 @@
     python recipes/sweep.py --model checkpoints/awd_lstm_ptb --corpus ptb --output results/ptb_fine_tuned --ranks 10 400 \\
         --tune "--optimizer asgd --epochs 1 --dtype bfloat16"
 
-Methods that need calibration get it on training text, once for all cells; int8 (this library's) and pytorch-int8
-(PyTorch's dynamic quantisation) round all matrices, so that they have neither target nor rank. ``--plugin`` imports a
+Methods that need calibration get it on training text, once for all cells. fisher-auto chooses rank and bits of every
+matrix together, in the bytes of float32 factors of the cell's rank. int8 (this library's) and pytorch-int8 (PyTorch's
+dynamic quantisation) round all matrices, so that they have neither target nor rank. ``--plugin`` imports a
 module or a file that registers further methods. Cells are trained only with ``--tune``; checkpoints are then in a folder
 for every cell beside its file. Every cell writes one JSON file with its provenance into the output folder. Cells whose file
 exists are skipped, so the same command continues a killed sweep. Without training, a table of all files is printed at the
@@ -32,19 +33,18 @@ from rich.table import Table
 from torch import nn
 
 import slimlstm as sl
+from paper.cells import CALIBRATION_TOKENS, PLAN, calibration_batches, compress_cell_, is_calibrated
 from paper.methods import PAPER, add_plugin_option, import_plugins
 from paper.runs import read_json
 from paper.stored_models import load_language_model, model_folder
 from slimlstm.calibration.moments import Calibration
 from slimlstm.demo.corpora import CORPORA, Vocabulary, read_text, words_of
-from slimlstm.evaluate import NextTokens, perplexity, pieces
+from slimlstm.evaluate import NextTokens, perplexity
 from slimlstm.files import write_json
-from slimlstm.methods import METHODS, calibrated_methods
-from slimlstm.pipeline.config import configuration
+from slimlstm.methods import METHODS
 from slimlstm.provenance import provenance
 
 QUANTIZED = ("int8", "pytorch-int8")
-CALIBRATION_STREAMS, CALIBRATION_STEPS = 60, 70
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 plugins = add_plugin_option(parser)
@@ -54,11 +54,13 @@ source.add_argument("--corpus", choices=CORPORA)
 source.add_argument("--text", type=Path, help="folder with train.txt, valid.txt and test.txt, instead of a corpus")
 parser.add_argument("--split", default="test")
 parser.add_argument("--output", type=Path, required=True, help="folder")
-parser.add_argument("--methods", nargs="+", choices=[*METHODS, *QUANTIZED], default=list(PAPER))
+parser.add_argument("--methods", nargs="+", choices=[*METHODS, PLAN, *QUANTIZED], default=list(PAPER))
 parser.add_argument("--targets", nargs="+", default=["hh", "ih"])
 parser.add_argument("--ranks", nargs="+", type=int, default=[10, 50, 100, 200, 400])
 parser.add_argument("--streams", type=int, default=10, help="pieces of the text that are evaluated side by side")
-parser.add_argument("--calibrate", type=int, default=60_000, metavar="TOKENS", help="training text to calibrate on")
+parser.add_argument(
+    "--calibrate", type=int, default=CALIBRATION_TOKENS, metavar="TOKENS", help="training text to calibrate on"
+)
 parser.add_argument("--tune", metavar="OPTIONS", help="fine-tune every cell: options for recipes/language_model.py")
 parser.add_argument("--jobs", type=int, default=1, help="cells that run at once on this machine")
 parser.add_argument(
@@ -98,8 +100,8 @@ def path_of(method, target, rank):
     return arguments.output / (f"{method}-{target}-{rank:03d}.json" if rank else f"{method}.json")
 
 
-def batches():
-    return pieces(encoded(read("train"))[: arguments.calibrate], streams=CALIBRATION_STREAMS, steps=CALIBRATION_STEPS)
+def calibration_tokens():
+    return encoded(read("train"))[: arguments.calibrate]
 
 
 def quiet(*_):
@@ -111,9 +113,9 @@ def compress(model, method, target, rank):
     if method == "int8":
         return sl.compress_(model, sl.Quantize("int8"), progress=quiet)
     data = {}
-    if method in calibrated_methods():
-        data = {"calibration": Calibration.load(calibration), "batches": batches(), "loss": NextTokens()}
-    return sl.compress_(model, configuration(method, rank=rank, target=target), **data, progress=quiet)
+    if is_calibrated(method):
+        data = {"calibration": Calibration.load(calibration), "tokens": calibration_tokens()}
+    return compress_cell_(model, method, target, rank, **data, progress=quiet)
 
 
 def measure(method, target, rank):
@@ -130,7 +132,7 @@ def measure(method, target, rank):
         report = compress(model, method, target, rank)
         parameters, size = report.model.parameters_after, report.model.bytes_after
         sites = [asdict(site) for site in report.sites]
-    if method in calibrated_methods():
+    if is_calibrated(method):
         config = settings | {"calibration_tokens": arguments.calibrate}
     solved = time.monotonic()
     found = perplexity(model, encoded(text), streams=arguments.streams, steps=350)
@@ -157,7 +159,7 @@ def tune(method, target, rank):
     command += ["--corpus", arguments.corpus] if arguments.corpus else ["--text", arguments.text.absolute()]
     if method != "dense":
         command += ["--compress", method, "--target", target, "--rank", rank]
-    if method in calibrated_methods():
+    if is_calibrated(method):
         command += ["--calibration", calibration]
     command += [part for plugin in plugins for part in ("--plugin", plugin)]
     subprocess.run([str(part) for part in (*command, *shlex.split(arguments.tune))], check=True)
@@ -178,10 +180,10 @@ whole = [(method, "both", 0) for method in arguments.methods if method in QUANTI
 ranked = [method for method in arguments.methods if method not in QUANTIZED]
 runs = [("dense", "none", 0), *whole, *itertools.product(ranked, arguments.targets, arguments.ranks)]
 left = [cell for cell in runs if not path_of(*cell).exists()]
-if not calibration.exists() and any(method in calibrated_methods() for method, *_ in left):
+if not calibration.exists() and any(is_calibrated(method) for method, *_ in left):
     sl.calibrate(
         load_language_model(arguments.model),
-        batches(),
+        calibration_batches(calibration_tokens()),
         NextTokens(),
         progress=lambda label, _: console.print(f"calibrated on {label}"),
     ).save(calibration)

@@ -13,7 +13,10 @@ from recipe_helpers import ENVIRONMENT, TINY, assert_same, command, log_of, outc
 from safetensors.torch import load_file
 
 import slimlstm as sl
+from paper.cells import calibration_batches
 from slimlstm.demo.awd_lstm import load_awd_lstm
+from slimlstm.demo.corpora import Vocabulary, words_of
+from slimlstm.evaluate import NextTokens
 
 
 def test_training_learns_the_text(trained):
@@ -33,23 +36,34 @@ def test_a_folder_in_which_another_process_works_is_left_alone(text, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == []
 
 
+@pytest.fixture(scope="module")
+def calibration(text, trained, tmp_path_factory):
+    """A file that the recipe reads, made on the text that it calibrates on."""
+    path = tmp_path_factory.mktemp("calibration") / "calibration.safetensors"
+    words = Vocabulary.read(trained / "vocab.txt").encode(words_of((text / "train.txt").read_text(encoding="utf-8")))
+    sl.calibrate(load_awd_lstm(trained), calibration_batches(words), NextTokens()).save(path)
+    return path
+
+
 RUNS = {
     "training": ("--optimizer", "adamw", "--epochs", "3", "--half"),
     "factors": ("--optimizer", "asgd", "--lr", "1", "--epochs", "3", "--compress", "svd", "--rank", "2"),
     "trains": ("--optimizer", "adamw", "--lr", "0.1", "--dropout", "0.1", "--epochs", "2", "--tensor-train", "0.5"),
     "masks": ("--optimizer", "asgd", "--lr", "1", "--epochs", "3", "--compress", "prune", "--rank", "2"),
+    "grid": ("--optimizer", "asgd", "--lr", "1", "--epochs", "3", "--compress", "fisher-auto", "--rank", "3"),
 }
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 @pytest.mark.parametrize("name", RUNS)
-def test_a_killed_run_ends_with_the_same_files(text, trained, tmp_path, name):
+def test_a_killed_run_ends_with_the_same_files(text, trained, calibration, tmp_path, name):
     options = (
         *TINY,
         *RUNS[name],
         "--checkpoint-seconds",
         "0",
         *(("--start", trained) if "--compress" in RUNS[name] else ()),
+        *(("--calibration", calibration) if name == "grid" else ()),
     )
     run(text, tmp_path / "whole", *options)
     run_and_kill(text, tmp_path / "parts", *options)
@@ -72,6 +86,9 @@ def test_a_killed_run_ends_with_the_same_files(text, trained, tmp_path, name):
         # 48 = 4 * 3 * 4 and 8 = 2 * 2 * 2; half of its parameters, or nearly so.
         assert [core.shape[1:3] for core in cores] == [(4, 2), (3, 2), (4, 2)]
         assert 0.3 * 48 * 8 < sum(core.numel() for core in cores) <= 0.5 * 48 * 8
+    if name == "grid":
+        rounded = sl.load(tmp_path / "parts" / "compressed", load_awd_lstm(trained))
+        assert any(site.storage for site in sl.find_sites(rounded))
     if name == "factors":
         factored = sl.load(tmp_path / "parts" / "compressed", load_awd_lstm(trained))
         assert {site.rank for site in sl.find_sites(factored) if site.name.startswith("weight_hh")} == {2}

@@ -68,17 +68,21 @@ def test_every_cell_of_a_sweep_is_fine_tuned_and_a_killed_one_goes_on(text, trai
 
 
 def test_calibrated_and_quantised_cells_beside_the_papers(text, trained, tmp_path):
-    methods = ("activation", "fisher", "int8", "pytorch-int8")
+    methods = ("activation", "fisher", "fisher-auto", "int8", "pytorch-int8")
     command = [*SWEEP, "--methods", *methods, "--calibrate", "1200", "--targets", "hh", "--ranks", "2"]
     command += ["--model", trained, "--text", text, "--output", tmp_path]
     subprocess.run([str(part) for part in command], env=ENVIRONMENT, check=True)
-    names = ("activation-hh-002", "dense", "fisher-hh-002", "int8", "pytorch-int8")
+    names = ("activation-hh-002", "dense", "fisher-auto-hh-002", "fisher-hh-002", "int8", "pytorch-int8")
     assert list(cells(tmp_path)) == [f"{name}.json" for name in names]
     found = {name: json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8")) for name in names}
     for name in ("activation-hh-002", "fisher-hh-002"):
         assert {site["rank"] for site in found[name]["sites"]} == {2}
         assert found[name]["config"]["calibration_tokens"] == 1200
         assert found[name]["parameters"] < found["dense"]["parameters"]
+    plan = found["fisher-auto-hh-002"]
+    assert plan["bytes"] <= found["fisher-hh-002"]["bytes"]
+    assert plan["loss"] < found["fisher-hh-002"]["loss"]
+    assert {site["storage"] for site in plan["sites"]} != {None}
     matrices = sum(site.shape[0] * site.shape[1] for site in sl.find_sites(load_awd_lstm(trained)))
     assert found["pytorch-int8"]["bytes"] == found["dense"]["bytes"] - 3 * matrices
     for name in ("int8", "pytorch-int8"):
@@ -129,6 +133,7 @@ def test_a_method_from_a_plugin_and_a_calibrated_one_are_fine_tuned(text, traine
         "--methods",
         "leading-columns",
         "fisher",
+        "fisher-auto",
         "--ranks",
         "2",
         "--targets",
@@ -136,4 +141,7 @@ def test_a_method_from_a_plugin_and_a_calibrated_one_are_fine_tuned(text, traine
     ]
     command += ["--calibrate", "1200", "--tune", tuning, "--model", trained, "--text", text, "--output", tmp_path / "tuned"]
     subprocess.run([str(part) for part in command], env=ENVIRONMENT, cwd=tmp_path, check=True)
-    assert cells(tmp_path / "tuned").keys() == {"dense.json", "fisher-hh-002.json", "leading-columns-hh-002.json"}
+    names = ("dense", "fisher-auto-hh-002", "fisher-hh-002", "leading-columns-hh-002")
+    assert list(cells(tmp_path / "tuned")) == [f"{name}.json" for name in names]
+    rounded = sl.load(tmp_path / "tuned" / "fisher-auto-hh-002" / "compressed", load_awd_lstm(trained))
+    assert any(site.storage for site in sl.find_sites(rounded))
