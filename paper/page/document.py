@@ -134,7 +134,7 @@ Measured at {commits}; processor and versions are in every file.
     def _sections(self) -> list[str]:
         pictures = self._heatmap_links()
         return [
-            *(corpus.section() for corpus in self.corpora),
+            *(part for corpus in self.corpora for part in (corpus.section(), corpus.beyond_paper()) if part),
             EFFICIENCY,
             self.controls.section,
             *filter(None, (corpus.learning() for corpus in self.corpora)),

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from paper.analysis import efficiency
+from paper.cells import PLAN
 from paper.methods import FACTORING, PAPER, all_methods, beyond_paper
 from paper.page.results import Cell, Result, marked, perplexity_on_test
 from paper.page.sources import RANKS, SMALLEST, TARGETS, Sources, printed_rows
@@ -23,6 +24,8 @@ HEADER = (
 )
 NAMES, TUNED = 3, 8
 """The number of columns that name a row, and the first column of the fine-tuned."""
+SAME_BYTES = ("svd", "fisher", PLAN)
+"""Methods that are compared at the bytes of factors of one rank."""
 OPTIMIZERS = {"ntasgd": "SGD that turns into averaged SGD", "asgd": "averaged SGD", "adamw": "AdamW with one cycle"}
 UNRECORDED = {
     "ptb": "has the paper's architecture and sizes, but was trained for eight epochs only, on two CPU cores, by AdamW with "
@@ -32,15 +35,16 @@ UNRECORDED = {
 
 
 def training_of(found: Result) -> str:
-    """Describe a training by its ``result.json``."""
-    config, sizes = found["config"], ""
+    """Describe a training by its ``result.json``, which may have continued an earlier training."""
+    config, sizes, earlier = found["config"], "", found["config"].get("first_epoch", 0)
     if "sizes" in found:
         sizes = " (embedding {embedding_size}, hidden {hidden_size}; the paper's: 400, 1150)".format(**found["sizes"])
+    dropout = f"dropout at {config['dropout']:g} of the published rates"
+    time = f"{found['seconds'] / 60:.0f} minutes on {config['device']} ({found['provenance']['processor']})"
     return (
         f"has {millions(found['parameters'])} parameters{sizes} and was trained on {config['corpus'] or config['text']} "
-        f"for {counted(found['epochs'], 'epoch')} by {OPTIMIZERS[config['optimizer']]} in {config['dtype']}, with dropout "
-        f"at {config['dropout']:g} of the published rates, in {found['seconds'] / 60:.0f} minutes on {config['device']} "
-        f"({found['provenance']['processor']})"
+        f"for {counted(earlier + found['epochs'], 'epoch')} by {OPTIMIZERS[config['optimizer']]} in {config['dtype']}"
+        + (f". The last {found['epochs']} had {dropout} and took {time}" if earlier else f", with {dropout}, in {time}")
     )
 
 
@@ -57,6 +61,7 @@ class LanguageResults:
         self.trained, self.speed = results.load(f"{key}_trained"), results.load(f"{key}_speed")
         self.from_start, self.log = results.load(f"{key}_curve/result"), results.log(f"{key}_curve/log")
         beyond: list[Cell] = list(itertools.product(beyond_paper(), TARGETS, RANKS))
+        self.planned = [(PLAN, *cell) for cell in itertools.product(TARGETS, RANKS) if (PLAN, *cell) in self.untuned]
         self.cells = [cell for cell in CELLS + beyond if cell in self.untuned or cell in self.printed]
 
     @property
@@ -185,6 +190,25 @@ class LanguageResults:
             f"Also as [CSV]({link}.csv) and [LaTeX]({link}.tex).\n\n"
             f"![Perplexity against rank, {self.name}]({link}-perplexity.png)"
         )
+
+    def beyond_paper(self) -> str:
+        """Return the table of methods at the bytes of the paper's cells, empty if no plan was measured."""
+        if not self.planned:
+            return ""
+        rows = [self._row_at_bytes(target, rank) for _, target, rank in self.planned]
+        header = ("target", "rank", "MB", *SAME_BYTES, *(f"{method}, tuned" for method in SAME_BYTES))
+        return f"""### {self.name}, the same bytes
+
+{markdown(header, rows)}
+
+*{PLAN}* chooses rank and bits of every matrix together, in the bytes that float32 factors of the rank take. MB are those of
+the whole model, of which other parts stay in float32."""
+
+    def _row_at_bytes(self, target: str, rank: int) -> Row:
+        cells: list[Cell] = [(method, target, rank) for method in SAME_BYTES]
+        found = [self.untuned.get(cell) for cell in cells] + [self.tuned.get(cell) for cell in cells]
+        size = f"{self.untuned[PLAN, target, rank]['bytes'] / 1e6:.1f}"
+        return (target, rank, size, *(one and marked(f"{perplexity_on_test(one):.2f}", one) for one in found))
 
     def learning(self) -> str:
         """Return the section on a training from random weights, empty if none exists."""
