@@ -1,6 +1,6 @@
 """Time calibration against a plain forward and backward pass over the same tokens of a language model.
 
-    python benchmarks/calibration.py --model checkpoints/awd_lstm_ptb --corpus ptb --compress 0.08 \\
+    python benchmarks/calibration.py --model ptb --corpus ptb --compress 0.08 \\
         --output results/calibration.json
 
 Both run on one thread, in turn; the ratio of the least processor times counts. The plain pass computes gradients of all

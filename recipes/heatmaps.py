@@ -1,6 +1,6 @@
 """Draw matrices of a trained AWD-LSTM or ELMo: dense, as low-rank products, and pruned to as many weights.
 
-    python recipes/heatmaps.py --model checkpoints/awd_lstm_ptb
+    python recipes/heatmaps.py --model ptb
     python recipes/heatmaps.py --model runs/elmo --name elmo-heatmap
 
 It writes ``heatmap-hh`` and ``heatmap-ih``, each as PNG and PDF, into docs/paper.

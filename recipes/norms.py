@@ -1,6 +1,6 @@
 """Measure norms and spectra of the matrices of a trained AWD-LSTM or ELMo, dense and after every method and rank.
 
-    python recipes/norms.py --model checkpoints/awd_lstm_ptb --output results/ptb_norms.json
+    python recipes/norms.py --model ptb --output results/ptb_norms.json
     python recipes/norms.py --model runs/elmo --ranks 10 20 30 50 100 --output results/elmo_norms.json
 
 A matrix whose factors would be no smaller stays dense, as in ``compress_``. If the output exists, nothing is done.

@@ -1,6 +1,6 @@
 """Measure the cost of compression by every method at the same size, without training, on a language model.
 
-    python recipes/quality.py --model checkpoints/awd_lstm_ptb --corpus ptb --output results/quality_ptb
+    python recipes/quality.py --model ptb --corpus ptb --output results/quality_ptb
     python recipes/quality.py --model embedded --corpus wikitext-2 --evaluate 60000 --output results/quality_embedded
 
 Calibrated methods see ``--tokens`` of the training text only. Every run compresses all recurrent matrices to ``--keep``

@@ -1,7 +1,7 @@
 """Measure how much faster a trained AWD-LSTM is with hh as factors, in the fused kernel and in plain PyTorch.
 
-    python recipes/speed.py --model checkpoints/awd_lstm_ptb --output results/ptb_speed.json
-    python recipes/speed.py --model checkpoints/awd_lstm_ptb --training --steps 70 --batch 20 \\
+    python recipes/speed.py --model ptb --output results/ptb_speed.json
+    python recipes/speed.py --model ptb --training --steps 70 --batch 20 \\
         --output results/ptb_training_speed.json
 
 It times the LSTM layers ("layers"), and with them the embedding and the softmax ("model"), on one thread. Every output is

@@ -1,8 +1,8 @@
 """Compress a trained AWD-LSTM by every method, target and rank, and measure its perplexity.
 
-    python recipes/sweep.py --model checkpoints/awd_lstm_ptb --corpus ptb --output results/ptb_untuned
-    python recipes/sweep.py --model checkpoints/awd_lstm_ptb --corpus ptb --output results/ptb_fine_tuned --ranks 10 400 \\
-        --tune "--optimizer asgd --epochs 1 --dtype bfloat16"
+    python recipes/sweep.py --model ptb --corpus ptb --output results/ptb_untuned
+    python recipes/sweep.py --model ptb --corpus ptb --output results/ptb_fine_tuned --ranks 10 400 \\
+        --tune "--optimizer asgd --epochs 3 --dtype bfloat16"
 
 Methods that need calibration get it on training text, once for all cells. fisher-auto chooses rank and bits of every
 matrix together, in the bytes of float32 factors of the cell's rank. int8 (this library's) and pytorch-int8 (PyTorch's

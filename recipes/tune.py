@@ -1,6 +1,6 @@
 """Compress a trained AWD-LSTM, tune it for some minutes, and measure its perplexity before and after.
 
-    python recipes/tune.py --model checkpoints/awd_lstm_ptb --corpus ptb --method svd --keep 0.25 --teacher \\
+    python recipes/tune.py --model ptb --corpus ptb --method svd --keep 0.25 --teacher \\
         --minutes 10 --output results/ptb_tuned/svd-025.json
 
 It learns from training text only; the result has the weights that do best on part of the validation text. After an

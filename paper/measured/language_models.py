@@ -86,8 +86,8 @@ def perplexities(results: ResultFolder) -> str:
             markdown(["rank", *(f"{method}, {target}" for method, target in columns)], rows),
             f"The numbers are test perplexities; the dense model has {untuned[DENSE]['perplexity']:.2f}. Rows "
             "without *tuned*, from [`results/ptb_untuned`](results/ptb_untuned), have no training after compression. "
-            f"{of_tuned}The model has the paper's architecture, but was trained for eight epochs only: compare columns "
-            "with each other, not with published figures.",
+            f"{of_tuned}[The reproduction](docs/reproduction.md) says how the model was trained; compare columns with each "
+            "other, not with published figures.",
         ]
     )
 

@@ -9,7 +9,10 @@ from paper.page.results import ResultFolder
 from paper.page.tables import Row, markdown
 
 COMMANDS = (
-    ("recipes/language_model.py", ("wikitext2_trained.json", "*_curve/result.json", "ptb_controls/*.json")),
+    (
+        "recipes/language_model.py",
+        ("ptb_trained.json", "wikitext2_trained.json", "*_curve/result.json", "ptb_controls/*.json"),
+    ),
     ("recipes/sweep.py", ("ptb_untuned/*.json", "wikitext2_untuned/*.json")),
     ("recipes/sweep.py --tune", ("ptb_fine_tuned/*.json",)),
     ("recipes/elmo.py", ("elmo_trained.json",)),
