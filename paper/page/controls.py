@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from paper.page.results import Result, marked, perplexity_on_test
+from paper.page.results import Result, epochs_of, marked, perplexity_on_test
 from paper.page.sources import Sources
 from paper.page.tables import Row, counted, formatted, markdown, millions
 
@@ -33,7 +33,8 @@ class Controls:
 def read_controls(sources: Sources) -> Controls:
     """Return the table of controls."""
     found = {path: sources.results.load(f"ptb_{path}") for _, path, _ in CONTROLS}
-    rows = [_row_of(name, key, found[path], sources) for name, path, key in CONTROLS]
+    trained = found | {"untuned/dense": sources.results.load("ptb_trained")}
+    rows = [_row_of(name, key, found[path], trained[path], sources) for name, path, key in CONTROLS]
     missing = [name for name, path, _ in CONTROLS if found[path] is None]
     table = markdown(HEADER, rows, left=2)
     perplexities = {path: perplexity_on_test(result) for path, result in found.items() if result}
@@ -54,14 +55,14 @@ theirs."""
     return Controls(section, missing)
 
 
-def _row_of(name: str, key: str, found: Result | None, sources: Sources) -> Row:
+def _row_of(name: str, key: str, found: Result | None, trained: Result | None, sources: Sources) -> Row:
     paper = sources.printed["penn_treebank"]["baseline"].get(key, {})
     printed = f"{paper['params_millions']}M" if paper else None
     if found is None:
         return (name, None, None, None, None, printed, paper.get("ppl"))
     size, how = found.get("bytes", 4 * found["parameters"]) / 1e6, None
-    if "epochs" in found:
-        how = f"{counted(found['epochs'], 'epoch')}, {found['config']['optimizer']} {found['config']['lr']:g}"
+    if trained and "epochs" in trained:
+        how = f"{counted(epochs_of(trained), 'epoch')}, {trained['config']['optimizer']} {trained['config']['lr']:g}"
     perplexity = marked(f"{perplexity_on_test(found):.2f}", found)
     return (name, how, millions(found["parameters"]), f"{size:.1f}", perplexity, printed, paper.get("ppl"))
 

@@ -10,7 +10,7 @@ from typing import Any
 from paper.analysis import efficiency
 from paper.cells import PLAN
 from paper.methods import FACTORING, PAPER, all_methods, beyond_paper
-from paper.page.results import Cell, Result, marked, perplexity_on_test
+from paper.page.results import Cell, Result, epochs_of, marked, perplexity_on_test
 from paper.page.sources import RANKS, SMALLEST, TARGETS, Sources, printed_rows
 from paper.page.tables import Row, counted, formatted, markdown, millions, verdict, write_tables
 from paper.plots import quality_curves
@@ -36,15 +36,17 @@ UNRECORDED = {
 
 def training_of(found: Result) -> str:
     """Describe a training by its ``result.json``, which may have continued an earlier training."""
-    config, sizes, earlier = found["config"], "", found["config"].get("first_epoch", 0)
+    config, sizes = found["config"], ""
     if "sizes" in found:
         sizes = " (embedding {embedding_size}, hidden {hidden_size}; the paper's: 400, 1150)".format(**found["sizes"])
     dropout = f"dropout at {config['dropout']:g} of the published rates"
     time = f"{found['seconds'] / 60:.0f} minutes on {config['device']} ({found['provenance']['processor']})"
+    details = f", with {dropout}, in {time}"
+    if config.get("first_epoch"):
+        details = f". The last {found['epochs']} had {dropout} and took {time}"
     return (
         f"has {millions(found['parameters'])} parameters{sizes} and was trained on {config['corpus'] or config['text']} "
-        f"for {counted(earlier + found['epochs'], 'epoch')} by {OPTIMIZERS[config['optimizer']]} in {config['dtype']}"
-        + (f". The last {found['epochs']} had {dropout} and took {time}" if earlier else f", with {dropout}, in {time}")
+        f"for {counted(epochs_of(found), 'epoch')} by {OPTIMIZERS[config['optimizer']]} in {config['dtype']}{details}"
     )
 
 

@@ -108,3 +108,13 @@ def perplexity_on_test(result: Mapping[str, Any]) -> float:
     """Return the test perplexity of a sweep's cell or of a training."""
     perplexity = result["perplexity"]
     return perplexity["test"] if isinstance(perplexity, dict) else perplexity
+
+
+def epochs_of(result: Mapping[str, Any]) -> int:
+    """Return the epochs of a training, with those behind the stored weights that it went on from.
+
+    Examples:
+        >>> epochs_of({"epochs": 5, "config": {"first_epoch": 4}})
+        9
+    """
+    return result["config"].get("first_epoch", 0) + result["epochs"]
