@@ -3,8 +3,9 @@
     python recipes/store_model.py --model runs/ptb_full --corpus ptb --name ptb
 
 It writes the folder ``models/NAME``. Recipes then load the model by ``--model NAME`` or ``--start NAME``. It also works on
-the folder of a run that has not ended, whose best weights so far it stores. ``training.json`` describes the training and
-states the perplexities before and after rounding.
+the folder of a run that has not ended, whose best weights so far it stores. ``training.json`` describes the training, with
+the earlier ones of a run that went on from the stored model of the same name, and states the perplexities before and after
+rounding.
 """
 
 import argparse
@@ -51,12 +52,23 @@ def training():
         with safe_open(checkpoint, "pt") as file:
             settings = json.loads(file.metadata()["settings"])
         settings["start"] = Path(settings["start"]).name
-    return {"result": read_json(result) if result.exists() else None, "settings": settings, "log": entries}
+    found = {"result": read_json(result) if result.exists() else None, "settings": settings, "log": entries}
+    return found | ({"earlier": earlier()} if settings and settings["start"] == arguments.name else {})
+
+
+def earlier():
+    """Return the trainings of the stored model that this run went on from, the oldest first."""
+    stored = folder / "training.json"
+    if not stored.exists():
+        return []
+    last = read_json(stored)["training"]
+    return [*last.pop("earlier", []), last]
 
 
 vocabulary = Vocabulary.read(arguments.model / "vocab.txt")
 tokens = {split: vocabulary.encode(words(split)) for split in ("valid", "test")}
 dense, folder = load_language_model(arguments.model), arguments.models / arguments.name
+how = training()
 save_language_model(dense, vocabulary, folder)
 found = {"before": perplexities(dense), "after": perplexities(load_language_model(folder))}
 write_json(
@@ -66,7 +78,7 @@ write_json(
         "perplexity": found,
         "parameters": sum(parameter.numel() for parameter in dense.parameters()),
         "bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
-        "training": training(),
+        "training": how,
         "provenance": provenance(),
     },
 )

@@ -14,17 +14,22 @@ TEXT = "a b c d e f g h\nh g f e d c b a\n" * 60
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    """The folder ``models/tiny``, after the run and its text are gone."""
+    """The folder ``models/tiny`` of a training that went on from its weights, after the runs and their text are gone."""
     place = tmp_path_factory.mktemp("stored")
     for split in ("train", "valid", "test"):
         (place / "text").mkdir(exist_ok=True)
         (place / "text" / f"{split}.txt").write_text(TEXT, encoding="utf-8")
-    run(place / "text", place / "run", *TINY, "--epochs", "1")
-    options = ["--model", place / "run", "--text", place / "text", "--name", "tiny", "--models", place / "models"]
-    subprocess.run([sys.executable, RECIPES / "store_model.py", *map(str, options)], env=ENVIRONMENT, check=True)
-    for path in [*(place / "text").iterdir(), *(place / "run").rglob("*")]:
-        if path.is_file():
-            path.unlink()
+    options = ["--text", place / "text", "--name", "tiny", "--models", place / "models"]
+    more = ["--optimizer", "adamw", "--first-epoch", "1", "--start", place / "models" / "tiny"]
+    for name, epochs, start in (("run", 1, []), ("more", 3, more)):
+        run(place / "text", place / name, *TINY, *start, "--epochs", epochs)
+        store = [sys.executable, RECIPES / "store_model.py", "--model", place / name, *options]
+        subprocess.run([str(part) for part in store], env=ENVIRONMENT, check=True)
+        for path in (place / name).rglob("*"):
+            if path.is_file():
+                path.unlink()
+    for path in (place / "text").iterdir():
+        path.unlink()
     return place / "models" / "tiny"
 
 
@@ -42,6 +47,9 @@ def test_the_folder_tells_of_the_training_and_what_rounding_costs(stored):
     assert written["perplexity"]["after"]["test"] == pytest.approx(written["perplexity"]["before"]["test"], rel=0.05)
     assert written["bytes"] == sum(path.stat().st_size for path in stored.glob("*.safetensors")) > 0
     assert written["training"]["result"]["perplexity"]
+    assert [entry["epoch"] for entry in written["training"]["log"]] == [1, 2]
+    (before,) = written["training"]["earlier"]
+    assert [entry["epoch"] for entry in before["log"]] == [0]
     assert {path.suffix for path in stored.iterdir()} == {".safetensors", ".json", ".txt", ".md"}
 
 
