@@ -189,7 +189,7 @@ class Training:
     def _new_optimizer(self) -> torch.optim.Optimizer:
         lr, parameters = self.options.lr, self.parameters.values()
         if self.options.optimizer == "adamw":
-            return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.02, fused=True)
+            return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.02)
         return torch.optim.SGD(parameters, lr=lr, weight_decay=WEIGHT_DECAY)
 
     # ---- one step ----

@@ -77,6 +77,7 @@ parser.add_argument(
 parser.add_argument("--start", type=model_folder, help="folder of a trained AWD-LSTM, or name of a stored one")
 parser.add_argument("--compress", choices=[*METHODS, PLAN], help="method that compresses it first")
 parser.add_argument("--calibration", type=Path, help="for methods that need it: a file that recipes/sweep.py wrote")
+parser.add_argument("--calibrate", type=int, metavar="TOKENS", help=f"of that text; default: {CALIBRATION_TOKENS}")
 parser.add_argument("--target", choices=["hh", "ih", "both"], default="hh", help="the matrices to compress")
 parser.add_argument("--rank", type=int, help="of the factors; pruning leaves as many weights as they would have")
 parser.add_argument("--optimizer", choices=OPTIMIZERS, default="ntasgd")
@@ -191,7 +192,7 @@ if device.type == "cpu":
     model.lstms = nn.ModuleList(sl.LowRankLSTM.from_dense(lstm) for lstm in model.lstms)
 if arguments.compress:
     calibration = Calibration.load(arguments.calibration) if arguments.calibration else None
-    text = vocabulary.encode(words("train"))[:CALIBRATION_TOKENS] if calibration else None
+    text = vocabulary.encode(words("train"))[: arguments.calibrate or CALIBRATION_TOKENS] if calibration else None
     compress_cell_(model, arguments.compress, arguments.target, arguments.rank, calibration=calibration, tokens=text)
 if arguments.compress == "semi-nmf":
     factors_by_svd_(model.lstms)
@@ -212,13 +213,14 @@ options = TrainingOptions(
 tokens = {split: vocabulary.encode(words(split)).to(device) for split in ("train", "valid", "test")}
 training = Training(model, tokens, arguments.streams, options, processes)
 # Left out where they are not used, as in the checkpoints of runs before they existed.
-unset = [name for name in ("first_epoch", "warm_up", "plugin", "calibration") if not getattr(arguments, name)]
+unset = [name for name in ("first_epoch", "warm_up", "plugin", "calibration", "calibrate") if not getattr(arguments, name)]
 free = (
     "output",
     "max_minutes",
     "checkpoint_seconds",
     "device",
     "calibration",
+    "calibrate",
     *(() if arguments.optimizer == "adamw" else ("epochs",)),
     *unset,
 )

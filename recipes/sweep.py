@@ -160,7 +160,7 @@ def tune(method, target, rank):
     if method != "dense":
         command += ["--compress", method, "--target", target, "--rank", rank]
     if is_calibrated(method):
-        command += ["--calibration", calibration]
+        command += ["--calibration", calibration, "--calibrate", arguments.calibrate]
     command += [part for plugin in plugins for part in ("--plugin", plugin)]
     subprocess.run([str(part) for part in (*command, *shlex.split(arguments.tune))], check=True)
     found = run / "result.json"
