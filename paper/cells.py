@@ -5,22 +5,15 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 import slimlstm as sl
+from paper.methods import TOGETHER, is_calibrated
 from slimlstm.calibration.moments import Calibration
 from slimlstm.evaluate import NextTokens, pieces
-from slimlstm.methods import calibrated_methods
 from slimlstm.pipeline.config import AUTO, Target, configuration
 from slimlstm.progress import Progress
 
-PLAN = "fisher-auto"
-"""Rank and bits of every matrix chosen together, in the bytes that float32 factors of the cell's rank take."""
 CALIBRATION_TOKENS = 60_000
-"""Of training text that cells calibrate on."""
+"""Tokens of training text to calibrate on."""
 CALIBRATION_STREAMS, CALIBRATION_STEPS = 60, 70
-
-
-def is_calibrated(method: str) -> bool:
-    """Return whether a cell of this method needs calibration."""
-    return method == PLAN or method in calibrated_methods()
 
 
 def calibration_batches(tokens: Tensor) -> list[tuple[int, Tensor]]:
@@ -53,7 +46,7 @@ def compress_cell_(
 
     Args:
         model: a language model that was not compressed before.
-        method: a registered method, or :data:`PLAN`.
+        method: a registered method, or :data:`paper.methods.TOGETHER`, which gets the bytes of float32 factors of the rank.
         target, rank: of the cell.
         calibration: for methods that need it.
         tokens: training text for the same methods, token ids [N]; with it, factors are fitted again, and plans compared.
@@ -64,7 +57,7 @@ def compress_cell_(
         >>> report.sites[0].rank
         2
     """
-    if method == PLAN:
+    if method == TOGETHER:
         size = factor_bytes(model, target, rank)
         rule = configuration("fisher", bytes=size, storage=AUTO, target=target)
     else:

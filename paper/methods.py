@@ -18,6 +18,8 @@ from slimlstm.pipeline.config import AUTO, LowRank, Prune, Quantize, configurati
 
 PAPER = ("svd", "semi-nmf", "prune")
 """The methods that the paper compares, in its order."""
+TOGETHER = "fisher-auto"
+"""The variant that chooses rank and bits of every matrix together."""
 FACTORING = tuple(name for name in PAPER if not METHODS[name].makes_mask)
 MASKING = tuple(name for name in PAPER if METHODS[name].makes_mask)
 

@@ -35,9 +35,9 @@ from torch import nn
 
 import slimlstm as sl
 from paper.awd_training import OPTIMIZERS, Training, TrainingOptions
-from paper.cells import CALIBRATION_TOKENS, PLAN, compress_cell_, is_calibrated
+from paper.cells import CALIBRATION_TOKENS, compress_cell_
 from paper.checkpoints import write_tensors
-from paper.methods import add_plugin_option, factors_by_svd_
+from paper.methods import TOGETHER, add_plugin_option, factors_by_svd_, is_calibrated
 from paper.processes import Processes
 from paper.runs import Pace, lock_folder, seed, settings_of
 from paper.stored_models import load_language_model, model_folder
@@ -75,7 +75,7 @@ parser.add_argument(
     help="store recurrent matrices as tensor trains of this share of their size",
 )
 parser.add_argument("--start", type=model_folder, help="folder of a trained AWD-LSTM, or name of a stored one")
-parser.add_argument("--compress", choices=[*METHODS, PLAN], help="method that compresses it first")
+parser.add_argument("--compress", choices=[*METHODS, TOGETHER], help="method that compresses it first")
 parser.add_argument("--calibration", type=Path, help="for methods that need it: a file that recipes/sweep.py wrote")
 parser.add_argument("--calibrate", type=int, metavar="TOKENS", help=f"of that text; default: {CALIBRATION_TOKENS}")
 parser.add_argument("--target", choices=["hh", "ih", "both"], default="hh", help="the matrices to compress")

@@ -23,17 +23,17 @@ from rich.console import Console
 from rich.table import Table
 
 import slimlstm as sl
+from paper.cells import CALIBRATION_TOKENS, calibration_batches
 from paper.methods import add_plugin_option, configuration_called, is_calibrated
 from paper.runs import read_json
 from paper.stored_models import load_language_model, model_folder
 from slimlstm.calibration.moments import Calibration
 from slimlstm.demo.corpora import CORPORA, Vocabulary, read_text, read_words
 from slimlstm.demo.model import embedded_model, encode
-from slimlstm.evaluate import NextTokens, perplexity, pieces
+from slimlstm.evaluate import NextTokens, perplexity
 from slimlstm.files import write_json
 from slimlstm.provenance import provenance
 
-STREAMS, STEPS = 60, 70
 VARIANTS = ["svd", "svd-global", "activation", "fisher", "prune", "svd-int8", "fisher-int8"]
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -46,7 +46,7 @@ parser.add_argument(
     "--methods", nargs="+", default=VARIANTS, help="methods, or variants ending in -global, a storage or -auto"
 )
 parser.add_argument("--keep", nargs="+", type=float, default=[0.25, 0.15, 0.08], help="fractions of the bytes")
-parser.add_argument("--tokens", type=int, default=60_000, help="training text to calibrate on")
+parser.add_argument("--tokens", type=int, default=CALIBRATION_TOKENS, help="training text to calibrate on")
 parser.add_argument("--evaluate", type=int, help="evaluate on this many tokens of the split; default: all")
 parser.add_argument("--streams", type=int, default=10, help="parts of the text that are evaluated side by side")
 parser.add_argument("--refit", type=int, help="how often to fit factors again; default: as compress_ does")
@@ -64,7 +64,7 @@ tokens = read(arguments.split)[: arguments.evaluate]
 size = 4 * sum(site.shape[0] * site.shape[1] for site in sl.find_sites(dense))
 
 
-batches = pieces(read("train")[: arguments.tokens], streams=STREAMS, steps=STEPS)
+batches = calibration_batches(read("train")[: arguments.tokens])
 loss = NextTokens()
 stored = arguments.output / "calibration.safetensors"  # large, and ignored by git
 seconds = 0.0

@@ -53,16 +53,18 @@ def training():
             settings = json.loads(file.metadata()["settings"])
         settings["start"] = Path(settings["start"]).name
     found = {"result": read_json(result) if result.exists() else None, "settings": settings, "log": entries}
-    return found | ({"earlier": earlier()} if settings and settings["start"] == arguments.name else {})
+    return found | ({"earlier": earlier(settings)} if settings and settings["start"] == arguments.name else {})
 
 
-def earlier():
-    """Return the trainings of the stored model that this run went on from, the oldest first."""
+def earlier(settings):
+    """Return the trainings of the stored model that the run with these settings went on from, the oldest first."""
     stored = folder / "training.json"
     if not stored.exists():
         return []
     last = read_json(stored)["training"]
-    return [*last.pop("earlier", []), last]
+    before = last.pop("earlier", [])
+    # Weights of this run may have been stored before its end.
+    return before if last.get("settings") == settings else [*before, last]
 
 
 vocabulary = Vocabulary.read(arguments.model / "vocab.txt")

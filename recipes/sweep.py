@@ -33,8 +33,8 @@ from rich.table import Table
 from torch import nn
 
 import slimlstm as sl
-from paper.cells import CALIBRATION_TOKENS, PLAN, calibration_batches, compress_cell_, is_calibrated
-from paper.methods import PAPER, add_plugin_option, import_plugins
+from paper.cells import CALIBRATION_TOKENS, calibration_batches, compress_cell_
+from paper.methods import PAPER, TOGETHER, add_plugin_option, import_plugins, is_calibrated
 from paper.runs import read_json
 from paper.stored_models import load_language_model, model_folder
 from slimlstm.calibration.moments import Calibration
@@ -54,7 +54,7 @@ source.add_argument("--corpus", choices=CORPORA)
 source.add_argument("--text", type=Path, help="folder with train.txt, valid.txt and test.txt, instead of a corpus")
 parser.add_argument("--split", default="test")
 parser.add_argument("--output", type=Path, required=True, help="folder")
-parser.add_argument("--methods", nargs="+", choices=[*METHODS, PLAN, *QUANTIZED], default=list(PAPER))
+parser.add_argument("--methods", nargs="+", choices=[*METHODS, TOGETHER, *QUANTIZED], default=list(PAPER))
 parser.add_argument("--targets", nargs="+", default=["hh", "ih"])
 parser.add_argument("--ranks", nargs="+", type=int, default=[10, 50, 100, 200, 400])
 parser.add_argument("--streams", type=int, default=10, help="pieces of the text that are evaluated side by side")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from paper import plots
-from paper.methods import PAPER
+from paper.methods import PAPER, TOGETHER
 from paper.page.results import Cell, Result, ResultFolder, marked
 from paper.page.sources import DENSE
 from paper.page.tables import markdown
@@ -22,7 +22,7 @@ QUALITY = {"Penn Treebank": "quality_ptb", "embedded": "quality_embedded"}
 FRONTIER = {"Penn Treebank": "frontier_ptb", "embedded": "frontier_embedded"}
 """Folders of results by the names of models."""
 METHODS = ("prune", "svd", "svd-global", "activation", "fisher", "svd-int8", "fisher-int8")
-INT8, TOGETHER = "fisher-int8", "fisher-auto"
+INT8 = "fisher-int8"
 FRONTIER_HEADER = ["model, matrices' bytes left", "smaller", "int8", "rank and bits together", "ratio", "perplexity"]
 FRONTIER_PICTURE = "![Rise of the loss against bytes, for int8 and for rank and bits together](docs/frontier.png)"
 RISE = "rise of the loss (nats per token)"

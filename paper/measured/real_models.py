@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from paper.methods import TOGETHER
 from paper.page.results import Result, ResultFolder
 from paper.page.tables import markdown
 
 SMALLEST, LIMIT = "smallest within 1%", 0.99
 """The variant that the search found, and the quality that it has to keep."""
-TOGETHER = "fisher-auto"
 METHODS = ("svd-int8", "fisher-int8", "dense-int4", TOGETHER)
 
 

@@ -8,8 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from paper.analysis import efficiency
-from paper.cells import PLAN
-from paper.methods import FACTORING, PAPER, all_methods, beyond_paper
+from paper.methods import FACTORING, PAPER, TOGETHER, all_methods, beyond_paper
 from paper.page.results import Cell, Result, epochs_of, marked, perplexity_on_test
 from paper.page.sources import RANKS, SMALLEST, TARGETS, Sources, printed_rows
 from paper.page.tables import Row, counted, formatted, markdown, millions, verdict, write_tables
@@ -24,7 +23,7 @@ HEADER = (
 )
 NAMES, TUNED = 3, 8
 """The number of columns that name a row, and the first column of the fine-tuned."""
-SAME_BYTES = ("svd", "fisher", PLAN)
+SAME_BYTES = ("svd", "fisher", TOGETHER)
 """Methods that are compared at the bytes of factors of one rank."""
 OPTIMIZERS = {"ntasgd": "SGD that turns into averaged SGD", "asgd": "averaged SGD", "adamw": "AdamW with one cycle"}
 UNRECORDED = {
@@ -63,7 +62,9 @@ class LanguageResults:
         self.trained, self.speed = results.load(f"{key}_trained"), results.load(f"{key}_speed")
         self.from_start, self.log = results.load(f"{key}_curve/result"), results.log(f"{key}_curve/log")
         beyond: list[Cell] = list(itertools.product(beyond_paper(), TARGETS, RANKS))
-        self.planned = [(PLAN, *cell) for cell in itertools.product(TARGETS, RANKS) if (PLAN, *cell) in self.untuned]
+        self.planned = [
+            (TOGETHER, *cell) for cell in itertools.product(TARGETS, RANKS) if (TOGETHER, *cell) in self.untuned
+        ]
         self.cells = [cell for cell in CELLS + beyond if cell in self.untuned or cell in self.printed]
 
     @property
@@ -203,13 +204,13 @@ class LanguageResults:
 
 {markdown(header, rows)}
 
-*{PLAN}* chooses rank and bits of every matrix together, in the bytes that float32 factors of the rank take. MB are those of
-the whole model, of which other parts stay in float32."""
+*{TOGETHER}* chooses rank and bits of every matrix together, in the bytes that float32 factors of the rank take. *MB* counts
+the whole model; its other parts stay in float32."""
 
     def _row_at_bytes(self, target: str, rank: int) -> Row:
         cells: list[Cell] = [(method, target, rank) for method in SAME_BYTES]
         found = [self.untuned.get(cell) for cell in cells] + [self.tuned.get(cell) for cell in cells]
-        size = f"{self.untuned[PLAN, target, rank]['bytes'] / 1e6:.1f}"
+        size = f"{self.untuned[TOGETHER, target, rank]['bytes'] / 1e6:.1f}"
         return (target, rank, size, *(one and marked(f"{perplexity_on_test(one):.2f}", one) for one in found))
 
     def learning(self) -> str:

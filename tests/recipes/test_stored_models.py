@@ -14,7 +14,10 @@ TEXT = "a b c d e f g h\nh g f e d c b a\n" * 60
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    """The folder ``models/tiny`` of a training that went on from its weights, after the runs and their text are gone."""
+    """The folder ``models/tiny`` of a training that went on from its weights, after the runs and their text are gone.
+
+    Each run is stored twice, as one is whose weights are stored before its end.
+    """
     place = tmp_path_factory.mktemp("stored")
     for split in ("train", "valid", "test"):
         (place / "text").mkdir(exist_ok=True)
@@ -24,7 +27,8 @@ def stored(tmp_path_factory):
     for name, epochs, start in (("run", 1, []), ("more", 3, more)):
         run(place / "text", place / name, *TINY, *start, "--epochs", epochs)
         store = [sys.executable, RECIPES / "store_model.py", "--model", place / name, *options]
-        subprocess.run([str(part) for part in store], env=ENVIRONMENT, check=True)
+        for _ in range(2):
+            subprocess.run([str(part) for part in store], env=ENVIRONMENT, check=True)
         for path in (place / name).rglob("*"):
             if path.is_file():
                 path.unlink()

@@ -115,6 +115,19 @@ def test_weight_drop_leaves_the_weights_and_gives_gradients(tokens):
     assert 0.3 < dropped.double().mean() < 0.7
 
 
+@pytest.mark.parametrize("rate", [0.1, 0.75, 1.0])
+def test_weight_drop_scales_the_weights_that_it_leaves(rate):
+    """Weights whose number four does not divide, so that the last number drawn serves fewer."""
+    model = AWDLSTM(AWDLSTMConfig(11, 101, 101, 1, weight_drop=rate)).train()
+    used = []
+    model.lstms[0].forward = lambda x, state: used.append(model.lstms[0].weight_hh_l0) or (x, None)
+    model.features(torch.randint(11, (2, 1)))
+    ratio = (used[0] / model.lstms[0].weight_hh_l0).detach()
+    left = ratio != 0.0
+    assert left.double().mean() == pytest.approx(1.0 - rate, abs=0.02)
+    assert_close(ratio[left], torch.full_like(ratio[left], 1.0 / (1.0 - rate) if rate < 1.0 else 0.0))
+
+
 def test_weight_drop_makes_way_for_factors(tokens):
     model = make(weight_drop=0.5)
     compress_(model, LowRank(rank=1))

@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch.nn.functional import cross_entropy
-from torch.testing import assert_close
 
 from paper import methods
-from paper.awd_training import Objective, Training, TrainingOptions
+from paper.awd_training import Training, TrainingOptions
 from paper.checkpoints import moments_of, read_tensors, restore_moments, without_prefix, write_tensors
 from paper.processes import Processes
 from paper.runs import Pace, check_settings, exit_if_done, lock_folder, one_cycle, seed, settings_of
@@ -21,19 +19,6 @@ from paper.tensor_train import three_factors
 from slimlstm import SlimLSTMError
 from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig
 from slimlstm.methods import METHODS
-
-
-@pytest.mark.parametrize("factor", [1.0, 3.0])
-def test_the_objective_has_the_gradients_of_pytorchs_cross_entropy(factor):
-    """Over more rows than it takes at a time; only the cross-entropy depends on the bias of the softmax."""
-    model = AWDLSTM(AWDLSTMConfig(11, 6, 8, 2).scaled(0.0))
-    inputs, targets = torch.randint(11, (2, 37, 3))
-    expected = cross_entropy(model(inputs)[0].flatten(0, 1), targets.flatten())
-    (gradient,) = torch.autograd.grad(expected, [model.decoder.bias])
-    loss, entropy, _ = Objective(model)(inputs, targets, None)
-    (factor * loss).backward()
-    assert_close(entropy, expected)
-    assert_close(model.decoder.bias.grad, factor * gradient)
 
 
 def test_a_place_in_the_run_has_its_own_random_numbers():

@@ -73,9 +73,14 @@ def locked_dropout(x: Tensor, rate: float, training: bool) -> Tensor:
 
 
 def _weight_dropout(weight: Tensor, rate: float) -> Tensor:
-    """Apply dropout, with four random numbers of 16 bits from each that PyTorch draws, since drawing takes the time."""
+    """Apply dropout to a matrix.
+
+    On a CPU, each number of 64 bits that PyTorch draws serves four weights, since drawing takes most of the time.
+    """
+    if weight.device.type != "cpu" or rate == 1.0:
+        return dropout(weight, rate)
     count = weight.numel()
-    drawn = torch.empty(-(-count // 4), dtype=torch.int64, device=weight.device).random_(-(2**63), None)
+    drawn = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
     kept = drawn.view(torch.int16)[:count].view(weight.shape) >= round(rate * 2**16) - 2**15
     return weight * kept.to(weight.dtype).mul_(1.0 / (1.0 - rate))
 
