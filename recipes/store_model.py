@@ -71,6 +71,8 @@ vocabulary = Vocabulary.read(arguments.model / "vocab.txt")
 tokens = {split: vocabulary.encode(words(split)) for split in ("valid", "test")}
 dense, folder = load_language_model(arguments.model), arguments.models / arguments.name
 how = training()
+# Before the files below change, which git may track.
+origin = provenance()
 save_language_model(dense, vocabulary, folder)
 found = {"before": perplexities(dense), "after": perplexities(load_language_model(folder))}
 write_json(
@@ -81,7 +83,7 @@ write_json(
         "parameters": sum(parameter.numel() for parameter in dense.parameters()),
         "bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         "training": how,
-        "provenance": provenance(),
+        "provenance": origin,
     },
 )
 Console().print(found)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from paper import stored_models
+from paper.page.results import is_clean
 from paper.stored_models import load_language_model, model_folder, save_language_model
 from slimlstm import LowRank, SlimLSTMError, compress_, save
 from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig, save_awd_lstm
@@ -71,3 +72,8 @@ def test_models_are_found_by_name_or_folder(model, tmp_path, monkeypatch):
     assert json.loads((model_folder("tiny") / "config.json").read_text(encoding="utf-8"))["format"] == "slimlstm"
     save_awd_lstm(model, tmp_path / "plain")
     assert load_language_model(model_folder("plain")).config.hidden_size == 12
+
+
+@pytest.mark.parametrize("folder", sorted(stored_models.MODELS.iterdir()), ids=lambda folder: folder.name)
+def test_a_clean_commit_made_every_stored_model(folder):
+    assert is_clean(json.loads((folder / "training.json").read_text(encoding="utf-8")))
