@@ -27,8 +27,8 @@ SAME_BYTES = ("svd", "fisher", TOGETHER)
 """Methods that are compared at the bytes of factors of one rank."""
 OPTIMIZERS = {"ntasgd": "SGD that turns into averaged SGD", "asgd": "averaged SGD", "adamw": "AdamW with one cycle"}
 UNRECORDED = {
-    "ptb": "has the paper's architecture and sizes, but was trained for eight epochs only, on two CPU cores, by AdamW with "
-    "one cycle in bfloat16, with dropout at 0.6 of the published rates"
+    "ptb": "is older than `models/ptb`: it has the paper's architecture and sizes, but was trained for eight epochs only, "
+    "on two CPU cores, by AdamW with one cycle in bfloat16, with dropout at 0.6 of the published rates"
 }
 """Trainings of dense models that left no ``result.json``."""
 
