@@ -71,7 +71,7 @@ vocabulary = Vocabulary.read(arguments.model / "vocab.txt")
 tokens = {split: vocabulary.encode(words(split)) for split in ("valid", "test")}
 dense, folder = load_language_model(arguments.model), arguments.models / arguments.name
 how = training()
-# Before the files below change, which git may track.
+# Ask git now: saving replaces files that it may track, and the tree would no longer be clean.
 origin = provenance()
 save_language_model(dense, vocabulary, folder)
 found = {"before": perplexities(dense), "after": perplexities(load_language_model(folder))}

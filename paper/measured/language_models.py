@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from paper import plots
@@ -111,7 +111,8 @@ def frontier(results: ResultFolder) -> str:
         [
             markdown(FRONTIER_HEADER, rows),
             "Rises of the test loss, in nats per token: *int8* for Fisher factors in int8. *Ratio* compares both rises. "
-            "*Perplexity*: its change with rank and bits together. The picture shows other sizes.",
+            "*Perplexity*: its change with rank and bits together. The picture shows other sizes. "
+            f"{_dense(results, FRONTIER)}",
             FRONTIER_PICTURE,
         ]
     )
@@ -154,7 +155,8 @@ def quality(results: ResultFolder) -> str:
             f"{ptb[0]['config']['calibration_tokens']:,} tokens of training text. The predicted and the measured rise put "
             f"the {len(ptb)} plans of the first model in nearly the same order (Spearman's "
             f"ρ = {_correlation(ptb):.3f}, [picture](docs/prediction.png)), but the prediction is several "
-            "times too small ([why](docs/decisions/0007-calibration.md)). From "
+            "times too small ([why](docs/decisions/0007-calibration.md)). "
+            f"{_dense(results, QUALITY)} From "
             "[`results/quality_ptb`](results/quality_ptb) and [`results/quality_embedded`](results/quality_embedded).",
             "### Rank and bits together",
             FRONTIER_PICTURE,
@@ -169,6 +171,13 @@ def quality(results: ResultFolder) -> str:
             "![Predicted rise of the loss against bytes of each matrix](docs/sensitivity.png)",
         ]
     )
+
+
+def _dense(results: ResultFolder, folders: Mapping[str, str]) -> str:
+    """Return a sentence with the perplexity of every dense model, by which a reader tells trainings apart."""
+    runs = {name: results.read(results.folder / folder / "dense.json") for name, folder in folders.items()}
+    told = ", ".join(f"{name} {math.exp(run['loss']):.1f}" for name, run in runs.items())
+    return f"Dense test perplexities: {told}."
 
 
 def _rise(runs: Sequence[Result], keep: float, method: str) -> str:
