@@ -110,8 +110,8 @@ def frontier(results: ResultFolder) -> str:
     return "\n\n".join(
         [
             markdown(FRONTIER_HEADER, rows),
-            "Rises of the test loss, in nats per token: *int8* for Fisher factors in int8. *Ratio* compares both rises. "
-            "*Perplexity*: its change with rank and bits together. The picture shows other sizes. "
+            "Rises of the test loss (nats per token): *int8* rounds Fisher factors. *Ratio* compares both rises. "
+            "*Perplexity*: its change with rank and bits together. "
             f"{_dense(results, FRONTIER)}",
             FRONTIER_PICTURE,
         ]
