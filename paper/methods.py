@@ -68,7 +68,9 @@ def is_calibrated(name: str) -> bool:
     """Return whether a method, or the method of a variant, needs calibration."""
     method, _, variant = name.rpartition("-")
     is_variant = variant in (AUTO, "global") or variant in STORAGES
-    return (method if is_variant else name) in (*calibrated_methods(), DENSE)
+    if is_variant and method == DENSE:
+        return True
+    return (method if is_variant else name) in calibrated_methods()
 
 
 def factors_by_svd_(lstms: Iterable[nn.Module]) -> None:

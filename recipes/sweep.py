@@ -2,7 +2,7 @@
 
     python recipes/sweep.py --model ptb --corpus ptb --output results/ptb_untuned
     python recipes/sweep.py --model ptb --corpus ptb --output results/ptb_fine_tuned --ranks 10 400 \\
-        --tune "--optimizer asgd --epochs 3 --dtype bfloat16"
+        --tune "--optimizer adamw --lr 2e-3 --epochs 3 --dtype bfloat16"
 
 Methods that need calibration get it on training text, once for all cells. fisher-auto chooses rank and bits of every
 matrix together, in the bytes of float32 factors of the cell's rank. int8 (this library's) and pytorch-int8 (PyTorch's

@@ -167,8 +167,9 @@ class LanguageResults:
             how = training_of(self.trained)
         base = self.base["perplexity"]
         far = (
-            "So our perplexities cannot be compared with the printed ones. The changes from dense to compressed show which "
-            "method, matrix and rank cost more in this model; a fully trained one may differ."
+            f"Because our perplexity is {base / paper - 1:.0%} higher than the paper's, compare changes from dense to "
+            "compressed, not perplexities. They show which method, matrix and rank cost more in this model; a fully "
+            "trained one may differ."
         )
         near = "Our perplexities can be compared with the printed ones."
         return (
@@ -236,7 +237,7 @@ A model that {training_of(self.from_start)}. Its test perplexity is {perplexity}
 def _tuning_of(found: Result) -> str:
     config = found["config"]
     return (
-        f"for {counted(found['epochs'], 'epoch')} by {OPTIMIZERS[config['optimizer']]} from a rate of {config['lr']:g} "
+        f"for {counted(found['epochs'], 'epoch')} by {OPTIMIZERS[config['optimizer']]} (rate {config['lr']:g}) "
         f"with dropout at {config['dropout']:g} of the published rates"
     )
 

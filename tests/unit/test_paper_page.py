@@ -182,7 +182,7 @@ def test_trainings_are_described(results, tmp_path):
         "- ELMo: 3.00M parameters (512 cells, projected to 128; the paper's: 4096 and 512), trained on wikitext-2" in page
     )
     assert (
-        "Fine-tuned, 2 of 48 cells have been run, each for 1 epoch by averaged SGD from a rate of 5 with dropout at 0.6 of "
+        "Fine-tuned, 2 of 48 cells have been run, each for 1 epoch by averaged SGD (rate 5) with dropout at 0.6 of "
         "the published rates.\n" in page
     )
     assert "in 10 minutes on cpu (a processor). Its test perplexity is 195.50." in page

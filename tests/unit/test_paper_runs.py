@@ -170,7 +170,8 @@ def test_variants_of_methods():
     assert methods.configuration_called("prune", 0.25, 4000).keep == 0.25
     assert methods.configuration_called("fisher-auto", 0.25, 4000).is_auto
     assert methods.configuration_called("dense-int4", 0.25, 4000).storage == "int4"
-    assert [methods.is_calibrated(name) for name in ("svd-int8", "fisher-int8", "semi-nmf")] == [False, True, False]
+    calibrated = {"svd-int8": False, "fisher-int8": True, "semi-nmf": False, "dense": False, "dense-int4": True}
+    assert {name: methods.is_calibrated(name) for name in calibrated} == calibrated
 
 
 def rates_of(first_epoch, warm_up=0.1):
