@@ -9,9 +9,10 @@ from pathlib import Path
 
 from paper import plots
 from paper.methods import PAPER, TOGETHER
+from paper.page.language import OPTIMIZERS
 from paper.page.results import Cell, Result, ResultFolder, marked
 from paper.page.sources import DENSE
-from paper.page.tables import markdown
+from paper.page.tables import counted, markdown
 from slimlstm.pipeline.sensitivity import Sensitivity
 
 DEMO_RANK = 50
@@ -75,12 +76,7 @@ def perplexities(results: ResultFolder) -> str:
     tuned = _by_name(results, "ptb_fine_tuned")
     columns = [(method, target) for target in ("hh", "ih") for method in PAPER]
     rows = [row for rank in sorted({rank for _, _, rank in untuned if rank}) for row in _of_rank(rank, untuned, tuned)]
-    of_tuned = (
-        "*Tuned* rows, from [`results/ptb_fine_tuned`](results/ptb_fine_tuned), have averaged SGD (epochs: "
-        f"{tuned['dense']['epochs']}), which brings the dense model to {tuned['dense']['perplexity']['test']:.2f}. "
-        if any("tuned" in row[0] for row in rows)
-        else ""
-    )
+    of_tuned = _of_tuned(tuned["dense"]) if any("tuned" in row[0] for row in rows) else ""
     return "\n\n".join(
         [
             markdown(["rank", *(f"{method}, {target}" for method, target in columns)], rows),
@@ -89,6 +85,15 @@ def perplexities(results: ResultFolder) -> str:
             f"{of_tuned}[The reproduction](docs/reproduction.md) says how the model was trained; compare columns with each "
             "other, not with published figures.",
         ]
+    )
+
+
+def _of_tuned(dense: Result) -> str:
+    """Return how the tuned models were trained, of which one is dense."""
+    how = f"{counted(dense['epochs'], 'epoch')} of {OPTIMIZERS[dense['config']['optimizer']]}"
+    return (
+        f"*Tuned* rows, from [`results/ptb_fine_tuned`](results/ptb_fine_tuned), have {how}, which brings the dense model "
+        f"to {dense['perplexity']['test']:.2f}. "
     )
 
 
