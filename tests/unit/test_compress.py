@@ -185,6 +185,28 @@ def test_weight_drop_ends_and_all_weights_are_trained_on(name, config):
     assert not any("_raw" in key or "original1" in key for key in model.state_dict())
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_weight_drop_that_hands_over_the_raw_weight_itself(rate):
+    """In evaluation mode, ``dropout`` returns its argument, which thereby becomes a second name of the parameter."""
+
+    class Literal(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = nn.LSTM(3, 4)
+            raw = self.module.weight_hh_l0
+            del self.module._parameters["weight_hh_l0"]
+            self.module.register_parameter("weight_hh_l0_raw", nn.Parameter(raw.data))
+
+        def forward(self, *inputs):
+            self.module.weight_hh_l0 = nn.functional.dropout(self.module.weight_hh_l0_raw, rate, self.training)
+            return self.module(*inputs)
+
+    model, x = nn.Sequential(Literal()).eval(), torch.randn(2, 1, 3)
+    expected = model(x)[0]
+    compress_(model, LowRank(rank=4))
+    torch.testing.assert_close(model(x)[0], expected)
+
+
 @every_stranger
 @pytest.mark.parametrize("config", [AMOUNTS["svd, keep"], AMOUNTS["prune, keep"]], ids=["svd", "prune"])
 def test_the_report_counts_what_is_there(stranger, config):

@@ -47,13 +47,13 @@ def test_traces_hold_for_other_sizes(settings, grad, sizes, other):
     model = First(thin(**settings)).train(train)
     x = torch.randn(*other, IN)
     with torch.set_grad_enabled(grad):
-        traced = torch.jit.trace(model, torch.randn(*sizes, IN), check_trace=False)
+        traced = torch.jit.trace(model, torch.randn(*sizes, IN))
         assert_near({"output": traced(x)}, {"output": model(x)})
 
 
 def test_layers_that_clip_are_not_traced():
     with pytest.raises(SlimLSTMError, match="cannot be traced"):
-        torch.jit.trace(First(thin(cell_clip=1.0)), torch.randn(3, 1, IN), check_trace=False)
+        torch.jit.trace(First(thin(cell_clip=1.0)), torch.randn(3, 1, IN))
 
 
 @pytest.mark.parametrize("module", [LowRankLSTM(3, 4), LowRankLSTMCell(3, 4)])

@@ -202,5 +202,5 @@ def test_exported_programs_compute_gradients():
 
 def test_traces_do_not_contain_the_kernel_while_gradients_are_on():
     module, x = low_rank(backend="auto"), torch.randn(2, 3, 2, 5)
-    traced = torch.jit.trace(module, (x[0],), check_trace=False)
+    traced = torch.jit.trace(module, (x[0],))
     torch.testing.assert_close(traced(x[1])[0], module(x[1])[0])

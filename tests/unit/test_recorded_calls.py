@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from slimlstm import LowRank, Quantize, SlimLSTMError, compress_
 from slimlstm.modules.cell import LowRankLSTMCell
@@ -50,17 +51,38 @@ def assert_right_at_other_sizes(model, recorded, gradients=False):
 def test_traces_are_right_at_other_sizes(config, hidden, sizes, gradients, training):
     model = tagger(config, hidden, bidirectional=True).train(training)
     with torch.set_grad_enabled(gradients):
-        traced = torch.jit.trace(model, (torch.randn(*sizes, INPUTS),), check_trace=False)
+        traced = torch.jit.trace(model, (torch.randn(*sizes, INPUTS),))
         assert_right_at_other_sizes(model, traced, gradients)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_traces_of_cells(tmp_path):
     cell = LowRankLSTMCell(INPUTS, 8, ranks={"weight_hh": 2}).eval()
-    traced = torch.jit.trace(cell, (torch.randn(2, INPUTS),), check_trace=False)
+    traced = torch.jit.trace(cell, (torch.randn(2, INPUTS),))
     torch.jit.save(traced, tmp_path / "cell.pt")
     x = torch.randn(4, INPUTS)
     torch.testing.assert_close(torch.jit.load(tmp_path / "cell.pt")(x), cell(x))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("is_warm", [False, True], ids=["first call", "later call"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_make_fx_records_the_layer_and_its_gradients(config, is_warm, training):
+    model, x, y = tagger(config).train(training), torch.randn(3, 2, INPUTS), torch.randn(3, 2, INPUTS)
+
+    def gradient(x):
+        return torch.autograd.grad(model(x).square().sum(), list(model.parameters()))[0]
+
+    for function in (model, gradient):
+        if is_warm:
+            function(x)
+        torch.testing.assert_close(make_fx(function)(x)(y), function(y), rtol=0.05, atol=5e-3)
+
+
+def test_make_fx_records_a_cell():
+    cell = LowRankLSTMCell(INPUTS, 8, ranks={"weight_hh": 2}).eval()
+    x = torch.randn(2, INPUTS)
+    torch.testing.assert_close(make_fx(cell)(torch.randn(2, INPUTS))(x), cell(x))
 
 
 @pytest.mark.slow

@@ -103,15 +103,42 @@ class WeightDrop(nn.Module):
         raw = self.module.weight_hh_l0
         del self.module.weight_hh_l0
         self.register_parameter("weight_hh_l0_raw", nn.Parameter(raw.data))
-        self.module.register_forward_hook(lambda module, inputs, outputs: outputs)
 
     def forward(self, *inputs):
         self.module.weight_hh_l0 = self.weight_hh_l0_raw.clone()
         return self.module(*inputs)
 
 
+class Normed(WeightDrop):
+    def forward(self, *inputs):
+        output, state = super().forward(*inputs)
+        return torch.nn.functional.layer_norm(output, (H,)), state
+
+
+class Flipped(WeightDrop):
+    def forward(self, x):
+        return super().forward(x.flip(0))
+
+
+class Alone(WeightDrop):
+    def forward(self, x):
+        return super().forward(x)[0], None
+
+
+class Forgetful(WeightDrop):
+    def forward(self, x, state=None):
+        return super().forward(x)
+
+
+class Twice(WeightDrop):
+    def forward(self, *inputs):
+        super().forward(*inputs)
+        return super().forward(*inputs)
+
+
 def with_dropped_hook():
     model = Model(WeightDrop)
+    model.lstm.module.register_forward_hook(lambda module, inputs, outputs: outputs)
     with torch.no_grad():
         model(x())
     return model
@@ -155,6 +182,10 @@ REFUSED = {
     "tied inside": (tied_inside, "weight_hh_l0_reverse and weight_hh_l0 of 'lstm' are one parameter"),
     "state_dict hook": (state_dict_hook, "hooks on its state_dict"),
     "load_state_dict hook": (load_hook, "hooks on its state_dict"),
+    **{
+        f"weight drop that is {kind.__name__}": (lambda kind=kind: Model(kind), "does more than call it")
+        for kind in (Normed, Flipped, Alone, Forgetful, Twice)
+    },
     "hook below weight drop": (with_dropped_hook, "the LSTM inside 'lstm' has hooks"),
     "pruned factor": (pruned_factor, f"weight_hh_l0_u of 'lstm' is no parameter but computed by a hook|{NO_MASK}"),
     "parametrized factor": (normed_factor, f"weight_hh_l0_v of 'lstm' is parametrized|{NO_MASK}"),

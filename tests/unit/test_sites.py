@@ -1,5 +1,6 @@
 """``find_sites`` on strangers' models: its list, its reasons, and that it changes nothing."""
 
+import copy
 import re
 
 import pytest
@@ -8,7 +9,7 @@ from strangers import IN, STRANGERS, H, LanguageModel, tokens
 from torch import nn
 from torch.nn.utils import prune, weight_norm
 
-from slimlstm import LowRankLSTM, LowRankLSTMCell, find_sites
+from slimlstm import LowRankLSTM, LowRankLSTMCell, Quantize, compress_, find_sites
 from slimlstm.modules.masks import apply_mask
 
 # PyTorch warns of its own deprecated functions, which people still use.
@@ -143,6 +144,28 @@ def test_sites_that_cannot_be_compressed_are_listed_with_the_reason(make, messag
 def test_sites_that_cannot_be_compressed_have_names_and_shapes(name):
     expected = STRANGERS["Merity"].sites
     assert {site.key: site.shape for site in find_sites(REMEDIES[name][0]())} == expected
+
+
+LOOKS = {"find": find_sites, "compress": lambda model: compress_(model, Quantize("bfloat16"))}
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+def test_power_iterations_of_spectral_norm_do_not_go_on_while_sites_are_read(look):
+    """In training mode, each evaluation of the parametrization changes its vectors u and v."""
+    model = nn.Sequential(nn.LSTM(3, 8))
+    nn.utils.parametrizations.spectral_norm(model[0], "weight_hh_l0")
+    nn.init.normal_(model[0].parametrizations.weight_hh_l0.original)
+    x, before = torch.randn(5, 2, 3), copy.deepcopy(model)
+    look(model)
+    torch.testing.assert_close(model.eval()(x)[0], before.eval()(x)[0], rtol=0.02, atol=0.02)
+
+
+def test_a_random_parametrization_is_not_evaluated():
+    model = nn.Sequential(nn.LSTM(3, 4))
+    nn.utils.parametrize.register_parametrization(model[0], "weight_hh_l0", nn.Dropout(0.5))
+    state = torch.random.get_rng_state()
+    find_sites(model)
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_a_subclass_that_keeps_the_forward_pass_is_an_lstm():

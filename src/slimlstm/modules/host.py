@@ -21,10 +21,8 @@ from slimlstm.modules.masks import Mask, mask_of
 from slimlstm.modules.modes import evaluation_mode, plain_mode
 from slimlstm.modules.shapes import cell_matrix_shapes, lstm_arguments, lstm_matrix_shapes
 from slimlstm.modules.sites import SITE_NAME, Site
+from slimlstm.modules.weight_drop import RAW
 from slimlstm.ops.weights import Matrix, rebuilt
-
-RAW = "_raw"
-"""The ending of the parameters that weight drop computes weights from."""
 
 
 @dataclass
@@ -89,7 +87,8 @@ class Host:
         if isinstance(self.lstm, FactoredModule) and name in self.lstm.ranks:
             return getattr(self.lstm, f"{name}_u")
         if self._parametrizations(name):
-            return getattr(self.lstm.get_submodule(f"parametrizations.{name}"), "original", self._weight(name))
+            originals = self.lstm.get_submodule(f"parametrizations.{name}")
+            return getattr(originals, "original" if hasattr(originals, "original") else "original0")
         return self._weight(name)
 
     @plain_mode()

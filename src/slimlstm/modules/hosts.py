@@ -11,9 +11,10 @@ from torch.nn.parameter import is_lazy
 from slimlstm.errors import SlimLSTMError
 from slimlstm.modules.arguments import check_model
 from slimlstm.modules.factored import FactoredModule
-from slimlstm.modules.host import RAW, Host, matrix_shapes, parameter_names
+from slimlstm.modules.host import Host, matrix_shapes, parameter_names
 from slimlstm.modules.problems import is_quantised, problem_of, stored_methods
 from slimlstm.modules.sites import Site
+from slimlstm.modules.weight_drop import is_weight_drop
 
 
 def find_sites(model: nn.Module) -> list[Site]:
@@ -44,9 +45,9 @@ def find_hosts(model: nn.Module) -> list[Host]:
             continue
         parent_path = path.rpartition(".")[0]
         parent = modules[parent_path] if path else None
-        wrapper = parent if parent is not None and _is_weight_drop(parent, module) else None
-        outer_path = parent_path if wrapper is not None else path
-        host = hosts.setdefault(id(module), Host([], wrapper or module, module))
+        is_dropped = parent is not None and is_weight_drop(parent, module, list(matrix_shapes(module)))
+        outer_path = parent_path if is_dropped else path
+        host = hosts.setdefault(id(module), Host([], modules[outer_path], module))
         if outer_path not in host.paths:
             host.paths.append(outer_path)
     found = list(hosts.values())
@@ -78,16 +79,6 @@ def _holds_sites(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule):
         return module.original_name in ("LSTM", "LSTMCell")
     return isinstance(module, nn.LSTM | nn.LSTMCell | FactoredModule) or is_quantised(module)
-
-
-def _is_weight_drop(parent: nn.Module, module: nn.Module) -> bool:
-    """Return whether ``parent`` is a wrapper that computes weights of ``module`` from ``weight_..._raw`` parameters."""
-    if not isinstance(module, nn.LSTM | nn.LSTMCell):
-        return False
-    own = [name for name, _ in parent.named_parameters(recurse=False)]
-    inner = [name for name, _ in module.named_parameters(recurse=False)]
-    raw = {name + RAW for name in matrix_shapes(module)}
-    return not raw.isdisjoint(own) or (not raw.isdisjoint(inner) and list(parent.children()) == [module])
 
 
 def _notes(host: Host) -> list[str]:

@@ -14,6 +14,7 @@ from slimlstm.modules.factored import FactoredModule
 from slimlstm.modules.host import Host, parameter_names
 from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.modules.walk import held_objects
+from slimlstm.modules.weight_drop import RAW, only_calls
 
 _DISTRIBUTED = {
     "DistributedDataParallel": "whose reducer would never see the new parameters",
@@ -69,6 +70,12 @@ def _problems(host: Host, ancestors: Sequence[nn.Module], methods: Sequence[str]
         yield f"{where} is wrapped by torch.compile, which holds the old code; compress the model first, then compile it"
     yield from _own_code(where, lstm)
     yield from _own_hooks(where, host)
+    if host.module is not lstm and not only_calls(host.module, lstm):
+        yield (
+            f"{where} is a {type(host.module).__name__}, which computes weights of its LSTM and does more than call it "
+            "with its own arguments: that would be lost; move that code into the module around it"
+        )
+        return
     if methods:
         yield (
             f"{', '.join(methods)} of {where} is stored as a bound method, which would go on computing with the old class; "
@@ -77,7 +84,7 @@ def _problems(host: Host, ancestors: Sequence[nn.Module], methods: Sequence[str]
     known = dict(lstm.named_parameters(recurse=False))
     every = dict(lstm.named_parameters(recurse=False, remove_duplicate=False))
     for name in parameter_names(lstm):
-        if name not in known and name in every:
+        if name not in known and name in every and every[name] is not every.get(name + RAW):
             first = next(other for other, parameter in known.items() if parameter is every[name])
             yield f"{name} and {first} of {where} are one parameter; give the LSTM a clone of it first"
         elif name not in known and host.is_plain(name):

@@ -34,8 +34,8 @@ def layer(x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, directi
         if tensor is not None
     ]
     has_biases, bidirectional = directions[0].bias_ih is not None, len(directions) == 2
-    # cuDNN saves the tensors for its backward pass only in training mode.
-    train = torch.is_grad_enabled()
+    # cuDNN saves the tensors for its backward pass only in training mode. A trace keeps the value for calls to come.
+    train = torch.is_grad_enabled() or torch._C._get_tracing_state() is not None  # pyright: ignore
     if batch_sizes is None:
         result = torch.lstm(x, [h0, c0], parameters, has_biases, 1, 0.0, train, bidirectional, False)
     else:

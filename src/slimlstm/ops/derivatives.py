@@ -9,7 +9,12 @@ from torch import Tensor
 
 
 def is_transformed() -> bool:
-    """Return whether a transform of ``torch.func`` is active: its tensors have no memory that compiled code could read."""
+    """Return whether a transform of ``torch.func`` or a dispatch mode, such as that of ``make_fx``, is active.
+
+    They act on every operator, and compiled code would run behind their backs. Tensors of a transform have no memory.
+    """
+    if torch._C._len_torch_dispatch_stack() > 0:  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+        return True
     return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
 
 
