@@ -5,9 +5,13 @@ T time steps, B sequences, I input size, H hidden size, P projection size (or H)
 
 import gc
 import math
+import threading
 import weakref
+from collections import UserDict
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import make_dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -395,6 +399,53 @@ def test_without_a_loss_batches_are_the_models_arguments(form):
     found = calibrate(model, [form(x)])
     assert_moments(found, brute.moments(None))
     assert (found.loss, found.predictions) == (None, 0)
+
+
+class Plain:
+    """A batch of a class of one's own."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.file = x, None
+
+    def __getitem__(self, name: str) -> Tensor:
+        return getattr(self, name)
+
+
+class WithLock(Plain):
+    """A batch that Python cannot copy."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__(x)
+        self.lock = threading.Lock()
+
+
+KINDS = {
+    "dictionary": lambda x: {"x": x},
+    "user's dictionary": lambda x: UserDict(x=x),
+    "object": Plain,
+    "dataclass": make_dataclass("Record", ["x"], bases=(Plain,)),
+    "list of objects": lambda x: [Plain(x)],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_batches_that_a_model_overwrites_stay_as_they_were(kind):
+    model = nn.Sequential(nn.LSTM(3, 4))
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        x = (batch[0] if isinstance(batch, list) else batch)["x"]
+        return model(x.mul_(0.5))[0].square().mean(-1)
+
+    tensors = [torch.randn(5, 2, 3) for _ in range(3)]
+    before = [x.clone() for x in tensors]
+    compress_(model, LowRank("fisher", rank=2), batches=[kind(x) for x in tensors], loss=loss)
+    assert all(map(torch.equal, tensors, before))
+
+
+def test_batches_that_python_cannot_copy_are_shared():
+    model, batch = nn.Sequential(nn.LSTM(3, 4)), WithLock(torch.randn(5, 2, 3))
+    found = calibrate(model, [batch], lambda model, batch: model(batch.x)[0].square().mean(-1))
+    assert list(found.sites)
 
 
 @pytest.mark.parametrize("loss", [None, lambda m, x: m(x).square()], ids=["activation", "fisher"])

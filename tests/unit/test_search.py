@@ -149,6 +149,21 @@ def test_nothing_smaller_is_said_plainly(net):
         find_smallest(net, lambda model: loss_of(model) if isinstance(model.lstm, nn.LSTM) else dense + 1.0, better="lower")
 
 
+def test_a_model_in_int8_becomes_smaller_still(net):
+    model = copy.deepcopy(net)
+    before = sl.compress_(model, sl.Quantize("int8")).model.bytes_after
+    found = find_smallest(model, loss_of, better="lower", at_most="50%")
+    assert found.best.bytes < before
+    assert found.trials[1].label != "int8"
+
+
+def test_what_makes_a_model_no_smaller_is_named(net):
+    model = copy.deepcopy(net)
+    sl.compress_(model, sl.Quantize("int3"))
+    with pytest.raises(sl.SlimLSTMError, match=r"no smaller than the model: int8, .*int3"):
+        find_smallest(model, loss_of, better="lower")
+
+
 @pytest.mark.parametrize("after", [1, 2, 4])
 def test_an_interrupt_leaves_the_best_so_far(net, tmp_path, after):
     count, before = 0, copy.deepcopy(net.state_dict())

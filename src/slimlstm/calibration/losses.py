@@ -128,6 +128,8 @@ def checked_losses(result: object) -> Tensor:
 def copied(batch: Any) -> Any:
     """Return a batch with copies of its tensors, because a model may change its inputs in place.
 
+    Objects that hold tensors are copied too, unless Python cannot copy them.
+
     Examples:
         >>> batch = {"x": torch.ones(2), "name": "a"}
         >>> _ = copied(batch)["x"].zero_()
@@ -140,7 +142,12 @@ def copied(batch: Any) -> Any:
 def _copy(leaf: Any) -> Any:
     if isinstance(leaf, PackedSequence):
         return leaf._replace(data=_copy(leaf.data))
-    return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+    if isinstance(leaf, Tensor):
+        return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+    try:
+        return leaf if isinstance(leaf, nn.Module) else copy.deepcopy(leaf)
+    except Exception:
+        return leaf  # such as an open file, or a result that has a gradient history
 
 
 def costs_of(dense: object, compressed: object) -> Tensor:

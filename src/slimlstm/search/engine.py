@@ -53,6 +53,7 @@ class Engine(Generic[Made]):
         on_trial: called after each trial with the trial and an upper bound on the seconds left.
         trials: the outcomes, in order.
         refusals: configurations that were impossible, and why.
+        no_smaller: the labels of configurations that made the model no smaller.
         matrix_bytes: returns the bytes of a compressed model's matrices; one that several sites share counts once.
         best: the preferred accepted trial, with its model and report.
         interrupted: whether Ctrl-C ended the search.
@@ -67,6 +68,7 @@ class Engine(Generic[Made]):
     on_trial: Callable[[Trial, float], None] = lambda trial, left: None
     trials: list[Trial] = field(default_factory=list[Trial])
     refusals: list[str] = field(default_factory=list[str])
+    no_smaller: list[str] = field(default_factory=list[str])
     matrix_bytes: Callable[[Made, Report], int] = lambda made, report: sum(site.bytes_after for site in report.sites)
     best: tuple[Trial, Made, Report] | None = None
     interrupted: bool = False
@@ -96,7 +98,10 @@ class Engine(Generic[Made]):
             if not any(refusal.endswith(f": {error}") for refusal in self.refusals):
                 self.refusals.append(f"{label}: {error}")
             return None
-        if report.model.bytes_after >= report.model.bytes_before or self._is_known(report.plan):
+        if report.model.bytes_after >= report.model.bytes_before:
+            self.no_smaller.append(label)
+            return None
+        if self._is_known(report.plan):
             return None
         self.evaluations -= 1
         speed = self.speed_of(made)
@@ -155,7 +160,8 @@ def _fewest_bits(engine: Engine[Made], whole: Callable[[str], Quantize], bits: l
 
     def accepts(index: int) -> bool:
         trial = engine.attempt(bits[index], whole(bits[index]))
-        return trial is not None and trial.accepted
+        # A model that already has these bits, or fewer, may accept still fewer.
+        return bits[index] in engine.no_smaller if trial is None else trial.accepted
 
     good, bad = bits.index(FIRST), len(bits)
     if not accepts(good):

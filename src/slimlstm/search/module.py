@@ -383,7 +383,7 @@ def _searched(
     engine.on_trial = on_trial
     engine.run(strategy)
     if engine.best is None:
-        raise nothing_found(engine.trials, engine.refusals, limit)
+        raise nothing_found(engine.trials, engine.refusals, limit, engine.no_smaller)
     found = result()
     if output is not None:
         write_json(output, found.to_dict())

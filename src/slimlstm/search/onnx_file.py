@@ -124,7 +124,7 @@ def shrink_onnx(
             )
         )
     if engine.best is None:
-        raise nothing_found(engine.trials, [*engine.refusals, *obstacles], goal.words)
+        raise nothing_found(engine.trials, [*engine.refusals, *obstacles], goal.words, engine.no_smaller)
     best, _, report = engine.best
     notes, ended = [*engine.refusals, *obstacles, *goal.notes], engine.interrupted
     dense = Trial("uncompressed", None, bytes_on_disk(path), goal.dense, accepted=True)

@@ -296,7 +296,10 @@ def limit_in_words(name: str, better: Better, limit: float, dense: Measured) -> 
     return words if dense.examples is None else f"{words}, with 95% confidence for new examples"
 
 
-def nothing_found(trials: Sequence[Trial], refusals: Sequence[str], limit: str) -> SlimLSTMError:
+def nothing_found(
+    trials: Sequence[Trial], refusals: Sequence[str], limit: str, no_smaller: Sequence[str] = ()
+) -> SlimLSTMError:
     """Return the error that says what was tried, and that nothing smaller meets the limit."""
     tried = "; ".join(f"{trial.label}: {trial.metric:.5g}" for trial in trials) or "nothing could be measured"
-    return SlimLSTMError("; ".join([f"nothing smaller meets the limit ({limit}). Tried: {tried}", *refusals]))
+    same = [f"no smaller than the model: {', '.join(no_smaller)}"] if no_smaller else []
+    return SlimLSTMError("; ".join([f"nothing smaller meets the limit ({limit}). Tried: {tried}", *same, *refusals]))
