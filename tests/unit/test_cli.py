@@ -253,6 +253,11 @@ REFUSED = {
         "plain",
     ),
     "bench: a method without an amount": (nothing, ("bench", FILE, "--method", "prune"), "say how much, too: --rank"),
+    "bench: a method that sees data": (
+        nothing,
+        ("bench", FILE, "--method", "fisher", "--keep", "0.5"),
+        "'fisher' has to see data; give a method that needs none",
+    ),
     "bench: a target without an amount": (nothing, ("bench", FILE, "--target", "hh"), "say how much, too: --rank"),
     "bench: too many steps": (nothing, ("bench", FILE, "--steps", "1000000000"), "numbers; give fewer"),
     "compress: two amounts": (
@@ -261,6 +266,21 @@ REFUSED = {
         "exactly one of rank, keep",
     ),
     "compress: method": (nothing, ("compress", FILE, *OUT, "--rank", "1", "--method", "magic"), "called 'magic'"),
+    "compress: a method that sees data": (
+        nothing,
+        ("compress", FILE, *OUT, "--rank", "1", "--method", "fisher"),
+        "'fisher' has to see data; in Python, compress_ takes batches",
+    ),
+    "inspect: text": (
+        writing("text.pt", b"hello"),
+        ("inspect", "{}/text.pt"),
+        "no intact PyTorch .*: KeyError: 101",
+    ),
+    "shrink: weights": (
+        nothing,
+        ("shrink", FILE, "-o", "{}/small.onnx", "--inputs", "{}/x.npz"),
+        "is no ONNX file by its name; use slimlstm compress",
+    ),
     "compress: target": (nothing, ("compress", FILE, *OUT, "--rank", "1", "--target", "all"), "'ih', 'hh' or 'both'"),
     "compress: rank": (nothing, ("compress", FILE, *OUT, "--rank", "99"), "rank 99 is above 16"),
     "compress: NaN": (altered(lstms__0__weight_hh_l0=NAN), ("compress", FILE, *OUT, "--rank", "1"), "NaN"),
@@ -276,6 +296,7 @@ REFUSED = {
     "eval: another model": (of_another_model, ("eval", "{}/other"), "not the tensors of an AWD-LSTM"),
     "eval: no text": (nothing, ("eval", "{}", "--text", "{}/none.txt"), "none.txt' is neither 'held-out', 'ptb'"),
     "eval: no split": (nothing, ("eval", "{}", "--text", "ptb", "--split", "dev"), "no split 'dev'"),
+    "eval: a split of a text without splits": (nothing, ("eval", "{}", "--split", "dev"), "--text held-out is read whole"),
     "eval: short": (writing("t", b"a b\n"), ("eval", "{}", "--text", "{}/t"), "3 tokens cannot be read as 10 streams"),
     "eval: empty": (writing("t", b""), ("eval", "{}", "--text", "{}/t"), "0 tokens cannot be read"),
     "eval: no UTF-8": (writing("t", b"caf\xe9\n"), ("eval", "{}", "--text", "{}/t"), "UTF-8|utf-8"),

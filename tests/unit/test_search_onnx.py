@@ -74,7 +74,7 @@ def test_an_interrupt_leaves_the_best_file_so_far(made, tmp_path):
 REFUSED = {
     "no runs": ({"runs": []}, "no runs are given"),
     "nothing agrees": ({"at_most": 0.0, "measure": "noise"}, "nothing smaller meets the limit"),
-    "unknown measure": ({"measure": "bleu"}, "the measure is 'auto', 'argmax'"),
+    "unknown measure": ({"measure": "bleu"}, "the measure is one of 'auto', 'argmax', 'cosine', 'noise', not 'bleu'"),
     "unknown input": ({"runs": [{"y": np.zeros(3)}]}, "cannot run the model"),
     "limit": ({"at_most": "much"}, "at_most is a share"),
     "a limit above 100%": ({"at_most": "150%"}, "from 0 to 1 or from 0% to 100%"),

@@ -65,6 +65,7 @@ def command(
         raise SlimLSTMError("--method and --target say how to compress; say how much, too: --rank, --keep or --storage")
     if page is not None and not request.has_size_or_storage():
         raise SlimLSTMError("--report is about a compression; say how to compress, with --rank, --keep or --storage")
+    request.check_needs_no_data("give a method that needs none, or a folder compressed with data as --compressed")
     check_report(page, force)
     layers, report = _layers(file, part), None
     changed = layers if compressed is None else layers_of(*_tensors_and_sites(compressed))

@@ -91,6 +91,10 @@ def command(
     check_report(page, force)
     to_onnx = output.suffix.lower() == ".onnx"
     _check_options(to_onnx, batches, inputs, also, part, form)
+    if not to_onnx:
+        request.check_needs_no_data("in Python, compress_ takes batches with the model that reads them")
+    elif not batches:
+        request.check_needs_no_data("give inputs of the file as --batches")
     config, difference = request.configuration(), dict[str, Any]()
     kinds = [kind.strip() for kind in also.split(",")] if also else []
     if to_onnx:

@@ -25,7 +25,9 @@ _INSTEAD = "For a model of yours, load it in Python with slimlstm.load, and meas
 def command(
     model: Model,
     text: Annotated[str, typer.Option(help="'held-out', 'ptb', 'wikitext-2' or a text file.")] = "held-out",
-    split: Annotated[str, typer.Option(help="With ptb and wikitext-2: train, valid or test.")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="With ptb and wikitext-2: train, valid or test.", show_default="test")
+    ] = None,
     vocab: Annotated[
         Path | None,
         typer.Option(help="A vocabulary, one word per line, or a SentencePiece .model; by default the model's own."),
@@ -42,6 +44,9 @@ def command(
     from slimlstm.module_source import module_size
     from slimlstm.modules.hosts import find_hosts
 
+    if split is not None and text not in CORPORA:
+        raise SlimLSTMError(f"--split chooses a part of {' or '.join(CORPORA)}; --text {text} is read whole")
+    split = split or "test"
     network = language_model(model, _INSTEAD)
     vocabulary = _vocabulary(model, vocab)
     tokens, words = _tokens_and_words(text, split, vocabulary)

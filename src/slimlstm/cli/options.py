@@ -31,7 +31,8 @@ ReportPage = Annotated[
 Method = Annotated[
     str,
     typer.Option(
-        help="svd, semi-nmf or prune; for ONNX files also activation or fisher, with --batches; or a registered method.",
+        help="svd, semi-nmf or prune, or a registered method; compress takes activation or fisher too, for ONNX files with "
+        "--batches.",
     ),
 ]
 Rank = Annotated[int | None, typer.Option(help="Give every matrix factors of this rank.")]
@@ -111,6 +112,20 @@ class Request:
             return Quantize(self.storage, target, selects)
         size["allocation"] = self.allocation
         return configuration(self.method, storage=storage, target=target, filter=selects, **size)
+
+    def check_needs_no_data(self, instead: str) -> None:
+        """Check that the method needs no calibration, for a verb that has no batches.
+
+        Args:
+            instead: what to do, in words.
+
+        Raises:
+            SlimLSTMError: it needs calibration.
+        """
+        from slimlstm.methods import Needs, method_called
+
+        if method_called(self.method).needs > Needs.NOTHING:
+            raise SlimLSTMError(f"{self.method!r} has to see data; {instead}")
 
     def storage_of_masked(self) -> str | None:
         """Return the storage to round to after masking; None for other methods, whose configuration holds the storage."""

@@ -43,6 +43,10 @@ def command(
     from slimlstm.onnx.reading import files_of
     from slimlstm.search.onnx_file import shrink_onnx
 
+    if file.suffix.lower() != ".onnx":
+        raise SlimLSTMError(
+            f"{file} is no ONNX file by its name; use slimlstm compress for weights, or slimlstm.find_smallest in Python"
+        )
     if output.suffix.lower() != ".onnx":
         raise SlimLSTMError(f"{output} is no name of an ONNX file; name one that ends in .onnx")
     check_not_input(file, output)

@@ -80,7 +80,7 @@ def measures_of(expected: Outputs, names: Sequence[str], measure: str = "auto") 
         SlimLSTMError: the measure is unknown or does not fit an output, or an output is no array or not finite.
     """
     if measure != "auto" and measure not in MEASURES:
-        raise SlimLSTMError(f"the measure is 'auto', {' or '.join(map(repr, MEASURES))}, not {measure!r}")
+        raise SlimLSTMError(f"the measure is one of {', '.join(map(repr, ('auto', *MEASURES)))}, not {measure!r}")
     chosen: dict[str, str] = {}
     for index, name in enumerate(names):
         values = [run[index] for run in expected]
