@@ -115,8 +115,8 @@ def frontier(results: ResultFolder) -> str:
     return "\n\n".join(
         [
             markdown(FRONTIER_HEADER, rows),
-            "Rises of the test loss (nats per token): *int8* rounds Fisher factors. *Ratio* compares both rises. "
-            "*Perplexity*: its change with rank and bits together. "
+            "Rises of the test loss (nats per token). *int8*: Fisher factors in int8. *Ratio*: second over first. "
+            "*Perplexity*: its change by the second. "
             f"{_dense(results, FRONTIER)}",
             FRONTIER_PICTURE,
         ]
@@ -161,7 +161,7 @@ def quality(results: ResultFolder) -> str:
             f"the {len(ptb)} plans of the first model in nearly the same order (Spearman's "
             f"ρ = {_correlation(ptb):.3f}, [picture](docs/prediction.png)), but the prediction is several "
             "times too small ([why](docs/decisions/0007-calibration.md)). "
-            f"{_dense(results, QUALITY)} From "
+            f"{_dense(results, QUALITY, has_tokens=True)} From "
             "[`results/quality_ptb`](results/quality_ptb) and [`results/quality_embedded`](results/quality_embedded).",
             "### Rank and bits together",
             FRONTIER_PICTURE,
@@ -178,10 +178,11 @@ def quality(results: ResultFolder) -> str:
     )
 
 
-def _dense(results: ResultFolder, folders: Mapping[str, str]) -> str:
-    """Return a sentence with the perplexity of every dense model, by which a reader tells trainings apart."""
+def _dense(results: ResultFolder, folders: Mapping[str, str], has_tokens: bool = False) -> str:
+    """Return a sentence with the perplexity of every dense model, by which a reader tells trainings and texts apart."""
     runs = {name: results.read(results.folder / folder / "dense.json") for name, folder in folders.items()}
-    told = ", ".join(f"{name} {math.exp(run['loss']):.1f}" for name, run in runs.items())
+    texts = {name: f" ({run['predictions']:,} tokens)" * has_tokens for name, run in runs.items()}
+    told = ", ".join(f"{name} {math.exp(run['loss']):.1f}{texts[name]}" for name, run in runs.items())
     return f"Dense test perplexities: {told}."
 
 
