@@ -41,8 +41,9 @@ def test_inspect(folder, run_json):
 
 
 def test_inspect_of_a_compressed_folder(folder, tmp_path, run_json):
-    compress_file(folder / "model.safetensors", LowRank(rank=2, target="hh"), tmp_path / "small")
+    compress_file(folder / "model.safetensors", LowRank(rank=2, target="hh", storage="int8"), tmp_path / "small")
     found = run_json("inspect", tmp_path / "small")
+    assert {site["storage"] for site in found["sites"] if "_hh_" in site["site"]} == {"int8"}
     assert {site["site"]: site["rank"] for site in found["sites"]} == {
         f"lstms.{layer}.weight_{kind}_l0": {"hh": 2, "ih": None}[kind] for layer in (0, 1) for kind in ("ih", "hh")
     }

@@ -12,7 +12,7 @@ from helpers import BACKENDS, EXACT, assert_same, factor_gradients, factors_of, 
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import magnitude_mask
@@ -462,6 +462,7 @@ CALLS = {
     "width": (torch.zeros(2, 1, 4), None, WIDTH + r".* not \[2, 1, 4\]"),
     "width, unbatched": (torch.zeros(2, 4), None, WIDTH + r".* not \[2, 4\]"),
     "width, packed": (packed_input(width=4), None, r"the input has to be .*3.* not \[3, 4\]"),
+    "no batch sizes": (PackedSequence(torch.ones(3, 3), torch.empty(0, dtype=torch.int64)), None, "has no batch sizes"),
     "one dimension": (torch.zeros(3), None, WIDTH + r".* not \[3\]"),
     "four dimensions": (torch.zeros(1, 1, 1, 3), None, WIDTH + r".* not \[1, 1, 1, 3\]"),
     "layers": (torch.zeros(2, 1, 3), states(2, 1), STATE + r"\[1, 1, 4\] .* not \[2, 1, 4\]"),

@@ -35,11 +35,11 @@ def command(
         raise SlimLSTMError(
             f"{file} holds no weights of an LSTM: no names such as weight_hh_l0 with shapes [4H, H]; give a file that does"
         )
-    entries: list[dict[str, Any]] = []
+    entries, storages = list[dict[str, Any]](), _storages(file)
     with shown("singular values") as progress:
         for index, (site, names) in enumerate(matrices.items()):
             progress(site.key, index / len(matrices))
-            entries.append(_entry(site, names, tensors))
+            entries.append(_entry(site, names, tensors) | {"storage": storages.get(site.key)})
     in_matrices, total = _counts(file, matrices, entries, tensors)
     notes = (
         "Factors of a rank below break-even are smaller than the matrix. The ranks under 50%, 90% and 99% preserve that "
@@ -57,6 +57,14 @@ def command(
         "notes": readings,
     }
     show(result, as_json, _table(entries), notes, *readings)
+
+
+def _storages(file: Path) -> dict[str, str]:
+    """Return the storages of the matrices of a compressed folder, by their keys."""
+    from slimlstm.folders import CONFIG, read_config
+
+    sites = read_config(file)["sites"] if (file / CONFIG).exists() else {}
+    return {key: entry["storage"] for key, entry in sites.items()}
 
 
 def _counts(file: Path, matrices: Any, entries: list[dict[str, Any]], tensors: Any) -> tuple[int, int]:
@@ -111,12 +119,15 @@ def _table(entries: list[dict[str, Any]]) -> Table:
     from slimlstm.tables import new_table
 
     energies = [f"{energy:.0%}" for energy in _ENERGIES]
-    table = new_table(["site"], ["shape", "rank", "break-\neven", *energies, "singular\nvalues"])
+    storages = [entry["storage"] for entry in entries]
+    column = ["storage"] if any(storages) else []
+    table = new_table(["site"], ["shape", *column, "rank", "break-\neven", *energies, "singular\nvalues"])
     for entry in entries:
         rows, columns = entry["shape"]
         table.add_row(
             entry["site"],
             f"{rows} x {columns}",
+            *(entry["storage"] or "-" for _ in column),
             "full" if entry["rank"] is None else str(entry["rank"]),
             f"{entry['break_even_rank']:.1f}",
             *map(str, entry["energy_ranks"].values()),

@@ -217,6 +217,8 @@ class LowRankLSTM(FactoredModule):
     def _forward_packed(self, packed: PackedSequence, hx: LSTMState | None) -> tuple[PackedSequence, LSTMState]:
         if packed.data.ndim != 2 or packed.data.shape[-1] != self.input_size:
             raise SlimLSTMError(f"the input has to be packed [N, {self.input_size}], not {list(packed.data.shape)}")
+        if len(packed.batch_sizes) == 0:
+            raise SlimLSTMError("the packed input has no batch sizes; pack at least one sequence")
         if hx is not None:
             self._check_states(hx, (int(packed.batch_sizes[0]),))
         order, inverse = packed.sorted_indices, packed.unsorted_indices
