@@ -37,8 +37,9 @@ int main() {
                 if (projected) one.hr = matrix(P, H);
                 one.ih_storage = one.hh_storage = storage;
                 Layer layer(kernel_names().front(), {one, one});
+                bool too_coarse = false;
                 for (int threads : {1, -2}) {
-                    Call call{x.data(), sizes.data(), T, B, T * B, nullptr, nullptr, output.data(), h.data(), c.data()};
+                    Call call{x.data(), sizes.data(), T, B, T * B, nullptr, nullptr, output.data(), h.data(), c.data(), &too_coarse};
                     layer.run(call, threads);
                     long before = allocations;
                     for (int k = 0; k < calls; ++k) {

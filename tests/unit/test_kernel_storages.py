@@ -10,7 +10,7 @@ import torch
 from kernels import assert_current, by_reference, isa, low_rank, needs_kernel  # noqa: F401
 from torch import nn
 
-from slimlstm import Quantize, compress_
+from slimlstm import LowRank, Quantize, compress_
 from slimlstm.demo.model import embedded_model, held_out_tokens
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import KERNEL_FORMATS, rounded
@@ -102,8 +102,52 @@ def test_int8_logits_differ_from_the_reference_only_by_rounded_inputs(monkeypatc
     exact = logits("reference")
     assert 1e-4 < difference() < 4e-3
     gains = packing._gains
-    monkeypatch.setattr(packing, "_gains", lambda directions: [math.inf if gain else 0.0 for gain in gains(directions)])
-    assert difference() < 3e-5, "with fifteen bits for all inputs"
+    # Large enough for fifteen bits everywhere, and small enough for no more.
+    monkeypatch.setattr(packing, "_gains", lambda directions: [1500.0 if gain else 0.0 for gain in gains(directions)])
+    assert 1e-6 < difference() < 3e-5, "with fifteen bits for all inputs"
+
+
+LARGE = [1e2, 1e4, 1e5, 1.7e9, 3e38]
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("size", LARGE)
+@pytest.mark.parametrize("threads", [1, -2])
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (Quantize("int8"), {}),
+        (Quantize("int4"), {"bidirectional": True}),
+        (Quantize("int8"), {"proj_size": 5}),
+        (LowRank(rank=8, storage="int8"), {}),
+    ],
+    ids=["int8", "int4", "projected", "factors"],
+)
+def test_one_feature_that_is_much_larger_than_the_others(config, options, threads, size, monkeypatch):
+    """Fifteen bits of the largest feature do not hold the others. The weights of the large one are zero."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    model = nn.Sequential(nn.LSTM(16, 32, **options)).eval()
+    for name, parameter in model[0].named_parameters():
+        if name.startswith("weight_ih"):
+            parameter.data[:, 0] = 0.0
+    compress_(model, config)
+    x = torch.randn(9, 6, 16)
+    x[..., 0] = size
+    found, expected = model(x)[0], model[0].to_dense()(x)[0]
+    assert (found - expected).norm() <= 0.02 * expected.norm()
+
+
+@torch.no_grad()
+def test_a_clipping_layer_takes_features_of_very_different_sizes():
+    module = LowRankLSTM(16, 32, cell_clip=0.5).eval()
+    module.weight_ih_l0[:, 0] = 0.0
+    compress_(nn.Sequential(module), Quantize("int8"))
+    x = torch.randn(9, 6, 16)
+    x[..., 0] = 1e6
+    found = module(x)[0]
+    module.backend = "reference"
+    torch.testing.assert_close(found, module(x)[0])
 
 
 @pytest.mark.usefixtures("isa")

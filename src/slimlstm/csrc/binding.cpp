@@ -70,10 +70,11 @@ void check_sizes(const Call& call) {
     if (rows != call.rows) throw nb::value_error("batch_sizes do not add up to the rows of the input");
 }
 
-constexpr int stale = 0, done = 1, not_finite = 2;
+constexpr int stale = 0, done = 1, in_doubt = 2;
 
 int run(const Layer& layer, uintptr_t x, uintptr_t sizes, ptrdiff_t steps, ptrdiff_t batch, ptrdiff_t rows, uintptr_t h0,
          uintptr_t c0, uintptr_t output, uintptr_t h, uintptr_t c, bool thoroughly, int threads) {
+    bool too_coarse = false;
     Call call{reinterpret_cast<const float*>(x),
               reinterpret_cast<const int64_t*>(sizes),
               steps,
@@ -83,17 +84,14 @@ int run(const Layer& layer, uintptr_t x, uintptr_t sizes, ptrdiff_t steps, ptrdi
               reinterpret_cast<const float*>(c0),
               reinterpret_cast<float*>(output),
               reinterpret_cast<float*>(h),
-              reinterpret_cast<float*>(c)};
+              reinterpret_cast<float*>(c),
+              &too_coarse};
     if (call.sizes) check_sizes(call);
-    if (layer.nanoseconds(rows, batch) < worth_unlocking) {
-        if (thoroughly && !layer.is_current()) return stale;
-        layer.run(call, threads);
-        return layer.is_finite(call) ? done : not_finite;
-    }
-    nb::gil_scoped_release unlocked;
+    std::optional<nb::gil_scoped_release> unlocked;
+    if (layer.nanoseconds(rows, batch) >= worth_unlocking) unlocked.emplace();
     if (thoroughly && !layer.is_current()) return stale;
     layer.run(call, threads);
-    return layer.is_finite(call) ? done : not_finite;
+    return layer.is_finite(call) && !too_coarse ? done : in_doubt;
 }
 
 // The elementwise part of training steps, in one instruction set.
@@ -179,5 +177,6 @@ NB_MODULE(_kernel, module) {
         .def("bytes", &Layer::bytes, "Return the bytes of all packed matrices, without the scales of rows.")
         .def("run", &run,
              "Run the layer on contiguous float32 memory at the given addresses. Return 0, without running it, if the weights "
-             "are to be compared with the packed ones and differ; else 1, or 2 if the last hidden states are not finite.");
+             "are to be compared with the packed ones and differ; else 1, or 2 if the last hidden states are not finite or "
+             "rounded inputs are too coarse.");
 }

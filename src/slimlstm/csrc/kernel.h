@@ -57,6 +57,7 @@ struct Task {
     float* output;         // [rows, ...], rows ``output_stride`` floats apart
     ptrdiff_t output_stride;
     float *h, *c;  // last states, shaped like h0 and c0
+    bool* too_coarse;  // set where inputs that are rounded to int8 with remainders could still move a gate
     bool reverse;
 };
 

@@ -153,6 +153,7 @@ Task Layer::task(const Call& call, ptrdiff_t index) const {
     task.output_stride = directions * output;
     task.h = call.h + index * call.batch * output;
     task.c = call.c + index * call.batch * hidden;
+    task.too_coarse = call.too_coarse;
     task.reverse = index == 1;
     return task;
 }

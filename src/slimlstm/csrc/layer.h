@@ -51,6 +51,7 @@ struct Call {
     ptrdiff_t steps, batch, rows;
     const float *h0, *c0;
     float *output, *h, *c;
+    bool* too_coarse;  // as in Task
 };
 
 class Layer {

@@ -274,6 +274,7 @@ struct Scratch {
     float* scales;
     int32_t *offsets, *remainder_offsets;
     float* panel;  // a panel of int8 weights
+    bool* too_coarse;
 };
 
 // Rounding inputs to multiples of a scale moves a gate by scale * gain / sqrt(12) in the root mean square. This limit on
@@ -323,6 +324,7 @@ struct Operand {
         for (ptrdiff_t row = 0; row < count; ++row) {
             float* remainders = scratch.words + words.remainders + row * stride;
             if (is_coarse(row, gain)) {
+                if (is_coarse(row, gain / parts_of_one)) __atomic_store_n(scratch.too_coarse, true, __ATOMIC_RELAXED);
                 float bound = largest_magnitude(rows[row] + from, to - from);
                 const float* integers = scratch.words + row * stride;
                 scratch.remainder_offsets[row] = round_row<true>(row, bound, remainders, begin, width, grouped, integers);

@@ -158,6 +158,7 @@ struct Buffers {
         scratch.offsets = reinterpret_cast<int32_t*>(take(words ? chunk : 0, team, member));
         scratch.remainder_offsets = reinterpret_cast<int32_t*>(take(words ? chunk : 0, team, member));
         scratch.panel = take(panel, team, member);
+        scratch.too_coarse = task.too_coarse;
         size = used;
     }
 };

@@ -1,9 +1,9 @@
 """The recurrence of one LSTM layer: one entry point, several backends, and a reason for each choice.
 
 All backends compute the same layer, except for rounding. With int8 weights the difference is visible, because the fused
-kernel also rounds their inputs, row by row: to eight bits, or to fifteen where eight could change a gate. On the embedded
-language model the fused kernel's logits then differ from the reference's by less than 0.25% in norm, and by less than int8
-weights change them.
+kernel also rounds their inputs, row by row: to eight bits, or to fifteen where eight could change a gate; where fifteen
+could too, PyTorch's operators run. On the embedded language model the fused kernel's logits then differ from the reference's
+by less than 0.25% in norm, and by less than int8 weights change them.
 """
 
 from __future__ import annotations

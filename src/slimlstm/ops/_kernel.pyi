@@ -51,7 +51,7 @@ class Layer:
         """Run the layer on contiguous memory at the given addresses; 0 for absent ``batch_sizes``, ``h0`` and ``c0``.
 
         Return 0, without running it, if ``thoroughly`` and the weights have changed since they were packed; 1; or 2 if the
-        last hidden states are not finite.
+        last hidden states are not finite, or inputs are rounded to int8 so coarsely that gates would move.
         """
 
 class Cells:

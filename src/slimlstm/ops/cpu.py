@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.ops import dense
+from slimlstm.ops import dense, reference
 from slimlstm.ops.packing import PackedLayer, packed_layer
-from slimlstm.ops.weights import CachedLayer, Direction, LayerOutput, first_states
+from slimlstm.ops.weights import CachedLayer, Direction, LayerOutput, first_states, is_clipped
 
-_NOT_FINITE = 2
-"""Status of a kernel call whose last hidden states are not finite. Where inputs are rounded to int8, infinite inputs cause
-it, although an LSTM with infinite inputs may saturate and stay finite."""
+_IN_DOUBT = 2
+"""Status of a kernel call whose last hidden states are not finite, or whose inputs differ so much in size that fifteen bits
+do not hold them. Where inputs are rounded to int8, infinite inputs cause the first, although an LSTM with infinite inputs
+may saturate and stay finite."""
 
 
 def run(
@@ -60,9 +61,10 @@ def run(
         packed = packed_layer(directions, anew=True)
     if cached is not None:
         cached.checked = exposures
-    if state == _NOT_FINITE and packed.rounds_inputs:
+    if state == _IN_DOUBT and packed.rounds_inputs:
+        again = reference.layer if is_clipped(directions) else dense.layer
         with torch.no_grad():
-            return dense.layer(x, batch_sizes, *first_states(x, batch_sizes, h0, c0, directions), directions)
+            return again(x, batch_sizes, *first_states(x, batch_sizes, h0, c0, directions), directions)
     return LayerOutput(output, h, c)
 
 
