@@ -2,8 +2,8 @@
 
 All backends compute the same layer, except for rounding. With int8 weights the difference is visible, because the fused
 kernel also rounds their inputs, row by row: to eight bits, or to fifteen where eight could change a gate; where fifteen
-could too, PyTorch's operators run. On the embedded language model the fused kernel's logits then differ from the reference's
-by less than 0.25% in norm, and by less than int8 weights change them.
+could too, PyTorch's operators run. On the embedded language model the fused kernel's logits then differ from the
+reference's by less than 0.25% in norm, and by less than int8 weights change them.
 """
 
 from __future__ import annotations
