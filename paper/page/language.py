@@ -26,11 +26,6 @@ NAMES, TUNED = 3, 8
 SAME_BYTES = ("svd", "fisher", TOGETHER)
 """Methods that are compared at the bytes of factors of one rank."""
 OPTIMIZERS = {"ntasgd": "SGD that turns into averaged SGD", "asgd": "averaged SGD", "adamw": "AdamW with one cycle"}
-UNRECORDED = {
-    "ptb": "is older than `models/ptb`: it has the paper's architecture and sizes, but was trained for eight epochs only, "
-    "on two CPU cores, by AdamW with one cycle in bfloat16, with dropout at 0.6 of the published rates"
-}
-"""Trainings of dense models that left no ``result.json``."""
 
 
 def training_of(found: Result) -> str:
@@ -136,8 +131,10 @@ class LanguageResults:
         if self.tuned_dense is None:
             return verdict([])
         base = perplexity_on_test(self.tuned_dense)
-        paper_cells = ((method, "hh", SMALLEST) for method in PAPER)
-        return verdict([perplexity_on_test(self.tuned[cell]) <= base for cell in paper_cells if cell in self.tuned])
+        cells: list[Cell] = [(method, "hh", SMALLEST) for method in PAPER]
+        found = {cell[0]: perplexity_on_test(self.tuned[cell]) for cell in cells if cell in self.tuned}
+        told = ", ".join(f"{method} {perplexity:.2f}" for method, perplexity in {"dense": base, **found}.items())
+        return verdict([perplexity <= base for perplexity in found.values()]) + (f"; tuned: {told}" if found else "")
 
     def _compared(self, pairs: Iterable[tuple[Cell, Cell]], otherwise: str) -> str:
         """Return whether the first cell of each pair has the lower perplexity, without and with fine-tuning."""
@@ -162,9 +159,7 @@ class LanguageResults:
 
     def _dense_model(self) -> str:
         paper = self.paper["baseline"]["AWD-LSTM"]["ppl"]
-        how = UNRECORDED.get(self.key, "was trained in a way that is not recorded")
-        if self.trained:
-            how = training_of(self.trained)
+        how = training_of(self.trained) if self.trained else "was trained in a way that is not recorded"
         base = self.base["perplexity"]
         far = (
             f"Because our perplexity is {base / paper - 1:.0%} higher than the paper's, compare changes from dense to "
