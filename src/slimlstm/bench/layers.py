@@ -190,7 +190,10 @@ def bench_layers(
         )
     for name, layer in dense.items():
         if name not in compressed or layer.matrix_shapes != compressed[name].matrix_shapes:
-            raise SlimLSTMError(f"the compressed model has no layer {name} of the same sizes; compress the same model")
+            found = ", ".join(compressed) or "none"
+            raise SlimLSTMError(
+                f"the compressed model has no layer {name} of the same sizes, only {found}; compress this file"
+            )
     layers: list[LayerTimes] = []
     torch.manual_seed(0)
     with plain_mode(), plain_defaults(), shown("layers", progress) as report_progress:

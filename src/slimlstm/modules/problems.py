@@ -94,7 +94,10 @@ def _problems(host: Host, ancestors: Sequence[nn.Module], methods: Sequence[str]
             )
             return
         if host.parameter(name).is_meta:
-            yield f"{where} is on the meta device and holds no numbers; load the weights first"
+            yield (
+                f"{where} is on the meta device and holds no numbers; load the weights first, or give it memory with "
+                "model.to_empty(device='cpu')"
+            )
             return
 
 
