@@ -5,13 +5,14 @@ m x n a matrix W, r a rank, U [m, r] and V [r, n] its factors.
 
 import json
 import math
+import operator
 from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
 from helpers import EXACT, assert_same
-from strangers import IN, STRANGERS, B, H, LanguageModel, Stranger, T, V
+from strangers import IN, STRANGERS, B, H, LanguageModel, Stranger, T, V, WeightDrop
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrizations, parametrize
@@ -205,6 +206,28 @@ def test_weight_drop_that_hands_over_the_raw_weight_itself(rate):
     expected = model(x)[0]
     compress_(model, LowRank(rank=4))
     torch.testing.assert_close(model(x)[0], expected)
+
+
+def test_a_weight_drop_wrapper_is_asked_without_a_trace():
+    class Counting(WeightDrop):
+        def __init__(self):
+            super().__init__(nn.LSTM(3, 4), 0.5)
+            self.register_buffer("calls", torch.zeros(()))
+            self.sizes = []
+
+        def forward(self, input, hx=None):
+            self.calls += 1
+            self.sizes.append(input.shape)
+            return super().forward(input, hx)
+
+    model = nn.Sequential(Counting())
+    state, weights = torch.random.get_rng_state(), list(model[0].module._flat_weights)
+    assert {site.problem for site in find_sites(model)} == {None}
+    assert (model[0].calls, model[0].sizes) == (0, [])
+    assert all(map(operator.is_, model[0].module._flat_weights, weights))
+    assert not hasattr(model[0].module, "weight_hh_l0")
+    assert "forward" not in vars(model[0].module)
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 @every_stranger

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slimlstm.modules.modes import evaluation_mode, surely
+from slimlstm.modules.state import kept_state
 
 RAW = "_raw"
 """The ending of the parameters that weight drop computes weights from."""
@@ -55,8 +56,8 @@ def _passes(wrapper: nn.Module, lstm: nn.Module, arguments: tuple[Any, ...]) -> 
     calls: list[tuple[Any, ...]] = []
     result = torch.zeros(()), (torch.zeros(()), torch.zeros(()))
 
-    def record(*given: Any) -> Any:
-        calls.append(given)
+    def record(input: Any, hx: Any = None) -> Any:
+        calls.append((input,) if hx is None else (input, hx))
         return result
 
     with _unchanged(wrapper, lstm), torch.no_grad(), torch.random.fork_rng(devices=[]), evaluation_mode(wrapper):
@@ -65,12 +66,7 @@ def _passes(wrapper: nn.Module, lstm: nn.Module, arguments: tuple[Any, ...]) -> 
             returned = wrapper.forward(*arguments)
         except Exception:
             return False  # The wrapper takes other arguments than its LSTM.
-    if len(calls) != 1:
-        return False
-    (given,) = calls
-    if len(arguments) == 1 and given[1:] == (None,):
-        given = given[:1]
-    return _are_same(given, arguments) and _are_same(returned, result)
+    return len(calls) == 1 and _are_same(calls[0], arguments) and _are_same(returned, result)
 
 
 def _are_same(one: Any, other: Any) -> bool:
@@ -81,19 +77,20 @@ def _are_same(one: Any, other: Any) -> bool:
 
 
 @contextmanager
-def _unchanged(*modules: nn.Module) -> Generator[None]:
-    """Restore the attributes, parameters and buffers of modules after the block."""
-    tables: list[dict[str, Any]] = []
-    for module in modules:
-        tables += [vars(module), vars(module)["_parameters"], vars(module)["_buffers"]]
-    before = [dict(table) for table in tables]
+def _unchanged(wrapper: nn.Module, lstm: nn.Module) -> Generator[None]:
+    """Restore the state, the parameters and PyTorch's list of the LSTM's weights after the block."""
+    tables: list[dict[str, Any]] = [vars(module)["_parameters"] for module in (wrapper, lstm)]
+    weights: list[Any] = vars(lstm).get("_flat_weights", [])
+    before, weights_before = [dict(table) for table in tables], list(weights)
 
     def restore() -> None:
         for table, content in zip(tables, before, strict=True):
             table.clear()
             table.update(content)
+        weights[:] = weights_before
 
-    try:
-        yield
-    finally:
-        surely(restore)
+    with kept_state(wrapper):
+        try:
+            yield
+        finally:
+            surely(restore)
