@@ -91,10 +91,6 @@ def command(
     check_report(page, force)
     to_onnx = output.suffix.lower() == ".onnx"
     _check_options(to_onnx, batches, inputs, also, part, form)
-    if not to_onnx:
-        request.check_needs_no_data("in Python, compress_ takes batches with the model that reads them")
-    elif not batches:
-        request.check_needs_no_data("give inputs of the file as --batches")
     config, difference = request.configuration(), dict[str, Any]()
     kinds = [kind.strip() for kind in also.split(",")] if also else []
     if to_onnx:
@@ -103,6 +99,7 @@ def command(
     else:
         from slimlstm.weight_files import compress_file
 
+        request.check_needs_no_data("in Python, compress_ takes batches with the model that reads them")
         report = compress_file(file, config, output, storage=request.storage_of_masked(), part=part)
         use = f"slimlstm.load({str(output)!r}, model) loads it into the model."
     if page is not None:
@@ -162,6 +159,8 @@ def _to_onnx(
 
     if request.storage_of_masked():
         raise SlimLSTMError("prune takes no --storage for an ONNX file; compress the result again, with --storage alone")
+    if not batches:
+        request.check_needs_no_data("give inputs of the file as --batches")
     config = request.configuration()
     if batches and calibration_needs(config) == Needs.NOTHING and not also:
         raise SlimLSTMError("--batches calibrate, which neither this method nor this storage needs; leave them out")
