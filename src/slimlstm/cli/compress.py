@@ -92,9 +92,8 @@ def command(
     to_onnx = output.suffix.lower() == ".onnx"
     _check_options(to_onnx, batches, inputs, also, part, form)
     config, difference = request.configuration(), dict[str, Any]()
-    kinds = [kind.strip() for kind in also.split(",")] if also else []
     if to_onnx:
-        report, difference = _to_onnx(file, output, request, batches, inputs, kinds, form)
+        report, difference = _to_onnx(file, output, request, batches, inputs, also, form)
         use = f"any ONNX runtime reads it. {difference['difference_note']}"
     else:
         from slimlstm.weight_files import compress_file
@@ -147,7 +146,7 @@ def _to_onnx(
     request: Request,
     batches: list[Path] | None,
     inputs: list[Path] | None,
-    also: list[str],
+    also: str | None,
     form: str,
 ) -> tuple[Any, dict[str, Any]]:
     """Compress an ONNX file; return the report, and how much the outputs of both files differ."""
@@ -168,7 +167,8 @@ def _to_onnx(
     compared = [run for path in inputs for run in read_batches(path)] if inputs else None
     if compared:
         output_difference(file, file, compared[:1])  # Inputs that do not fit are refused before anything is written.
-    report = compress_onnx(file, config, output, batches=runs, also=also, form=form)
+    kinds = [kind.strip() for kind in also.split(",")] if also else []
+    report = compress_onnx(file, config, output, batches=runs, also=kinds, form=form)
     return report, _difference(file, output, compared)
 
 
