@@ -48,8 +48,6 @@ def reason_of(error: BaseException) -> str:
     """
     lines = (line.strip() for line in str(error).splitlines())
     first = next((line for line in lines if line), type(error).__name__)
-    if isinstance(error, KeyError):
-        first = f"KeyError: {first}"  # its message is only the key
     shown = "".join(character if character.isprintable() else "?" for character in first[:_LONGEST])
     return shown if len(first) <= _LONGEST else f"{shown[:-3]}..."
 

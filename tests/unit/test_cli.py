@@ -275,7 +275,7 @@ REFUSED = {
     "inspect: text": (
         writing("text.pt", b"hello"),
         ("inspect", "{}/text.pt"),
-        "no intact PyTorch .*: KeyError: 101",
+        "no intact PyTorch checkpoint: its pickle is damaged or missing",
     ),
     "shrink: weights": (
         nothing,

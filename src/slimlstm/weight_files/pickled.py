@@ -116,6 +116,8 @@ def _content(path: Path) -> object:
             f"{path} holds pickled code, which is not run here; load it where its code is and save "
             f"model.state_dict() instead ({_reason_of_unpickler(error)})"
         ) from error
+    except KeyError as error:  # an opcode that no pickle has
+        raise SlimLSTMError(f"{path} is no intact PyTorch checkpoint: its pickle is damaged or missing") from error
 
 
 def _reason_of_unpickler(error: BaseException) -> str:
