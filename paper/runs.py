@@ -120,6 +120,17 @@ def settings_of(arguments: argparse.Namespace, without: Iterable[str]) -> dict[s
     return {name: str(value) for name, value in vars(arguments).items() if name not in set(without)}
 
 
+def recorded_options(arguments: argparse.Namespace, without: Iterable[str]) -> dict[str, Any]:
+    """Return all options but those named in ``without``, for a result: files and folders by their names alone.
+
+    Examples:
+        >>> recorded_options(argparse.Namespace(lr=0.1, text=Path("/home/me/text"), device="cpu"), ["device"])
+        {'lr': 0.1, 'text': 'text'}
+    """
+    chosen = {name: value for name, value in vars(arguments).items() if name not in set(without)}
+    return {name: value.name if isinstance(value, Path) else value for name, value in chosen.items()}
+
+
 def check_settings(path: Path, theirs: Mapping[str, str], ours: Mapping[str, str]) -> None:
     """Check that the file at ``path`` belongs to a run with the same settings.
 

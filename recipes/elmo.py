@@ -20,7 +20,7 @@ from rich.console import Console
 from paper.elmo_config import ELMoConfig
 from paper.elmo_files import save_bilm
 from paper.elmo_training import Objective, SentenceEncoder, Training, TrainingOptions, sentences_of
-from paper.runs import Pace, exit_if_done, lock_folder, seed, settings_of
+from paper.runs import Pace, exit_if_done, lock_folder, recorded_options, seed, settings_of
 from slimlstm.demo.corpora import CORPORA, read_words, words_of
 from slimlstm.files import write_json
 from slimlstm.provenance import provenance
@@ -68,7 +68,6 @@ def words(split):
 
 
 def result():
-    chosen = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
     log = training.place["log"]
     return {
         "perplexity": {"valid": log[-1]["valid_perplexity"]},
@@ -80,7 +79,7 @@ def result():
             "softmax": sum(parameter.numel() for parameter in objective.softmax.parameters()),
         },
         "options": config.to_options(),
-        "config": {name: value for name, value in chosen.items() if name not in ("output", "max_minutes", "text")},
+        "config": recorded_options(arguments, without=("output", "max_minutes", "text")),
         "seconds": round(training.place["seconds"], 1),
         "provenance": provenance(),
     }

@@ -39,7 +39,7 @@ from paper.cells import CALIBRATION_TOKENS, compress_cell_
 from paper.checkpoints import write_tensors
 from paper.methods import TOGETHER, add_plugin_option, factors_by_svd_, is_calibrated
 from paper.processes import Processes
-from paper.runs import Pace, lock_folder, seed, settings_of
+from paper.runs import Pace, lock_folder, recorded_options, seed, settings_of
 from paper.stored_models import load_language_model, model_folder
 from paper.tensor_train import tensor_train_
 from slimlstm.calibration.moments import Calibration
@@ -170,15 +170,13 @@ def read_weights():
 
 def result():
     losses = {split: training.loss(split) for split in ("valid", "test")}
-    chosen = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
     return {
         "perplexity": {split: math.exp(loss) for split, loss in losses.items()},
         "loss": losses,
         "epochs": len(training.place.log),
         "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
         "sizes": {name: getattr(model.config, name) for name in ("embedding_size", "hidden_size", "num_layers")},
-        "config": {name: value for name, value in chosen.items() if name not in (*unset, "output", "max_minutes")}
-        | {"processes": processes.count, "start": arguments.start and arguments.start.name},
+        "config": recorded_options(arguments, without=(*unset, "output", "max_minutes")) | {"processes": processes.count},
         "seconds": round(training.place.seconds, 1),
         "provenance": provenance(),
     }
