@@ -193,3 +193,19 @@ def test_a_cycle_continues_from_stored_weights_after_a_short_warm_up():
     assert rest[0] == pytest.approx(0.1 * same[0])
     assert rest[6:] == same[6:], "after half an epoch, a twentieth of the cycle"
     assert all(one < other for one, other in zip(rest[:5], same[:5], strict=True))
+
+
+def texts_in(content):
+    """Yield all texts within parsed JSON."""
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, dict | list):
+        for part in content.values() if isinstance(content, dict) else content:
+            yield from texts_in(part)
+
+
+def test_stored_results_name_no_folder_of_the_machine_that_made_them():
+    files = sorted((Path(__file__).parents[2] / "results").rglob("*.json"))
+    assert files
+    found = {text for file in files for text in texts_in(json.loads(file.read_text(encoding="utf-8")))}
+    assert [text for text in found if Path(text).is_absolute()] == []
