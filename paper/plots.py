@@ -35,7 +35,7 @@ def quality_curves(
 
     Args:
         panels: the title of every panel; for each, the names and points (x, y) of its lines.
-        dense: the dense model's y, drawn as a dashed line.
+        dense: the dense model's y, drawn as a dotted line.
         path: the file to write; its suffix decides the format.
         x_label, y_label: labels of the axes.
 
@@ -59,7 +59,7 @@ def norm_curves(panels: Mapping[str, Mapping[str, Points]], dense: Mapping[str, 
 
     Args:
         panels: by title, the points (rank, value) of every line by its name; two columns of panels.
-        dense: by title, the dense matrix's value, drawn as a dashed line.
+        dense: by title, the dense matrix's value, drawn as a dotted line.
         path: its suffix sets the format.
 
     Raises:

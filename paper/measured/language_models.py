@@ -24,7 +24,14 @@ FRONTIER = {"Penn Treebank": "frontier_ptb", "embedded": "frontier_embedded"}
 """Folders of results by the names of models."""
 METHODS = ("prune", "svd", "svd-global", "activation", "fisher", "svd-int8", "fisher-int8")
 INT8 = "fisher-int8"
-FRONTIER_HEADER = ["model, matrices' bytes left", "smaller", "int8", "rank and bits together", "ratio", "perplexity"]
+FRONTIER_HEADER = [
+    "model, matrices' bytes left",
+    "smaller",
+    "rise in int8",
+    "rise with rank and bits together",
+    "ratio",
+    "perplexity",
+]
 FRONTIER_PICTURE = "![Rise of the loss against bytes, for int8 and for rank and bits together](docs/frontier.png)"
 RISE = "rise of the loss (nats per token)"
 
@@ -42,7 +49,7 @@ def demo(tour: Result) -> str:
             f"{row['parameters'] / 1e6:.2f} M",
             f"{row['bytes'] / 1e6:.1f} MB",
             marked(f"{row['perplexity']:.1f}", tour),
-            f"{row['change']:+.1%}",
+            f"{round(row['change'], 3) + 0.0:+.1%}",
             f"{row['latency_ratio']:.1f}x",
         ]
         for row in tour["rows"]
@@ -50,9 +57,9 @@ def demo(tour: Result) -> str:
     ]
     return "\n\n".join(
         [
-            markdown(["rank 50", "LSTM parameters", "stored", "perplexity", "change", "speed"], rows),
+            markdown([f"rank {DEMO_RANK}", "LSTM parameters", "stored", "perplexity", "change", "speed"], rows),
             tour["summary"],
-            "*Perplexity* is per byte-pair token of held-out WikiText-2 text: its first part measures, its rest "
+            "*Perplexity* is per byte-pair token of held-out WikiText-2 text: the first part is measured, the rest "
             "calibrates. `slimlstm eval embedded` measures on all of it. *Speed* is how many times faster the LSTMs read "
             "35 tokens than the dense model's LSTMs in PyTorch, at batch 1 on one thread, side by side on "
             f"{made_with['processor']}. From [`docs/demo.json`](docs/demo.json), with PyTorch {made_with['torch']}. "
@@ -76,12 +83,14 @@ def perplexities(results: ResultFolder) -> str:
     tuned = _by_name(results, "ptb_fine_tuned")
     columns = [(method, target) for target in ("hh", "ih") for method in PAPER]
     rows = [row for rank in sorted({rank for _, _, rank in untuned if rank}) for row in _of_rank(rank, untuned, tuned)]
-    of_tuned = _of_tuned(tuned["dense"]) if any("tuned" in row[0] for row in rows) else ""
+    has_tuned = any("tuned" in row[0] for row in rows)
+    of_untuned = "Rows without *tuned* had" if has_tuned else "The models had"
+    of_tuned = _of_tuned(tuned["dense"]) if has_tuned else ""
     return "\n\n".join(
         [
             markdown(["rank", *(f"{method}, {target}" for method, target in columns)], rows),
-            f"The numbers are test perplexities; the dense model has {untuned[DENSE]['perplexity']:.2f}. Rows "
-            "without *tuned*, from [`results/ptb_untuned`](results/ptb_untuned), have no training after compression. "
+            f"The numbers are test perplexities; the dense model has {untuned[DENSE]['perplexity']:.2f}. "
+            f"{of_untuned} no training after compression ([`results/ptb_untuned`](results/ptb_untuned)). "
             f"{of_tuned}[The reproduction](docs/reproduction.md) says how the model was trained; compare columns with each "
             "other, not with published figures.",
         ]
@@ -115,9 +124,8 @@ def frontier(results: ResultFolder) -> str:
     return "\n\n".join(
         [
             markdown(FRONTIER_HEADER, rows),
-            "Rises of the test loss (nats per token). *int8*: Fisher factors in int8. *Ratio*: second over first. "
-            "*Perplexity*: its change by the second. "
-            f"{_dense(results, FRONTIER)}",
+            "Rises of the test loss are in nats per token; *int8* are Fisher factors. *Perplexity*: its change with "
+            f"rank and bits. {_dense(results, FRONTIER)}",
             FRONTIER_PICTURE,
         ]
     )
@@ -228,7 +236,7 @@ def finetuned(results: ResultFolder) -> list[str]:
     return [
         markdown(["ten minutes of `finetune`", "learning rate", "perplexity before", "after"], rows),
         "The Penn Treebank model with a quarter of its recurrent weights learns from the dense model "
-        f"({first['perplexity']['dense']:.1f}) in bfloat16, threads: {first['provenance']['threads']}. From "
+        f"({first['perplexity']['dense']:.1f}) in bfloat16 on {counted(first['provenance']['threads'], 'thread')}. From "
         "[`results/ptb_tuned`](results/ptb_tuned).",
     ]
 

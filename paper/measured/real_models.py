@@ -38,9 +38,10 @@ def models(results: ResultFolder) -> str:
     return "\n\n".join(
         [
             markdown(header, rows),
-            "*Bytes* are the share of the LSTMs' bytes left; *within 1%*: the smallest that `sl.find_smallest` found. *1 - "
-            "rise of the loss*: 99.9% means 0.001 nats more for each token. *Speed* compares whole models. DTLN runs in "
-            "ONNX Runtime. A model that does much beside its LSTMs, such as Silero VAD, becomes smaller but hardly faster.",
+            "*Bytes* are the share of the LSTMs' bytes left; *within 1%* is the smallest model that `sl.find_smallest` "
+            "found. *1 - rise of the loss*: 99.9% means 0.001 nats more for each token. *Speed* compares whole models. "
+            "DTLN runs in ONNX Runtime. A model that does much beside its LSTMs, such as Silero VAD, becomes smaller but "
+            "hardly faster.",
         ]
     )
 

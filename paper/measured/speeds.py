@@ -107,15 +107,18 @@ def calls(results: ResultFolder, mode: str, words: str) -> str:
         for name in row["faster"]
         if name != "dense"
     )
+    # PyTorch's default is slower than the faster of the two, or equal.
+    differs = f"{by_default:.2f}" != f"{small:.2f}"
+    beside_default = f", and at least {by_default:.2f} times as fast as PyTorch's default, oneDNN" if differs else ""
     return "\n\n".join(
         [
             _calls_table(rows),
             f"The numbers say how many times faster than `nn.LSTM` a layer is in {words}, at batch 1 / 8 / 32, on one "
             "thread in float32. *Dense* layers keep their matrices whole; *factors* keep "
             f"{result['config']['keep']:.0%} of the numbers; I = H. `nn.LSTM` runs with oneDNN or without, whichever is "
-            f"faster. Every compressed layer is at least {small:.2f} times as fast, and at least {by_default:.2f} times as "
-            f"fast as PyTorch's default, oneDNN; the smallest ratio of a dense layer is {dense:.2f}. The settings with the "
-            f"most arithmetic are left out. From [`results/calls/{mode}.json`](results/calls/{mode}.json), made by "
+            f"faster. Every compressed layer is at least {small:.2f} times as fast{beside_default}; the smallest ratio of "
+            f"a dense layer is {dense:.2f}. The settings with the most arithmetic are left out. Times are lower quartiles "
+            f"of interleaved calls. From [`results/calls/{mode}.json`](results/calls/{mode}.json), made by "
             f"`benchmarks/calls.py {mode}` on {result['provenance']['processor']}.",
         ]
     )

@@ -31,7 +31,8 @@ def commands_section(results: ResultFolder) -> str:
 
 {markdown(HEADER, rows, left=2)}
 
-Hours are the sum of the seconds that the files record; a dash where they record none. Then `python recipes/heatmaps.py`
+Recipes need `pip install -c constraints.txt -e ".[recipes]"` in a clone. Hours are the sum of the seconds that the files
+record; a dash where they record none. Then `python recipes/heatmaps.py`
 draws the heatmaps, and `python recipes/reproduction.py` writes this page. Each recipe's `--help` lists its options."""
 
 
@@ -40,15 +41,22 @@ def _row_of(command: str, patterns: tuple[str, ...], results: ResultFolder) -> R
     found = [results.read(path) for path in paths]
     if not found:
         return None
-    hours = sum(_seconds(result.get("seconds")) for result in found) / 3600
+    hours = sum(map(_seconds, found)) / 3600
     return (f"`{command}`", "; ".join(sorted(set(_processors(found)))), len(found), f"{hours:.1f}" if hours else "-")
 
 
-def _seconds(recorded: Any) -> float:
+def _seconds(result: Mapping[str, Any]) -> float:
+    """Return the seconds that a file records: its own, or of each of its trainings.
+
+    A mapping of seconds by step may say how many ``seeds`` were measured at once; the file then counts for one of them.
+    """
+    trainings: Any = result.get("seeds", [])
+    recorded: Any = result.get("seconds", 0.0)
     if isinstance(recorded, Mapping):
-        values: Mapping[str, Any] = recorded
-        return sum(map(_seconds, values.values()))
-    return float(recorded or 0.0)
+        steps: dict[str, float] = {**recorded}
+        seeds = steps.pop("seeds", 1)
+        recorded = sum(steps.values()) / seeds
+    return float(recorded or 0.0) + sum(map(_seconds, trainings))
 
 
 def _processors(found: list[dict[str, Any]]) -> Iterator[str]:

@@ -33,7 +33,7 @@ def training_of(found: Result) -> str:
     config, sizes = found["config"], ""
     if "sizes" in found:
         sizes = " (embedding {embedding_size}, hidden {hidden_size}; the paper's: 400, 1150)".format(**found["sizes"])
-    dropout = f"dropout at {config['dropout']:g} of the published rates"
+    dropout = _dropout_of(config)
     time = f"{found['seconds'] / 60:.0f} minutes on {config['device']} ({found['provenance']['processor']})"
     details = f", with {dropout}, in {time}"
     if config.get("first_epoch"):
@@ -224,16 +224,21 @@ the whole model; its other parts stay in float32."""
         perplexity = marked(f"{perplexity_on_test(self.from_start):.2f}", self.from_start)
         return f"""## Training from random weights, {self.name}
 
-A model that {training_of(self.from_start)}. Its test perplexity is {perplexity}.
+A second model {training_of(self.from_start)}. Its test perplexity is {perplexity}.
 
 {markdown(header, rows)}"""
+
+
+def _dropout_of(config: Mapping[str, Any]) -> str:
+    factor = config["dropout"]
+    return "the published dropout rates" if factor == 1.0 else f"dropout at {factor:g} of the published rates"
 
 
 def _tuning_of(found: Result) -> str:
     config = found["config"]
     return (
         f"for {counted(found['epochs'], 'epoch')} by {OPTIMIZERS[config['optimizer']]} (rate {config['lr']:g}) "
-        f"with dropout at {config['dropout']:g} of the published rates"
+        f"with {_dropout_of(config)}"
     )
 
 

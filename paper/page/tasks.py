@@ -23,6 +23,11 @@ TASKS = {
 PRINTED = ("r10", "r400", "best", "average", "average_efficiency")
 
 
+def _data_of(label: str) -> str:
+    """Return the words of :attr:`paper.task_data.TaskSplit.label` for the middle of a sentence."""
+    return label.replace("complete: ", "all ").replace("subset: ", "")
+
+
 class TaskResults:
     """Results of one task, beside the printed ones."""
 
@@ -86,11 +91,11 @@ class TaskResults:
             f"{name} {self._of_seeds(found)} (printed {self.paper['baseline'][name]})" for name, found in models if found
         )
         seeds = f"Means of {len(dense)} seeds." if len(dense) > 1 else "One seed."
-        limit = f" Cells are measured on the {dense[0]['limit']}." if dense[0]["limit"] else ""
+        limit = f" Cells are measured on the {_data_of(dense[0]['limit'])}." if dense[0]["limit"] else ""
         link = f"{self.sources.link}/task-{self.key}"
         return f"""## {self.name}, {self.model} with ELMo
 
-{self.paper["metric"]}, trained on: {dense[0]["label"]}. Not compressed: {baseline}. {seeds}{limit}
+{self.paper["metric"]}. Trained on {_data_of(dense[0]["label"])}. Not compressed: {baseline}. {seeds}{limit}
 
 {markdown(*self._table(), left=2)}
 
@@ -104,7 +109,7 @@ Also as [CSV]({link}.csv) and [LaTeX]({link}.tex)."""
         """Yield the latency of one sentence, by what is timed and by version of the ELMo."""
         if not self.latency:
             return
-        for part, what in (("elmo", "ELMo"), ("model", f"{self.model} with it")):
+        for part, what in (("elmo", "ELMo"), ("model", f"{self.model} + ELMo")):
             for name, one in self.latency[part].items():
                 yield (
                     *(self.name, what, name, millions(one["parameters"]["after"])),

@@ -2,10 +2,10 @@
 
 Examples:
     >>> import torch, slimlstm as sl
-    >>> model = torch.nn.Sequential(torch.nn.LSTM(8, 16))
+    >>> model = torch.nn.Sequential(torch.nn.LSTM(256, 256))
     >>> report = sl.compress_(model, sl.Quantize("int8"))
     >>> round(report.lstm.bytes_after / report.lstm.bytes_before, 2)
-    0.38
+    0.26
 """
 
 from __future__ import annotations

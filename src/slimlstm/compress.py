@@ -47,7 +47,7 @@ def compress_(
     Every ``nn.LSTM`` and ``nn.LSTMCell`` in the module tree is found. A shared module or matrix is compressed once and
     stays shared. Factored and quantised modules become :class:`slimlstm.LowRankLSTM` or ``LowRankLSTMCell``; pruned modules
     keep their class. Weight drop and other parametrizations of a compressed module end, and the report says so. A matrix
-    whose factors would be no smaller stays dense. An optimiser made before does not know the new parameters: make a new
+    whose factors would be no smaller stays dense. An optimizer made before does not know the new parameters: make a new
     one.
 
     Args:

@@ -34,7 +34,10 @@ if TYPE_CHECKING:
 
 def command(
     file: Annotated[
-        str, typer.Argument(help="A .safetensors, .pt, .pth or .onnx file, the folder of an AWD-LSTM, or 'embedded'.")
+        str,
+        typer.Argument(
+            help="A .safetensors, .pt, .pth, .ckpt, .bin or .onnx file, the folder of an AWD-LSTM, or 'embedded'."
+        ),
     ],
     compressed: Annotated[Path | None, typer.Option(help="A compressed folder of the same model.")] = None,
     method: Method = "svd",

@@ -13,6 +13,7 @@ from slimlstm.cli.options import (
     Energy,
     Force,
     Form,
+    InputFile,
     Json,
     Keep,
     Method,
@@ -42,7 +43,7 @@ _WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
 def command(
-    file: Annotated[Path, typer.Argument(help="A .safetensors, .pt, .pth or .onnx file, or a compressed folder.")],
+    file: InputFile,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The folder to write; for an ONNX file, the ONNX file to write.")
     ],

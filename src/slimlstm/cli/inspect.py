@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from slimlstm.cli.options import Json, Part
+from slimlstm.cli.options import InputFile, Json, Part
 from slimlstm.cli.output import show, sketch
 from slimlstm.errors import SlimLSTMError
 from slimlstm.progress import shown
@@ -19,7 +17,7 @@ _ENERGIES = (0.5, 0.9, 0.99)
 
 
 def command(
-    file: Annotated[Path, typer.Argument(help="A .safetensors, .pt, .pth or .onnx file, or a compressed folder.")],
+    file: InputFile,
     part: Part = None,
     as_json: Json = False,
 ) -> None:

@@ -16,13 +16,16 @@ if TYPE_CHECKING:
     from slimlstm.modules.sites import Site
     from slimlstm.pipeline.config import LowRank, Prune, Quantize, Target
 
+InputFile = Annotated[
+    Path, typer.Argument(help="A .safetensors, .pt, .pth, .ckpt, .bin or .onnx file, or a compressed folder.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 Form = Annotated[
     str,
     typer.Option(
-        help="How LSTMs stand in the ONNX file: lstm (the operator, dense once loaded), scan (a Scan that multiplies by "
-        "factors), or auto (what ONNX Runtime is predicted to run faster).",
+        help="Form of the LSTMs in the ONNX file: lstm (the operator, dense once loaded), scan (a Scan that multiplies by "
+        "factors), or auto (the form that is predicted to be faster in ONNX Runtime).",
     ),
 ]
 ReportPage = Annotated[
@@ -50,7 +53,7 @@ SiteFilter = Annotated[
 ]
 Part = Annotated[
     str | None,
-    typer.Option(help="Which state dict of a checkpoint with several: the keys that lead to it, joined by dots."),
+    typer.Option(help="The keys, joined by dots, that lead to the state dict, if a checkpoint has several."),
 ]
 Storage = Annotated[
     str | None,

@@ -28,7 +28,10 @@ def command(
     ] = "1%",
     measure: Annotated[
         str,
-        typer.Option(help="argmax, cosine or noise (squared difference over squared output); auto chooses by the outputs."),
+        typer.Option(
+            help="argmax (the share of rows whose largest entry moves), cosine (1 - the cosine similarity) or noise (the "
+            "squared difference over squared output); auto chooses by the outputs.",
+        ),
     ] = "auto",
     evaluations: Annotated[int, typer.Option(help="How many files to measure at most.")] = 10,
     page: ReportPage = None,
@@ -37,7 +40,7 @@ def command(
 ) -> None:
     """Make an ONNX file as small as its outputs allow.
 
-    The last third of the runs measures, the others calibrate.
+    The last third of the runs is for measuring, the rest for calibration.
     """
     from slimlstm.onnx.calibrate import read_batches
     from slimlstm.onnx.reading import files_of

@@ -17,8 +17,8 @@ def _import_failure() -> str | None:
         import slimlstm.ops._kernel  # pyright: ignore[reportMissingModuleSource, reportUnusedImport]  # noqa: F401
     except ImportError as error:
         return (
-            f"the compiled kernel could not be imported ({error}); install a C++17 compiler and then slimlstm from source: "
-            "pip install --force-reinstall --no-binary slimlstm slimlstm"
+            f"the compiled kernel could not be imported ({error}); install a C++17 compiler and then, in a clone, slimlstm "
+            "again: pip install --force-reinstall --no-deps ."
         )
     return None
 

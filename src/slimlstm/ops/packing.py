@@ -3,7 +3,7 @@
 Two comparisons before every call detect changes:
 
 - of the identity, memory address and size of each tensor, and of PyTorch's counter of in-place changes. This detects
-  optimiser steps, ``load_state_dict``, in-place edits and assignments to ``.data``. The old memory stays alive until the
+  optimizer steps, ``load_state_dict``, in-place edits and assignments to ``.data``. The old memory stays alive until the
   weights are packed again, so that no new tensor can have its address;
 - of the contents of all weights, because PyTorch does not count edits through ``.data``, NumPy or DLPack. This comparison
   costs as much as one or several time steps. It is skipped where nobody can have edited the weights: since the last

@@ -45,7 +45,7 @@ class LowRank:
         allocation: ``"uniform"`` keeps the same fraction of every matrix. ``"global"`` spends one budget where it reduces
             the method's loss the most (:func:`slimlstm.methods.allocate`). None means global for calibrated methods, whose
             losses are comparable between matrices, and uniform for others.
-        bytes: one budget for all selected matrices, in ``storage``; always global.
+        bytes: a budget in bytes for all selected matrices, counted in ``storage``; always global.
         energy: the fraction of Σ σ² (of the method's losses) that every matrix preserves, in (0, 1].
         storage: also round the factors to this storage; see :class:`Quantize`. ``"auto"`` chooses rank and storage of
             every matrix together, from 3 to 8 bits, where dense matrices are a choice too. It takes ``bytes`` and a method
@@ -193,9 +193,10 @@ class Prune:
 class Quantize:
     """Round the weights of matrices, or of their factors, to a storage smaller than float32.
 
-    int8 has a float32 scale for every row. The parameters stay float32 in memory, rounded to numbers that the storage can
-    hold, so every backend computes with the same weights, and training can go on. The fused kernel reads the small form,
-    and :func:`slimlstm.save` writes it. The projection ``weight_hr`` is rounded together with ``weight_hh``. Weights that a
+    int8 has a float32 scale for every row; int6 to int3 have a float16 scale for every 64 weights of a row. The parameters
+    stay float32 in memory, rounded to numbers that the storage can hold, so every backend computes with the same weights.
+    :func:`slimlstm.finetune` keeps them such numbers; other training does not. The fused kernel reads the small form, and
+    :func:`slimlstm.save` writes it. The projection ``weight_hr`` is rounded together with ``weight_hh``. Weights that a
     mask hides become zero.
 
     Attributes:
