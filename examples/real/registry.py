@@ -4,12 +4,14 @@ import argparse
 import copy
 import hashlib
 import os
+import runpy
 import subprocess
 import sys
 import time
 import wave
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -60,6 +62,12 @@ def speech():
     with wave.open(str(data("silero_vad/test.wav"))) as file:
         samples = np.frombuffer(file.readframes(file.getnframes()), np.int16)
     return torch.from_numpy(samples / np.float32(2**15))
+
+
+def example(name):
+    """Return the functions and classes of the program ``NAME.py`` in this folder, without its study."""
+    # It cannot be imported where it has the name of the package that it imports.
+    return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name(f"{name}.py"))))
 
 
 def arguments():

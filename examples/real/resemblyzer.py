@@ -32,30 +32,46 @@ def mel_spectra(sound):
     return spectrum.T @ bands
 
 
+def slices_of(sound):
+    """Return the mel spectra [N, 160, 40] of overlapping slices of 1.6 s."""
+    return mel_spectra(sound).unfold(0, 160, 20).transpose(1, 2).contiguous()
+
+
+def published():
+    """Return the network with the published weights."""
+    folder = package("Resemblyzer==0.1.4", "8f12eb2f1a9982d32e8db7856de754709b59c93a77bcf0ff536584b619a9dd1f")
+    state = torch.load(folder / "resemblyzer/pretrained.pt", map_location="cpu", weights_only=True)["model_state"]
+    model = SpeakerEncoder().eval()
+    model.load_state_dict({name: state[name] for name in model.state_dict()})
+    return model
+
+
+def prepared():
+    """Return the dense model, inputs to time it with, and the data that calibrate and judge smaller models."""
+    dense, slices = published(), slices_of(speech())
+    third = len(slices) // 3
+    seen, held_out = slices[: third - 8], [slices[third : 2 * third - 8], slices[2 * third :]]  # no frame is in two parts
+    with torch.no_grad():
+        validation, test = [(part, dense(part)) for part in held_out]
+    # Labels are sampled around the outputs of the dense model, so the recording needs none.
+    data = {"batches": seen.split(16), "loss": lambda model, batch: Independent(Normal(model(batch), 1.0), 1)}
+    return dense, (slices[:1],), data | {"validation": validation, "test": test}
+
+
 @torch.no_grad()
 def similarity(model, part):
     mels, embeddings = part
     return (model(mels) * embeddings).sum(1)
 
 
-folder = package("Resemblyzer==0.1.4", "8f12eb2f1a9982d32e8db7856de754709b59c93a77bcf0ff536584b619a9dd1f")
-state = torch.load(folder / "resemblyzer/pretrained.pt", map_location="cpu", weights_only=True)["model_state"]
-dense = SpeakerEncoder().eval()
-dense.load_state_dict({name: state[name] for name in dense.state_dict()})
-slices = mel_spectra(speech()).unfold(0, 160, 20).transpose(1, 2).contiguous()
-third = len(slices) // 3
-seen, held_out = slices[: third - 8], [slices[third : 2 * third - 8], slices[2 * third :]]  # no frame is in two parts
-with torch.no_grad():
-    validation, test = [(part, dense(part)) for part in held_out]
-# Mel energies range over orders of magnitude, so int8 with one scale per row would lose the small ones.
-not_mels = {"storage": "int8", "filter": lambda site: not site.key.endswith("weight_ih_l0")}
-configs = {
-    "bfloat16": sl.Quantize("bfloat16"),
-    "int8 but for mels": sl.Quantize(**not_mels),
-    "int8": sl.Quantize("int8"),
-    "fisher 80%, int8 but for mels": sl.LowRank("fisher", keep=0.8, **not_mels),
-}
-# Labels are sampled around the outputs of the dense model, so the recording needs none.
-data = {"batches": seen.split(16), "loss": lambda model, batch: Independent(Normal(model(batch), 1.0), 1)}
-data |= {"validation": validation, "test": test}
-study("resemblyzer", "cosine similarity", dense, configs, similarity, slices[:1], **data)
+if __name__ == "__main__":
+    dense, inputs, data = prepared()
+    # Mel energies range over orders of magnitude, so int8 with one scale per row would lose the small ones.
+    not_mels = {"storage": "int8", "filter": lambda site: not site.key.endswith("weight_ih_l0")}
+    configs = {
+        "bfloat16": sl.Quantize("bfloat16"),
+        "int8 but for mels": sl.Quantize(**not_mels),
+        "int8": sl.Quantize("int8"),
+        "fisher 80%, int8 but for mels": sl.LowRank("fisher", keep=0.8, **not_mels),
+    }
+    study("resemblyzer", "cosine similarity", dense, configs, similarity, *inputs, **data)

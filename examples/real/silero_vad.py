@@ -33,6 +33,19 @@ class SileroVAD(nn.Module):
         return self.final_conv(h.relu()[:, :, None]).sigmoid()[:, 0, 0], (h, c)
 
 
+def published():
+    """Return the network with the published weights."""
+    folder = package("silero-vad==6.2.3", "7b7f5436cfcb02fae583a05b512ea96467fd449fe54cb49a5e4f06c51a1e43b8")
+    model = SileroVAD().eval()
+    model.load_state_dict(load_file(folder / "silero_vad/data/silero_vad_16k.safetensors"))
+    return model
+
+
+def chunks_of(sound):
+    """Cut streams [B, N] into chunks [N / 512, B, 576], each with the last samples of the chunk before it."""
+    return nn.functional.pad(sound, (CONTEXT, 0)).unfold(1, CHUNK + CONTEXT, CHUNK).transpose(0, 1)
+
+
 def probabilities(model, chunks):
     state, found = None, []
     for chunk in chunks:
@@ -48,27 +61,28 @@ def agreement(model, part):
     return ((probabilities(model, chunks) > 0.5) == decisions).double().unflatten(1, (-1, STREAMS)).mean((0, 2))
 
 
-folder = package("silero-vad==6.2.3", "7b7f5436cfcb02fae583a05b512ea96467fd449fe54cb49a5e4f06c51a1e43b8")
-dense = SileroVAD().eval()
-dense.load_state_dict(load_file(folder / "silero_vad/data/silero_vad_16k.safetensors"))
-# A minute of speech, as it is and with more and more noise: streams [STREAMS, N].
-sound = (
-    speech()
-    + torch.randn(len(speech()), generator=torch.Generator().manual_seed(0)) * torch.linspace(0, 0.03, STREAMS)[:, None]
-)
-chunks = nn.functional.pad(sound, (CONTEXT, 0)).unfold(1, CHUNK + CONTEXT, CHUNK).transpose(0, 1)
-# A third calibrates. Segments of two seconds take turns in validating and testing.
-seen, segments = chunks[: len(chunks) // 3], chunks[len(chunks) // 3 :].split(60)[:20]
-held_out = [torch.cat(segments[start::2], dim=1) for start in (0, 1)]
-with torch.no_grad():
-    validation, test = [(part, probabilities(dense, part) > 0.5) for part in held_out]
-    state = dense(chunks[0, :1])[1]
-configs = {
-    "int8": sl.Quantize("int8"),
-    "fisher 50%, int8": sl.LowRank("fisher", keep=0.5, storage="int8"),
-    "fisher 25%, int8": sl.LowRank("fisher", keep=0.25, storage="int8"),
-}
-# Labels are sampled from the predictions of the dense model, so the recording needs none.
-data = {"batches": seen.split(100), "loss": lambda model, batch: Bernoulli(probabilities(model, batch))}
-data |= {"validation": validation, "test": test}
-study("silero-vad", "same decisions", dense, configs, agreement, chunks[1, :1], state, **data)
+def prepared():
+    """Return the dense model, inputs to time it with, and the data that calibrate and judge smaller models."""
+    dense = published()
+    # A minute of speech, as it is and with more and more noise: streams [STREAMS, N].
+    noise = torch.randn(len(speech()), generator=torch.Generator().manual_seed(0))
+    chunks = chunks_of(speech() + noise * torch.linspace(0, 0.03, STREAMS)[:, None])
+    # A third calibrates. Segments of two seconds take turns in validating and testing.
+    seen, segments = chunks[: len(chunks) // 3], chunks[len(chunks) // 3 :].split(60)[:20]
+    held_out = [torch.cat(segments[start::2], dim=1) for start in (0, 1)]
+    with torch.no_grad():
+        validation, test = [(part, probabilities(dense, part) > 0.5) for part in held_out]
+        state = dense(chunks[0, :1])[1]
+    # Labels are sampled from the predictions of the dense model, so the recording needs none.
+    data = {"batches": seen.split(100), "loss": lambda model, batch: Bernoulli(probabilities(model, batch))}
+    return dense, (chunks[1, :1], state), data | {"validation": validation, "test": test}
+
+
+if __name__ == "__main__":
+    dense, inputs, data = prepared()
+    configs = {
+        "int8": sl.Quantize("int8"),
+        "fisher 50%, int8": sl.LowRank("fisher", keep=0.5, storage="int8"),
+        "fisher 25%, int8": sl.LowRank("fisher", keep=0.25, storage="int8"),
+    }
+    study("silero-vad", "same decisions", dense, configs, agreement, *inputs, **data)
