@@ -28,17 +28,15 @@ from paper.checkpoints import (
     without_prefix,
     write_tensors,
 )
+from paper.optimization import one_cycle, take_gradients
 from paper.processes import Processes
-from paper.runs import Pace, check_settings, one_cycle, seed, write_log
+from paper.runs import Pace, check_settings, seed, write_log
 from slimlstm.demo.awd_lstm import AWDLSTM, LSTMStates
-from slimlstm.errors import SlimLSTMError
 from slimlstm.evaluate import perplexity
 from slimlstm.tuning.grid import Grid
 
 OPTIMIZERS = {"ntasgd": 30.0, "asgd": 30.0, "adamw": 3e-3}
 """Learning rate by optimizer: SGD that turns into averaged SGD, averaged SGD, AdamW with one cycle and averages."""
-LayerStates = list[tuple[Tensor, Tensor]]
-"""By layer: h [1, B, P] and c [1, B, H]."""
 CLIP, ALPHA, BETA, WEIGHT_DECAY, PATIENCE = 0.25, 2.0, 1.0, 1.2e-6, 5
 WARM_UP = 0.1
 EVALUATION_STREAMS = 10
@@ -184,13 +182,8 @@ class Training:
         return min(max(5, int(torch.normal(mean, 5.0, ()))), self.length - 1 - place.position)
 
     def _update(self, loss: Tensor, taken: int) -> None:
-        self.optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), CLIP)
-        if not torch.isfinite(norm):
-            raise SlimLSTMError(
-                f"the gradient's norm is {float(norm)} in epoch {self.place.epoch}; try an lr below {self.options.lr}"
-            )
+        parameters, lr = self.parameters.values(), self.options.lr
+        take_gradients(loss, self.optimizer, parameters, clip=CLIP, lr=lr, epoch=self.place.epoch)
         self.optimizer.param_groups[0]["lr"] = self.learning_rate(taken)
         self.grid.leave()
         self.optimizer.step()

@@ -22,9 +22,9 @@ from paper.characters import characters_of, sentence_marks
 from paper.checkpoints import moments_of, read_tensors, restore_moments, with_prefix, without_prefix, write_tensors
 from paper.elmo import BiLM
 from paper.elmo_config import ELMoConfig
-from paper.runs import Pace, check_settings, one_cycle, seed, write_log
+from paper.optimization import one_cycle, take_gradients
+from paper.runs import Pace, check_settings, seed, write_log
 from slimlstm.demo.corpora import EOS
-from slimlstm.errors import SlimLSTMError
 
 BEGIN, END, UNKNOWN = 0, 1, 2
 """Ids of the marks around a sentence, and of words that training has not seen."""
@@ -241,11 +241,8 @@ class Training:
         seed(options.seed, "step", place["epoch"], place["batch"])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=options.bfloat16):
             loss = self.objective(*chosen, options.samples)
-        self.optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), CLIP)
-        if not torch.isfinite(norm):
-            raise SlimLSTMError(f"the gradient's norm is {float(norm)}; try an lr below {options.lr}")
+        parameters = self.parameters.values()
+        take_gradients(loss, self.optimizer, parameters, clip=CLIP, lr=options.lr, epoch=place["epoch"])
         self.optimizer.param_groups[0]["lr"] = self.learning_rate(batches)
         self.optimizer.step()
         place["total"] += loss.item()

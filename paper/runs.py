@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 import zlib
@@ -74,7 +73,7 @@ class Pace:
         checkpoint_seconds: between two checkpoints.
 
     Examples:
-        >>> Pace(0.0).is_over(), Pace(math.inf).is_over()
+        >>> Pace(0.0).is_over(), Pace(float("inf")).is_over()
         (True, False)
     """
 
@@ -158,17 +157,3 @@ def write_log(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def one_cycle(done: float, warm_up: float, rising: float) -> float:
-    """Return the learning rate as a fraction of its peak, when the fraction ``done`` of training is over.
-
-    During the fraction ``warm_up`` it is ``rising``, at most 1; then it falls from 1 to 0 along half a cosine.
-
-    Examples:
-        >>> [round(one_cycle(done, 0.1, 0.1 + 9.0 * done), 2) for done in (0.0, 0.05, 0.1, 0.55, 1.0)]
-        [0.1, 0.55, 1.0, 0.5, 0.0]
-    """
-    if done < warm_up:
-        return min(1.0, rising)
-    return (1.0 + math.cos(math.pi * (done - warm_up) / (1.0 - warm_up))) / 2.0

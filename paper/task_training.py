@@ -16,9 +16,9 @@ from torch.nn.utils import parametrize
 
 from paper.checkpoints import moments_of, read_tensors, restore_moments, with_prefix, without_prefix, write_tensors
 from paper.elmo import BiLM
+from paper.optimization import take_gradients
 from paper.runs import Pace, check_settings, seed, write_log
 from paper.tasks import Batch, Remembering, losses, predictions, scores
-from slimlstm.errors import SlimLSTMError
 
 CLIP, PATIENCE = 5.0, 4
 LANGUAGE_MODEL = "embedder.elmo.bilm."
@@ -114,11 +114,8 @@ class Training:
         place = self.place
         seed(self.number, "dropout", place["epoch"], place["position"])
         loss = losses(self.model, batch).mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), CLIP)
-        if not torch.isfinite(norm):
-            raise SlimLSTMError(f"the gradient's norm is {float(norm)}; try an lr below {place['lr']}")
+        parameters = self.parameters.values()
+        take_gradients(loss, self.optimizer, parameters, clip=CLIP, lr=place["lr"], epoch=place["epoch"])
         self.optimizer.param_groups[0]["lr"] = place["lr"]
         self.optimizer.step()
         place["total"] += loss.item()

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from paper import methods
 from paper.awd_training import Training, TrainingOptions
 from paper.checkpoints import moments_of, read_tensors, restore_moments, without_prefix, write_tensors
+from paper.optimization import one_cycle, take_gradients
 from paper.processes import Processes
-from paper.runs import Pace, check_settings, exit_if_done, lock_folder, one_cycle, seed, settings_of
+from paper.runs import Pace, check_settings, exit_if_done, lock_folder, seed, settings_of
 from paper.tensor_train import three_factors
 from slimlstm import SlimLSTMError
 from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig
@@ -88,6 +89,12 @@ def test_the_rate_never_exceeds_its_peak_and_ends_at_zero():
     assert max(rates) == 1.0
     assert rates[-1] == pytest.approx(0.0, abs=1e-12)
     assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_gradients_that_are_not_finite_are_refused():
+    weight = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(SlimLSTMError, match=r"norm is inf in epoch 3; try an lr below 0\.1"):
+        take_gradients((weight * torch.inf).sum(), torch.optim.SGD([weight]), [weight], clip=1.0, lr=0.1, epoch=3)
 
 
 @pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
