@@ -31,6 +31,7 @@ from paper.checkpoints import (
 from paper.optimization import one_cycle, take_gradients
 from paper.processes import Processes
 from paper.runs import Pace, check_settings, seed, write_log
+from paper.texts import EVALUATION_STREAMS, side_by_side
 from slimlstm.demo.awd_lstm import AWDLSTM, LSTMStates
 from slimlstm.evaluate import perplexity
 from slimlstm.tuning.grid import Grid
@@ -39,7 +40,6 @@ OPTIMIZERS = {"ntasgd": 30.0, "asgd": 30.0, "adamw": 3e-3}
 """Learning rate by optimizer: SGD that turns into averaged SGD, averaged SGD, AdamW with one cycle and averages."""
 CLIP, ALPHA, BETA, WEIGHT_DECAY, PATIENCE = 0.25, 2.0, 1.0, 1.2e-6, 5
 WARM_UP = 0.1
-EVALUATION_STREAMS = 10
 AVERAGED_STEPS = 300
 """Time constant in steps of AdamW's exponential average of the weights, which is good before the cycle has ended."""
 
@@ -136,8 +136,8 @@ class Training:
     ) -> None:
         self.model, self.tokens, self.options, self.processes = model, tokens, options, processes
         self.device = tokens["train"].device
-        self.length = len(tokens["train"]) // streams
-        text = tokens["train"][: self.length * streams].view(streams, self.length).t().contiguous()
+        text = side_by_side(tokens["train"], streams)
+        self.length = len(text)
         self.text = text.chunk(processes.count, 1)[processes.rank]
         objective = Objective(model)
         is_alone = processes.count == 1

@@ -42,9 +42,10 @@ from paper.processes import Processes
 from paper.runs import Pace, lock_folder, recorded_options, seed, settings_of
 from paper.stored_models import load_language_model, model_folder
 from paper.tensor_train import tensor_train_
+from paper.texts import add_text_options, words_in
 from slimlstm.calibration.moments import Calibration
 from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig, load_awd_lstm, save_awd_lstm
-from slimlstm.demo.corpora import CORPORA, EOS, Vocabulary, read_words, words_of
+from slimlstm.demo.corpora import EOS, Vocabulary
 from slimlstm.files import write_json, write_text
 from slimlstm.methods import METHODS
 from slimlstm.provenance import provenance
@@ -59,9 +60,7 @@ CONFIGS = {
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 plugins = add_plugin_option(parser)
-source = parser.add_mutually_exclusive_group(required=True)
-source.add_argument("--corpus", choices=CORPORA)
-source.add_argument("--text", type=Path, help="folder with train.txt, valid.txt and test.txt, instead of a corpus")
+add_text_options(parser)
 parser.add_argument("--output", type=Path, required=True, help="folder")
 parser.add_argument("--config", choices=CONFIGS, help="sizes and dropout rates; default: chosen by the corpus")
 parser.add_argument("--embedding", type=int, help="embedding size; default: the config's")
@@ -122,12 +121,6 @@ if (output / "result.json").exists():
 lock = lock_folder(output) if processes.is_first else None
 
 
-def words(split):
-    if arguments.text:
-        return words_of((arguments.text / f"{split}.txt").read_text(encoding="utf-8"))
-    return read_words(arguments.corpus, split)
-
-
 def started_model():
     """Return the model that ``--start`` names, with this config's dropout rates, and its vocabulary."""
     model = load_language_model(arguments.start)
@@ -138,7 +131,7 @@ def started_model():
 
 def new_model():
     """Return a model with random weights, and the vocabulary of the training text."""
-    vocabulary = Vocabulary([EOS, *words("train")])
+    vocabulary = Vocabulary([EOS, *words_in(arguments, "train")])
     asked = {"embedding_size": arguments.embedding, "hidden_size": arguments.hidden}
     sizes = config["sizes"] | {name: size for name, size in asked.items() if size}
     return AWDLSTM(AWDLSTMConfig(len(vocabulary), **sizes).scaled(arguments.dropout)), vocabulary
@@ -190,7 +183,8 @@ if device.type == "cpu":
     model.lstms = nn.ModuleList(sl.LowRankLSTM.from_dense(lstm) for lstm in model.lstms)
 if arguments.compress:
     calibration = Calibration.load(arguments.calibration) if arguments.calibration else None
-    text = vocabulary.encode(words("train"))[: arguments.calibrate or CALIBRATION_TOKENS] if calibration else None
+    limit = arguments.calibrate or CALIBRATION_TOKENS
+    text = vocabulary.encode(words_in(arguments, "train"))[:limit] if calibration else None
     compress_cell_(model, arguments.compress, arguments.target, arguments.rank, calibration=calibration, tokens=text)
 if arguments.compress == "semi-nmf":
     factors_by_svd_(model.lstms)
@@ -208,7 +202,7 @@ options = TrainingOptions(
     first_epoch=arguments.first_epoch or 0,
     warm_up=arguments.warm_up or 0.1,
 )
-tokens = {split: vocabulary.encode(words(split)).to(device) for split in ("train", "valid", "test")}
+tokens = {split: vocabulary.encode(words_in(arguments, split)).to(device) for split in ("train", "valid", "test")}
 training = Training(model, tokens, arguments.streams, options, processes)
 # Left out where they are not used, as in the checkpoints of runs before they existed.
 unset = [name for name in ("first_epoch", "warm_up", "plugin", "calibration", "calibrate") if not getattr(arguments, name)]

@@ -15,28 +15,20 @@ from pathlib import Path
 from rich.console import Console
 from safetensors import safe_open
 
-from paper.awd_training import EVALUATION_STREAMS
 from paper.runs import read_json
 from paper.stored_models import MODELS, load_language_model, model_folder, save_language_model
-from slimlstm.demo.corpora import CORPORA, Vocabulary, read_words, words_of
+from paper.texts import EVALUATION_STREAMS, add_text_options, words_in
+from slimlstm.demo.corpora import Vocabulary
 from slimlstm.evaluate import perplexity
 from slimlstm.files import write_json
 from slimlstm.provenance import provenance
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", type=model_folder, required=True, help="folder of an AWD-LSTM, with vocab.txt")
-source = parser.add_mutually_exclusive_group(required=True)
-source.add_argument("--corpus", choices=CORPORA)
-source.add_argument("--text", type=Path, help="folder with valid.txt and test.txt, instead of a corpus")
+add_text_options(parser, files="valid.txt and test.txt")
 parser.add_argument("--name", required=True, help="of the stored model")
 parser.add_argument("--models", type=Path, default=MODELS, help="folder of stored models")
 arguments = parser.parse_args()
-
-
-def words(split):
-    if arguments.text:
-        return words_of((arguments.text / f"{split}.txt").read_text(encoding="utf-8"))
-    return read_words(arguments.corpus, split)
 
 
 def perplexities(model):
@@ -68,7 +60,7 @@ def earlier(settings):
 
 
 vocabulary = Vocabulary.read(arguments.model / "vocab.txt")
-tokens = {split: vocabulary.encode(words(split)) for split in ("valid", "test")}
+tokens = {split: vocabulary.encode(words_in(arguments, split)) for split in ("valid", "test")}
 dense, folder = load_language_model(arguments.model), arguments.models / arguments.name
 how = training()
 # Ask git now: saving replaces files that it may track, and the tree would no longer be clean.

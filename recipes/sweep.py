@@ -37,8 +37,9 @@ from paper.cells import CALIBRATION_TOKENS, calibration_batches, compress_cell_
 from paper.methods import PAPER, TOGETHER, add_plugin_option, import_plugins, is_calibrated
 from paper.runs import read_json
 from paper.stored_models import load_language_model, model_folder
+from paper.texts import add_text_options, text_of
 from slimlstm.calibration.moments import Calibration
-from slimlstm.demo.corpora import CORPORA, Vocabulary, read_text, words_of
+from slimlstm.demo.corpora import Vocabulary, words_of
 from slimlstm.evaluate import NextTokens, perplexity
 from slimlstm.files import write_json
 from slimlstm.methods import METHODS
@@ -49,9 +50,7 @@ QUANTIZED = ("int8", "pytorch-int8")
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 plugins = add_plugin_option(parser)
 parser.add_argument("--model", type=model_folder, required=True, help="folder of an AWD-LSTM, or name of a stored one")
-source = parser.add_mutually_exclusive_group(required=True)
-source.add_argument("--corpus", choices=CORPORA)
-source.add_argument("--text", type=Path, help="folder with train.txt, valid.txt and test.txt, instead of a corpus")
+add_text_options(parser)
 parser.add_argument("--split", default="test")
 parser.add_argument("--output", type=Path, required=True, help="folder")
 parser.add_argument("--methods", nargs="+", choices=[*METHODS, TOGETHER, *QUANTIZED], default=list(PAPER))
@@ -75,17 +74,11 @@ console = Console()
 arguments.output.mkdir(parents=True, exist_ok=True)
 
 
-def read(split):
-    if arguments.corpus:
-        return read_text(arguments.corpus, split)
-    return (arguments.text / f"{split}.txt").read_text(encoding="utf-8")
-
-
 def encoded(text):
     return Vocabulary.read(arguments.model / "vocab.txt").encode(words_of(text))
 
 
-text = read(arguments.split)
+text = text_of(arguments, arguments.split)
 calibration = arguments.output / "calibration.safetensors"  # large, and ignored by git
 settings = {
     "model": arguments.model.name,
@@ -101,7 +94,7 @@ def path_of(method, target, rank):
 
 
 def calibration_tokens():
-    return encoded(read("train"))[: arguments.calibrate]
+    return encoded(text_of(arguments, "train"))[: arguments.calibrate]
 
 
 def quiet(*_):

@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 
 import slimlstm as sl
 from paper.stored_models import load_language_model, model_folder
+from paper.texts import EVALUATION_STREAMS, side_by_side
 from slimlstm.calibration.moments import Calibration
 from slimlstm.demo.corpora import CORPORA, Vocabulary, read_words
 from slimlstm.evaluate import perplexity
@@ -33,7 +34,6 @@ from slimlstm.tuning import divergence
 
 BPTT = 70
 VALIDATION_TOKENS = 10_000
-EVALUATION_STREAMS = 10
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", type=model_folder, required=True, help="folder of an AWD-LSTM, or name of a stored one")
@@ -59,7 +59,7 @@ if arguments.output.exists():
 
 words = Vocabulary.read(arguments.model / "vocab.txt")
 tokens = {split: words.encode(read_words(arguments.corpus, split)) for split in ("train", "valid", "test")}
-streams = tokens["train"][: len(tokens["train"]) // arguments.streams * arguments.streams].view(arguments.streams, -1).t()
+streams = side_by_side(tokens["train"], arguments.streams)
 dense = load_language_model(arguments.model).to(arguments.device)
 model = copy.deepcopy(dense)
 model.config = model.config.scaled(arguments.dropout)
