@@ -10,8 +10,6 @@ half-precision weights, a held-out slice of the test text and its token ids into
 
 import argparse
 import json
-import platform
-import subprocess
 import time
 from pathlib import Path
 
@@ -19,19 +17,21 @@ import sentencepiece
 import torch
 from rich.console import Console
 from rich.progress import track
-from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
-from paper.checkpoints import write_tensors
+from paper.checkpoints import moments_of, read_tensors, restore_moments, with_prefix, without_prefix, write_tensors
+from paper.optimization import take_gradients
+from paper.texts import EVALUATION_STREAMS, side_by_side
 from slimlstm.demo.awd_lstm import AWDLSTM, AWDLSTMConfig
 from slimlstm.demo.corpora import CORPORA, read_text, words_of
+from slimlstm.evaluate import perplexity
 from slimlstm.files import replacing, write_json, write_text
+from slimlstm.provenance import provenance
 
 PACKAGE_FOLDER = Path(__file__).parents[1] / "src" / "slimlstm" / "demo" / "embedded"
 HELD_OUT_LINES = 300
 VOCAB_SIZE = 4096
 BPTT = 70
-EVALUATION_STREAMS = 10
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--run", type=Path, required=True, help="folder for checkpoints and the log")
@@ -72,21 +72,9 @@ def encode(text):
     return torch.tensor([token for pieces in tokenizer.encode(lines) for token in (*pieces, tokenizer.eos_id())])
 
 
-def streams_of(tokens, count):
-    """Cut tokens into ``count`` consecutive streams [T, count], without the tail."""
-    return tokens[: len(tokens) // count * count].view(count, -1).t().contiguous()
-
-
-def evaluate(model, streams):
-    """Return the mean negative log-likelihood a token, with the state carried through."""
-    model.eval()
-    total, state = 0.0, None
-    with torch.no_grad():
-        for start in range(0, len(streams) - 1, BPTT):
-            targets = streams[start + 1 : start + 1 + BPTT]
-            logits, state = model(streams[start : start + len(targets)], state)
-            total += cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
-    return total / (len(streams) - 1) / streams.shape[1]
+def loss_on(split):
+    """Return the mean negative log-likelihood a token."""
+    return perplexity(model, tokens[split], streams=EVALUATION_STREAMS, steps=BPTT).loss
 
 
 text = {split: read_text("wikitext-2", split) for split in ("train", "valid", "test")}
@@ -107,7 +95,7 @@ config = AWDLSTMConfig(
 ).scaled(arguments.dropout)
 model = AWDLSTM(config)
 optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, betas=(0.9, 0.99), weight_decay=0.02)
-train = streams_of(tokens["train"], arguments.streams)
+train = side_by_side(tokens["train"], arguments.streams)
 steps_per_epoch = (len(train) - 1 - BPTT) // BPTT
 schedule = torch.optim.lr_scheduler.OneCycleLR(
     optimizer, arguments.lr, total_steps=arguments.epochs * steps_per_epoch, pct_start=0.1, div_factor=10
@@ -116,19 +104,14 @@ schedule = torch.optim.lr_scheduler.OneCycleLR(
 log_file, checkpoint = arguments.run / "log.jsonl", arguments.run / "checkpoint.safetensors"
 first_epoch = 0
 if checkpoint.exists():
-    saved = load_file(checkpoint)
+    saved, _ = read_tensors(checkpoint)
     first_epoch = int(saved.pop("epoch")) + 1
     torch.set_rng_state(saved.pop("rng"))
-    weights = {name.removeprefix("model."): value for name, value in saved.items() if name.startswith("model.")}
+    weights = without_prefix("model", saved)
     model.load_state_dict(weights | {"decoder.weight": weights["embedding.weight"]})
-    moments = {}
-    for name, value in saved.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".")
-            moments.setdefault(int(index), {})[key] = value
     schedule.last_epoch = first_epoch * steps_per_epoch - 1
     schedule.step()
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    restore_moments(optimizer, saved)
     console.print(f"continuing with epoch {first_epoch}")
 
 settings = {name: value for name, value in vars(arguments).items() if name != "run"}
@@ -144,9 +127,7 @@ for epoch in range(first_epoch, arguments.epochs):
         with torch.autocast("cpu", torch.bfloat16):
             logits, state = model(inputs, state)
         loss = cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        take_gradients(loss, optimizer, model.parameters(), clip=1.0, lr=arguments.lr, epoch=epoch)
         optimizer.step()
         schedule.step() if schedule.last_epoch + 1 < schedule.total_steps else None
         state = [(h.detach(), c.detach()) for h, c in state]
@@ -154,31 +135,25 @@ for epoch in range(first_epoch, arguments.epochs):
     entry = {
         "epoch": epoch,
         "train_loss": total / steps_per_epoch,
-        "valid_loss": evaluate(model, streams_of(tokens["valid"], EVALUATION_STREAMS)),
+        "valid_loss": loss_on("valid"),
         "seconds": round(time.monotonic() - began, 1),
     }
     console.print(entry)
     with log_file.open("a") as log:
         log.write(json.dumps(entry) + "\n")
-    state_dict = model.state_dict()
-    state_dict.pop("decoder.weight")
-    optimizer_state = optimizer.state_dict()["state"]
-    write_tensors(
-        checkpoint,
-        {f"model.{name}": value for name, value in state_dict.items()}
-        | {f"optimizer.{index}.{key}": value for index, entry in optimizer_state.items() for key, value in entry.items()}
-        | {"rng": torch.get_rng_state(), "epoch": torch.tensor(epoch)},
-    )
+    weights = {name: value for name, value in model.state_dict().items() if name != "decoder.weight"}
+    place = {"rng": torch.get_rng_state(), "epoch": torch.tensor(epoch)}
+    write_tensors(checkpoint, with_prefix("model", weights) | moments_of(optimizer) | place)
 
 half = {name: value.half() for name, value in model.state_dict().items() if name != "decoder.weight"}
 model.load_state_dict(
     {name: value.float() for name, value in half.items()} | {"decoder.weight": half["embedding.weight"].float()}
 )
-losses = {split: evaluate(model, streams_of(tokens[split], EVALUATION_STREAMS)) for split in ("valid", "test")}
+losses = {split: loss_on(split) for split in ("valid", "test")}
 words = {split: len(words_of(text[split])) for split in losses}
 history = [json.loads(line) for line in log_file.read_text().splitlines()]
-commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-provenance = {
+origin = provenance()
+training = {
     "corpus": "wikitext-2",
     "sha256": {split: CORPORA["wikitext-2"].splits[split].sha256 for split in text},
     "sizes": {"vocab": VOCAB_SIZE, "embedding": 256, "hidden": 448, "layers": 3},
@@ -188,12 +163,8 @@ provenance = {
         split: float(torch.tensor(loss * len(tokens[split]) / words[split]).exp()) for split, loss in losses.items()
     },
     "minutes": round(sum(entry.get("seconds", 0.0) for entry in history) / 60),
-    "commit": commit,
-    "versions": {
-        "torch": torch.__version__,
-        "sentencepiece": sentencepiece.__version__,
-        "python": platform.python_version(),
-    },
+    "commit": origin["commit"],
+    "versions": {"torch": origin["torch"], "sentencepiece": sentencepiece.__version__, "python": origin["python"]},
 }
 held_out = "\n".join(text["test"].split("\n")[:HELD_OUT_LINES]) + "\n"
 write_tensors(PACKAGE_FOLDER / "model.safetensors", half)
@@ -201,5 +172,5 @@ write_tensors(PACKAGE_FOLDER / "held_out.safetensors", {"tokens": encode(held_ou
 write_text(PACKAGE_FOLDER / "held_out.txt", held_out)
 with replacing(PACKAGE_FOLDER / "tokenizer.model") as draft:
     draft.write_bytes(tokenizer_file.read_bytes())
-write_json(PACKAGE_FOLDER / "training.json", provenance)
-console.print(provenance)
+write_json(PACKAGE_FOLDER / "training.json", training)
+console.print(training)
