@@ -11,7 +11,6 @@ from slimlstm.calibration.moments import Calibration
 from slimlstm.calibration.refit import FittingError, Observer
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import DENSE, Needs, Replacement
-from slimlstm.modules.sites import Site
 from slimlstm.pipeline.config import LowRank
 from slimlstm.pipeline.fitting import PASSES, fit_again
 from slimlstm.pipeline.matrix import compress_matrix
@@ -73,32 +72,19 @@ def solve(
         SlimLSTMError: see :func:`slimlstm.pipeline.plan.make_plan`; a matrix cannot be compressed, calibration is missing
             or does not reach a site, or ``refit`` was asked for and is impossible.
     """
-    sites = {site.key: site for site in source.sites()}
     if refit is not None and (type(refit) is not int or refit < 0):
         raise SlimLSTMError(f"refit is a number of passes, at least 0, or None, not {refit!r}")
+    sites = {site.key: site for site in source.sites()}
     statistics = SiteStatistics(source, calibration, config.method if isinstance(config, LowRank) else DENSE)
-    notes: list[str] = []
-    if isinstance(config, LowRank) and config.is_auto:
-        selected = selected_sites(config, list(sites.values()))
-        replace = partial(_replacements, source, sites=sites, statistics=statistics, progress=None)
-        plan, note = chosen_plan(source, config, selected, statistics, replace, judge, sensitivity, progress)
-        notes.append(note)
-    else:
-        plan = make_plan(config, list(sites.values()), statistics)
-    replacements = _replacements(source, plan, sites, statistics, progress)
-    calibrated = [sites[key] for key, action in plan.sites.items() if action.is_calibrated]
-    notes += [note for note in [statistics.scarcity(calibrated)] if note is not None]
+    plan, notes = _plan(source, config, statistics, judge, sensitivity, progress)
+    replacements = _replacements(source, plan, statistics, progress)
+    scarcity = statistics.scarcity(sites[key] for key, action in plan.sites.items() if action.is_calibrated)
+    if scarcity is not None:
+        notes.append(scarcity)
     predicted = {key: statistics.predicted_rise(sites[key], replacements.get(key)) for key in plan.sites}
     if refit or (refit is None and needs_of(plan) > Needs.NOTHING):
-        try:
-            if observer is None:
-                raise FittingError(refit_obstacle)
-            fitted, note = fit_again(source, plan, statistics, replacements, observer, refit or PASSES)
-            replacements |= fitted
-        except FittingError as error:
-            if refit:
-                raise SlimLSTMError(f"factors cannot be fitted again: {error}; leave refit out, or give refit=0") from error
-            note = f"factors were not fitted again to their new inputs: {error}"
+        fitted, note = _refitted(source, plan, statistics, replacements, observer, refit_obstacle, refit)
+        replacements |= fitted
         notes.append(note)
     reports = [
         site_report(
@@ -138,10 +124,28 @@ def check_smaller(solution: Solution) -> None:
         raise SlimLSTMError(f"nothing would get smaller: {reasons}")
 
 
+def _plan(
+    source: Source,
+    config: Config,
+    statistics: SiteStatistics,
+    judge: Judge | None,
+    sensitivity: Sensitivity | None,
+    progress: Progress | None,
+) -> tuple[Plan, list[str]]:
+    """Return the plan of a configuration, and notes on how it was chosen."""
+    if not (isinstance(config, LowRank) and config.is_auto):
+        return make_plan(config, source.sites(), statistics), []
+    selected = selected_sites(config, source.sites())
+    replace = partial(_replacements, source, statistics=statistics)
+    plan, note = chosen_plan(source, config, selected, statistics, replace, judge, sensitivity, progress)
+    return plan, [note]
+
+
 def _replacements(
-    source: Source, plan: Plan, sites: Mapping[str, Site], statistics: SiteStatistics, progress: Progress | None
+    source: Source, plan: Plan, statistics: SiteStatistics, progress: Progress | None = None
 ) -> dict[str, Replacement]:
     """Return the replacements of all sites that change; sites that share a parameter and a plan share a replacement."""
+    sites = {site.key: site for site in source.sites()}
     found: dict[tuple[object, SitePlan], Replacement | None] = {}
     replacements: dict[str, Replacement] = {}
     for index, (key, action) in enumerate(plan.sites.items()):
@@ -166,3 +170,27 @@ def _replacements(
             replacements[key] = replacement
         on_fraction(1.0)
     return replacements
+
+
+def _refitted(
+    source: Source,
+    plan: Plan,
+    statistics: SiteStatistics,
+    replacements: Mapping[str, Replacement],
+    observer: Observer | None,
+    obstacle: str,
+    passes: int | None,
+) -> tuple[dict[str, Replacement], str]:
+    """Return the replacements whose factors were fitted again, and a note for the report.
+
+    Raises:
+        SlimLSTMError: ``passes`` were asked for, and fitting is impossible. Otherwise the note gives the obstacle.
+    """
+    try:
+        if observer is None:
+            raise FittingError(obstacle)
+        return fit_again(source, plan, statistics, replacements, observer, passes or PASSES)
+    except FittingError as error:
+        if passes:
+            raise SlimLSTMError(f"factors cannot be fitted again: {error}; leave refit out, or give refit=0") from error
+        return {}, f"factors were not fitted again to their new inputs: {error}"
