@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 from slimlstm.errors import SlimLSTMError
@@ -13,7 +14,8 @@ from slimlstm.methods import STORAGES
 from slimlstm.pipeline.config import Quantize
 from slimlstm.pipeline.plan import Config, Plan
 from slimlstm.pipeline.report import Report
-from slimlstm.search.result import Measured, Trial
+from slimlstm.search.progress import TrialProgress, print_trials
+from slimlstm.search.result import Goal, Measured, Search, Trial, nothing_found
 
 Made = TypeVar("Made")
 WHOLE_STORAGES = ("bfloat16", "int8", "int6", "int5", "int4", "int3")
@@ -47,8 +49,8 @@ class Engine(Generic[Made]):
         make: returns a compressed model and its report; raises SlimLSTMError where a configuration is impossible.
         measure: returns a compressed model's metric.
         accepts: says whether a metric and a speed meet the limit.
-        is_better: says whether the first trial is preferred to the second.
         evaluations: how many more times the metric may be computed.
+        is_better: says whether the first trial is preferred to the second; by default the smaller one is.
         speed_of: times a compressed model; returns None where no latency is wanted.
         on_trial: called after each trial with the trial and an upper bound on the seconds left.
         trials: the outcomes, in order.
@@ -62,8 +64,8 @@ class Engine(Generic[Made]):
     make: Callable[[Config], tuple[Made, Report]]
     measure: Callable[[Made], Measured]
     accepts: Callable[[Measured, Speed | None], bool]
-    is_better: Callable[[Trial, Trial], bool]
     evaluations: int
+    is_better: Callable[[Trial, Trial], bool] = lambda new, old: new.bytes < old.bytes
     speed_of: Callable[[Made], Speed | None] = lambda made: None
     on_trial: Callable[[Trial, float], None] = lambda trial, left: None
     trials: list[Trial] = field(default_factory=list[Trial])
@@ -121,6 +123,60 @@ class Engine(Generic[Made]):
 
     def _seconds_left(self) -> float:
         return (time.monotonic() - self._started) / len(self.trials) * self.evaluations
+
+
+def run_search(
+    engine: Engine[Made],
+    strategy: Callable[[], None],
+    goal: Goal,
+    keep: Callable[[Search, Made], None],
+    progress: TrialProgress | None,
+) -> tuple[Search, Made]:
+    """Run a strategy, and return the search and its best model.
+
+    Args:
+        engine: tries configurations.
+        strategy: gives the engine configurations to try.
+        goal: the limit, and the uncompressed model.
+        keep: called after each trial with the search so far and its best model, as soon as a trial is accepted.
+        progress: called after each trial, see :func:`slimlstm.find_smallest`.
+
+    Raises:
+        SlimLSTMError: no trial was accepted.
+    """
+    report_trial = print_trials(goal.metric_name) if progress is None else progress
+
+    def on_trial(trial: Trial, left: float) -> None:
+        if engine.best is not None:
+            keep(*_outcome(engine, goal))
+        report_trial(trial, left)
+
+    engine.on_trial = on_trial
+    engine.run(strategy)
+    return _outcome(engine, goal)
+
+
+def _outcome(engine: Engine[Made], goal: Goal) -> tuple[Search, Made]:
+    """Return the search so far and its best model, or raise :class:`SlimLSTMError` if no trial was accepted."""
+    notes = [*engine.refusals, *goal.notes]
+    if engine.best is None:
+        raise nothing_found(engine.trials, notes, goal.limit, engine.no_smaller)
+    best, made, report = engine.best
+    times = [trial.latency * trial.faster for trial in engine.trials if trial.latency and trial.faster]
+    dense = replace(goal.dense, latency=statistics.median(times), faster=1.0) if times else goal.dense
+    search = Search(
+        dense=dense,
+        trials=engine.trials,
+        best=best,
+        report=report,
+        limit=goal.limit,
+        better=goal.better,
+        metric_name=goal.metric_name,
+        interrupted=engine.interrupted,
+        notes=notes,
+        worst=goal.worst,
+    )
+    return search, made
 
 
 def smallest(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -30,10 +29,11 @@ from slimlstm.pipeline.config import Filter, LowRank, Quantize, Target
 from slimlstm.pipeline.plan import Config
 from slimlstm.pipeline.report import Report
 from slimlstm.pipeline.sensitivity import Sensitivity
-from slimlstm.search.engine import WHOLE_STORAGES, Engine, Speed, smallest, try_all
-from slimlstm.search.progress import TrialProgress, print_trials
+from slimlstm.search.engine import WHOLE_STORAGES, Engine, Speed, run_search, smallest, try_all
+from slimlstm.search.progress import TrialProgress
 from slimlstm.search.result import (
     Better,
+    Goal,
     Measured,
     Metric,
     Search,
@@ -41,7 +41,6 @@ from slimlstm.search.result import (
     Trial,
     limit_in_words,
     limit_of,
-    nothing_found,
 )
 
 _SHARES = (0.2, 0.14, 0.1, 0.07, 0.05, 0.035, 0.025)
@@ -109,30 +108,19 @@ def find_smallest(
     """
     subject = _Subject(model, metric, batches, loss, calibration, target, filter, inputs, output)
     dense = subject.dense_trial(evaluations)
-    limit = limit_of(dense.metric, at_most, better)
-    sign = 1.0 if better == "lower" else -1.0
+    worst = limit_of(dense.metric, at_most, better)
+    words = limit_in_words(metric_name, better, worst, subject.dense_metric)
+    goal = Goal(dense, words, better, metric_name, worst)
     engine = Engine(
         make=subject.make,
         measure=subject.measure,
-        accepts=lambda metric, _: sign * metric.value + metric.margin <= sign * limit,
-        is_better=lambda new, old: new.bytes < old.bytes,
+        accepts=lambda metric, _: goal.is_met_by(metric),
         evaluations=evaluations - 1,
         speed_of=subject.speed_of,
         refusals=subject.refusals,
         matrix_bytes=matrix_bytes,
     )
-    words = limit_in_words(metric_name, better, limit, subject.dense_metric)
-    return _searched(
-        engine,
-        lambda: smallest(engine, subject.whole, subject.within),
-        dense=dense,
-        limit=words,
-        worst=limit,
-        better=better,
-        metric_name=metric_name,
-        output=output,
-        progress=progress,
-    )
+    return subject.search(engine, lambda: smallest(engine, subject.whole, subject.within), goal, progress)
 
 
 @plain_mode()
@@ -189,30 +177,20 @@ def find_best(
     subject = _Subject(model, metric, batches, loss, calibration, target, filter, inputs, output)
     dense = subject.dense_trial(evaluations)
     limit_of(dense.metric, 0.0, better)
-    sign = 1.0 if better == "lower" else -1.0
+    words = f"{bytes:,} bytes of matrices" if bytes is not None else f"a latency of at most {1e6 * (latency or 0):,.0f} us"
+    goal = Goal(dense, f"best {metric_name} within {words}", better, metric_name)
     engine = Engine(
         make=subject.make_within(bytes) if bytes is not None else subject.make,
         measure=subject.measure,
         accepts=lambda _, speed: latency is None or (speed is not None and speed.latency <= latency),
-        is_better=lambda new, old: sign * new.metric < sign * old.metric,
         evaluations=evaluations - 1,
+        is_better=lambda new, old: goal.sign * new.metric < goal.sign * old.metric,
         speed_of=subject.speed_of,
         refusals=subject.refusals,
         matrix_bytes=matrix_bytes,
     )
-    words = f"{bytes:,} bytes of matrices" if bytes is not None else f"a latency of at most {1e6 * (latency or 0):,.0f} us"
     candidates = subject.fast_candidates() if bytes is None else subject.candidates(bytes)
-    return _searched(
-        engine,
-        lambda: try_all(engine, candidates, first_only=bytes is None),
-        dense=dense,
-        limit=f"best {metric_name} within {words}",
-        worst=None,
-        better=better,
-        metric_name=metric_name,
-        output=output,
-        progress=progress,
-    )
+    return subject.search(engine, lambda: try_all(engine, candidates, first_only=bytes is None), goal, progress)
 
 
 @dataclass
@@ -313,6 +291,19 @@ class _Subject:
             found.append((f"{method} int8 factors, {size:,} bytes", config))
         return found
 
+    def search(
+        self, engine: Engine[nn.Module], strategy: Callable[[], None], goal: Goal, progress: TrialProgress | None
+    ) -> SmallerModel:
+        """Run a strategy, and return its result; after every trial the search so far is written to ``output``."""
+
+        def keep(search: Search, _: nn.Module) -> None:
+            if self.output is not None:
+                write_json(self.output, search.to_dict())
+
+        found, model = run_search(engine, strategy, goal, keep, progress)
+        keep(found, model)
+        return SmallerModel.of(found, model)
+
     @cached_property
     def moments(self) -> Calibration | None:
         if self.calibration is None and self.batches is not None:
@@ -350,41 +341,3 @@ def _once_each(model: nn.Module, sizes: dict[str, int]) -> int:
     """Return the sum of the sizes of matrices, by key; sites that share a matrix count once."""
     source = ModuleSource(model)
     return sum({source.identity(site): sizes[site.key] for site in source.sites() if site.key in sizes}.values())
-
-
-def _searched(
-    engine: Engine[nn.Module],
-    strategy: Callable[[], None],
-    *,
-    dense: Trial,
-    limit: str,
-    worst: float | None,
-    better: Better,
-    metric_name: str,
-    output: str | os.PathLike[str] | None,
-    progress: TrialProgress | None,
-) -> SmallerModel:
-    """Run a strategy, and return its result; after every trial the search so far is written to ``output``."""
-    report_trial = print_trials(metric_name) if progress is None else progress
-
-    def on_trial(trial: Trial, left: float) -> None:
-        if output is not None and engine.best is not None:
-            write_json(output, result().to_dict())
-        report_trial(trial, left)
-
-    def result() -> Search:
-        assert engine.best is not None  # noqa: S101 (checked by the callers)
-        best, _, report = engine.best
-        ended, notes = engine.interrupted, engine.refusals
-        times = [trial.latency * trial.faster for trial in engine.trials if trial.latency and trial.faster]
-        before = replace(dense, latency=statistics.median(times), faster=1.0) if times else dense
-        return Search(before, engine.trials, best, report, limit, better, metric_name, ended, notes, worst)
-
-    engine.on_trial = on_trial
-    engine.run(strategy)
-    if engine.best is None:
-        raise nothing_found(engine.trials, engine.refusals, limit, engine.no_smaller)
-    found = result()
-    if output is not None:
-        write_json(output, found.to_dict())
-    return SmallerModel(**{field.name: getattr(found, field.name) for field in fields(found)}, model=engine.best[1])

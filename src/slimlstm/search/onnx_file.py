@@ -7,7 +7,8 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from numpy.typing import ArrayLike
@@ -30,9 +31,9 @@ from slimlstm.pipeline.config import LowRank, Quantize
 from slimlstm.pipeline.plan import Config
 from slimlstm.pipeline.report import Report
 from slimlstm.search.agreement import Outputs, disagreement, measures_of
-from slimlstm.search.engine import Engine, smallest
-from slimlstm.search.progress import TrialProgress, print_trials
-from slimlstm.search.result import Better, Measured, Search, Trial, limit_in_words, limit_of, nothing_found, share_of
+from slimlstm.search.engine import Engine, run_search, smallest
+from slimlstm.search.progress import TrialProgress
+from slimlstm.search.result import Better, Goal, Measured, Search, Trial, limit_in_words, limit_of, share_of
 
 FileMetric = Callable[[Path], "float | Tensor | ArrayLike"]
 """Takes the path of a file and returns a number, or one value for each held-out example [n]."""
@@ -92,81 +93,57 @@ def shrink_onnx(
     if type(evaluations) is not int or evaluations < 2:
         raise SlimLSTMError(f"a search takes at least two evaluations, not {evaluations!r}")
     if metric is None:
-        goal, calibrating = _agreement(path, runs, at_most, measure)
+        held_out, calibrating = _split(runs)
+        goal, measured = _agreement(path, held_out, at_most, measure)
     else:
-        goal, calibrating = _own_metric(path, metric, better, at_most, measure, metric_name), runs
+        calibrating = runs
+        goal, measured = _own_metric(path, metric, better, at_most, measure, metric_name)
     calibration, obstacles = _calibration(path, calibrating)
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    sign = 1.0 if goal.better == "lower" else -1.0
+
+    def keep(search: Search, best: Path) -> None:
+        if search.best is search.trials[-1]:
+            with replacing(output) as draft:
+                shutil.copyfile(best, draft)
+
+    def factors(budget: int, storage: str) -> LowRank | None:
+        return None if obstacles else LowRank("fisher", bytes=budget, storage=storage)
+
     with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=".slimlstm-") as folder:
         engine = Engine(
             make=lambda config: _made(path, config, Path(folder), calibration),
-            measure=goal.measure,
-            accepts=lambda found, _: sign * found.value + found.margin <= sign * goal.limit,
-            is_better=lambda new, old: new.bytes < old.bytes,
+            measure=measured,
+            accepts=lambda found, _: goal.is_met_by(found),
             evaluations=evaluations - 1,
         )
-        report_trial = print_trials(goal.name) if progress is None else progress
-
-        def on_trial(trial: Trial, left: float) -> None:
-            if engine.best is not None and engine.best[0] is trial:
-                with replacing(output) as draft:
-                    shutil.copyfile(engine.best[1], draft)
-            report_trial(trial, left)
-
-        engine.on_trial = on_trial
-        engine.run(
-            lambda: smallest(
-                engine,
-                Quantize,
-                lambda budget, storage: None if obstacles else LowRank("fisher", bytes=budget, storage=storage),
-                _storages(path),
-            )
-        )
-    if engine.best is None:
-        raise nothing_found(engine.trials, [*engine.refusals, *obstacles], goal.words, engine.no_smaller)
-    best, _, report = engine.best
-    notes, ended = [*engine.refusals, *obstacles, *goal.notes], engine.interrupted
-    dense = Trial("uncompressed", None, bytes_on_disk(path), goal.dense, accepted=True)
-    return Search(dense, engine.trials, best, report, goal.words, goal.better, goal.name, ended, notes, goal.limit)
-
-
-@dataclass(frozen=True)
-class _Goal:
-    """The goal of a search: the result of ``measure`` for a file has to be equal to ``limit`` or better."""
-
-    measure: Callable[[Path], Measured]
-    limit: float
-    better: Better
-    name: str
-    words: str
-    dense: float
-    notes: list[str]
+        strategy = partial(smallest, engine, Quantize, factors, _storages(path))
+        found, _ = run_search(engine, strategy, replace(goal, notes=obstacles), keep, progress)
+    if metric is None and len(runs) == 1:
+        found.notes.append("the one run both calibrated and measured; give more runs")
+    return found
 
 
 def _agreement(
     path: Path, runs: Sequence[RunInputs], at_most: str | float, measure: str
-) -> tuple[_Goal, Sequence[RunInputs]]:
-    """Return the goal that outputs agree with the uncompressed file's outputs, and the runs that calibrate."""
-    limit = share_of(at_most)
-    held_out, calibrating = _split(runs)
+) -> tuple[Goal, Callable[[Path], Measured]]:
+    """Return the goal that outputs agree with the uncompressed file's outputs, and a function that measures a file."""
+    worst = share_of(at_most)
     model = read_model(path)
     names = [value.name for value in model.graph.output]
-    expected = _outputs(model, names, held_out)
+    expected = _outputs(model, names, runs)
     measures = measures_of(expected, names, measure)
 
     def measured(made: Path) -> Measured:
-        return Measured(disagreement(expected, _outputs(read_model(made), names, held_out), list(measures.values())))
+        return Measured(disagreement(expected, _outputs(read_model(made), names, runs), list(measures.values())))
 
-    words = f"{_METRIC} of at most {limit:.3g} ({', '.join(f'{name} by {kind}' for name, kind in measures.items())})"
-    notes = [] if len(runs) > 1 else ["the one run both calibrated and measured; give more runs"]
-    return _Goal(measured, limit, "lower", _METRIC, words, 0.0, notes), calibrating
+    words = f"{_METRIC} of at most {worst:.3g} ({', '.join(f'{name} by {kind}' for name, kind in measures.items())})"
+    return Goal(_dense_trial(path, 0.0), words, "lower", _METRIC, worst), measured
 
 
 def _own_metric(
     path: Path, metric: FileMetric, better: Better | None, at_most: str | float, measure: str, name: str
-) -> _Goal:
-    """Return the goal that a user's metric stays within its limit."""
+) -> tuple[Goal, Callable[[Path], Measured]]:
+    """Return the goal that a user's metric stays within its limit, and a function that measures a file."""
     check_function(metric, "metric", "path")
     if measure != "auto":
         raise SlimLSTMError(f"give either a metric or a measure, not measure={measure!r} beside a metric")
@@ -175,9 +152,14 @@ def _own_metric(
     dense = Measured.of(metric(path))
     if not math.isfinite(dense.value):
         raise SlimLSTMError(f"the metric of the uncompressed file is {dense.value}; it has to be a finite number")
-    limit = limit_of(dense.value, at_most, better)
-    words = limit_in_words(name, better, limit, dense)
-    return _Goal(lambda made: Measured.of(metric(made), dense), limit, better, name, words, dense.value, [])
+    worst = limit_of(dense.value, at_most, better)
+    words = limit_in_words(name, better, worst, dense)
+    goal = Goal(_dense_trial(path, dense.value), words, better, name, worst)
+    return goal, lambda made: Measured.of(metric(made), dense)
+
+
+def _dense_trial(path: Path, metric: float) -> Trial:
+    return Trial("uncompressed", None, bytes_on_disk(path), metric, accepted=True)
 
 
 def _split(runs: Sequence[RunInputs]) -> tuple[list[RunInputs], list[RunInputs]]:

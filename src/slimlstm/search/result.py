@@ -130,6 +130,36 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class Goal:
+    """The limit that a search has to meet, beside the uncompressed model.
+
+    Attributes:
+        dense: the uncompressed model.
+        limit: the limit in words.
+        better: the metric's better direction.
+        metric_name: the name of the metric in tables.
+        worst: the worst metric that meets the limit; None where the limit is on bytes or a latency.
+        notes: remarks for the result, or for the error where nothing meets the limit.
+    """
+
+    dense: Trial
+    limit: str
+    better: Better
+    metric_name: str
+    worst: float | None = None
+    notes: Sequence[str] = ()
+
+    @property
+    def sign(self) -> float:
+        """1 where a lower metric is better, else -1."""
+        return 1.0 if self.better == "lower" else -1.0
+
+    def is_met_by(self, metric: Measured) -> bool:
+        """Return whether a metric, made worse by its margin, is no worse than ``worst``."""
+        return self.worst is None or self.sign * metric.value + metric.margin <= self.sign * self.worst
+
+
+@dataclass(frozen=True)
 class Search:
     """Result of a search. Print it to see every trial.
 
@@ -224,6 +254,11 @@ class SmallerModel(Search):
     """
 
     model: nn.Module
+
+    @classmethod
+    def of(cls, search: Search, model: nn.Module) -> SmallerModel:
+        """Return the result of a search together with its best model."""
+        return cls(**vars(search), model=model)
 
 
 def limit_of(dense: float, at_most: str | float, better: Better) -> float:
