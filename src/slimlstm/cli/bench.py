@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from slimlstm.cli.models import dense_language_model
 from slimlstm.cli.options import (
     Force,
     Json,
@@ -105,18 +106,11 @@ def _compressed_copy(layers: dict[str, LowRankLSTM], request: Request) -> tuple[
     return changed, dataclasses.replace(report, sites=sites, plan=plan)
 
 
-def _layers(name: str, part: str | None = None) -> dict[str, LowRankLSTM]:
-    from slimlstm.demo import model as embedded
-    from slimlstm.demo.awd_lstm import load_awd_lstm
-    from slimlstm.folders import CONFIG
+def _layers(name: str, part: str | None) -> dict[str, LowRankLSTM]:
     from slimlstm.weight_files import layers_of
 
-    path = Path(name)
-    if name == "embedded":
-        return layers_of(embedded.embedded_model().state_dict())
-    if path.is_dir() and not (path / CONFIG).exists():
-        return layers_of(load_awd_lstm(name).state_dict())
-    return layers_of(*_tensors_and_sites(path, part))
+    model = dense_language_model(name)
+    return layers_of(*_tensors_and_sites(Path(name), part)) if model is None else layers_of(model.state_dict())
 
 
 def _tensors_and_sites(path: Path, part: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:

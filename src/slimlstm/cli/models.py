@@ -27,26 +27,39 @@ def language_model(name: str, instead: str) -> AWDLSTM:
     Raises:
         SlimLSTMError: the name is no folder, or the folder holds no AWD-LSTM.
     """
-    from slimlstm.demo import model as embedded
-    from slimlstm.demo.awd_lstm import AWDLSTM, config_of, load_awd_lstm
-    from slimlstm.folders import CONFIG, read_folder
+    from slimlstm.demo.awd_lstm import AWDLSTM, config_of
+    from slimlstm.folders import read_folder
     from slimlstm.loading import load
 
-    if name == "embedded":
-        return embedded.embedded_model()
+    try:
+        dense = dense_language_model(name)
+    except SlimLSTMError as error:
+        raise SlimLSTMError(f"{error}. {instead}") from error
+    if dense is not None:
+        return dense
     if not Path(name).is_dir():
         what = "a file" if Path(name).is_file() else "no folder"
         raise SlimLSTMError(f"{name} is {what}; this verb takes the folder of an AWD-LSTM, or 'embedded'. {instead}")
-    if (Path(name) / CONFIG).exists():
-        state = read_folder(Path(name))[1]
-        try:
-            config = config_of(state)
-        except SlimLSTMError as error:
-            raise SlimLSTMError(f"{name} does not hold an AWD-LSTM: {error}. {instead}") from error
-        model = AWDLSTM(config)
-        load(name, model)
-        return model.float()
+    state = read_folder(Path(name))[1]
     try:
-        return load_awd_lstm(name)
+        config = config_of(state)
     except SlimLSTMError as error:
-        raise SlimLSTMError(f"{error}. {instead}") from error
+        raise SlimLSTMError(f"{name} does not hold an AWD-LSTM: {error}. {instead}") from error
+    model = AWDLSTM(config)
+    load(name, model)
+    return model.float()
+
+
+def dense_language_model(name: str) -> AWDLSTM | None:
+    """Return the embedded AWD-LSTM or the dense one of a folder; None for a file or a compressed folder.
+
+    Raises:
+        SlimLSTMError: the name is of another folder.
+    """
+    from slimlstm.demo import model as embedded
+    from slimlstm.demo.awd_lstm import load_awd_lstm
+    from slimlstm.folders import CONFIG
+
+    if name == "embedded":
+        return embedded.embedded_model()
+    return load_awd_lstm(name) if Path(name).is_dir() and not (Path(name) / CONFIG).exists() else None
