@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from slimlstm.cli.options import InputFile, Json, Part
 from slimlstm.cli.output import show, sketch
-from slimlstm.errors import SlimLSTMError
 from slimlstm.progress import shown
 
 if TYPE_CHECKING:
@@ -26,13 +25,11 @@ def command(
     Print shapes, break-even ranks, and how fast the singular values fall.
     """
     from slimlstm.weight_files import find_matrices, read_weights
+    from slimlstm.weight_files.check import check_holds_lstm
 
     tensors, readings = read_weights(file, part)
     matrices = find_matrices(tensors)
-    if not matrices:
-        raise SlimLSTMError(
-            f"{file} holds no weights of an LSTM: no names such as weight_hh_l0 with shapes [4H, H]; give a file that does"
-        )
+    check_holds_lstm(file, matrices)
     entries, storages = list[dict[str, Any]](), _storages(file)
     with shown("singular values") as progress:
         for index, (site, names) in enumerate(matrices.items()):

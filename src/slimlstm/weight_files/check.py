@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -37,6 +38,14 @@ def check_tensors(tensors: Mapping[str, Tensor], limit: int) -> list[str]:
     _check(f"{name} {list(tensors[name].shape)} is in no LSTM, GRU or RNN" for name in others if name not in gated)
     modules = sorted({name.rpartition(".")[0] or "the model itself" for name in gated})
     return [f"{module} is a GRU or plain RNN and stays as it is" for module in modules]
+
+
+def check_holds_lstm(path: Path, sites: Collection[Site]) -> None:
+    """Raise :class:`SlimLSTMError` if a file has no sites."""
+    if not sites:
+        raise SlimLSTMError(
+            f"{path} holds no weights of an LSTM: no names such as weight_hh_l0 with shapes [4H, H]; give a file that does"
+        )
 
 
 def _itemsize(tensor: Tensor) -> int:

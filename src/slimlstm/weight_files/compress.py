@@ -14,6 +14,7 @@ from slimlstm.pipeline.plan import Config, check_config, with_storage
 from slimlstm.pipeline.report import Report
 from slimlstm.pipeline.run import apply, check_smaller, solve
 from slimlstm.progress import Progress, shown
+from slimlstm.weight_files.check import check_holds_lstm
 from slimlstm.weight_files.read import read_weights
 from slimlstm.weight_files.source import FileSource
 
@@ -62,10 +63,7 @@ def compress_file(
     check_folder(path, folder)
     tensors, notes = read_weights(path, part)
     source = FileSource(tensors, read_config(path)["sites"] if path.is_dir() else {})
-    if not source.sites():
-        raise SlimLSTMError(
-            f"{path} holds no weights of an LSTM: no names such as weight_hh_l0 with shapes [4H, H]; give a file that does"
-        )
+    check_holds_lstm(path, source.sites())
     if storage is not None:
         config = with_storage(config, storage, source.sites())
     check_config(config, source.sites())
