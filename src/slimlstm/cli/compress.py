@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,6 +30,9 @@ from slimlstm.cli.options import (
 from slimlstm.cli.output import show
 from slimlstm.errors import SlimLSTMError
 from slimlstm.files import check_not_input
+
+if TYPE_CHECKING:
+    from slimlstm.pipeline.report import Report
 
 USE_OF_ONNX = """import onnxruntime
 
@@ -91,25 +95,24 @@ def command(
     _check_output(file, output, force)
     check_report(page, force)
     to_onnx = output.suffix.lower() == ".onnx"
-    _check_options(to_onnx, batches, inputs, also, part, form)
-    config, difference = request.configuration(), dict[str, Any]()
+    options = _OnnxOptions(batches, inputs, also, form)
     if to_onnx:
-        report, difference = _to_onnx(file, output, request, batches, inputs, also, form)
+        if part is not None:
+            raise SlimLSTMError("--part names a state dict of a PyTorch checkpoint; an ONNX file has no parts")
+        report, difference = _to_onnx(file, output, request, options)
         use = f"any ONNX runtime reads it. {difference['difference_note']}"
     else:
-        from slimlstm.weight_files import compress_file
-
-        request.check_needs_no_data("in Python, compress_ takes batches with the model that reads them")
-        report = compress_file(file, config, output, storage=request.storage_of_masked(), part=part)
+        options.check_unused()
+        report, difference = _to_folder(file, output, request, part), dict[str, Any]()
         use = f"slimlstm.load({str(output)!r}, model) loads it into the model."
     if page is not None:
         usage = (USE_OF_ONNX if to_onnx else USE_OF_FOLDER).format(str(output))
-        report.to_html(page, title=f"{file.name}, compressed", usage=usage, files=(*_read(file), output))
+        report.to_html(page, title=f"{file.name}, compressed", usage=usage, files=(*_input_files(file), output))
         use += f" The report is in {page}."
     show(report.to_dict() | difference, as_json, report, f"Written to {output}; {use}")
 
 
-def _read(file: Path) -> list[Path]:
+def _input_files(file: Path) -> list[Path]:
     """Return the file, and the files in which an ONNX file stores its weights."""
     if file.suffix.lower() != ".onnx":
         return [file]
@@ -118,38 +121,38 @@ def _read(file: Path) -> list[Path]:
     return files_of(file)
 
 
-def _check_options(
-    to_onnx: bool,
-    batches: list[Path] | None,
-    inputs: list[Path] | None,
-    also: str | None,
-    part: str | None,
-    form: str,
-) -> None:
-    """Refuse options that are for ONNX files only, or for other files only."""
-    if batches and not to_onnx:
-        raise SlimLSTMError("--batches are inputs of an ONNX file; compress an ONNX file into another, with -o small.onnx")
-    if inputs and not to_onnx:
-        raise SlimLSTMError("--inputs compares two ONNX files; a weight file has no outputs")
-    if form != "auto" and not to_onnx:
-        raise SlimLSTMError(
-            "--form says what LSTMs of an ONNX file become; compress an ONNX file into another, with -o small.onnx"
-        )
-    if part is not None and to_onnx:
-        raise SlimLSTMError("--part names a state dict of a PyTorch checkpoint; an ONNX file has no parts")
-    if also and not to_onnx:
-        raise SlimLSTMError("--also is for ONNX files; in a PyTorch model, quantise other layers after slimlstm.load")
+@dataclass(frozen=True)
+class _OnnxOptions:
+    """Options that only ONNX files take."""
+
+    batches: list[Path] | None
+    inputs: list[Path] | None
+    also: str | None
+    form: str
+
+    def check_unused(self) -> None:
+        """Raise :class:`SlimLSTMError` if one was given."""
+        into_another = "compress an ONNX file into another, with -o small.onnx"
+        if self.batches:
+            raise SlimLSTMError(f"--batches are inputs of an ONNX file; {into_another}")
+        if self.inputs:
+            raise SlimLSTMError("--inputs compares two ONNX files; a weight file has no outputs")
+        if self.form != "auto":
+            raise SlimLSTMError(f"--form says what LSTMs of an ONNX file become; {into_another}")
+        if self.also:
+            raise SlimLSTMError("--also is for ONNX files; in a PyTorch model, quantise other layers after slimlstm.load")
 
 
-def _to_onnx(
-    file: Path,
-    output: Path,
-    request: Request,
-    batches: list[Path] | None,
-    inputs: list[Path] | None,
-    also: str | None,
-    form: str,
-) -> tuple[Any, dict[str, Any]]:
+def _to_folder(file: Path, output: Path, request: Request, part: str | None) -> Report:
+    """Compress a weight file, and return the report."""
+    from slimlstm.weight_files import compress_file
+
+    config = request.configuration()
+    request.check_needs_no_data("in Python, compress_ takes batches with the model that reads them")
+    return compress_file(file, config, output, storage=request.storage_of_masked(), part=part)
+
+
+def _to_onnx(file: Path, output: Path, request: Request, options: _OnnxOptions) -> tuple[Report, dict[str, Any]]:
     """Compress an ONNX file; return the report, and how much the outputs of both files differ."""
     from slimlstm.methods import Needs
     from slimlstm.onnx.calibrate import read_batches
@@ -157,11 +160,11 @@ def _to_onnx(
     from slimlstm.onnx.difference import output_difference
     from slimlstm.pipeline.plan import calibration_needs
 
+    config, batches, inputs, also = request.configuration(), options.batches, options.inputs, options.also
     if request.storage_of_masked():
         raise SlimLSTMError("prune takes no --storage for an ONNX file; compress the result again, with --storage alone")
     if not batches:
         request.check_needs_no_data("give inputs of the file as --batches")
-    config = request.configuration()
     if batches and calibration_needs(config) == Needs.NOTHING and not also:
         raise SlimLSTMError("--batches calibrate, which neither this method nor this storage needs; leave them out")
     runs = [run for path in batches for run in read_batches(path)] if batches else None
@@ -169,7 +172,7 @@ def _to_onnx(
     if compared:
         output_difference(file, file, compared[:1])  # Inputs that do not fit are refused before anything is written.
     kinds = [kind.strip() for kind in also.split(",")] if also else []
-    report = compress_onnx(file, config, output, batches=runs, also=kinds, form=form)
+    report = compress_onnx(file, config, output, batches=runs, also=kinds, form=options.form)
     return report, _difference(file, output, compared)
 
 
@@ -204,7 +207,9 @@ def _check_output(file: Path, output: Path, force: bool) -> None:
         )
     elif output.suffix.lower() in _WEIGHT_FILES:
         raise SlimLSTMError(f"{output} looks like a file, but the output is a folder; name one, such as -o {output.stem}")
-    taken = output if output.is_file() else output / "config.json"
+    from slimlstm.folders import CONFIG
+
+    taken = output if output.is_file() else output / CONFIG
     if taken.exists() and not force:
         raise SlimLSTMError(f"{output} exists; add --force to replace it, or name another output")
 
