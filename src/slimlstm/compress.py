@@ -18,7 +18,7 @@ from slimlstm.calibration.moments import Calibration
 from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import METHODS, Needs
 from slimlstm.module_source import ModuleSource
-from slimlstm.modules.arguments import check_batches, check_loss, check_model
+from slimlstm.modules.arguments import check_batches, check_data, check_loss, check_model, check_repeatable
 from slimlstm.modules.hosts import Host, check_materialised
 from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.pipeline.config import AUTO, Filter, LowRank, Target
@@ -103,10 +103,10 @@ def _compress(
     sensitivity: Sensitivity | None,
 ) -> Report:
     check_config(config, source.sites())
-    _check_data(config, batches, loss, calibration, sensitivity)
+    _check_arguments(config, batches, loss, calibration, sensitivity)
     check_materialised(model)
     if batches is not None and loss is None and calibration is None:
-        _check_loss(config)
+        _check_needs_no_loss(config)
     repeatable = batches if batches is not None and not isinstance(batches, Iterator) else None
     calibrated = None if batches is None or calibration is not None else _calibrated(model, config, batches, loss)
     loss_before = _loss_before(model, config, repeatable, loss, calibrated)
@@ -130,14 +130,9 @@ def _compress(
     return dataclasses.replace(report, loss_before=None if loss_after is None else loss_before, loss_after=loss_after)
 
 
-def _check_data(config: Config, batches: object, loss: object, calibration: object, sensitivity: object) -> None:
+def _check_arguments(config: Config, batches: object, loss: object, calibration: object, sensitivity: object) -> None:
     """Raise :class:`SlimLSTMError` if an argument is of another type, or would be ignored."""
-    if batches is not None:
-        check_batches(batches)
-    if loss is not None:
-        check_loss(loss)
-    if loss is not None and batches is None:
-        raise SlimLSTMError("a loss takes batches to be computed on; give batches= too")
+    check_data(batches, loss)
     for name, value, kind in (("calibration", calibration, Calibration), ("sensitivity", sensitivity, Sensitivity)):
         if value is not None and not isinstance(value, kind):
             raise SlimLSTMError(f"{name} is a {kind.__name__}, not {value!r}; {kind.__name__}.load reads one from a file")
@@ -145,7 +140,7 @@ def _check_data(config: Config, batches: object, loss: object, calibration: obje
         raise SlimLSTMError("a sensitivity chooses rank and storage; give LowRank(..., bytes=..., storage='auto') with it")
 
 
-def _check_loss(config: Config) -> None:
+def _check_needs_no_loss(config: Config) -> None:
     """Raise :class:`SlimLSTMError` if a method would need gradients, which take a loss."""
     name = next((name for name in method_names(config) if METHODS[name].needs >= Needs.GRADIENTS), None)
     if name is not None:
@@ -244,8 +239,7 @@ def measure_sensitivity(
     check_model(model)
     check_batches(batches)
     check_loss(loss)
-    if isinstance(batches, Iterator):
-        raise SlimLSTMError("the batches are an iterator, but are needed more than once; give a list")
+    check_repeatable(batches)
     config, source = LowRank(method, bytes=1, storage=AUTO, target=target, filter=filter), ModuleSource(model)
     check_config(config, source.sites())
     with shown("measuring sensitivity", progress) as report_progress:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -123,3 +123,32 @@ def check_loss(loss: object) -> None:
             "lambda model, batch: criterion(model(batch[0]), batch[1])"
         )
     check_function(loss, "loss", "model", "batch")
+
+
+def check_data(batches: object, loss: object) -> None:
+    """Raise :class:`SlimLSTMError` if batches or a loss cannot be used, where they are given, or a loss is given alone.
+
+    Examples:
+        >>> check_data(None, None)
+        >>> check_data(None, lambda model, batch: model(batch))
+        Traceback (most recent call last):
+        slimlstm.errors.SlimLSTMError: a loss takes batches to be computed on; give batches= too
+    """
+    if batches is not None:
+        check_batches(batches)
+    if loss is not None:
+        check_loss(loss)
+    if loss is not None and batches is None:
+        raise SlimLSTMError("a loss takes batches to be computed on; give batches= too")
+
+
+def check_repeatable(batches: object) -> None:
+    """Raise :class:`SlimLSTMError` if batches can be iterated only once.
+
+    Examples:
+        >>> check_repeatable(iter([1, 2]))
+        Traceback (most recent call last):
+        slimlstm.errors.SlimLSTMError: the batches are an iterator, but are needed more than once; give a list
+    """
+    if isinstance(batches, Iterator):
+        raise SlimLSTMError("the batches are an iterator, but are needed more than once; give a list")

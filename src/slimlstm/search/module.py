@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from slimlstm.compress import compress_, measure_sensitivity
 from slimlstm.errors import SlimLSTMError
 from slimlstm.files import write_json
 from slimlstm.module_source import ModuleSource
-from slimlstm.modules.arguments import check_batches, check_function, check_loss, check_model
+from slimlstm.modules.arguments import check_data, check_function, check_model, check_repeatable
 from slimlstm.modules.graphs import copy_model
 from slimlstm.modules.modes import evaluation_mode, plain_mode
 from slimlstm.modules.state import kept_state
@@ -211,14 +211,8 @@ class _Subject:
     def __post_init__(self) -> None:
         check_model(self.model)
         check_function(self.metric, "metric", "model")
-        if self.batches is not None:
-            check_batches(self.batches)
-        if self.loss is not None:
-            check_loss(self.loss)
-        if isinstance(self.batches, Iterator):
-            raise SlimLSTMError("the batches are an iterator, but a search needs them more than once; give a list")
-        if self.loss is not None and self.batches is None:
-            raise SlimLSTMError("a loss takes batches to be computed on; give batches= too")
+        check_data(self.batches, self.loss)
+        check_repeatable(self.batches)
         if self.output is not None and Path(self.output).is_dir():
             raise SlimLSTMError(f"{self.output} is a folder; give output= the name of a JSON file")
 
