@@ -64,7 +64,9 @@ def check_settings(path: Path, written: Mapping[str, Any], settings: Mapping[str
             )
 
 
-def check_model(path: Path, content: Mapping[str, Any], tensors: Mapping[str, Tensor], norms: Mapping[str, float]) -> None:
+def check_same_model(
+    path: Path, content: Mapping[str, Any], tensors: Mapping[str, Tensor], norms: Mapping[str, float]
+) -> None:
     """Raise SlimLSTMError unless a checkpoint's run began with a model of these names, shapes and norms."""
     same = content["tensors"].keys() == tensors.keys() and all(
         content["tensors"][name].shape == tensor.shape

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from slimlstm.errors import SlimLSTMError
 from slimlstm.modules.modes import evaluation_mode
 from slimlstm.progress import Progress
-from slimlstm.tuning.checkpoint import check_model, check_settings, read_checkpoint, write_checkpoint
+from slimlstm.tuning.checkpoint import check_same_model, check_settings, read_checkpoint, write_checkpoint
 from slimlstm.tuning.grid import Grid
 from slimlstm.tuning.history import History, RunRecord
 from slimlstm.tuning.losses import Loss, StatefulLoss, check_losses
@@ -230,7 +230,7 @@ class Run:
         if content is None:
             return None
         check_settings(self.checkpoint, content["settings"], self._settings_of_file())
-        check_model(self.checkpoint, content, self._tensors(), self.norms)
+        check_same_model(self.checkpoint, content, self._tensors(), self.norms)
         loss_state = content["carried"][self.processes.rank]
         if (content["carried"][0] is not None) != isinstance(self.loss, StatefulLoss):
             raise SlimLSTMError(

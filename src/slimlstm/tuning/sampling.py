@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree  # pyright: ignore[reportPrivateUsage]  # the public name is of newer versions
 
 from slimlstm.errors import SlimLSTMError
-from slimlstm.modules.arguments import check_batches as check_iterable
-from slimlstm.modules.arguments import check_function
+from slimlstm.modules.arguments import check_batches, check_function
 from slimlstm.tuning.history import RunRecord
 from slimlstm.tuning.processes import Processes
 
@@ -26,12 +25,12 @@ def seed_with(*key: Any) -> None:
     torch.manual_seed(zlib.crc32(repr(key).encode()))
 
 
-def check_batches(batches: Batches) -> None:
+def check_batches_of_epochs(batches: Batches) -> None:
     """Raise SlimLSTMError unless ``batches`` can be iterated over once per epoch, or is a function of the epoch."""
     if callable(batches) and not isinstance(batches, nn.Module | type):
         check_function(batches, "batches", "epoch")
         return
-    check_iterable(batches)
+    check_batches(batches)
     if isinstance(batches, Iterator):
         raise SlimLSTMError(
             f"batches is a {type(batches).__name__}, which can be read only once; give a list, a DataLoader, or a function "

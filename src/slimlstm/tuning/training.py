@@ -18,7 +18,7 @@ from slimlstm.tuning.history import History
 from slimlstm.tuning.losses import Loss
 from slimlstm.tuning.processes import current_processes
 from slimlstm.tuning.run import Run, Settings
-from slimlstm.tuning.sampling import Batches, check_batches, check_not_of_inference
+from slimlstm.tuning.sampling import Batches, check_batches_of_epochs, check_not_of_inference
 
 
 @plain_mode()
@@ -97,7 +97,7 @@ def finetune(
     """
     settings = Settings(steps, minutes, lr, validations, patience, dtype, seed)
     check_model(model)
-    check_batches(batches)
+    check_batches_of_epochs(batches)
     check_loss(loss)
     if validate is not None:
         check_function(validate, "validate", "model")
