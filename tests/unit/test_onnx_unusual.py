@@ -382,6 +382,15 @@ def test_bytes_before_are_those_of_the_dtype_in_the_file(kind, dtype, itemsize, 
     assert report.lstm.bytes_after == directions * site.bytes_after + others
 
 
+def test_two_gates_of_one_output_are_no_lstm(tmp_path):
+    nodes, weights, _ = written_out(np.random.default_rng(0))
+    (o,) = (node for node in nodes if list(node.input) == ["o"])
+    o.input[0] = "f"
+    path = save(tmp_path / "model.onnx", nodes, weights, ["h", "c"], 12)
+    with pytest.raises(SlimLSTMError, match="holds no LSTM with constant weights"):
+        compress_onnx(path, Quantize("int8"), tmp_path / "small.onnx")
+
+
 @pytest.mark.parametrize("form", ["lstm", "scan"])
 @pytest.mark.parametrize("config", [Quantize("int8"), LowRank("svd", rank=8, storage="int8")], ids=["all", "rank"])
 def test_scales_are_no_parameters(config, form, tmp_path):

@@ -35,7 +35,7 @@ def read_written_out(split: Any, scope: Scope) -> OnnxLSTM | None:
     gates = _gates(split, scope)
     if gates is None:
         return None
-    found = list(_products(split.input[0], scope, _users(scope)))
+    found = list(_products(split.input[0], scope, _readers(scope)))
     if len(found) == 1:
         found = _divided(found[0], gates.cell)
     pair = _ih_and_hh(found, gates.cell, scope)
@@ -111,39 +111,39 @@ def _common_path(first: str, second: str) -> str:
 
 def _gates(split: Any, scope: Scope) -> _Gates | None:
     """Return the order of the gates that a Split makes, or None where its outputs are no LSTM's gates."""
-    used: dict[str, list[Any]] = {}
-    for node in scope.graph.node:
-        for name in node.input:
-            used.setdefault(name, []).append(node)
-
-    def after(name: str, kind: str) -> list[Any]:
-        return [node for node in used.get(name, []) if node.op_type == kind]
-
-    squashed: dict[str, int] = {}
-    tanh: list[str] = []
-    for index, output in enumerate(split.output):
-        for node in after(output, "Sigmoid") + after(output, "Tanh"):
-            squashed[node.output[0]] = index
-            tanh += [node.output[0]] if node.op_type == "Tanh" else []
-    if len(squashed) != 4 or len(tanh) != 1:
+    readers = _readers(scope)
+    sigmoids, tanhs = (
+        {node.output[0]: index for index, output in enumerate(split.output) for node in _of_kind(kind, readers.get(output))}
+        for kind in ("Sigmoid", "Tanh")
+    )
+    if len(tanhs) != 1 or sorted([*sigmoids.values(), *tanhs.values()]) != [0, 1, 2, 3]:
         return None
-    for update in after(tanh[0], "Mul"):
-        i = next((name for name in update.input if name in squashed and name != tanh[0]), None)
-        for total in after(update.output[0], "Add"):
-            other = next((name for name in total.input if name != update.output[0]), "")
-            carry = scope.producers.get(other)
-            if i is None or carry is None or carry.op_type != "Mul":
-                continue
-            f = next((name for name in carry.input if name in squashed and name not in (i, tanh[0])), None)
-            o = next((name for name in squashed if name not in (i, f, tanh[0])), None)
-            if f is not None and o is not None:
-                letters = {squashed[name]: letter for name, letter in ((i, "i"), (f, "f"), (tanh[0], "g"), (o, "o"))}
-                order = "".join(letters[index] for index in range(4))
-                return _Gates(order, next((name for name in carry.input if name != f), ""))
+    (tanh,) = tanhs
+    for new, carried in _cell_updates(tanh, readers, scope):
+        i = next((name for name in new.input if name in sigmoids), None)
+        f = next((name for name in carried.input if name in sigmoids and name != i), None)
+        if i is not None and f is not None:
+            letters = {sigmoids[i]: "i", sigmoids[f]: "f", tanhs[tanh]: "g"}
+            order = "".join(letters.get(index, "o") for index in range(4))
+            return _Gates(order, next((name for name in carried.input if name != f), ""))
     return None
 
 
-def _products(name: str, scope: Scope, users: Mapping[str, int]) -> Iterator[WeightLocation]:
+def _cell_updates(tanh: str, readers: Mapping[str, list[Any]], scope: Scope) -> Iterator[tuple[Any, Any]]:
+    """Yield the products σ(i) tanh(g) and σ(f) c of every sum that may be a new cell state."""
+    for new in _of_kind("Mul", readers.get(tanh)):
+        for total in _of_kind("Add", readers.get(new.output[0])):
+            other = next((name for name in total.input if name != new.output[0]), "")
+            carried = scope.producers.get(other)
+            if carried is not None and carried.op_type == "Mul":
+                yield new, carried
+
+
+def _of_kind(kind: str, nodes: list[Any] | None) -> list[Any]:
+    return [node for node in nodes or [] if node.op_type == kind]
+
+
+def _products(name: str, scope: Scope, readers: Mapping[str, list[Any]]) -> Iterator[WeightLocation]:
     """Yield the products with constant matrices that add up to a value."""
     seen, pending = set[str](), [name]
     while pending:
@@ -152,7 +152,7 @@ def _products(name: str, scope: Scope, users: Mapping[str, int]) -> Iterator[Wei
         if name not in seen and name not in scope.constants and scope.outer is not None and (outer := scope.scanned(name)):
             seen.add(name)
             # Exporters multiply x by W for all steps at once.
-            yield from _products(outer, scope.outer, _users(scope.outer))
+            yield from _products(outer, scope.outer, _readers(scope.outer))
             continue
         # Values of other graphs, and values with several names in a damaged one, are left alone.
         if name in seen or node is None or name in scope.constants or name not in scope.producers.maps[0]:
@@ -161,23 +161,23 @@ def _products(name: str, scope: Scope, users: Mapping[str, int]) -> Iterator[Wei
         if node.op_type == "Add":
             pending += node.input
         elif node.op_type in ("MatMul", "Gemm") and len(node.input) >= 2:
-            location = _product(node, scope, users)
+            location = _product(node, scope, readers)
             if location is not None:
                 yield location
         elif (location := integer_product(node, scope)) is not None:
             yield location
 
 
-def _users(scope: Scope) -> dict[str, int]:
-    """Return how often each value is read in a graph."""
-    users: dict[str, int] = {}
+def _readers(scope: Scope) -> dict[str, list[Any]]:
+    """Return the nodes that read each value in a graph; a node that reads a value twice stands twice."""
+    readers: dict[str, list[Any]] = {}
     for node in scope.graph.node:
         for name in node.input:
-            users[name] = users.get(name, 0) + 1
-    return users
+            readers.setdefault(name, []).append(node)
+    return readers
 
 
-def _product(node: Any, scope: Scope, users: Mapping[str, int]) -> WeightLocation | None:
+def _product(node: Any, scope: Scope, readers: Mapping[str, list[Any]]) -> WeightLocation | None:
     """Return the location of the constant matrix that a node multiplies by, with gates in the file's order."""
     matrix = constant(node.input[1], scope)
     if matrix is None or matrix.ndim != 2 or attribute_of(node, "transA", 0):
@@ -186,7 +186,7 @@ def _product(node: Any, scope: Scope, users: Mapping[str, int]) -> WeightLocatio
     location = WeightLocation("", u, "", scope, node, 1, storage=storage_of(node.input[1], scope))
     location.stored_itemsize = stored_itemsize(node.input[1], scope)
     inner = scope.producers.maps[0].get(node.input[0])
-    if inner is not None and inner.op_type == "MatMul" and users.get(node.input[0]) == 1:
+    if inner is not None and inner.op_type == "MatMul" and len(readers.get(node.input[0], [])) == 1:
         v = constant(inner.input[1], scope)
         if v is not None and v.ndim == 2 and _are_factors(u, v):
             location.matrix, location.source = (u, v.T), inner
