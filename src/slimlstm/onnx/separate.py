@@ -41,60 +41,67 @@ def separate(lstm: OnnxLSTM, model: Any, new_name: Callable[[str], str], shared:
 
 
 def _widen(lstm: OnnxLSTM, new_name: Callable[[str], str]) -> list[str]:
-    from onnx import TensorProto
-
+    """Turn an operator with int8 weights into ONNX's LSTM, and return the names of values that it no longer reads."""
     node, released = lstm.node, list(lstm.node.input[_PLAIN_INPUTS:])
     for position, letter in ((1, "W"), (2, "R")):
         found = quantization(node, lstm.scope, position)
-        if found is None:
-            continue
-        _, scale, zero = found
-        name = _insert_new(
-            lstm, "Cast", [node.input[position]], new_name(f"{lstm.name}.{letter}.wide"), to=TensorProto.FLOAT
-        )
-        if bool(zero.any()):
-            shift = _add_constant(lstm.scope, zero, new_name(f"{lstm.name}.{letter}.zero"))
-            name = _insert_new(lstm, "Sub", [name, shift], new_name(f"{lstm.name}.{letter}.shifted"))
-        factor = _add_constant(lstm.scope, scale, new_name(f"{lstm.name}.{letter}.scale"))
-        name = _insert_new(lstm, "Mul", [name, factor], new_name(f"{lstm.name}.{letter}.scaled"))
-        released.append(node.input[position])
-        node.input[position] = _insert_new(lstm, "Transpose", [name], new_name(f"{lstm.name}.{letter}"), perm=[0, 2, 1])
+        if found is not None:
+            _, scale, zero = found
+            released.append(node.input[position])
+            node.input[position] = _widened(lstm, node.input[position], scale, zero, f"{lstm.name}.{letter}", new_name)
     node.op_type, node.domain = "LSTM", ""
     del node.input[_PLAIN_INPUTS:]
     return released
 
 
+def _widened(lstm: OnnxLSTM, codes: str, scale: Tensor, zero: Tensor, prefix: str, new_name: Callable[[str], str]) -> str:
+    """Insert nodes before an operator that widen and transpose its codes; return the name of the result."""
+    from onnx import TensorProto
+
+    name = _insert_new(lstm, "Cast", [codes], new_name(f"{prefix}.wide"), to=TensorProto.FLOAT)
+    if bool(zero.any()):
+        shift = _add_constant(lstm.scope, zero, new_name(f"{prefix}.zero"))
+        name = _insert_new(lstm, "Sub", [name, shift], new_name(f"{prefix}.shifted"))
+    factor = _add_constant(lstm.scope, scale, new_name(f"{prefix}.scale"))
+    name = _insert_new(lstm, "Mul", [name, factor], new_name(f"{prefix}.scaled"))
+    return _insert_new(lstm, "Transpose", [name], new_name(prefix), perm=[0, 2, 1])
+
+
 def _divide(lstm: OnnxLSTM, model: Any, new_name: Callable[[str], str], shared: dict[Hashable, Any]) -> list[str]:
+    """Divide the product with [W R] in two, and return the names of values that the LSTM no longer reads."""
     from onnx import helper
 
-    product = lstm.locations[0].node
-    graph, output, released = lstm.scope.graph, product.output[0], list(product.input)
+    graph, product = lstm.scope.graph, lstm.locations[0].node
+    output, released = product.output[0], list(product.input)
     place = "divided", id(lstm.scope), output
     if place in shared:
         _set_products(lstm, shared[place])
         return []
+    shared[place] = parts = _insert_products(lstm, model, new_name, shared)
+    bias = product.input[2] if len(product.input) > 2 else ""
+    total = new_name(f"{lstm.name}.sum") if bias else output
+    insert(graph, helper.make_node("Add", parts, [total]), before=product)
+    if bias:
+        insert(graph, helper.make_node("Add", [total, bias], [output]), before=product)
+    graph.node.remove(product)
+    _set_products(lstm, parts)
+    return [name for name in released if name and name != bias]
+
+
+def _insert_products(lstm: OnnxLSTM, model: Any, new_name: Callable[[str], str], shared: dict[Hashable, Any]) -> list[str]:
+    """Insert a product for every location before their common one, and return the names of the results."""
+    from onnx import helper
+
     parts: list[str] = []
-    shared[place] = parts
     for location in lstm.locations:
         key = "part", location.name
         if key not in shared:
             weight = reordered(rebuilt(location.matrix), location.gates)
             shared[key] = _add_initializer(model, weight.T, new_name(f"{lstm.name}.{location.name}"))
-        product_name = new_name(f"{lstm.name}.{location.name}.product")
-        node = helper.make_node("MatMul", [location.input, shared[key]], [product_name])
-        insert(graph, node, before=product)
-        parts.append(node.output[0])
-    bias = product.input[2] if len(product.input) > 2 else ""
-    total = new_name(f"{lstm.name}.sum") if bias else output
-    sums = [helper.make_node("Add", parts, [total])]
-    if bias:
-        sums.append(helper.make_node("Add", [total, bias], [output]))
-    at = next(index for index, node in enumerate(graph.node) if output in node.output)
-    del graph.node[at]
-    for node in reversed(sums):
-        graph.node.insert(at, node)
-    _set_products(lstm, parts)
-    return [name for name in released if name and name != bias]
+        parts.append(new_name(f"{lstm.name}.{location.name}.product"))
+        node = helper.make_node("MatMul", [location.input, shared[key]], parts[-1:])
+        insert(lstm.scope.graph, node, before=location.node)
+    return parts
 
 
 def _set_products(lstm: OnnxLSTM, parts: list[str]) -> None:
