@@ -10,6 +10,7 @@ from torch import Tensor
 
 from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.modules.sites import Site
+from slimlstm.ops.weights import Matrix
 from slimlstm.weight_files.matrices import find_matrices, stored_matrix
 
 
@@ -48,33 +49,46 @@ def _layer(
     tensors: Mapping[str, Tensor],
     sites: Mapping[str, Mapping[str, Any]],
 ) -> LowRankLSTM:
+    """Return the layer that an hh matrix belongs to, with its weights, storages and reverse direction."""
     if f"{key}_reverse" in matrices:
         endings = {"": "", "_reverse": "_reverse"}
     else:
         endings = {"_reverse" if key.endswith("_reverse") else "": ""}
-    (rows, outputs), (_, inputs) = (matrices[name][0].shape for name in (key, key.replace("weight_hh", "weight_ih")))
-    projected = key.replace("weight_hh", "weight_hr") in tensors
+    layer = _empty_layer(key, len(endings) == 2, matrices, tensors)
     base = key.removesuffix("_reverse")
-    layer = LowRankLSTM(
-        inputs,
-        rows // 4,
-        bias=key.replace("weight_hh", "bias_hh") in tensors,
-        bidirectional=len(endings) == 2,
-        proj_size=outputs if projected else 0,
-    ).eval()
     for ending, own in endings.items():
         for kind in ("weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh"):
             name, place = f"{kind}_l0{own}", base.replace("weight_hh", kind) + ending
             if place in matrices:
-                matrix = stored_matrix(matrices[place][1], tensors)
-                if isinstance(matrix, Tensor):
-                    layer.get_parameter(name).data = matrix.float()
-                else:
-                    layer.set_factors(name, matrix[0].float(), matrix[1].float())
+                _set_weight(layer, name, stored_matrix(matrices[place][1], tensors))
             elif name in layer.state_dict():
-                layer.get_parameter(name).data = tensors[place].float()
+                _set_weight(layer, name, tensors[place])
         for kind in ("weight_ih", "weight_hh"):
             storage = sites.get(base.replace("weight_hh", kind) + ending, {}).get("storage")
             if storage is not None:
                 layer.store(f"{kind}_l0{own}", storage)
     return layer
+
+
+def _empty_layer(
+    key: str,
+    is_bidirectional: bool,
+    matrices: Mapping[str, tuple[Site, tuple[str, ...]]],
+    tensors: Mapping[str, Tensor],
+) -> LowRankLSTM:
+    """Return a layer of the sizes of the one that an hh matrix belongs to."""
+    (rows, outputs), (_, inputs) = (matrices[name][0].shape for name in (key, key.replace("weight_hh", "weight_ih")))
+    return LowRankLSTM(
+        inputs,
+        rows // 4,
+        bias=key.replace("weight_hh", "bias_hh") in tensors,
+        bidirectional=is_bidirectional,
+        proj_size=outputs if key.replace("weight_hh", "weight_hr") in tensors else 0,
+    ).eval()
+
+
+def _set_weight(layer: LowRankLSTM, name: str, matrix: Matrix) -> None:
+    if isinstance(matrix, Tensor):
+        layer.get_parameter(name).data = matrix.float()
+    else:
+        layer.set_factors(name, matrix[0].float(), matrix[1].float())
