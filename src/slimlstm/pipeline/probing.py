@@ -48,6 +48,10 @@ class Judge(Protocol):
         ...
 
 
+_Rise = Callable[[Mapping[str, Matrix]], float]
+"""Returns the rise of the mean loss with these matrices, by key."""
+
+
 @dataclass
 class _Curves:
     """Predicted losses of one matrix: of truncation [k + 1], of rounding factors of some ranks, and of dense roundings."""
@@ -91,12 +95,12 @@ def measure_sizes(
         if site.rank is not None or site.storage is not None or site.nonzeros is not None:
             raise SlimLSTMError(f"{site.key} is compressed already; choose rank and storage together on the dense model")
         groups.setdefault(source.identity(site), []).append(site)
-    baseline = None if judge is None else judge.cost({})
+    rise = None if judge is None else _measured_rise(judge)
     curves: list[_Curves] = []
     for index, group in enumerate(groups.values()):
         if progress is not None:
             progress(group[0].key, index / len(groups))
-        curves.append(_curves(source, group, statistics, method, judge, baseline))
+        curves.append(_curves(source, group, statistics, method, rise))
     truncations, roundings = _ratios(curves)
     found = [
         _site(one, truncation, rounding) for one, truncation, rounding in zip(curves, truncations, roundings, strict=True)
@@ -104,14 +108,14 @@ def measure_sizes(
     return Sensitivity(method, found, judge is not None)
 
 
-def _curves(
-    source: Source,
-    group: Sequence[Site],
-    statistics: SiteStatistics,
-    method: str,
-    judge: Judge | None,
-    baseline: float | None,
-) -> _Curves:
+def _measured_rise(judge: Judge) -> _Rise:
+    """Return a function that measures the rise of the mean loss with other matrices, by key."""
+    baseline = judge.cost({})
+    return lambda weights: judge.cost(weights) - baseline
+
+
+def _curves(source: Source, group: Sequence[Site], statistics: SiteStatistics, method: str, rise: _Rise | None) -> _Curves:
+    """Return the losses of the matrix that these sites share: the predicted ones, and a few that ``rise`` measures."""
     site, keys = group[0], tuple(site.key for site in group)
     matrix, rounder = rebuilt(source.weight(site)), statistics.rounder(site)
     loss = _Predicted(statistics, site, method)
@@ -127,12 +131,10 @@ def _curves(
         # Rounding errors are proportional to the distance of neighbouring codes.
         dense.setdefault(storage, dense[_REFERENCE] * (largest_code(4) / largest_code(bits)) ** 2)
     probes: list[Probe] = []
-    if judge is not None and baseline is not None:
+    if rise is not None:
         for rank in _ranks_at(site, _PROBED_AT):
-            rise = judge.cost(dict.fromkeys(keys, factored[rank])) - baseline
-            probes.append(Probe(rank, "float32", truncation[rank], rise))
-        rise = judge.cost(dict.fromkeys(keys, rounded[_COARSEST])) - baseline
-        probes.append(Probe(None, _COARSEST, dense[_COARSEST], rise))
+            probes.append(Probe(rank, "float32", truncation[rank], rise(dict.fromkeys(keys, factored[rank]))))
+        probes.append(Probe(None, _COARSEST, dense[_COARSEST], rise(dict.fromkeys(keys, rounded[_COARSEST]))))
     return _Curves(keys, site, truncation, rounding, dense, tuple(probes))
 
 
