@@ -22,7 +22,7 @@ from slimlstm.files import path_of, replacing
 from slimlstm.methods import Needs, Replacement
 from slimlstm.modules.arguments import check_batches
 from slimlstm.modules.modes import plain_defaults, plain_mode
-from slimlstm.onnx.calibrate import RunInputs, calibrate_graph
+from slimlstm.onnx.calibrate import RunInputs
 from slimlstm.onnx.find import find_lstms
 from slimlstm.onnx.forms import check_form
 from slimlstm.onnx.graph import OnnxLSTM, graphs_of
@@ -80,30 +80,24 @@ def compress_onnx(
         SlimLSTMError: the file is missing, damaged or holds no LSTM, a site cannot be compressed, nothing would get
             smaller, ``form="scan"`` cannot compute an operator, or onnx is not installed. Nothing is written then.
     """
-    check_form(form)
-    path = path_of(path, "path", "name an ONNX file; compress_ takes models")
-    output = path_of(output, "output", "name the ONNX file to write")
-    if batches is not None:
-        check_batches(batches)
-    check_kinds(also)
-    check_onnx_output(path, output)
+    path, output = _checked_paths(path, output, batches, also, form)
     model = read_model(path)
     _check(model, path)
     is_inferable = not _shape_problem(model)
     lstms = find_lstms(model, path)
     problems = [lstm.problem for lstm in lstms if lstm.problem]
-    runs = list(batches) if also and batches is not None and not isinstance(batches, Iterator) else None
+    repeatable = None if isinstance(batches, Iterator) else batches
+    runs = list(repeatable) if also and repeatable is not None else None
     source = GraphSource(model, [lstm for lstm in lstms if lstm.locations], form, also, runs)
     if not source.sites():
         raise SlimLSTMError("; ".join([f"{path} holds no LSTM with constant weights", *problems]))
     check_config(config, source.sites())
     needs = calibration_needs(config)
     if batches is not None and calibration is None and needs > Needs.NOTHING:
-        observed = [lstm for group in source.groups for lstm in group]
-        calibration = source.calibration(calibrate_graph(model, observed, batches, needs >= Needs.GRADIENTS))
+        calibration = source.calibrate(batches, with_gradients=needs >= Needs.GRADIENTS)
     observer = None
-    if batches is not None and not isinstance(batches, Iterator) and needs > Needs.NOTHING and refit != 0:
-        observer = GraphObserver(model, source.groups, batches)
+    if repeatable is not None and needs > Needs.NOTHING and refit != 0:
+        observer = GraphObserver(model, source.groups, repeatable)
     with shown("compressing", progress) as report_progress:
         solution = solve(
             source,
@@ -124,6 +118,20 @@ def compress_onnx(
     with replacing(output) as draft:
         draft.write_bytes(model.SerializeToString())
     return report
+
+
+def _checked_paths(
+    path: str | os.PathLike[str], output: str | os.PathLike[str], batches: object, also: Collection[str], form: str
+) -> tuple[Path, Path]:
+    """Return the paths of a call, or raise :class:`SlimLSTMError` if an argument cannot be used."""
+    check_form(form)
+    path = path_of(path, "path", "name an ONNX file; compress_ takes models")
+    output = path_of(output, "output", "name the ONNX file to write")
+    if batches is not None:
+        check_batches(batches)
+    check_kinds(also)
+    check_onnx_output(path, output)
+    return path, output
 
 
 def _check_size(report: Report, replacements: Mapping[str, Replacement]) -> None:

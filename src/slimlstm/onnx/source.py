@@ -12,6 +12,7 @@ from slimlstm.errors import SlimLSTMError
 from slimlstm.methods import Replacement, matrix_bytes, sha256_of, storage_called
 from slimlstm.modules.sites import Site
 from slimlstm.onnx.builder import INT4_OPSET
+from slimlstm.onnx.calibrate import calibrate_graph
 from slimlstm.onnx.forms import Form
 from slimlstm.onnx.graph import OnnxLSTM, WeightLocation
 from slimlstm.onnx.opsets import opset_of
@@ -63,8 +64,9 @@ class GraphSource:
         }
         self._sites = {key: _site(key, location) for key, location in self._locations.items()}
 
-    def calibration(self, moments: Mapping[str, list[Moments]]) -> Calibration:
-        """Return a calibration for this source's sites, from the moments of every LSTM by ``"<lstm>.<weight>"``."""
+    def calibrate(self, batches: Iterable[RunInputs], with_gradients: bool) -> Calibration:
+        """Return the moments of this source's sites; see :func:`slimlstm.onnx.calibrate.calibrate_graph`."""
+        moments = calibrate_graph(self._model, self._lstms, batches, with_gradients)
         found: dict[str, Moments] = {}
         for group in self.groups:
             for location in group[0].locations:
@@ -72,6 +74,10 @@ class GraphSource:
                 if own:
                     found[f"{group[0].name}.{location.name}"] = Moments.together(own)
         return Calibration(found, None, 0, False)
+
+    @property
+    def _lstms(self) -> list[OnnxLSTM]:
+        return [lstm for group in self.groups for lstm in group]
 
     def sites(self) -> list[Site]:
         """Return the site of every recurrent matrix, in the order of the graph; shared matrices count once."""
@@ -124,8 +130,7 @@ class GraphSource:
                 "the file holds the zeros of pruned matrices like other numbers; it becomes smaller only when compressed"
             )
         if self._others:
-            lstms = [lstm for group in self.groups for lstm in group]
-            notes += quantize_others(self._model, lstms, self._others, self._runs)
+            notes += quantize_others(self._model, self._lstms, self._others, self._runs)
         left = {entry.name for entry in self._model.graph.input}
         fixed = [name for name in inputs if name in rewriter.roots or name not in left]
         if fixed:

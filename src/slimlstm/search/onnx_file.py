@@ -20,7 +20,7 @@ from slimlstm.files import path_of, replacing
 from slimlstm.modules.arguments import check_batches, check_function
 from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.onnx.builder import INT4_OPSET
-from slimlstm.onnx.calibrate import RunInputs, calibrate_graph
+from slimlstm.onnx.calibrate import RunInputs
 from slimlstm.onnx.compress import compress_onnx
 from slimlstm.onnx.find import find_lstms
 from slimlstm.onnx.opsets import opset_of
@@ -184,13 +184,12 @@ def _calibration(path: Path, runs: Sequence[RunInputs]) -> tuple[Calibration, li
     """Return the moments of the runs, and in words why they lack the gradients that factors need, if they do."""
     model = read_model(path)
     source = GraphSource(model, [lstm for lstm in find_lstms(model, path) if lstm.locations])
-    observed = [lstm for group in source.groups for lstm in group]
     try:
-        return source.calibration(calibrate_graph(model, observed, runs, with_gradients=True)), []
+        return source.calibrate(runs, with_gradients=True), []
     except SlimLSTMError as error:
         # A model that cannot run at all fails here again.
-        moments = calibrate_graph(model, observed, runs, with_gradients=False)
-        return source.calibration(moments), [f"no factors were tried, because {str(error).partition(';')[0]}"]
+        moments = source.calibrate(runs, with_gradients=False)
+        return moments, [f"no factors were tried, because {str(error).partition(';')[0]}"]
 
 
 def _made(path: Path, config: Config, folder: Path, calibration: Calibration) -> tuple[Path, Report]:
