@@ -6,6 +6,7 @@ import os
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -24,7 +25,7 @@ from slimlstm.onnx.forms import Form, check_form
 from slimlstm.onnx.layers import Ports, add_layer
 from slimlstm.onnx.opsets import check_opset, converted, opset_of, traced_opset
 from slimlstm.onnx.trace import DOMAIN, PLACEHOLDER, Traced, trace
-from slimlstm.onnx.verify import INT8_TOLERANCE, TOLERANCE, Bound, compare, is_known_to_numpy, start
+from slimlstm.onnx.verify import INT8_TOLERANCE, TOLERANCE, Bound, Comparison, compare, is_known_to_numpy, start
 
 _LARGEST = 2**31 - 1
 """Bytes that one ONNX file can hold."""
@@ -114,12 +115,7 @@ def export_onnx(
         >>> found.inputs["x"][2], list(found.outputs), path.exists()
         (3, ['y', 'h', 'c'], True)
     """
-    if not hasattr(torch.onnx, "ops"):
-        raise SlimLSTMError(f"export needs PyTorch 2.8 or newer, and this is {torch.__version__}")
-    path = path_of(path, "path", "name the file to write; call export_onnx(model, example_inputs, path)")
-    check_file_name(path)
-    check_opset(opset)
-    check_form(form)
+    path = _checked_path(path, opset, form)
     arguments, named = _arguments(example_inputs)
     _check_example([value for value in pytree.tree_leaves((arguments, named)) if isinstance(value, Tensor)], input_names)
     hosts = _hosts(model)
@@ -143,25 +139,44 @@ def export_onnx(
             inputs = _shapes(proto.graph.input)
             _check_open(inputs, dynamic_shapes)
             content: bytes = proto.SerializeToString()
-            run, engine = start(content)
-            bound = _bound(traced, tolerance)
-            checked = compare(model, (arguments, named), run, traced.shapes, traced.limits, bound)
-            if state.changed():
-                # Tensors that a model only shows, such as attention weights, do not matter to a second call.
-                compare(model, (arguments, named), run, traced.shapes, {}, bound)
+            checked, engine = _compared(model, (arguments, named), traced, content, tolerance, state)
     with replacing(path) as draft:
         draft.write_bytes(content)
     return Exported(
-        inputs,
-        _shapes(proto.graph.output),
-        len(content),
-        checked.sizes,
-        checked.difference,
-        engine,
-        opset_of(proto),
-        [*map(str, forms)],
-        _notes(traced.limits),
+        inputs=inputs,
+        outputs=_shapes(proto.graph.output),
+        bytes=len(content),
+        checked=checked.sizes,
+        difference=checked.difference,
+        engine=engine,
+        opset=opset_of(proto),
+        forms=[*map(str, forms)],
+        notes=_notes(traced.limits),
     )
+
+
+def _checked_path(path: str | os.PathLike[str], opset: int | None, form: str) -> Path:
+    """Return the path of a call, or raise :class:`SlimLSTMError` if an argument cannot be used or PyTorch is too old."""
+    if not hasattr(torch.onnx, "ops"):
+        raise SlimLSTMError(f"export needs PyTorch 2.8 or newer, and this is {torch.__version__}")
+    path = path_of(path, "path", "name the file to write; call export_onnx(model, example_inputs, path)")
+    check_file_name(path)
+    check_opset(opset)
+    check_form(form)
+    return path
+
+
+def _compared(
+    model: nn.Module, inputs: Any, traced: Traced, content: bytes, tolerance: float | None, state: KeptState
+) -> tuple[Comparison, str]:
+    """Return how the file's outputs compare with the model's, and the engine that ran the file."""
+    run, engine = start(content)
+    bound = _bound(traced, tolerance)
+    checked = compare(model, inputs, run, traced.shapes, traced.limits, bound)
+    if state.changed():
+        # Tensors that a model only shows, such as attention weights, do not matter to a second call.
+        compare(model, inputs, run, traced.shapes, {}, bound)
+    return checked, engine
 
 
 @contextmanager
