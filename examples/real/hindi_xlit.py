@@ -46,16 +46,15 @@ def shuffled_words(generator=None):
     return [found[index] for index in torch.randperm(len(found), generator=generator)]
 
 
-def prepared(number=1660, calibrating=60):
+def prepared(number=1660):
     """Return the dense model, inputs to time it with, and the words that calibrate and judge smaller models."""
     dense = Transliterator(piston.model).eval()
     words = shuffled_words(torch.Generator().manual_seed(0))[:number]
     answers = {word: says(dense, word) for word in words}
-    seen = [(word, answers[word]) for word in words[:calibrating] if answers[word]]
-    end = calibrating + (len(words) - calibrating) // 3
+    seen, third = [(word, answers[word]) for word in words[:60] if answers[word]], (len(words) - 60) // 3
     # Labels are sampled from the predictions of the dense model, so the words need none.
     data = {"batches": seen, "loss": lambda model, batch: Categorical(logits=model(*batch))}
-    validation, test = [[(word, answers[word]) for word in part] for part in (words[calibrating:end], words[end:])]
+    validation, test = [[(word, answers[word]) for word in part] for part in (words[60 : 60 + third], words[60 + third :])]
     return dense, seen[0], data | {"validation": validation, "test": test}
 
 
@@ -64,7 +63,7 @@ def agreement(model, part):
 
 
 if __name__ == "__main__":
-    dense, inputs, data = prepared(*((80, 20) if arguments().brief else ()))
+    dense, inputs, data = prepared(160 if arguments().brief else 1660)
     configs = {
         "bfloat16": sl.Quantize("bfloat16"),
         "int8": sl.Quantize("int8"),
