@@ -54,7 +54,7 @@ def dense_language_model(name: str) -> AWDLSTM | None:
     """Return the embedded AWD-LSTM or the dense one of a folder; None for a file or a compressed folder.
 
     Raises:
-        SlimLSTMError: the name is of another folder.
+        SlimLSTMError: the folder is not compressed and holds no AWD-LSTM.
     """
     from slimlstm.demo import model as embedded
     from slimlstm.demo.awd_lstm import load_awd_lstm
