@@ -448,6 +448,23 @@ def test_batches_that_python_cannot_copy_are_shared():
     assert list(found.sites)
 
 
+@pytest.mark.parametrize("sizes", [[1] * 700, [300, 300, 100], [200, 600, 5], [512, 1], [1, 511, 512]], ids=str)
+def test_moments_do_not_depend_on_the_sizes_of_batches(sizes):
+    """Rows of small batches wait until they fill a block."""
+    model = small_model()
+    rows = randn(1, sum(sizes), IN)
+    found, expected = (
+        calibrate(model, batches, lambda model, batch: model(batch).square().sum(-1))
+        for batches in (rows.split(sizes, dim=1), [rows])
+    )
+    assert found.predictions == expected.predictions
+    for key, moments in expected.sites.items():
+        assert found.sites[key].rows == moments.rows
+        assert found.sites[key].effective_rows == pytest.approx(moments.effective_rows)
+        torch.testing.assert_close(found.sites[key].inputs, moments.inputs, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(found.sites[key].gradients, moments.gradients, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("loss", [None, lambda m, x: m(x).square()], ids=["activation", "fisher"])
 def test_a_calibration_takes_no_more_memory_for_more_batches(loss):
     """None of 40 batches stays alive, and no tensor computed from one."""

@@ -21,7 +21,7 @@ from slimlstm.modules.state import kept_state
 from slimlstm.progress import Progress, counted, shown
 
 _BLOCK = 512
-"""Columns in a block of a moment."""
+"""Columns in a block of a moment, and rows that are summed at once where batches have fewer."""
 _MOST_DRAWS = 8
 """How often gradients are drawn from predicted distributions at most."""
 _ROWS_WANTED = 4
@@ -154,10 +154,8 @@ def _are_scarce(sums: Mapping[Keys, MomentSums]) -> bool:
     """Return whether the gradients of some matrix come from too few effective rows for its number of directions."""
     for entry in sums.values():
         effective = entry.effective_rows
-        if entry.gradients is not None and effective is not None:
-            directions = max(min(len(entry.gradients), len(inputs)) for inputs in entry.inputs)
-            if 0 < effective < _ROWS_WANTED * directions:
-                return True
+        if effective is not None and 0 < effective < _ROWS_WANTED * entry.directions:
+            return True
     return False
 
 
@@ -207,8 +205,8 @@ class MomentSums:
     def __init__(self) -> None:
         self.rows = self.drawn_rows = 0
         self.squares = self.fourths = 0.0
-        self.inputs: list[Tensor] = []
-        self.gradients: Tensor | None = None
+        self._inputs: list[_SquareSum] = []
+        self._gradients: _SquareSum | None = None
 
     def add(self, rows: Rows, *, is_again: bool = False) -> None:
         """Add the rows that receive a gradient, or all rows where no gradients are known.
@@ -223,18 +221,66 @@ class MomentSums:
         self.drawn_rows += len(inputs[0])
         if not is_again:
             self.rows += len(inputs[0])
-            sums = [_square(values) for values in inputs]
-            self.inputs = sums if not self.inputs else [old.add_(new) for old, new in zip(self.inputs, sums, strict=True)]
+            self._inputs = self._inputs or [_SquareSum(values) for values in inputs]
+            for entry, values in zip(self._inputs, inputs, strict=True):
+                entry.add(values)
         if gradients is not None:
-            square = _square(gradients)
-            self.gradients = square if self.gradients is None else self.gradients.add_(square)
+            self._gradients = self._gradients or _SquareSum(gradients)
+            self._gradients.add(gradients)
             sizes = gradients.detach().float().square().sum(dim=1).double()
             self.squares, self.fourths = self.squares + float(sizes.sum()), self.fourths + float(sizes.square().sum())
 
     @property
+    def inputs(self) -> list[Tensor]:
+        """Σ z zᵀ [n, n] for every matrix, in float64."""
+        return [entry.total() for entry in self._inputs]
+
+    @property
+    def gradients(self) -> Tensor | None:
+        """Σ δ δᵀ [m, m] in float64, or None without gradients."""
+        return None if self._gradients is None else self._gradients.total()
+
+    @property
+    def directions(self) -> int:
+        """The directions of the group's largest matrix, min(m, n)."""
+        m = 0 if self._gradients is None else self._gradients.width
+        return max(min(m, entry.width) for entry in self._inputs)
+
+    @property
     def effective_rows(self) -> float | None:
         """(Σ ‖δ‖²)² / Σ ‖δ‖⁴: so many rows of equal gradients would hold as much information. None without gradients."""
-        return None if self.gradients is None else self.squares**2 / self.fourths if self.fourths > 0 else 0.0
+        return None if self._gradients is None else self.squares**2 / self.fourths if self.fourths > 0 else 0.0
+
+
+class _SquareSum:
+    """The sum Σ v vᵀ over the rows v of many batches."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.width = like.shape[1]
+        self._block = like.new_empty(_BLOCK, self.width, dtype=torch.promote_types(like.dtype, torch.float32))
+        self._filled = 0
+        self._total = like.new_zeros(self.width, self.width, dtype=torch.float64)
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows [N, width]; few of them wait for more, because their product takes as long as one of a block."""
+        rows = rows.detach()
+        if len(rows) >= _BLOCK:
+            self._total += _square(rows)
+            return
+        if self._filled + len(rows) > _BLOCK:
+            self._empty()
+        self._block[self._filled : self._filled + len(rows)] = rows
+        self._filled += len(rows)
+
+    def total(self) -> Tensor:
+        """Return the sum [width, width] in float64."""
+        self._empty()
+        return self._total
+
+    def _empty(self) -> None:
+        if self._filled:
+            self._total += _square(self._block[: self._filled])
+            self._filled = 0
 
 
 def moments_of(sums: Mapping[Keys, MomentSums]) -> dict[str, Moments]:
@@ -247,7 +293,8 @@ def moments_of(sums: Mapping[Keys, MomentSums]) -> dict[str, Moments]:
     for keys, entry in sums.items():
         if entry.rows == 0:
             continue
-        gradients = None if entry.gradients is None else entry.gradients / entry.drawn_rows
+        gradients = entry.gradients
+        gradients = None if gradients is None else gradients / entry.drawn_rows
         for key, inputs in zip(keys, entry.inputs, strict=True):
             if not all(bool(torch.isfinite(tensor).all()) for tensor in (inputs, gradients) if tensor is not None):
                 raise SlimLSTMError(f"the inputs of {key}, or their gradients, are not finite; check the batches")
