@@ -1,14 +1,17 @@
 """Runs of recipes/language_model.py on a tiny text, and what they leave behind."""
 
+import gc
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -18,12 +21,38 @@ TINY = ("--embedding", "8", "--hidden", "12", "--streams", "4", "--bptt", "10")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
+def in_a_process(command):
+    """Return the words with which the operating system runs a script and its arguments."""
+    return [sys.executable, *map(str, command)]
+
+
+def run_script(path, *arguments):
+    """Run a script on one thread in this process, since most run for less time than Python needs to start.
+
+    Returns:
+        The message or number that the script passed to ``sys.exit``, or None.
+    """
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
+        patch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        patch.setattr(sys, "path", [str(path.parent), *sys.path])
+        torch.set_num_threads(1)
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as stop:
+            return stop.code
+        finally:
+            torch.set_num_threads(threads)
+            gc.collect()  # releases the script's locks
+    return None
+
+
 def command(text, output, *options):
-    return [str(part) for part in (RECIPE, "--text", text, "--output", output, *options)]
+    return [RECIPE, "--text", text, "--output", output, *options]
 
 
-def run(text, output, *options, launcher=()):
-    subprocess.run([sys.executable, *launcher, *command(text, output, *options)], env=ENVIRONMENT, check=True)
+def run(text, output, *options):
+    assert not run_script(*command(text, output, *options))
     return log_of(output)
 
 
@@ -57,7 +86,7 @@ def assert_same(found, expected):
 
 def run_and_kill(text, output, *options):
     """Kill the run as soon as it has written a checkpoint, during an epoch or at its end."""
-    process = subprocess.Popen([sys.executable, *command(text, output, *options)], env=ENVIRONMENT)
+    process = subprocess.Popen(in_a_process(command(text, output, *options)), env=ENVIRONMENT)
     until = time.monotonic() + 60.0
     while not (output / "checkpoint.safetensors").exists() and time.monotonic() < until:
         time.sleep(0.005)

@@ -1,24 +1,23 @@
 """The program that trains ELMo's language model: it learns both ways, and survives kill -9."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from recipe_helpers import ENVIRONMENT, RECIPES, in_a_process, run_script
 from safetensors.torch import load_file
 
 from paper.characters import characters_of
 from paper.elmo_files import load_bilm
+from slimlstm import SlimLSTMError
 
 pytest.importorskip("h5py")
-RECIPE = Path(__file__).parents[2] / "recipes" / "elmo.py"
+RECIPE = RECIPES / "elmo.py"
 OPTIONS = ("--size", "tiny", "--tokens", "60", "--lr", "0.02", "--dropout", "0", "--epochs", "4")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +33,7 @@ def text(tmp_path_factory):
 
 
 def command(text, output, *options):
-    return [str(part) for part in (sys.executable, RECIPE, "--text", text, "--output", output, *OPTIONS, *options)]
+    return [RECIPE, "--text", text, "--output", output, *OPTIONS, *options]
 
 
 def outcome(output):
@@ -49,7 +48,7 @@ def outcome(output):
 @pytest.fixture(scope="module")
 def trained(text, tmp_path_factory):
     output = tmp_path_factory.mktemp("trained")
-    subprocess.run(command(text, output, "--samples", "5"), env=ENVIRONMENT, check=True)
+    assert not run_script(*command(text, output, "--samples", "5"))
     return output
 
 
@@ -68,22 +67,19 @@ def test_the_result_is_an_official_model(trained):
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 def test_a_killed_run_ends_with_the_same_files(text, trained, tmp_path):
     parts = command(text, tmp_path, "--samples", "5", "--checkpoint-seconds", "0")
-    process = subprocess.Popen(parts, env=ENVIRONMENT)
+    process = subprocess.Popen(in_a_process(parts), env=ENVIRONMENT)
     until = time.monotonic() + 60.0
     while not (tmp_path / "checkpoint.safetensors").exists() and time.monotonic() < until:
         time.sleep(0.005)
     process.kill()
     assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    subprocess.run(command(text, tmp_path, "--samples", "5"), env=ENVIRONMENT, check=True)
+    assert not run_script(*command(text, tmp_path, "--samples", "5"))
     found, expected = outcome(tmp_path), outcome(trained)
     assert found[1:] == expected[1:]
     assert not [name for name, tensor in expected[0].items() if not torch.equal(found[0][name], tensor)]
 
 
 def test_another_setting_is_refused(text, trained, tmp_path):
-    subprocess.run(command(text, tmp_path, "--max-minutes", "0"), env=ENVIRONMENT, check=True)
-    process = subprocess.run(
-        command(text, tmp_path, "--seed", "2"), env=ENVIRONMENT, check=False, capture_output=True, text=True
-    )
-    assert process.returncode != 0
-    assert "is of a run with seed=1, not 2; use that setting, or name another output folder" in process.stderr
+    assert not run_script(*command(text, tmp_path, "--max-minutes", "0"))
+    with pytest.raises(SlimLSTMError, match="seed=1, not 2; use that setting, or name another output folder"):
+        run_script(*command(text, tmp_path, "--seed", "2"))

@@ -1,33 +1,29 @@
 """Every example runs, and those with real models keep what they promise."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, console, dump_dom
+from recipe_helpers import run_script
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NUMBERED = sorted(EXAMPLES.glob("0*.py"))
 REAL = sorted(path for path in (EXAMPLES / "real").glob("*.py") if path.stem != "registry")
 
 
-def run(path, monkeypatch, *arguments):
-    """Runs a script as ``python path arguments`` would; one that says what it lacks is skipped."""
-    monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
-    monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])
-    try:
-        runpy.run_path(str(path), run_name="__main__")
-    except SystemExit as stop:
-        assert isinstance(stop.code, str), stop.code
-        pytest.skip(stop.code)
+def run(path, *arguments):
+    """Run an example; one that says what it lacks is skipped."""
+    code = run_script(path, *arguments)
+    if code:
+        assert isinstance(code, str), code
+        pytest.skip(code)
 
 
 @pytest.mark.parametrize("path", NUMBERED, ids=lambda path: path.stem)
 def test_numbered(path, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    run(path, monkeypatch)
+    run(path)
     assert capsys.readouterr().out
     assert not list(tmp_path.iterdir())
     assert len(path.read_text(encoding="utf-8").splitlines()) < 60
@@ -41,8 +37,8 @@ def test_the_documentation_shows_it(path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", REAL, ids=lambda path: path.stem)
-def test_real_models_keep_their_quality_in_half_the_bytes(path, monkeypatch, tmp_path):
-    run(path, monkeypatch, "--seconds", 0.05, "--brief", "--output", tmp_path)
+def test_real_models_keep_their_quality_in_half_the_bytes(path, tmp_path):
+    run(path, "--seconds", 0.05, "--brief", "--output", tmp_path)
     (written,) = tmp_path.glob("*.json")
     result = json.loads(written.read_text(encoding="utf-8"))
     ours = [row for row in result["rows"] if "PyTorch" not in row["variant"]]

@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from recipe_helpers import ENVIRONMENT, TINY, assert_same, command, log_of, outcome, run, run_and_kill
+from recipe_helpers import (
+    ENVIRONMENT,
+    TINY,
+    assert_same,
+    command,
+    in_a_process,
+    log_of,
+    outcome,
+    run,
+    run_and_kill,
+    run_script,
+)
 from safetensors.torch import load_file
 
 import slimlstm as sl
@@ -29,7 +40,7 @@ def test_training_learns_the_text(trained):
 def test_a_folder_in_which_another_process_works_is_left_alone(text, tmp_path):
     with FileLock(tmp_path / ".lock"):
         refused = subprocess.run(
-            [sys.executable, *command(text, tmp_path, *TINY)], env=ENVIRONMENT, capture_output=True, text=True, check=False
+            in_a_process(command(text, tmp_path, *TINY)), env=ENVIRONMENT, capture_output=True, text=True, check=False
         )
     assert refused.returncode == 1
     assert "another process works in" in refused.stderr
@@ -116,9 +127,9 @@ def test_two_processes_are_one_with_twice_the_streams(text, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port))
-    shared = run(text, tmp_path / "two", *options, launcher=launcher)
-    for entry, expected in zip(shared, alone, strict=True):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    subprocess.run([*launcher, *map(str, command(text, tmp_path / "two", *options))], env=ENVIRONMENT, check=True)
+    for entry, expected in zip(log_of(tmp_path / "two"), alone, strict=True):
         assert entry["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-5)
         assert entry["valid_loss"] == pytest.approx(expected["valid_loss"], rel=1e-5)
 
@@ -127,10 +138,8 @@ def test_other_settings_are_refused(text, tmp_path):
     options = (*TINY, "--lr", "1", "--epochs", "1")
     run(text, tmp_path, *options)
     (tmp_path / "result.json").unlink()
-    again = [sys.executable, *command(text, tmp_path, *TINY, "--lr", "2", "--epochs", "2")]
-    refused = subprocess.run(again, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert refused.returncode != 0
-    assert "lr=1.0, not 2.0" in refused.stderr.replace("\n", " ")
+    with pytest.raises(sl.SlimLSTMError, match=r"lr=1\.0, not 2\.0"):
+        run_script(*command(text, tmp_path, *TINY, "--lr", "2", "--epochs", "2"))
 
 
 @pytest.fixture(scope="module")
@@ -143,10 +152,8 @@ def wide(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("config", "millions"), [("ptb-13m", 13.1366), ("ptb-tensor-train", 12.0)])
-def test_controls_are_as_large_as_what_they_are_compared_with(wide, tmp_path, config, millions):
+def test_controls_are_as_large_as_what_they_are_compared_with(wide, tmp_path, capsys, config, millions):
     options = ("--config", config, "--streams", "2", "--bptt", "5", "--max-minutes", "0")
-    told = subprocess.run(
-        [sys.executable, *command(wide, tmp_path, *options)], env=ENVIRONMENT, check=True, capture_output=True, text=True
-    )
-    line = next(line for line in told.stdout.splitlines() if line.endswith(" parameters"))
+    assert not run_script(*command(wide, tmp_path, *options))
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.endswith(" parameters"))
     assert int(line.removesuffix(" parameters").replace(",", "")) / 1e6 == pytest.approx(millions, rel=1e-3)

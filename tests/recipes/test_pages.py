@@ -2,12 +2,12 @@
 
 import importlib
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from recipe_helpers import run_script
 
 import slimlstm as sl
 from slimlstm import cli
@@ -112,6 +112,4 @@ def test_make_targets_exist(page):
 
 
 def test_numbers_are_the_stored_ones():
-    command = [sys.executable, str(ROOT / "recipes" / "readme.py"), "--check"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    assert not run_script(ROOT / "recipes" / "readme.py", "--check")

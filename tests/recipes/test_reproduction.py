@@ -2,22 +2,15 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
-from recipe_helpers import RECIPES
+from recipe_helpers import RECIPES, run_script
 
 ROOT = RECIPES.parent
-
-
-def run(*options):
-    command = [sys.executable, RECIPES / "reproduction.py", *options]
-    return subprocess.run([str(part) for part in command], check=False, capture_output=True, text=True)
+RECIPE = RECIPES / "reproduction.py"
 
 
 def test_the_page_about_the_paper_says_what_the_results_do(tmp_path):
-    done = run("--pictures", tmp_path / "paper", "--page", tmp_path / "reproduction.md")
-    assert done.returncode == 0, done.stderr
+    assert not run_script(RECIPE, "--pictures", tmp_path / "paper", "--page", tmp_path / "reproduction.md")
     tables = [
         path.relative_to(ROOT / "docs") for ending in ("csv", "tex") for path in (ROOT / "docs/paper").glob(f"*.{ending}")
     ]
@@ -40,19 +33,15 @@ def test_a_new_result_that_no_clean_commit_made_is_refused(tmp_path):
     for commit in ("0123456789ab-dirty", None):
         result["provenance"]["commit"] = commit
         path.write_text(json.dumps(result), encoding="utf-8")
-        done = run(*options)
-        assert done.returncode == 1
-        assert f"svd-hh-010.json names the commit {commit}, not a clean one" in done.stderr
+        assert f"svd-hh-010.json names the commit {commit}, not a clean one" in run_script(RECIPE, *options)
         assert not (tmp_path / "page.md").exists()
-    done = run(*options, "--allow-dirty")
-    assert done.returncode == 0, done.stderr
+    assert not run_script(RECIPE, *options, "--allow-dirty")
     assert f"| svd | hh | 10 | 13.14M | {result['perplexity']:.2f} † |" in (tmp_path / "page.md").read_text(
         encoding="utf-8"
     )
 
 
 def test_heatmaps_are_drawn_from_a_trained_model(trained, tmp_path):
-    command = [sys.executable, RECIPES / "heatmaps.py", "--model", trained, "--rank", "2", "--output", tmp_path]
-    subprocess.run([str(part) for part in command], check=True)
+    assert not run_script(RECIPES / "heatmaps.py", "--model", trained, "--rank", "2", "--output", tmp_path)
     names = {f"heatmap-{target}.{ending}" for target in ("hh", "ih") for ending in ("png", "pdf")}
     assert {path.name for path in tmp_path.iterdir()} == names

@@ -1,18 +1,16 @@
 """The recipe that times a model: ratios to the best rival, of outputs that were checked."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from recipe_helpers import ENVIRONMENT, RECIPES
+from recipe_helpers import RECIPES, run_script
 
 
 def test_outputs_are_checked_before_they_are_timed(trained, tmp_path):
-    command = [sys.executable, RECIPES / "speed.py", "--model", trained, "--output", tmp_path / "speed.json"]
+    command = [RECIPES / "speed.py", "--model", trained, "--output", tmp_path / "speed.json"]
     command += ["--ranks", "2", "3", "--steps", "5", "1", "--batch", "1", "3", "--seconds", "0.001"]
-    subprocess.run([str(part) for part in command], env=ENVIRONMENT, check=True)
+    assert not run_script(*command)
     result = json.loads((tmp_path / "speed.json").read_text(encoding="utf-8"))
     assert len(result["rows"]) == 8
     for row in result["rows"]:
@@ -33,9 +31,9 @@ def test_outputs_are_checked_before_they_are_timed(trained, tmp_path):
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no LSTM in bfloat16 for this processor"
 )
 def test_gradients_are_checked_before_training_is_timed(trained, tmp_path):
-    command = [sys.executable, RECIPES / "speed.py", "--model", trained, "--output", tmp_path / "speed.json"]
+    command = [RECIPES / "speed.py", "--model", trained, "--output", tmp_path / "speed.json"]
     command += ["--training", "--ranks", "2", "--steps", "5", "--batch", "3", "--seconds", "0.001"]
-    subprocess.run([str(part) for part in command], env=ENVIRONMENT, check=True)
+    assert not run_script(*command)
     rows = json.loads((tmp_path / "speed.json").read_text(encoding="utf-8"))["rows"]
     assert [row["scope"] for row in rows] == ["float32", "bfloat16"]
     for row, most in zip(rows, (1e-5, 5e-2), strict=True):

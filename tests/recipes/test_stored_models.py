@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from recipe_helpers import ENVIRONMENT, RECIPES, TINY, run
+from recipe_helpers import ENVIRONMENT, RECIPES, TINY, run, run_script
 
 COMMAND = Path(sys.executable).with_name("slimlstm")
 TEXT = "a b c d e f g h\nh g f e d c b a\n" * 60
@@ -26,9 +26,8 @@ def stored(tmp_path_factory):
     more = ["--optimizer", "adamw", "--first-epoch", "1", "--start", place / "models" / "tiny"]
     for name, epochs, start in (("run", 1, []), ("more", 3, more)):
         run(place / "text", place / name, *TINY, *start, "--epochs", epochs)
-        store = [sys.executable, RECIPES / "store_model.py", "--model", place / name, *options]
         for _ in range(2):
-            subprocess.run([str(part) for part in store], env=ENVIRONMENT, check=True)
+            assert not run_script(RECIPES / "store_model.py", "--model", place / name, *options)
         for path in (place / name).rglob("*"):
             if path.is_file():
                 path.unlink()

@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-from recipe_helpers import ENVIRONMENT, RECIPES, assert_same, outcome
+from recipe_helpers import ENVIRONMENT, RECIPES, assert_same, in_a_process, outcome, run_script
 
 import slimlstm as sl
 from slimlstm.demo.awd_lstm import load_awd_lstm
 
-SWEEP = [sys.executable, str(RECIPES / "sweep.py"), "--methods", "svd", "--ranks", "2", "3", "--streams", "4"]
+SWEEP = [RECIPES / "sweep.py", "--methods", "svd", "--ranks", "2", "3", "--streams", "4"]
 
 
 def cells(output):
@@ -27,18 +27,17 @@ def test_a_cluster_finds_what_one_machine_does_and_a_killed_sweep_goes_on(text, 
     from distributed import LocalCluster
 
     alone, shared = ([*SWEEP, "--model", trained, "--text", text, "--output", tmp_path / name] for name in ("one", "many"))
-    process = subprocess.Popen([str(part) for part in alone], env=ENVIRONMENT)
+    process = subprocess.Popen(in_a_process(alone), env=ENVIRONMENT)
     until = time.monotonic() + 60.0
     while not (tmp_path / "one" / "dense.json").exists() and time.monotonic() < until:
         time.sleep(0.005)
     process.kill()
     assert process.wait() == -signal.SIGKILL, "the sweep ended before it could be killed"
     first = (tmp_path / "one" / "dense.json").stat().st_mtime_ns
-    subprocess.run([str(part) for part in alone], env=ENVIRONMENT, check=True)
+    assert not run_script(*alone)
     assert (tmp_path / "one" / "dense.json").stat().st_mtime_ns == first
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
-        command = [*shared, "--scheduler", cluster.scheduler_address]
-        subprocess.run([str(part) for part in command], env=ENVIRONMENT, check=True)
+        assert not run_script(*shared, "--scheduler", cluster.scheduler_address)
     assert len(cells(tmp_path / "one")) == 5
     assert cells(tmp_path / "many") == cells(tmp_path / "one")
 
@@ -47,17 +46,17 @@ def test_a_cluster_finds_what_one_machine_does_and_a_killed_sweep_goes_on(text, 
 def test_every_cell_of_a_sweep_is_fine_tuned_and_a_killed_one_goes_on(text, trained, tmp_path):
     tuning = "--optimizer asgd --lr 1 --epochs 1 --streams 4 --bptt 10 --checkpoint-seconds 0.1"
     options = ["--ranks", "2", "--targets", "hh", "--tune", tuning, "--model", trained, "--text", text]
-    whole, parts = ([str(part) for part in (*SWEEP, *options, "--output", tmp_path / name)] for name in ("one", "two"))
-    subprocess.run(whole, env=ENVIRONMENT, check=True)
+    whole, parts = ([*SWEEP, *options, "--output", tmp_path / name] for name in ("one", "two"))
+    assert not run_script(*whole)
     # Its own session, so that the program that tunes dies with it.
-    process = subprocess.Popen(parts, env=ENVIRONMENT, start_new_session=True)
+    process = subprocess.Popen(in_a_process(parts), env=ENVIRONMENT, start_new_session=True)
     until = time.monotonic() + 60.0
     while not (tmp_path / "two" / "dense" / "checkpoint.safetensors").exists() and time.monotonic() < until:
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the sweep ended before it could be killed"
     assert not list((tmp_path / "two").glob("*.json"))
-    subprocess.run(parts, env=ENVIRONMENT, check=True)
+    assert not run_script(*parts)
     assert cells(tmp_path / "one").keys() == {"dense.json", "svd-hh-002.json"}
     assert cells(tmp_path / "two") == cells(tmp_path / "one")
     for cell in ("dense", "svd-hh-002"):
@@ -71,7 +70,7 @@ def test_calibrated_and_quantised_cells_beside_the_papers(text, trained, tmp_pat
     methods = ("activation", "fisher", "fisher-auto", "int8", "pytorch-int8")
     command = [*SWEEP, "--methods", *methods, "--calibrate", "1200", "--targets", "hh", "--ranks", "2"]
     command += ["--model", trained, "--text", text, "--output", tmp_path]
-    subprocess.run([str(part) for part in command], env=ENVIRONMENT, check=True)
+    assert not run_script(*command)
     names = ("activation-hh-002", "dense", "fisher-auto-hh-002", "fisher-hh-002", "int8", "pytorch-int8")
     assert list(cells(tmp_path)) == [f"{name}.json" for name in names]
     found = {name: json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8")) for name in names}
@@ -91,7 +90,7 @@ def test_calibrated_and_quantised_cells_beside_the_papers(text, trained, tmp_pat
         assert found[name]["loss"] != found["dense"]["loss"]
     first = (tmp_path / "calibration.safetensors").stat().st_mtime_ns
     (tmp_path / "fisher-hh-002.json").unlink()
-    subprocess.run([str(part) for part in command], env=ENVIRONMENT, check=True)
+    assert not run_script(*command)
     assert (tmp_path / "calibration.safetensors").stat().st_mtime_ns == first
     again = json.loads((tmp_path / "fisher-hh-002.json").read_text(encoding="utf-8"))
     assert again["loss"] == found["fisher-hh-002"]["loss"]
@@ -114,9 +113,9 @@ register_method("leading-columns", Method(leading_columns))
 def test_a_method_from_a_plugin_is_swept(text, trained, tmp_path):
     """In other processes too, whose tables of methods are their own."""
     (tmp_path / "toy.py").write_text(TOY, encoding="utf-8")
-    command = [*SWEEP[:2], "--plugin", "toy.py", "--methods", "leading-columns", "--ranks", "2", "--targets", "hh"]
+    command = [SWEEP[0], "--plugin", "toy.py", "--methods", "leading-columns", "--ranks", "2", "--targets", "hh"]
     command += ["--streams", "4", "--jobs", "2", "--model", trained, "--text", text, "--output", tmp_path / "results"]
-    subprocess.run([str(part) for part in command], env=ENVIRONMENT, cwd=tmp_path, check=True)
+    subprocess.run(in_a_process(command), env=ENVIRONMENT, cwd=tmp_path, check=True)
     found = json.loads((tmp_path / "results" / "leading-columns-hh-002.json").read_text(encoding="utf-8"))
     assert {(site["method"], site["rank"]) for site in found["sites"]} == {("leading-columns", 2)}
     assert found["parameters"] < cells(tmp_path / "results")["dense.json"][1]
@@ -126,7 +125,7 @@ def test_a_method_from_a_plugin_and_a_calibrated_one_are_fine_tuned(text, traine
     (tmp_path / "toy.py").write_text(TOY, encoding="utf-8")
     tuning = "--optimizer asgd --lr 1 --epochs 1 --streams 4 --bptt 10"
     command = [
-        *SWEEP[:2],
+        SWEEP[0],
         "--plugin",
         "toy.py",
         "--methods",
@@ -138,7 +137,7 @@ def test_a_method_from_a_plugin_and_a_calibrated_one_are_fine_tuned(text, traine
         "hh",
     ]
     command += ["--calibrate", "1200", "--tune", tuning, "--model", trained, "--text", text, "--output", tmp_path / "tuned"]
-    subprocess.run([str(part) for part in command], env=ENVIRONMENT, cwd=tmp_path, check=True)
+    subprocess.run(in_a_process(command), env=ENVIRONMENT, cwd=tmp_path, check=True)
     names = ("dense", "fisher-auto-hh-002", "leading-columns-hh-002")
     assert list(cells(tmp_path / "tuned")) == [f"{name}.json" for name in names]
     rounded = sl.load(tmp_path / "tuned" / "fisher-auto-hh-002" / "compressed", load_awd_lstm(trained))

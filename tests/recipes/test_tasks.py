@@ -1,21 +1,19 @@
 """The recipe that trains task models and compresses the ELMo inside."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from paper_helpers import MODELS, as_file, bilm, examples, made
+from recipe_helpers import RECIPES, run_script
 from safetensors.torch import load_file
 
 from paper import task_data
 from paper.elmo_files import save_bilm
 from paper.tasks import losses, predictions, scores
+from slimlstm import SlimLSTMError
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "tasks.py"
+RECIPE = RECIPES / "tasks.py"
 
 
 @pytest.mark.parametrize("task", MODELS)
@@ -35,17 +33,16 @@ def test_ten_examples_are_learnt_by_heart(task):
     assert found.get("accuracy", found.get("exact_match")) == 100.0
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 GRID = ("--ranks", 2, "--methods", "svd", "prune", "fisher", "--targets", "hh", "--calibration", 6)
 
 
 def run(task, workplace, *options, elmo=True):
-    """Runs the recipe on the workplace's data; gives the folder of results."""
+    """Run the recipe on the workplace's data, and return the folder of results."""
     output = workplace / f"results-{task}"
     command = [RECIPE, "--task", task, "--data", workplace / task, "--output", output, "--runs", workplace / "runs"]
     command += ["--batch", 8, "--lr", 0.01, "--epochs", 2, "--seeds", 1, 2, *options]
     command += ["--elmo", workplace / "elmo"] if elmo else []
-    subprocess.run([sys.executable, *map(str, command)], env=ENVIRONMENT, check=True, capture_output=True)
+    assert not run_script(*command)
     return output
 
 
@@ -105,9 +102,8 @@ def test_what_is_there_is_not_made_again(workplace, trained):
     [(("--lr", 0.02), "is of a run with lr=0.01, not 0.02"), ((*GRID, "--limit", 5), "is of a run with limit=None, not 5")],
 )
 def test_a_run_with_other_settings_is_not_taken_for_this_one(workplace, trained, options, message):
-    with pytest.raises(subprocess.CalledProcessError) as error:
+    with pytest.raises(SlimLSTMError, match=message):
         run("sst5", workplace, *options)
-    assert message in error.value.stderr.decode()
 
 
 def test_a_run_that_was_ended_goes_on_to_the_same_end(workplace, trained, tmp_path):
