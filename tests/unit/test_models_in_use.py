@@ -28,8 +28,12 @@ from torch.utils.checkpoint import checkpoint
 import slimlstm
 from slimlstm import LowRank, LowRankLSTM, Prune, Quantize, Report, SlimLSTMError, calibrate, compress_, load, save
 from slimlstm.calibration.collect import mean_loss
+from slimlstm.calibration.observe import forwards_replaced
 from slimlstm.modules.graphs import copy_model
+from slimlstm.modules.modes import evaluation_mode
+from slimlstm.modules.state import kept_state
 from slimlstm.search import find_smallest
+from slimlstm.tuning.training import prepared
 
 
 class Holding(nn.Module):
@@ -383,6 +387,33 @@ def interrupted_loss(model, batch):
 
 def run_compression(model):
     compress_(model, LowRank("fisher", keep=0.3, storage="int8"), batches=[BATCH, 2 * BATCH], loss=interrupted_loss)
+
+
+BLOCKS = {
+    "evaluation mode": evaluation_mode,
+    "kept state": kept_state,
+    "observed": lambda model: forwards_replaced([(model["b"].lstm, model["c"])]),
+    "trained": lambda model: prepared(model, {"scale": model["b"].lstm.scale}),
+}
+
+
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+def test_an_interrupt_at_any_line_of_a_block_leaves_everything_as_it_was(block):
+    def run(model):
+        with block(model):
+            model["b"].hidden = 1
+
+    with Interrupter(None) as counted:
+        run(interrupted_model())
+    for point in range(1, counted.lines + 1):
+        model = interrupted_model()
+        before, hidden = snapshot(model), vars(model["b"]).get("hidden")
+        flags = [parameter.requires_grad for parameter in model.parameters()]
+        with pytest.raises(KeyboardInterrupt), Interrupter(point):
+            run(model)
+        assert snapshot(model) == before, point
+        assert [parameter.requires_grad for parameter in model.parameters()] == flags, point
+        assert block is not kept_state or vars(model["b"]).get("hidden") is hidden, point
 
 
 @pytest.mark.slow

@@ -7,8 +7,7 @@ added to its gates captures their gradients.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -20,7 +19,7 @@ from slimlstm.modules.cell import LowRankLSTMCell
 from slimlstm.modules.host import Host, parameter_names
 from slimlstm.modules.hosts import find_hosts
 from slimlstm.modules.lstm import LowRankLSTM
-from slimlstm.modules.modes import evaluation_mode, surely, uncompiled
+from slimlstm.modules.modes import evaluation_mode, uncompiled
 from slimlstm.modules.shapes import LSTMState, clips, lstm_arguments
 from slimlstm.ops import training
 from slimlstm.ops.reference import product, recurrence, step
@@ -66,12 +65,23 @@ def observing(
 @contextmanager
 def forwards_replaced(pairs: Iterable[tuple[nn.Module, nn.Module]]) -> Generator[None]:
     """Give the first module of every pair the forward pass of the second within the block."""
-    with ExitStack() as stack:
-        for module, other in pairs:
-            # The module itself stays in place, because the model's own code may hold references to it.
-            stack.callback(surely, partial(_set_forward, module, vars(module).get("forward")))
-            _set_forward(module, other.forward)
-        yield
+    before: list[tuple[nn.Module, Callable[..., Any] | None]] = []
+
+    def restore() -> None:
+        for module, forward in reversed(before):
+            _set_forward(module, forward)
+
+    try:
+        try:
+            for module, other in pairs:
+                # The module itself stays in place, because the model's own code may hold references to it.
+                before.append((module, vars(module).get("forward")))
+                _set_forward(module, other.forward)
+            yield
+        finally:
+            restore()
+    finally:  # Again, because Ctrl-C may have stopped it.
+        restore()
 
 
 def _set_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 
@@ -17,22 +17,6 @@ _ambient: ContextVar[tuple[torch.dtype, torch.device] | None] = ContextVar("_amb
 """The default dtype and device around the outermost :func:`plain_defaults`."""
 _wanted: ContextVar[torch.dtype] = ContextVar("_wanted", default=torch.float32)
 """The default dtype that the innermost block of this thread asks for."""
-
-
-def surely(restore: Callable[[], None]) -> None:
-    """Call ``restore``, and once more if an exception such as Ctrl-C stops it half-way; then raise the exception.
-
-    Examples:
-        >>> calls = []
-        >>> surely(lambda: calls.append(1))
-        >>> calls
-        [1]
-    """
-    try:
-        restore()
-    except BaseException:
-        restore()
-        raise
 
 
 @contextmanager
@@ -56,10 +40,13 @@ def evaluation_mode(model: nn.Module) -> Generator[None]:
             module.training = mode
 
     try:
-        set_all((module, False) for module, _ in before)
-        yield
-    finally:
-        surely(lambda: set_all(before))
+        try:
+            set_all((module, False) for module, _ in before)
+            yield
+        finally:
+            set_all(before)
+    finally:  # Again, because Ctrl-C may have stopped it.
+        set_all(before)
 
 
 @contextmanager

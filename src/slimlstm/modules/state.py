@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from slimlstm.modules.modes import surely
 from slimlstm.modules.walk import PLAIN, is_proxy
 
 _MISSING = object()
@@ -125,9 +124,12 @@ def kept_state(model: nn.Module) -> Generator[KeptState]:
     """
     state = KeptState(model)
     try:
-        yield state
-    finally:
-        surely(state.restore)
+        try:
+            yield state
+        finally:
+            state.restore()
+    finally:  # Again, because Ctrl-C may have stopped it.
+        state.restore()
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -20,7 +20,7 @@ from slimlstm.modules.factored import FactoredModule, Provenance, as_parameter, 
 from slimlstm.modules.host import Host, parameter_names
 from slimlstm.modules.lstm import LowRankLSTM
 from slimlstm.modules.masks import apply_mask, mask_of
-from slimlstm.modules.modes import plain_defaults, plain_mode, surely
+from slimlstm.modules.modes import plain_defaults, plain_mode
 from slimlstm.modules.problems import carried_attributes, own_members
 from slimlstm.modules.shapes import clips, lstm_arguments
 
@@ -66,7 +66,7 @@ class Swap:
             for module, kind, content in self._after:
                 _become(module, kind, content)
         except BaseException:
-            surely(self.undo)
+            self.undo()
             raise
 
     def undo(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimlstm.modules.modes import evaluation_mode, surely
+from slimlstm.modules.modes import evaluation_mode
 from slimlstm.modules.state import kept_state
 
 RAW = "_raw"
@@ -91,6 +91,9 @@ def _unchanged(wrapper: nn.Module, lstm: nn.Module) -> Generator[None]:
 
     with kept_state(wrapper):
         try:
-            yield
-        finally:
-            surely(restore)
+            try:
+                yield
+            finally:
+                restore()
+        finally:  # Again, because Ctrl-C may have stopped it.
+            restore()

@@ -105,7 +105,7 @@ def finetune(
     device = next(iter(trained.values())).device
     processes = current_processes(device)
     path = None if checkpoint is None else path_of(checkpoint, "checkpoint", "name a file")
-    with _prepared(model, trained), _random_numbers_restored(device), shown("fine-tuning", progress) as report_progress:
+    with prepared(model, trained), _random_numbers_restored(device), shown("fine-tuning", progress) as report_progress:
         run = Run(model, batches, loss, trained, settings, processes, validate, path, report_progress)
         try:
             return run.go()
@@ -133,23 +133,30 @@ def _parameters_to_train(model: nn.Module, parameters: Iterable[nn.Parameter] | 
 
 
 @contextmanager
-def _prepared(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> Generator[None]:
+def prepared(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> Generator[None]:
     """Set training mode, and gradients for the trained parameters only; restore both at the end."""
     modes = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        model.train()
-        model.requires_grad_(False)
-        for parameter in trained.values():
-            parameter.requires_grad_(True)
-        yield
-    finally:
+
+    def restore() -> None:
         for module, mode in modes.items():
             module.training = mode
         for parameter, flag in wanted.items():
             parameter.requires_grad_(flag)
         for parameter in trained.values():
             parameter.grad = None
+
+    try:
+        try:
+            model.train()
+            model.requires_grad_(False)
+            for parameter in trained.values():
+                parameter.requires_grad_(True)
+            yield
+        finally:
+            restore()
+    finally:  # Again, because Ctrl-C may have stopped it.
+        restore()
 
 
 @contextmanager
