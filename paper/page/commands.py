@@ -32,8 +32,9 @@ def commands_section(results: ResultFolder) -> str:
 {markdown(HEADER, rows, left=2)}
 
 Recipes need `pip install -c constraints.txt -e ".[recipes]"` in a clone. Hours are the sum of the seconds that the files
-record; a dash where they record none. Then `python recipes/heatmaps.py`
-draws the heatmaps, and `python recipes/reproduction.py` writes this page. Each recipe's `--help` lists its options."""
+record, from start to end: runs side by side and pauses count in full. A dash: the files record none.
+`python recipes/heatmaps.py` draws the heatmaps, and `python recipes/reproduction.py` writes this page. Each recipe's `--help` lists
+its options."""
 
 
 def _row_of(command: str, patterns: tuple[str, ...], results: ResultFolder) -> Row | None:
