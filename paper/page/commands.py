@@ -33,8 +33,8 @@ def commands_section(results: ResultFolder) -> str:
 
 Recipes need `pip install -c constraints.txt -e ".[recipes]"` in a clone. Hours are the sum of the seconds that the files
 record, from start to end: runs side by side and pauses count in full. A dash: the files record none.
-`python recipes/heatmaps.py` draws the heatmaps, and `python recipes/reproduction.py` writes this page. Each recipe's `--help` lists
-its options."""
+`python recipes/heatmaps.py` draws the heatmaps, and `python recipes/reproduction.py` writes this page. Each
+recipe's `--help` lists its options."""
 
 
 def _row_of(command: str, patterns: tuple[str, ...], results: ResultFolder) -> Row | None:
