@@ -253,7 +253,11 @@ class MomentSums:
 
 
 class _SquareSum:
-    """The sum Σ v vᵀ over the rows v of many batches."""
+    """The sum Σ v vᵀ over the rows v of many batches.
+
+    Args:
+        like: rows [N, width] of the first batch, of the dtype and on the device of all rows.
+    """
 
     def __init__(self, like: Tensor) -> None:
         self.width = like.shape[1]
@@ -293,8 +297,8 @@ def moments_of(sums: Mapping[Keys, MomentSums]) -> dict[str, Moments]:
     for keys, entry in sums.items():
         if entry.rows == 0:
             continue
-        gradients = entry.gradients
-        gradients = None if gradients is None else gradients / entry.drawn_rows
+        total = entry.gradients
+        gradients = None if total is None else total / entry.drawn_rows
         for key, inputs in zip(keys, entry.inputs, strict=True):
             if not all(bool(torch.isfinite(tensor).all()) for tensor in (inputs, gradients) if tensor is not None):
                 raise SlimLSTMError(f"the inputs of {key}, or their gradients, are not finite; check the batches")

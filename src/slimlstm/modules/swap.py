@@ -66,7 +66,10 @@ class Swap:
             for module, kind, content in self._after:
                 _become(module, kind, content)
         except BaseException:
-            self.undo()
+            try:
+                self.undo()
+            finally:  # Again, because Ctrl-C may have stopped it.
+                self.undo()
             raise
 
     def undo(self) -> None:
