@@ -19,7 +19,7 @@ from slimlstm.modules.cell import LowRankLSTMCell
 from slimlstm.modules.host import Host, parameter_names
 from slimlstm.modules.hosts import find_hosts
 from slimlstm.modules.lstm import LowRankLSTM
-from slimlstm.modules.modes import evaluation_mode, uncompiled
+from slimlstm.modules.modes import evaluation_mode, restoring, uncompiled
 from slimlstm.modules.shapes import LSTMState, clips, lstm_arguments
 from slimlstm.ops import training
 from slimlstm.ops.reference import product, recurrence, step
@@ -71,17 +71,12 @@ def forwards_replaced(pairs: Iterable[tuple[nn.Module, nn.Module]]) -> Generator
         for module, forward in reversed(before):
             _set_forward(module, forward)
 
-    try:
-        try:
-            for module, other in pairs:
-                # The module itself stays in place, because the model's own code may hold references to it.
-                before.append((module, vars(module).get("forward")))
-                _set_forward(module, other.forward)
-            yield
-        finally:
-            restore()
-    finally:  # Again, because Ctrl-C may have stopped it.
-        restore()
+    with restoring(restore):
+        for module, other in pairs:
+            # The module itself stays in place, because the model's own code may hold references to it.
+            before.append((module, vars(module).get("forward")))
+            _set_forward(module, other.forward)
+        yield
 
 
 def _set_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 
@@ -17,6 +17,29 @@ _ambient: ContextVar[tuple[torch.dtype, torch.device] | None] = ContextVar("_amb
 """The default dtype and device around the outermost :func:`plain_defaults`."""
 _wanted: ContextVar[torch.dtype] = ContextVar("_wanted", default=torch.float32)
 """The default dtype that the innermost block of this thread asks for."""
+
+
+@contextmanager
+def restoring(restore: Callable[[], None]) -> Generator[None]:
+    """Call ``restore`` at the end of the block, and again, because Ctrl-C may stop it before its end.
+
+    Args:
+        restore: may be called twice, and before anything has changed.
+
+    Examples:
+        >>> values = [1]
+        >>> with restoring(lambda: values.__setitem__(0, 1)):
+        ...     values[0] = 2
+        >>> values
+        [1]
+    """
+    try:
+        try:
+            yield
+        finally:
+            restore()
+    finally:
+        restore()
 
 
 @contextmanager
@@ -39,14 +62,9 @@ def evaluation_mode(model: nn.Module) -> Generator[None]:
         for module, mode in modes:
             module.training = mode
 
-    try:
-        try:
-            set_all((module, False) for module, _ in before)
-            yield
-        finally:
-            set_all(before)
-    finally:  # Again, because Ctrl-C may have stopped it.
-        set_all(before)
+    with restoring(lambda: set_all(before)):
+        set_all((module, False) for module, _ in before)
+        yield
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from slimlstm.modules.modes import restoring
 from slimlstm.modules.walk import PLAIN, is_proxy
 
 _MISSING = object()
@@ -123,13 +124,8 @@ def kept_state(model: nn.Module) -> Generator[KeptState]:
         False
     """
     state = KeptState(model)
-    try:
-        try:
-            yield state
-        finally:
-            state.restore()
-    finally:  # Again, because Ctrl-C may have stopped it.
-        state.restore()
+    with restoring(state.restore):
+        yield state
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimlstm.modules.modes import evaluation_mode
+from slimlstm.modules.modes import evaluation_mode, restoring
 from slimlstm.modules.state import kept_state
 
 RAW = "_raw"
@@ -89,11 +89,5 @@ def _unchanged(wrapper: nn.Module, lstm: nn.Module) -> Generator[None]:
             table.update(content)
         weights[:] = weights_before
 
-    with kept_state(wrapper):
-        try:
-            try:
-                yield
-            finally:
-                restore()
-        finally:  # Again, because Ctrl-C may have stopped it.
-            restore()
+    with kept_state(wrapper), restoring(restore):
+        yield

@@ -12,7 +12,7 @@ from torch import nn
 from slimlstm.errors import SlimLSTMError
 from slimlstm.files import path_of
 from slimlstm.modules.arguments import check_function, check_loss, check_model
-from slimlstm.modules.modes import plain_mode
+from slimlstm.modules.modes import plain_mode, restoring
 from slimlstm.progress import Progress, shown
 from slimlstm.tuning.history import History
 from slimlstm.tuning.losses import Loss
@@ -146,17 +146,12 @@ def prepared(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> Generator
         for parameter in trained.values():
             parameter.grad = None
 
-    try:
-        try:
-            model.train()
-            model.requires_grad_(False)
-            for parameter in trained.values():
-                parameter.requires_grad_(True)
-            yield
-        finally:
-            restore()
-    finally:  # Again, because Ctrl-C may have stopped it.
-        restore()
+    with restoring(restore):
+        model.train()
+        model.requires_grad_(False)
+        for parameter in trained.values():
+            parameter.requires_grad_(True)
+        yield
 
 
 @contextmanager
